@@ -1,0 +1,44 @@
+"""ddfast: dataset distillation as an engine. An image data set goes in, a tiny set that trains models comes out."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public name -> module that holds it. Loaded on first use, so that `import ddfast` stays cheap.
+_LAZY = {
+    "shapley": "ddfast.attribution",
+    "grad_cam": "ddfast.attribution",
+    "grad_norm": "ddfast.gradients",
+    "create_model": "ddfast.models",
+    "load_teacher": "ddfast.models",
+    "DistilledSet": "ddfast.data",
+    "distill": "ddfast.methods",
+    "evaluate": "ddfast.training",
+    "train_teacher": "ddfast.training",
+}
+_MODULES = ("ops", "attribution", "gradients", "data", "models", "training", "methods", "report", "errors")
+
+__all__ = ["__version__", *_LAZY, *_MODULES]
+
+if TYPE_CHECKING:
+    from ddfast.attribution import grad_cam, shapley
+    from ddfast.data import DistilledSet
+    from ddfast.gradients import grad_norm
+    from ddfast.methods import distill
+    from ddfast.models import create_model, load_teacher
+    from ddfast.training import evaluate, train_teacher
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"ddfast.{name}")
+    raise AttributeError(f"module 'ddfast' has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

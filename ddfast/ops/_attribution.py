@@ -1,0 +1,1 @@
+"""Registration and public faces of masked_batch, shapley_heatmap and noisy_crop_boxes."""

@@ -1,0 +1,1 @@
+"""Registration and public faces of crop_resize."""

@@ -1,0 +1,128 @@
+"""Op registration: one schema, three bodies.
+
+`define` declares `ddfast::<name>` once and binds its bodies to the dispatcher:
+
+- CPU:  the C++ op `ddfast_native::<name>` where the extension is loaded and accepts the arguments, else the reference;
+- CUDA: the Triton launcher `ddfast.kernels.<module>.<name>` where Triton can be imported, else the reference on the GPU;
+- Meta: the fake, which only computes shapes.
+
+Which body an op takes on this machine, and why, is what `paths` reports and `ddfast env` prints.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+LIBRARY = torch.library.Library("ddfast", "DEF")
+
+_OPS: dict[str, Op] = {}
+
+
+@dataclass(frozen=True)
+class Op:
+    """One fused op: its name, its pure PyTorch reference and where its faster bodies live."""
+
+    name: str
+    reference: Callable[..., Any]
+    native_accepts: Callable[..., bool] | None
+    triton: str | None
+
+
+@dataclass(frozen=True)
+class Path:
+    """The body that an op takes on a device type, with the reason where it is not the fastest one."""
+
+    op: str
+    device: str
+    body: str
+    reason: str
+
+
+@functools.cache
+def native_status() -> tuple[bool, str]:
+    """Load the C++ extension once. Returns (loaded, reason)."""
+    if os.environ.get("DDFAST_NATIVE", "1") == "0":
+        return False, "switched off by DDFAST_NATIVE=0"
+    if importlib.util.find_spec("ddfast._C") is None:
+        return False, "the extension ddfast._C was not built (DDFAST_BUILD_EXT=1 and a C++ compiler build it)"
+    try:
+        importlib.import_module("ddfast._C")
+    except (ImportError, OSError) as error:
+        return False, f"the extension ddfast._C does not load: {str(error).splitlines()[0]}"
+    return True, "C++ extension"
+
+
+@functools.cache
+def triton_status() -> tuple[bool, str]:
+    """Whether the Triton launchers can be imported here. Returns (available, reason)."""
+    if os.environ.get("DDFAST_TRITON", "1") == "0":
+        return False, "switched off by DDFAST_TRITON=0"
+    if importlib.util.find_spec("triton") is None:
+        return False, "triton is not installed"
+    return True, "Triton kernel"
+
+
+def define(
+    name: str,
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    triton: str | None = None,
+    native_accepts: Callable[..., bool] | None = None,
+) -> None:
+    """Declare `ddfast::<name>` and bind its bodies.
+
+    Args:
+        name: op name, the same in every namespace and module.
+        schema: argument and return types, `(Tensor x, int k) -> Tensor`.
+        reference: pure PyTorch body, correct on every device and in float64.
+        fake: shape function for meta tensors and `torch.compile`.
+        triton: module of `ddfast.kernels` that holds the launcher, a function called `name`.
+        native_accepts: predicate on the op's arguments; true where the C++ body serves them. None: no C++ body.
+    """
+    op = Op(name, reference, native_accepts, triton)
+    _OPS[name] = op
+    LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+
+    def cpu(*args: Any, **kwargs: Any) -> Any:
+        if op.native_accepts is not None and native_status()[0] and op.native_accepts(*args, **kwargs):
+            return getattr(torch.ops.ddfast_native, name)(*args, **kwargs)
+        return op.reference(*args, **kwargs)
+
+    def cuda(*args: Any, **kwargs: Any) -> Any:
+        if op.triton is not None and triton_status()[0]:
+            module = importlib.import_module(f"ddfast.kernels.{op.triton}")
+            return getattr(module, name)(*args, **kwargs)
+        return op.reference(*args, **kwargs)
+
+    LIBRARY.impl(name, cpu, "CPU")
+    LIBRARY.impl(name, cuda, "CUDA")
+    torch.library.register_fake(f"ddfast::{name}", fake, lib=LIBRARY)
+
+
+def paths() -> list[Path]:
+    """The body every op takes on the CPU and on CUDA on this machine, with the reason for each fallback."""
+    rows = []
+    for op in _OPS.values():
+        loaded, reason = native_status()
+        if op.native_accepts is None:
+            rows.append(Path(op.name, "cpu", "reference", "no C++ body"))
+        else:
+            rows.append(Path(op.name, "cpu", "c++" if loaded else "reference", reason))
+        available, reason = triton_status()
+        if not torch.cuda.is_available():
+            rows.append(Path(op.name, "cuda", "none", "no CUDA device"))
+        elif op.triton is None:
+            rows.append(Path(op.name, "cuda", "reference", "no Triton body"))
+        else:
+            rows.append(Path(op.name, "cuda", "triton" if available else "reference", reason))
+    return rows

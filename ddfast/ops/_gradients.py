@@ -1,0 +1,1 @@
+"""Registration and public faces of grad_sq_norm_*."""
