@@ -1,0 +1,1 @@
+"""ddfast.models"""
