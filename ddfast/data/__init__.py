@@ -1,1 +1,39 @@
-"""ddfast.data"""
+"""Images in and distilled sets out: sources, decoding, loading, the score table, and the output folder.
+
+Nothing heavy is imported until one of these names is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+# Public name -> module that holds it. Loaded on first use, so that `import ddfast.data` stays cheap.
+_LAZY = {
+    "Sample": "sources",
+    "Source": "sources",
+    "open_source": "sources",
+    "sample_id": "sources",
+    "decode": "decoding",
+    "decode_fit": "decoding",
+    "fit": "decoding",
+    "load": "loading",
+    "load_all": "loading",
+}
+
+__all__ = list(_LAZY)
+
+if TYPE_CHECKING:
+    from ddfast.data.decoding import decode, decode_fit, fit
+    from ddfast.data.loading import load, load_all
+    from ddfast.data.sources import Sample, Source, open_source, sample_id
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"ddfast.data.{_LAZY[name]}"), name)
+    raise AttributeError(f"module 'ddfast.data' has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
