@@ -1,0 +1,15 @@
+// How a grid of rows x columns players divides an image, the same in every op: part r of `parts` starts at
+// floor(r * length / parts), so parts differ by at most one pixel where the grid does not divide the image.
+
+#pragma once
+
+#include <cstdint>
+
+namespace ddfast {
+
+// First pixel of part `index`; `index == parts` gives `length`.
+inline int64_t part_start(int64_t index, int64_t length, int64_t parts) {
+  return index * length / parts;
+}
+
+}  // namespace ddfast
