@@ -1,1 +1,23 @@
-"""ddfast.training"""
+"""Training of teachers, and evaluation of distilled sets by the students trained on them."""
+
+from ddfast.training.evaluation import EvaluationResult, evaluate
+from ddfast.training.image_sets import ImageSet, read_test_set, read_training_set
+from ddfast.training.protocol import PROTOCOLS, Protocol
+from ddfast.training.student import DistilledImages, StudentResult, train_student
+from ddfast.training.teacher import TeacherConfig, fit_teacher, train_teacher
+
+__all__ = [
+    "PROTOCOLS",
+    "DistilledImages",
+    "EvaluationResult",
+    "ImageSet",
+    "Protocol",
+    "StudentResult",
+    "TeacherConfig",
+    "evaluate",
+    "fit_teacher",
+    "read_test_set",
+    "read_training_set",
+    "train_student",
+    "train_teacher",
+]

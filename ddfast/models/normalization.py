@@ -1,0 +1,36 @@
+"""Per-channel mean and standard deviation by name. A teacher and the images it labels must share one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+Normalization = tuple[tuple[float, float, float], tuple[float, float, float]]
+
+NORMALIZATIONS: dict[str, Normalization] = {
+    # RDED normalises every data set with the statistics of ImageNet, and so does ddfast by default.
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    # DC, DSA, DM, MTT, IDM and IDC on CIFAR-10.
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    # SRe2L on Tiny-ImageNet.
+    "tinyimagenet": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+
+
+def normalization(choice: str | tuple[Sequence[float], Sequence[float]]) -> Normalization:
+    """(mean, std) of pixels in [0, 1] from a name of `NORMALIZATIONS` or a pair of three numbers each.
+
+    Raises:
+        ValueError: unknown name, other than three numbers, or a standard deviation that is not positive.
+
+    """
+    if isinstance(choice, str):
+        if choice not in NORMALIZATIONS:
+            raise ValueError(f"unknown normalization {choice!r}; known: {', '.join(NORMALIZATIONS)}")
+        return NORMALIZATIONS[choice]
+    mean, std = (tuple(float(value) for value in part) for part in choice)
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ValueError(
+            f"normalization must be three means and three positive deviations, got {mean}, {std}"
+        )
+    return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])

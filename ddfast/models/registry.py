@@ -1,0 +1,126 @@
+"""One registry of architectures: `create_model(name, num_classes, image_size)`."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddfast.models.convnet import DEPTHS, ConvNet
+from ddfast.models.resnet import resnet, resnet18_small
+
+Builder = Callable[..., nn.Module]
+
+# Side in pixels below which a stack of strided layers leaves nothing to pool over.
+_SMALLEST_IMAGE = {"alexnet": 63, "vgg11": 32}
+
+
+def _convnet(
+    num_classes: int, image_size: int | None, *, depth: int, norm: str, width: int = 128
+) -> nn.Module:
+    if image_size is None:
+        raise ValueError("a ConvNet needs image_size (its last layer depends on it), got None")
+    return ConvNet(num_classes, image_size, depth=depth, width=width, norm=norm)
+
+
+def _resnet(num_classes: int, image_size: int | None, *, variant: str) -> nn.Module:
+    return resnet18_small(num_classes) if variant == "resnet18_small" else resnet(variant, num_classes)
+
+
+def _torchvision(num_classes: int, image_size: int | None, *, variant: str) -> nn.Module:
+    smallest = _SMALLEST_IMAGE.get(variant, 1)
+    if image_size is not None and image_size < smallest:
+        raise ValueError(f"{variant} needs images of at least {smallest} px, got image_size {image_size}")
+    import torchvision
+
+    return getattr(torchvision.models, variant)(weights=None, num_classes=num_classes)
+
+
+def _timm(name: str, num_classes: int, **options: Any) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise ValueError(
+            f"timm:{name} needs the package timm, which is not installed: pip install timm"
+        ) from error
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise ValueError(
+            f"timm has no model {name!r}{'; did you mean ' + ', '.join(near) + '?' if near else ''}"
+        )
+    return timm.create_model(name, pretrained=False, num_classes=num_classes, **options)
+
+
+_BUILDERS: dict[str, Builder] = {
+    **{f"convnet{d}": functools.partial(_convnet, depth=d, norm="batch") for d in DEPTHS},
+    **{f"convnet{d}_in": functools.partial(_convnet, depth=d, norm="instance") for d in DEPTHS},
+    **{
+        name: functools.partial(_resnet, variant=name)
+        for name in ("resnet18", "resnet50", "resnet101", "resnet18_small")
+    },
+    **{
+        name: functools.partial(_torchvision, variant=name)
+        for name in ("mobilenet_v2", "vgg11", "alexnet", "swin_v2_t", "efficientnet_b0")
+    },
+}
+
+
+def list_models() -> list[str]:
+    """Names that `create_model` takes, sorted; `timm:NAME` is taken as well where timm is installed."""
+    return sorted(_BUILDERS)
+
+
+def create_model(name: str, num_classes: int, image_size: int | None = None, **options: Any) -> nn.Module:
+    """Build a freshly initialised classifier of normalised images [B, 3, S, S] -> logits [B, num_classes].
+
+    Weights are drawn from torch's global generator, in train mode, float32.
+
+    Args:
+        name: one of `list_models()`, or `timm:NAME`.
+        num_classes: number of outputs, at least 1.
+        image_size: side S in pixels; ConvNets need it, the others only check it.
+        options: `width` (channels, default 128) of the ConvNets; timm's own arguments for `timm:NAME`.
+
+    Raises:
+        ValueError: unknown name (lists the known ones) or option, or an image size that does not fit.
+
+    """
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    if name.startswith("timm:"):
+        return _timm(name.removeprefix("timm:"), num_classes, **options)
+    if name not in _BUILDERS:
+        raise ValueError(f"unknown model {name!r}; known: {', '.join(list_models())}, timm:NAME")
+    builder = _BUILDERS[name]
+    fixed = builder.keywords if isinstance(builder, functools.partial) else {}
+    allowed = set(inspect.signature(builder).parameters) - {"num_classes", "image_size", *fixed}
+    if unknown := sorted(set(options) - allowed):
+        takes = ", ".join(sorted(allowed)) or "none"
+        raise ValueError(f"{name} does not take the option {', '.join(unknown)}; it takes: {takes}")
+    return builder(num_classes, image_size, **options)
+
+
+def features(model: nn.Module, images: Tensor) -> Tensor:
+    """Penultimate features [B, F] of normalised images [B, 3, S, S]: the input of the last linear layer.
+
+    Gradients flow through; the model's mode is left as it is.
+
+    Raises:
+        ValueError: a model without a linear layer.
+
+    """
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if not linears:
+        raise ValueError(f"{type(model).__name__} has no linear layer, so no penultimate feature")
+    seen: list[Tensor] = []
+    handle = linears[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        model(images)
+    finally:
+        handle.remove()
+    return torch.flatten(seen[-1], 1)

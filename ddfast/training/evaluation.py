@@ -1,0 +1,201 @@
+"""Evaluate a distilled set: train students on it from several seeds and test them on the real test split."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ddfast.errors import UsageError
+from ddfast.models.teacher import Teacher, load_teacher
+from ddfast.progress import say
+from ddfast.training.image_sets import ImageSet, read_test_set
+from ddfast.training.protocol import Protocol, protocol_named
+from ddfast.training.student import DistilledImages, train_student
+
+if TYPE_CHECKING:
+    from ddfast.data.distilled import DistilledSet
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Test accuracies of students trained on one distilled set, in percent.
+
+    Attributes:
+        arch: the students' architecture.
+        protocol: name of the protocol.
+        labels: "online" (from a teacher, on the mixed batch) or "stored" (mixed by area).
+        epochs: passes over the set.
+        batch_size: images a step.
+        seeds: one a student.
+        top1: accuracy of each student after its last epoch: the headline.
+        best: best tested epoch of each student, chosen on the test set as RDED reports it.
+        per_class: accuracy of each class after the last epoch, mean over the students.
+
+    """
+
+    arch: str
+    protocol: str
+    labels: str
+    epochs: int
+    batch_size: int
+    seeds: list[int]
+    top1: list[float]
+    best: list[float]
+    per_class: list[float]
+
+    @property
+    def mean(self) -> float:
+        """Mean of `top1`."""
+        return statistics.fmean(self.top1)
+
+    @property
+    def std(self) -> float:
+        """Sample standard deviation of `top1`; 0 for one seed."""
+        return _deviation(self.top1)
+
+    @property
+    def best_mean(self) -> float:
+        """Mean of `best`."""
+        return statistics.fmean(self.best)
+
+    @property
+    def best_std(self) -> float:
+        """Sample standard deviation of `best`; 0 for one seed."""
+        return _deviation(self.best)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields and the four statistics, ready for JSON (a class without test images is None)."""
+        statistic = {name: getattr(self, name) for name in ("mean", "std", "best_mean", "best_std")}
+        per_class = [None if math.isnan(value) else value for value in self.per_class]
+        return {**asdict(self), **statistic, "per_class": per_class}
+
+    def __str__(self) -> str:
+        return f"top1 {self.mean:.2f} ± {self.std:.2f}"
+
+
+def evaluate(
+    distilled: str | Path | DistilledSet | DistilledImages,
+    data: str | Path | ImageSet,
+    *,
+    arch: str,
+    seeds: int | Sequence[int] = 3,
+    teacher: Teacher | str | Path | None = None,
+    epochs: int | None = None,
+    protocol: str | Protocol = "rded",
+    batch_size: int | None = None,
+    autoaugment: bool = False,
+    precision: str = "float32",
+    device: str = "auto",
+    workers: int | None = None,
+    quiet: bool = False,
+) -> EvaluationResult:
+    """Train students of `arch` on a distilled set and test them.
+
+    Args:
+        distilled: a distilled folder, an opened `DistilledSet`, or images in memory.
+        data: the real data, whose test split is used, or that split decoded.
+        arch: name for `create_model`.
+        seeds: how many students (seeds 0, 1, ...), or their seeds.
+        teacher: labels the mixed batches online, as RDED does; None: the stored soft labels. A file or an
+            opened one.
+        epochs: passes over the distilled set; None: the protocol's (300).
+        protocol: a name of `PROTOCOLS` or a protocol of your own.
+        batch_size: images a step; None: the protocol's rule for the IPC.
+        autoaugment: torchvision's AutoAugment on the students' images.
+        precision: "float32", or "auto": bfloat16 autocast where the hardware has it.
+        device: "auto", "cpu" or "cuda".
+        workers: decoding threads for the test split; None: the loader's default.
+        quiet: print nothing.
+
+    Raises:
+        UsageError: no test split, classes or image sizes that differ, no labels, or an unknown name.
+
+    """
+    chosen = list(range(seeds)) if isinstance(seeds, int) else [int(seed) for seed in seeds]
+    if not chosen:
+        raise UsageError("evaluation needs at least one seed, got 0")
+    try:
+        rules = protocol_named(protocol) if isinstance(protocol, str) else protocol
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    images = _in_memory(distilled)
+    if teacher is not None and not isinstance(teacher, Teacher):
+        teacher = load_teacher(teacher)
+    test = data if isinstance(data, ImageSet) else _open_test(data, images, workers, quiet)
+    students = []
+    for seed in chosen:
+        student = train_student(
+            images,
+            test,
+            arch=arch,
+            teacher=teacher,
+            protocol=rules,
+            epochs=epochs,
+            batch_size=batch_size,
+            seed=seed,
+            autoaugment=autoaugment,
+            precision=precision,
+            device=device,
+            quiet=quiet,
+        )
+        say(
+            f"{arch} seed {seed}: top-1 {student.top1:.2f}% after epoch {student.epochs}, "
+            f"best {student.best:.2f}% after epoch {student.best_epoch + 1}",
+            quiet=quiet,
+        )
+        students.append(student)
+    per_class = torch.tensor([student.per_class for student in students], dtype=torch.float64).mean(dim=0)
+    return EvaluationResult(
+        arch=arch,
+        protocol=rules.name,
+        labels="stored" if teacher is None else "online",
+        epochs=students[0].epochs,
+        batch_size=students[0].batch_size,
+        seeds=chosen,
+        top1=[student.top1 for student in students],
+        best=[student.best for student in students],
+        per_class=per_class.tolist(),
+    )
+
+
+def _in_memory(distilled: str | Path | DistilledSet | DistilledImages) -> DistilledImages:
+    """The whole distilled set as tensors."""
+    if isinstance(distilled, DistilledImages):
+        return distilled
+    from ddfast.data.distilled import DistilledSet
+
+    opened = distilled if isinstance(distilled, DistilledSet) else DistilledSet(distilled)
+    items = [opened[place] for place in range(len(opened))]
+    soft_labels = opened.soft_labels
+    return DistilledImages(
+        images=torch.stack([item[0] for item in items]),
+        labels=torch.tensor([int(item[1]) for item in items]),
+        class_names=opened.class_names,
+        mean=opened.mean,
+        std=opened.std,
+        factor=1 if soft_labels is None else math.isqrt(soft_labels.shape[1]),
+        soft_labels=soft_labels,
+        temperature=opened.temperature,
+    )
+
+
+def _open_test(data: str | Path, images: DistilledImages, workers: int | None, quiet: bool) -> ImageSet:
+    from ddfast.data import open_source
+
+    source = open_source(data, "test")
+    if list(source.class_names) != list(images.class_names):
+        raise UsageError(
+            f"{data} has {len(source.class_names)} classes that are not the distilled set's "
+            f"{images.num_classes}, or stand in another order: give the data it was distilled from"
+        )
+    return read_test_set(source, images.image_size, workers=workers, quiet=quiet)
+
+
+def _deviation(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0

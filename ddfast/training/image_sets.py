@@ -1,0 +1,153 @@
+"""Decoded splits for training and testing: in memory as uint8, or decoded anew on every pass where too
+large."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ddfast.errors import UsageError
+from ddfast.ops.precision import autocast
+from ddfast.progress import Progress, say
+from ddfast.training.augmentation import normalize
+
+if TYPE_CHECKING:
+    from ddfast.data.sources import Source
+
+MEMORY_LIMIT = 4 << 30  # bytes of decoded training images that are held at once
+EVALUATION_BATCH = 500
+
+
+@dataclass
+class ImageSet:
+    """Decoded images of one split.
+
+    Attributes:
+        images: uint8 [N, 3, S, S].
+        labels: int64 [N].
+
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batches(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and labels at `order` (int64 [M]), batch by batch."""
+        for index in order.split(batch_size):
+            yield self.images[index], self.labels[index]
+
+
+class StreamedSet:
+    """A split too large for memory: every pass decodes it again, in the order that is asked for.
+
+    Attributes:
+        bad: keys of the files that could not be decoded so far.
+
+    """
+
+    def __init__(self, source: Source, size: int, workers: int | None = None) -> None:
+        self.source, self.size, self.workers = source, size, workers
+        self.bad: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self.source.samples)
+
+    def batches(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and labels at `order`, without the files that cannot be decoded, batch by batch."""
+        from ddfast.data.loading import load
+
+        images: list[Tensor] = []
+        labels: list[int] = []
+        samples = [self.source.samples[index] for index in order.tolist()]
+        for sample, image in load(self.source, samples, self.size, workers=self.workers):
+            if not isinstance(image, Tensor):
+                self.bad.add(sample.key)
+                continue
+            images.append(image)
+            labels.append(sample.label)
+            if len(images) == batch_size:
+                yield torch.stack(images), torch.tensor(labels)
+                images, labels = [], []
+        if images:
+            yield torch.stack(images), torch.tensor(labels)
+
+
+def read_training_set(
+    source: Source,
+    size: int,
+    *,
+    workers: int | None = None,
+    quiet: bool = False,
+    memory_limit: int = MEMORY_LIMIT,
+) -> ImageSet | StreamedSet:
+    """The training split at size x size: in memory where it fits in `memory_limit` bytes, else streamed."""
+    if len(source.samples) * 3 * size * size > memory_limit:
+        say(
+            f"{len(source.samples)} images of {size} px exceed {memory_limit >> 20} MiB: decoding every pass",
+            quiet=quiet,
+        )
+        return StreamedSet(source, size, workers)
+    return _read(source, size, None, workers, quiet)
+
+
+def read_test_set(source: Source, size: int, *, workers: int | None = None, quiet: bool = False) -> ImageSet:
+    """A split as RDED tests: the shorter side resized to `size // 7 * 8`, then the centre of size x size."""
+    return _read(source, size, max(size // 7 * 8, size), workers, quiet)
+
+
+def _read(source: Source, size: int, resize: int | None, workers: int | None, quiet: bool) -> ImageSet:
+    from ddfast.data.loading import load_all
+
+    with Progress(f"decode {source.split}", len(source.samples), "images", quiet=quiet) as progress:
+        images, labels, bad = load_all(
+            source, size, resize=resize, workers=workers, progress=lambda done, total: progress.advance()
+        )
+    if bad:
+        sample, reason = bad[0]
+        say(
+            f"{source.split}: left out {len(bad)} unreadable images, the first {sample.key}: {reason}",
+            quiet=quiet,
+        )
+    if not len(labels):
+        raise UsageError(
+            f"{source.name}: none of the {len(bad)} images of the {source.split} split can be decoded"
+        )
+    return ImageSet(images, labels)
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Test accuracy in percent: overall, and of each class (NaN for a class without test images)."""
+
+    top1: float
+    per_class: list[float]
+
+
+def measure_accuracy(
+    model: nn.Module,
+    test: ImageSet,
+    mean: Sequence[float],
+    std: Sequence[float],
+    device: torch.device,
+    precision: str = "float32",
+) -> Accuracy:
+    """Top-1 accuracy in eval mode, the model's mode is put back."""
+    was_training = model.training
+    model.eval()
+    predictions = []
+    with torch.inference_mode(), autocast(precision, device):
+        for images in test.images.split(EVALUATION_BATCH):
+            predictions.append(model(normalize(images.to(device), mean, std)).argmax(dim=1).cpu())
+    model.train(was_training)
+    correct = torch.cat(predictions) == test.labels
+    classes = int(test.labels.max()) + 1
+    hits = torch.bincount(test.labels[correct], minlength=classes).double()
+    per_class = 100 * hits / torch.bincount(test.labels, minlength=classes)
+    return Accuracy(100 * correct.double().mean().item(), per_class.tolist())

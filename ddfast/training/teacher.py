@@ -1,0 +1,427 @@
+"""Train a teacher on a labelled image set, with checkpoints on the way and a run that survives being killed.
+
+Every random draw of an epoch comes from a generator keyed by (seed, purpose, epoch), so the state after an
+epoch is the weights, the optimiser's buffers and the epoch's number; resuming from it gives the bytes of an
+undisturbed run on the same machine with the same number of threads.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddfast.data.files import atomic_write_bytes
+from ddfast.errors import BadImage, UsageError
+from ddfast.models.normalization import Normalization, normalization
+from ddfast.models.registry import create_model
+from ddfast.models.teacher import Teacher, load_teacher, read_tensors, save_teacher, serialize_tensors
+from ddfast.ops.precision import PRECISIONS, autocast, resolve_precision
+from ddfast.progress import Progress, say
+from ddfast.training.augmentation import (
+    normalize,
+    random_crop_flip,
+    random_flip,
+    random_resized_boxes,
+    resize_boxes,
+)
+from ddfast.training.device import resolve_device
+from ddfast.training.image_sets import (
+    ImageSet,
+    StreamedSet,
+    measure_accuracy,
+    read_test_set,
+    read_training_set,
+)
+from ddfast.training.seeding import generator, seeded
+
+if TYPE_CHECKING:
+    from ddfast.data.sources import Source
+
+OPTIMIZERS = ("sgd", "adamw")
+SCHEDULES = ("cosine", "constant")
+AUGMENTATIONS = ("crop-flip", "rrc-flip", "flip", "none")
+SMALL_IMAGE = 64  # pixels: up to here crop-flip, above it rrc-flip
+STATE_FORMAT = "ddfast-training-state-1"
+STATE_KEY = "ddfast_training_state"
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """How a teacher is trained. Two runs with equal configurations and data write equal files.
+
+    Attributes:
+        arch: name for `create_model`.
+        epochs: passes over the training split.
+        image_size: side in pixels.
+        arch_options: keyword arguments of `create_model`.
+        optimizer: "sgd" (momentum, Nesterov off) or "adamw".
+        lr: learning rate at the start. None: 0.05 for ConvNets and 0.1 for others with SGD, 0.001 with AdamW.
+        schedule: "cosine" (to 0 over all steps) or "constant".
+        batch_size: images a step; a last batch of one image is left out (BatchNorm).
+        weight_decay: on every parameter.
+        momentum: of SGD.
+        seed: of the initial weights, the order of the images and the augmentation.
+        precision: "float32", or "auto": bfloat16 autocast where the hardware has it.
+        augment: "crop-flip" (black padding of 4 px, random crop, mirror), "rrc-flip" (RandomResizedCrop of
+            scale (0.08, 1), mirror), "flip" or "none". None: crop-flip up to 64 px, rrc-flip above.
+        normalization: name or (mean, std).
+
+    """
+
+    arch: str
+    epochs: int
+    image_size: int
+    arch_options: dict[str, Any] = field(default_factory=dict)
+    optimizer: str = "sgd"
+    lr: float | None = None
+    schedule: str = "cosine"
+    batch_size: int = 128
+    weight_decay: float = 5e-4
+    momentum: float = 0.9
+    seed: int = 0
+    precision: str = "float32"
+    augment: str | None = None
+    normalization: str | Normalization = "imagenet"
+
+    def resolved(self) -> TeacherConfig:
+        """The same with every default filled in.
+
+        Raises:
+            UsageError: an unknown choice, or a number out of range.
+
+        """
+        for name, value, known in (
+            ("optimizer", self.optimizer, OPTIMIZERS),
+            ("schedule", self.schedule, SCHEDULES),
+            ("precision", self.precision, PRECISIONS),
+            ("augment", self.augment, (None, *AUGMENTATIONS)),
+        ):
+            if value not in known:
+                raise UsageError(
+                    f"unknown {name} {value!r}; known: {', '.join(map(str, filter(None, known)))}"
+                )
+        for name, number, least in (
+            ("epochs", self.epochs, 1),
+            ("batch_size", self.batch_size, 2),
+            ("image_size", self.image_size, 1),
+        ):
+            if number < least:
+                raise UsageError(f"{name} must be at least {least}, got {number}")
+        if self.lr is not None and not self.lr > 0:
+            raise UsageError(f"lr must be positive, got {self.lr}")
+        lr = self.lr
+        if lr is None:
+            lr = 1e-3 if self.optimizer == "adamw" else 0.05 if self.arch.startswith("convnet") else 0.1
+        augment = self.augment or ("crop-flip" if self.image_size <= SMALL_IMAGE else "rrc-flip")
+        try:
+            mean_std = normalization(self.normalization)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        return replace(self, lr=lr, augment=augment, normalization=mean_std)
+
+    @property
+    def mean_std(self) -> Normalization:
+        """Per-channel mean and standard deviation."""
+        return normalization(self.normalization)
+
+    @property
+    def stored_size(self) -> int:
+        """Side in pixels of the images to augment: RandomResizedCrop cuts from somewhat larger ones."""
+        return (
+            max(self.image_size // 7 * 8, self.image_size) if self.augment == "rrc-flip" else self.image_size
+        )
+
+
+def train_teacher(
+    data: str | Path,
+    *,
+    out: str | Path,
+    image_size: int | None = None,
+    checkpoint_epochs: Sequence[int] = (),
+    device: str = "auto",
+    workers: int | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+    **settings: Any,
+) -> Teacher:
+    """Train a network on the training split of `data` and write a teacher file to `out`.
+
+    The test split, where there is one, is read after every epoch; the accuracy of the last epoch, in float32,
+    stands in the file as `top1`. Images that cannot be decoded are left out and counted.
+
+    Args:
+        data: an image folder, archive or named set, as `ddfast.data.open_source` takes it.
+        out: the teacher file, `.safetensors`. Checkpoints stand beside it as `<stem>-epoch<N>.safetensors`.
+        image_size: side in pixels; None: the shorter side of the first training image, at most 224.
+        checkpoint_epochs: epochs after which a checkpoint is written.
+        device: "auto", "cpu" or "cuda".
+        workers: decoding workers; None: the loader's default.
+        resume: continue a killed run from its last whole epoch; starts where there is nothing to continue,
+            and returns at once where `out` was finished by the same configuration.
+        quiet: print nothing.
+        settings: the other fields of `TeacherConfig`; `arch` and `epochs` are required.
+
+    Raises:
+        UsageError: bad arguments or data, or with `resume` a run of another configuration.
+
+    """
+    from ddfast.data import open_source
+
+    out = Path(out)
+    if out.suffix != ".safetensors":
+        raise UsageError(f"the teacher file must end in .safetensors, got {out}")
+    source = open_source(data, "train")
+    config = TeacherConfig(image_size=image_size or _native_size(source), **settings).resolved()
+    options: dict[str, Any] = {
+        "class_names": source.class_names,
+        "out": out,
+        "checkpoint_epochs": checkpoint_epochs,
+        "data_fingerprint": source.fingerprint(),
+        "device": device,
+        "resume": resume,
+        "quiet": quiet,
+    }
+    if resume and out.is_file():
+        return _finished(out, _identity(config, options["data_fingerprint"]))
+    try:
+        test_source = open_source(data, "test")
+    except UsageError:
+        say("no test split: accuracy is not measured", quiet=quiet)
+        test = None
+    else:
+        if test_source.class_names != source.class_names:
+            raise UsageError(f"{data}: the test split's classes differ from the training split's")
+        test = read_test_set(test_source, config.image_size, workers=workers, quiet=quiet)
+    train = read_training_set(source, config.stored_size, workers=workers, quiet=quiet)
+    return fit_teacher(train, test, config, **options)
+
+
+def fit_teacher(
+    train: ImageSet | StreamedSet,
+    test: ImageSet | None,
+    config: TeacherConfig,
+    *,
+    class_names: Sequence[str],
+    out: Path,
+    checkpoint_epochs: Sequence[int] = (),
+    data_fingerprint: str = "",
+    device: str = "auto",
+    resume: bool = False,
+    quiet: bool = False,
+) -> Teacher:
+    """`train_teacher` on decoded sets: training images of `config.stored_size`, test images of `image_size`.
+
+    `data_fingerprint` names the data in the file and in the check of a resumed run.
+    """
+    config = config.resolved()
+    where = resolve_device(device)
+    dtype = resolve_precision(config.precision, where)
+    if wrong := sorted(epoch for epoch in checkpoint_epochs if not 1 <= epoch <= config.epochs):
+        raise UsageError(
+            f"checkpoint epochs must lie in 1..{config.epochs}, got {', '.join(map(str, wrong))}"
+        )
+    if len(train) < 2:
+        raise UsageError(f"training needs at least 2 images, got {len(train)}")
+    mean, std = config.mean_std
+    identity = _identity(config, data_fingerprint)
+    model = _initial_model(config, len(class_names))
+    model = model.to(device=where).to(memory_format=torch.channels_last)
+    optimizer = _optimizer(model, config)
+    state_file = out.with_suffix(".state")
+    epochs_done = _restore(state_file, identity, model, optimizer) if resume and state_file.is_file() else 0
+    facts = {
+        "training": identity,
+        "arithmetic": str(dtype or torch.float32).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }
+
+    def write(path: Path, epoch: int) -> None:
+        top1 = None if test is None else round(measure_accuracy(model, test, mean, std, where).top1, 4)
+        save_teacher(
+            path,
+            model,
+            arch=config.arch,
+            class_names=class_names,
+            image_size=config.image_size,
+            mean=mean,
+            std=std,
+            arch_options=config.arch_options,
+            top1=top1,
+            epoch=epoch,
+            **facts,
+        )
+        reached = "" if top1 is None else f", test top-1 {top1:.2f}%"
+        say(f"wrote {path}{reached}", quiet=quiet)
+
+    say(
+        f"training {config.arch} for {config.epochs} epochs on {len(train)} images of {config.image_size} px "
+        f"({where.type}, {facts['arithmetic']}, {config.optimizer} lr {config.lr:g} {config.schedule})",
+        quiet=quiet,
+    )
+    for epoch in range(epochs_done + 1, config.epochs + 1):
+        start = time.perf_counter()
+        loss = _train_epoch(model, optimizer, train, config, epoch, where, quiet)
+        rate = len(train) / (time.perf_counter() - start)
+        if not math.isfinite(loss):
+            raise UsageError(f"the loss became {loss} in epoch {epoch}: lower lr (now {config.lr:g})")
+        reached = ""
+        if test is not None and not quiet:
+            reached = (
+                f", test top-1 {measure_accuracy(model, test, mean, std, where, config.precision).top1:.2f}%"
+            )
+        say(f"epoch {epoch}/{config.epochs}: loss {loss:.4f}{reached}, {rate:.0f} images/s", quiet=quiet)
+        if epoch in checkpoint_epochs:
+            write(out.with_name(f"{out.stem}-epoch{epoch}.safetensors"), epoch)
+        if epoch < config.epochs:
+            _save_state(state_file, identity, epoch, model, optimizer)
+    write(out, config.epochs)
+    state_file.unlink(missing_ok=True)
+    return load_teacher(out)
+
+
+def _train_epoch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    train: ImageSet | StreamedSet,
+    config: TeacherConfig,
+    epoch: int,
+    device: torch.device,
+    quiet: bool,
+) -> float:
+    """One pass; returns the mean cross-entropy over its images."""
+    model.train()
+    order = torch.randperm(len(train), generator=generator(config.seed, "order", epoch))
+    draws = generator(config.seed, "augmentation", epoch)
+    steps = math.ceil(len(train) / config.batch_size)
+    mean, std = config.mean_std
+    total = torch.zeros((), device=device)
+    seen = 0
+    progress = Progress(f"epoch {epoch}/{config.epochs}", len(train), "images", quiet=quiet)
+    with seeded(config.seed, "dropout", epoch, device=device), progress:
+        for step, (images, labels) in enumerate(train.batches(order, config.batch_size)):
+            if len(labels) == 1:
+                continue
+            _set_lr(optimizer, config, (epoch - 1 + step / steps) / config.epochs)
+            inputs = normalize(_augment(images, config, draws).to(device), mean, std)
+            with autocast(config.precision, device):
+                logits = model(inputs)
+            loss = F.cross_entropy(logits.float(), labels.to(device))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            total += loss.detach() * len(labels)
+            seen += len(labels)
+            progress.advance(len(labels))
+    return total.item() / max(seen, 1)
+
+
+def _augment(images: Tensor, config: TeacherConfig, draws: torch.Generator) -> Tensor:
+    if config.augment == "crop-flip":
+        return random_crop_flip(images, draws)
+    if config.augment == "rrc-flip":
+        boxes = random_resized_boxes(len(images), images.shape[-1], draws)
+        return random_flip(resize_boxes(images, boxes, config.image_size), draws)
+    return random_flip(images, draws) if config.augment == "flip" else images
+
+
+def _set_lr(optimizer: torch.optim.Optimizer, config: TeacherConfig, progress: float) -> None:
+    """Learning rate at `progress` in [0, 1) of all steps."""
+    assert config.lr is not None
+    factor = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1.0
+    for group in optimizer.param_groups:
+        group["lr"] = config.lr * factor
+
+
+def _initial_model(config: TeacherConfig, num_classes: int) -> nn.Module:
+    try:
+        with seeded(config.seed, "weights"):
+            return create_model(config.arch, num_classes, config.image_size, **config.arch_options)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _optimizer(model: nn.Module, config: TeacherConfig) -> torch.optim.Optimizer:
+    assert config.lr is not None
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    return torch.optim.SGD(
+        model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+    )
+
+
+def _identity(config: TeacherConfig, data_fingerprint: str) -> dict[str, Any]:
+    """What decides the weights, as JSON gives it back: a resumed run must agree with it."""
+    return json.loads(json.dumps({**asdict(config), "data": data_fingerprint}))
+
+
+def _finished(out: Path, identity: dict[str, Any]) -> Teacher:
+    teacher = load_teacher(out)
+    _check_identity(out, teacher.facts.get("training", {}), identity)
+    return teacher
+
+
+def _check_identity(path: Path, held: dict[str, Any], wanted: dict[str, Any]) -> None:
+    if different := [name for name in wanted if held.get(name) != wanted[name]]:
+        name = different[0]
+        raise UsageError(
+            f"{path} belongs to a run with another {name} ({held.get(name)}, now {wanted[name]}): "
+            "give the same settings, or leave out --resume to train anew"
+        )
+
+
+def _save_state(
+    path: Path, identity: dict[str, Any], epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for index, buffers in optimizer.state_dict()["state"].items():
+        tensors |= {
+            f"optimizer.{index}.{name}": tensor for name, tensor in buffers.items() if tensor is not None
+        }
+    metadata = {STATE_KEY: {"format": STATE_FORMAT, "training": identity, "epoch": epoch}}
+    atomic_write_bytes(path, serialize_tensors(tensors, metadata))
+
+
+def _restore(path: Path, identity: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Put the state back in place and return the number of finished epochs."""
+    tensors, metadata = read_tensors(path, path.read_bytes(), what="training state")
+    header = metadata.get(STATE_KEY, {})
+    if header.get("format") != STATE_FORMAT:
+        raise UsageError(f"{path} is not a training state of this version: delete it, or leave out --resume")
+    _check_identity(path, header["training"], identity)
+    model.load_state_dict(
+        {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+    )
+    parameters = list(model.parameters())
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            index, name = int(key.split(".")[1]), key.split(".")[2]
+            # A buffer gets its parameter's memory layout, as in the run that is continued: an elementwise
+            # kernel over another layout may round differently.
+            parameter = parameters[index]
+            held = torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
+            state.setdefault(index, {})[name] = held.detach()
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    return int(header["epoch"])
+
+
+def _native_size(source: Source) -> int:
+    """Shorter side of the first training image that can be decoded, at most 224 px."""
+    from ddfast.data.decoding import decode
+
+    for sample in source.samples:
+        try:
+            image = decode(source.read(sample))
+        except BadImage:
+            continue
+        return min(image.shape[1], image.shape[2], 224)
+    raise UsageError(f"{source.name}: no training image can be decoded")
