@@ -79,8 +79,8 @@ class DistilledImages:
         return max(len(self.labels) // self.num_classes, 1)
 
     def normalized_like(self, teacher: Teacher) -> DistilledImages:
-        """The same set with the teacher's mean and standard deviation: teacher and student must share
-        them.""" return replace(self, mean=teacher.mean, std=teacher.std)
+        """The same set with the mean and deviation of its teacher: teacher and student must share them."""
+        return replace(self, mean=teacher.mean, std=teacher.std)
 
     def checked(self) -> DistilledImages:
         """Self, after a look at shapes and values.
