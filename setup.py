@@ -1,10 +1,10 @@
 """Packaging: the `kernels/` folder is installed as `ddfast.kernels`, and `csrc/*.cpp` becomes `ddfast._C`.
 
-`ddfast._C` uses only LibTorch's stable ABI (of torch 2.10) and Python's limited API (of 3.10), so that one binary
-serves every later torch and Python. torch is not a build requirement; `DDFAST_BUILD_EXT` says what to do about that:
+`ddfast._C` uses only LibTorch's stable ABI (of torch 2.10) and Python's limited API (of 3.10), so that one
+binary serves every later torch and Python. torch is not a build requirement; `DDFAST_BUILD_EXT` decides:
 
 - `auto` (default): build the extension where torch can be imported and a C++ compiler is found, else a pure
-  wheel, with one line that says why. Build isolation hides torch, so `--no-build-isolation` is what builds it.
+  wheel, with one line that says why. Build isolation hides torch; `--no-build-isolation` shows it.
 - `1`: build the extension or fail.
 - `0`: a pure wheel. Every op then runs its PyTorch reference on the CPU.
 """
@@ -26,8 +26,8 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "ddfast" / "__init__.py").r
 PYTHON_ABI = "0x030A0000"
 TORCH_ABI = "0x020A000000000000"
 COMPILER_FLAGS = ["-std=c++20", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
-# A fused multiply-add rounds once where two operations round twice. Without this flag the bits of a result would
-# depend on the CPU the compiler builds for; no flag that relaxes floating-point arithmetic is switched on.
+# A fused multiply-add rounds once where two operations round twice. Without this flag the bits of a result
+# would depend on the CPU the compiler builds for. No flag that relaxes floating-point arithmetic is given.
 COMPILER_FLAGS += ["-ffp-contract=off"]
 
 
