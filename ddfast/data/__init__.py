@@ -21,7 +21,17 @@ _LAZY = {
     "load_all": "loading",
 }
 
-__all__ = list(_LAZY)
+__all__ = [
+    "Sample",
+    "Source",
+    "decode",
+    "decode_fit",
+    "fit",
+    "load",
+    "load_all",
+    "open_source",
+    "sample_id",
+]
 
 if TYPE_CHECKING:
     from ddfast.data.decoding import decode, decode_fit, fit

@@ -1,15 +1,17 @@
-"""Bytes to pixels: every file Pillow can read becomes uint8 RGB, and every other one a `BadImage` with its reason.
+"""Bytes to pixels: what Pillow can read becomes uint8 RGB, everything else a `BadImage` with its reason.
 
 What "RGB" means for the odd modes, so that two machines and two loaders agree:
 
 - grayscale is repeated over the three channels; a 1-bit image becomes 0 and 255;
 - palettes are looked up; transparency, wherever it comes from, is composited on white;
-- CMYK is read as Adobe writes it (inverted in JPEG, which is what Pillow does) and converted without a profile;
-- 16 bits a channel keep their high byte (`value >> 8`), as libpng's strip does, in grayscale and in RGB alike;
-- 32-bit integers and floats: 0..65535 integers as 16 bits, 0..1 floats as a fraction, anything else from its own
-  minimum to its own maximum;
-- the EXIF orientation is applied; of an animation or a multi-page file the first frame is taken; ICC profiles are not
-  applied.
+- CMYK is read as Adobe writes it (inverted in JPEG, which is what Pillow does) and converted without a
+  profile;
+- 16 bits a channel keep their high byte (`value >> 8`), as libpng's strip does, in grayscale and in RGB
+  alike;
+- 32-bit integers and floats: 0..65535 integers as 16 bits, 0..1 floats as a fraction, anything else from its
+  own minimum to its own maximum;
+- the EXIF orientation is applied; of an animation or a multi-page file the first frame is taken; ICC profiles
+  are not applied.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ from torch import Tensor
 from ddfast.errors import BadImage
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM", "MPO")
-"""Pillow's names of what is opened. Nothing else is tried, whatever the file's name says (EPS would start a program)."""
+"""Pillow's names of what is opened, whatever the file is called. Others are not tried: EPS starts a program."""
 
 MAX_PIXELS = 178_956_970
 """Pixels above which an image is refused as a decompression bomb: 2^29 bytes of RGB, Pillow's own refusal."""
@@ -61,8 +63,9 @@ _TRANSPOSE = {
 _MAX_ASPECT = 16  # a longer strip is first cropped to 16:1, so that resizing cannot blow it up
 
 # What Pillow's parsers let out on malformed files; its documentation promises OSError and SyntaxError only.
-# RuntimeError stands for NotImplementedError and RecursionError as well, ArithmeticError for overflow and division by
-# zero, LookupError for missing keys and tags. A Warning is raised where the caller's filters make warnings errors.
+# RuntimeError stands for NotImplementedError and RecursionError as well, ArithmeticError for overflow and
+# division by zero, LookupError for missing keys and tags. A Warning is raised where the caller's filters make
+# warnings errors.
 _PILLOW_ERRORS = (
     OSError,
     SyntaxError,
@@ -94,8 +97,9 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Tensor:
         uint8 tensor [3, H, W], contiguous, its own memory.
 
     Raises:
-        BadImage: the file is empty, truncated, damaged, of another format, too large or in a colour space without a
-            conversion. `str(error)` is a short reason that is the same on every run and does not name the file.
+        BadImage: the file is empty, truncated, damaged, of another format, too large or in a colour space
+            without a conversion. `str(error)` is a short reason that is the same on every run and does not
+            name the file.
     """
     return _to_tensor(_open_rgb(data, max_pixels))
 
@@ -113,9 +117,10 @@ def decode_fit(data: bytes, size: int, resize: int | None = None, *, max_pixels:
 def fit(image: Tensor | Image.Image, size: int, resize: int | None = None) -> Tensor:
     """Resize the shorter side to `resize` (default `size`) and cut the central `size` x `size` square.
 
-    The resampling is Pillow's antialiased bilinear filter, and both roundings are torchvision's, so the result equals
-    `Resize(resize)` and `CenterCrop(size)` on the Pillow image bit for bit. An image that already has the size is
-    returned unchanged. A strip longer than 16:1 is first cropped to 16:1 around its centre, which bounds the memory.
+    The resampling is Pillow's antialiased bilinear filter, and both roundings are torchvision's, so the
+    result equals `Resize(resize)` and `CenterCrop(size)` on the Pillow image bit for bit. An image that
+    already has the size is returned unchanged. A strip longer than 16:1 is first cropped to 16:1 around its
+    centre, which bounds the memory.
 
     Args:
         image: uint8 RGB tensor [3, H, W] or an RGB Pillow image.
@@ -175,7 +180,8 @@ def _open_rgb(data: bytes, max_pixels: int) -> Image.Image:
     if not data:
         raise BadImage("empty file")
     if max_pixels > MAX_PIXELS and Image.MAX_IMAGE_PIXELS is not None:
-        # Pillow's own limit is a global that refuses at twice its value; it has to follow a limit raised on purpose.
+        # Pillow's own limit is a global that refuses at twice its value; it has to follow a limit raised on
+        # purpose.
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
     with _quiet_pillow():
         try:
@@ -200,7 +206,7 @@ def _open_rgb(data: bytes, max_pixels: int) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 (upright) where there is none or where the EXIF block is damaged: the pixels are still good."""
+    """EXIF orientation; 1 (upright) without one, or with damaged EXIF data, whose pixels are still good."""
     try:
         orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
     except _PILLOW_ERRORS:
@@ -217,7 +223,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return _deep_gray_to_rgb(image)
     if mode in ("LA", "PA", "RGBA") or ("transparency" in image.info and mode in ("1", "L", "P", "RGB")):
         rgba = image if mode == "RGBA" else image.convert("RGBA")
-        if rgba.getextrema()[3] == (255, 255):
+        if rgba.getchannel("A").getextrema() == (255, 255):
             return rgba.convert("RGB")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")
     return image if mode == "RGB" else image.convert("RGB")
@@ -244,7 +250,7 @@ def _stretch(values: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def _reason(error: BaseException) -> str:
-    """One short line without file names or addresses: reasons stand in the manifest and must not vary between runs."""
+    """One short line, the same on every run since it stands in the manifest: no file names, no addresses."""
     text = " ".join(str(error).split())
     text = re.sub(r"<[^<>]* at 0x[0-9a-fA-F]+>", "file", text)
     if isinstance(error, MemoryError):
@@ -257,8 +263,8 @@ def _reason(error: BaseException) -> str:
 class _PillowFilter:
     """A warnings filter that silences Pillow while at least one thread decodes.
 
-    `warnings.catch_warnings` would swap the filters of the whole process and put stale ones back when threads overlap;
-    inserting and removing one entry leaves everybody else's filters alone.
+    `warnings.catch_warnings` would swap the filters of the whole process and put stale ones back when threads
+    overlap; inserting and removing one entry leaves everybody else's filters alone.
     """
 
     entry = ("ignore", None, Warning, re.compile(r"PIL(\.|$)"), 0)

@@ -46,7 +46,7 @@ def explained(path: str | Path, needed: int | None = None) -> Iterator[None]:
         if error.errno in _NO_SPACE:
             wanted = f" (needs {megabytes(needed)})" if needed is not None else ""
             raise UsageError(
-                f"no space left on {path.parent}{wanted}: free some space, or write to another disk, and start again"
+                f"no space left on {path.parent}{wanted}: free some or choose another disk, then start again"
             ) from error
         if error.errno in _NO_ACCESS:
             raise UsageError(
@@ -58,7 +58,7 @@ def explained(path: str | Path, needed: int | None = None) -> Iterator[None]:
 
 
 def make_folder(path: str | Path) -> Path:
-    """Make a folder and its parents; an existing folder is fine. Raises `UsageError` where that is impossible."""
+    """Make a folder and its parents where they are missing. Raises `UsageError` where that is impossible."""
     path = Path(path)
     with explained(path):
         path.mkdir(parents=True, exist_ok=True)
@@ -77,8 +77,8 @@ def temporary_path(path: str | Path) -> Path:
 def atomic_path(path: str | Path, needed: int | None = None) -> Iterator[Path]:
     """Yield a temporary path in the same folder; on success it is synced to disk and renamed to `path`.
 
-    On any exception the temporary is removed and `path` is left as it was. Raises `UsageError` for a full disk, a
-    missing permission or an impossible path.
+    On any exception the temporary is removed and `path` is left as it was. Raises `UsageError` for a full
+    disk, a missing permission or an impossible path.
     """
     path = Path(path)
     temporary = temporary_path(path)
@@ -104,13 +104,13 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
-    r"""Write UTF-8 text atomically; line ends stay `\n` on every system. Errors as in `atomic_write_bytes`."""
+    r"""Write UTF-8 text atomically, with `\n` line ends on every system. Errors as `atomic_write_bytes`."""
     atomic_write_bytes(path, text.encode("utf-8"))
 
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `path`; on success it is renamed to `path`, which must not exist.
+    """Yield an empty temporary folder beside `path`; on success it becomes `path`, which must not exist.
 
     On any exception the temporary folder and what is in it are removed. Errors as in `atomic_path`.
     """
@@ -131,8 +131,9 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 def sweep_temporary(folder: str | Path) -> list[Path]:
     """Remove what a killed run left half-written anywhere under `folder`; return the removed paths, sorted.
 
-    Everything named like a temporary of `atomic_path` or `atomic_folder` goes, whoever made it: call it when no other
-    process writes there (in a distributed run: on rank 0, before the first barrier). A missing folder is empty.
+    Everything named like a temporary of `atomic_path` or `atomic_folder` goes, whoever made it: call it when
+    no other process writes there (in a distributed run: on rank 0, before the first barrier). A missing
+    folder is empty.
     """
     removed: list[Path] = []
     for parent, folders, names in os.walk(folder):
@@ -150,7 +151,7 @@ def sweep_temporary(folder: str | Path) -> list[Path]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename durable. File systems that cannot sync a folder (some network ones) refuse; that is theirs."""
+    """Make a rename durable, where the file system can (some network ones cannot)."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:

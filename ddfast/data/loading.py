@@ -96,19 +96,20 @@ def load_all(
         progress: called as `progress(done, total)` after every image, good or bad.
 
     Returns:
-        images uint8 [N, 3, size, size] and labels int64 [N] of the N images that decode, in the order of the samples,
-        and the others as (sample, reason).
+        images uint8 [N, 3, size, size] and labels int64 [N] of the N images that decode, in the order of the
+        samples, and the others as (sample, reason).
 
     Raises:
         UsageError: there is not enough memory, or the source itself failed.
     """
     samples = source.samples if samples is None else samples
     total = len(samples)
+    images_bytes = total * 3 * size * size
     try:
         images = torch.empty(total, 3, size, size, dtype=torch.uint8)
     except RuntimeError as error:
         raise UsageError(
-            f"{total} images of {size}x{size} need {total * 3 * size * size / 1e9:.1f} GB of memory, more than there is"
+            f"{total} images of {size}x{size} need {images_bytes / 1e9:.1f} GB, more memory than there is"
         ) from error
     labels = torch.empty(total, dtype=torch.int64)
     bad: list[tuple[Sample, str]] = []
@@ -129,7 +130,7 @@ def load_all(
 def _in_order(
     load_one: Callable[[Sample], Loaded], samples: Iterable[Sample], workers: int, ahead: int
 ) -> Generator[Loaded, None, None]:
-    """Map over a thread pool, in order, with at most `ahead` results in flight. Small groups share one hand-over."""
+    """Map over a thread pool, in order, `ahead` results at most in flight; small groups share a hand-over."""
     group = max(1, min(8, ahead // (2 * workers)))
     remaining = iter(samples)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="ddfast-decode")

@@ -1,0 +1,513 @@
+"""Images inside archives, read in place: zip files and WebDataset tar shards."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+import stat
+import struct
+import tarfile
+import threading
+import zipfile
+import zlib
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from ddfast.data.sources import (
+    MAX_FILE_BYTES,
+    SPLIT_FOLDERS,
+    Sample,
+    Source,
+    checked_classes,
+    is_hidden,
+    is_image,
+    keys_of,
+    one_line,
+    pick_split,
+    shown,
+    utf8,
+)
+from ddfast.errors import BadImage, UsageError
+
+_MAX_LABEL_BYTES = 1 << 20  # a .cls, .json or classes.txt larger than this is no label
+_MAX_LINK_BYTES = 4096
+_MAX_LINKS = 40  # links followed from one to the next, as Linux does
+_MAX_SHARDS = 1_000_000
+_SPLIT_NAMES = {folder for group in SPLIT_FOLDERS.values() for folder in group}
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """Where a file lies in an archive: `stored` bytes at `offset` that unpack to `size` bytes.
+
+    In a tar, `method` is None and the bytes are the file's. In a zip it is the compression method, and a
+    local header comes first.
+    """
+
+    archive: int
+    offset: int
+    stored: int
+    size: int
+    method: int | None = None
+    crc: int = 0
+    encrypted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """What an archive holds of one split."""
+
+    files: dict[str, list[str]]  # class name -> relative paths of its images
+    class_names: list[str]  # in label order
+    members: dict[str, _Member]  # key -> where
+
+
+class _ArchiveSource(Source):
+    """Files at known offsets of one or more archives. `os.pread` shares no position: reads need no lock."""
+
+    def __init__(self, paths: Sequence[Path], split: str, name: str, layout: _Layout) -> None:
+        self._paths = [path.absolute() for path in paths]
+        self._members = layout.members
+        self._descriptors: dict[int, int] = {}
+        self._lock = threading.Lock()
+        super().__init__(name, split, layout.class_names, keys_of(layout.files, layout.class_names))
+
+    def size_of(self, sample: Sample) -> int:
+        """Size of the file in bytes, unpacked."""
+        return self._members[sample.key].size
+
+    def close(self) -> None:
+        """Close the archives. No `read` may be under way."""
+        with self._lock:
+            for descriptor in self._descriptors.values():
+                os.close(descriptor)
+            self._descriptors.clear()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptors"):
+            self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_lock", "_descriptors")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock(), _descriptors={})
+
+    def _descriptor(self, archive: int) -> int:
+        with self._lock:
+            if archive not in self._descriptors:
+                path = self._paths[archive]
+                try:
+                    self._descriptors[archive] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as error:
+                    reason = os.strerror(error.errno or 0).lower()
+                    raise UsageError(f"{path} has gone away: {reason}") from error
+            return self._descriptors[archive]
+
+    def _bytes(self, archive: int, offset: int, size: int) -> bytes:
+        descriptor = self._descriptor(archive)
+        parts: list[bytes] = []
+        try:
+            while size > 0:
+                part = os.pread(descriptor, size, offset)
+                if not part:
+                    raise BadImage("the archive ends within the file")
+                parts.append(part)
+                offset += len(part)
+                size -= len(part)
+        except OSError as error:
+            raise BadImage(f"cannot be read: {os.strerror(error.errno or 0).lower()}") from error
+        return b"".join(parts)
+
+    def read(self, sample: Sample) -> bytes:
+        """The file's bytes, unpacked. `BadImage` for a damaged one, `UsageError` if the archive is gone."""
+        member = self._members[sample.key]
+        if max(member.size, member.stored) > MAX_FILE_BYTES:
+            raise BadImage(f"file of {member.size} bytes, more than the limit of {MAX_FILE_BYTES}")
+        if member.encrypted:
+            raise BadImage("encrypted in the archive")
+        if member.method is None:
+            return self._bytes(member.archive, member.offset, member.size)
+        # The local header repeats the name, and its extra field may differ from the central directory's.
+        header = self._bytes(member.archive, member.offset, 30)
+        if header[:4] != b"PK\x03\x04":
+            raise BadImage("damaged in the archive: no local header")
+        name_length, extra_length = struct.unpack("<HH", header[26:30])
+        start = member.offset + 30 + name_length + extra_length
+        data = _unpacked(self._bytes(member.archive, start, member.stored), member)
+        if zlib.crc32(data) != member.crc:
+            raise BadImage("damaged in the archive: wrong checksum")
+        return data
+
+
+def _unpacked(data: bytes, member: _Member) -> bytes:
+    if member.method == zipfile.ZIP_STORED:
+        return data
+    if member.method != zipfile.ZIP_DEFLATED:
+        raise BadImage(f"packed with zip method {member.method}; wanted stored or deflated")
+    unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        data = unpacker.decompress(data, member.size + 1)
+    except zlib.error as error:
+        raise BadImage(f"damaged in the archive: {one_line(error)}") from error
+    if len(data) != member.size:
+        raise BadImage(f"damaged in the archive: not the {member.size} bytes it should have")
+    return data
+
+
+class ZipSource(_ArchiveSource):
+    """An ImageFolder in a zip. Its files are stored or deflated, as packers do unless told otherwise."""
+
+    def __init__(self, path: Path, split: str, name: str) -> None:
+        """Read the central directory. Raises `UsageError` as `open_source` does."""
+        tree = _Tree(name)
+        try:
+            with zipfile.ZipFile(path) as archive:
+                for info in archive.infolist():
+                    if info.is_dir():
+                        tree.add_folder(info.filename)
+                    elif stat.S_ISLNK(info.external_attr >> 16) and info.file_size <= _MAX_LINK_BYTES:
+                        tree.add_link(info.filename, archive.read(info).decode("utf-8", "replace"))
+                    else:
+                        tree.add(
+                            info.filename,
+                            _Member(
+                                archive=0,
+                                offset=info.header_offset,
+                                stored=info.compress_size,
+                                size=info.file_size,
+                                method=info.compress_type,
+                                crc=info.CRC,
+                                encrypted=bool(info.flag_bits & 1),
+                            ),
+                        )
+        except PermissionError:
+            raise
+        except (  # RuntimeError: an encrypted link, or a method that zipfile does not have
+            zipfile.BadZipFile,
+            zlib.error,
+            struct.error,
+            OSError,
+            EOFError,
+            ValueError,
+            RuntimeError,
+            ArithmeticError,
+            LookupError,
+        ) as error:
+            raise UsageError(f"cannot read {name}: damaged zip ({one_line(error)}); copy it again") from error
+        super().__init__([path], split, name, tree.layout(split))
+
+
+class TarSource(_ArchiveSource):
+    """WebDataset shards: the ImageFolder layout, or pairs of an image and its label."""
+
+    def __init__(self, paths: Sequence[Path], split: str, name: str) -> None:
+        """Scan the shards' headers. Raises `UsageError` as `open_source` does."""
+        tree = _Tree(name)
+        labels: dict[str, bytes] = {}  # "key.cls" or "key.json" -> its content
+        names_file: bytes | None = None
+        for index, path in enumerate(paths):
+            for info, member in _tar_members(path, index):
+                inside = tree.check(utf8(info.name))
+                if info.isdir():
+                    tree.add_folder(inside)
+                elif info.issym():
+                    tree.add_link(inside, utf8(info.linkname))
+                elif info.islnk():  # named from the archive's root
+                    tree.add_link(inside, utf8(info.linkname), base="")
+                elif member is not None:
+                    tree.add(inside, member, once=is_image(inside))
+                    if member.size <= _MAX_LABEL_BYTES and inside.endswith((".cls", ".json")):
+                        labels[inside] = _file_bytes(path, member)
+                    elif member.size <= _MAX_LABEL_BYTES and inside.rpartition("/")[2] == "classes.txt":
+                        names_file = _file_bytes(path, member)
+        beside = paths[0].parent / "classes.txt"
+        if names_file is None and beside.is_file():
+            names_file = beside.read_bytes()
+        paired = tree.is_paired(labels)
+        layout = tree.paired_layout(labels, names_file, split) if paired else tree.layout(split)
+        super().__init__(paths, split, name, layout)
+
+
+def _file_bytes(path: Path, member: _Member) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(member.offset)
+        return file.read(member.size)
+
+
+def _tar_members(path: Path, index: int) -> Iterator[tuple[tarfile.TarInfo, _Member | None]]:
+    """Every member of a shard; None unless it is a plain file. Raises `UsageError` for a damaged tar."""
+    total = path.stat().st_size
+    try:
+        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            while (info := archive.next()) is not None:
+                member = None
+                if info.isreg():
+                    if info.issparse() or info.offset_data + info.size > total:
+                        what = "a sparse file" if info.issparse() else "the archive ends within a file"
+                        raise UsageError(
+                            f"cannot read {path}: {what} ({shown([utf8(info.name)])}); make it again"
+                        )
+                    member = _Member(archive=index, offset=info.offset_data, stored=info.size, size=info.size)
+                archive.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
+                yield info, member
+            file.seek(
+                archive.offset
+            )  # tarfile takes a damaged header for the end: the end is zeros, or no more bytes
+            if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                raise UsageError(
+                    f"cannot read {path}: damaged tar header at byte {archive.offset}; make it again"
+                )
+    except PermissionError:
+        raise
+    except (
+        tarfile.TarError,
+        OSError,
+        EOFError,
+        ValueError,
+        LookupError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
+        raise UsageError(
+            f"cannot read {path}: not an uncompressed tar, or damaged ({one_line(error)}); make it again"
+        ) from error
+
+
+def find_shards(pattern: str) -> list[Path]:
+    """Expand `{000..003}`, `{a,b}` and globs to existing .tar files. `UsageError` for a missing shard."""
+    paths: list[Path] = []
+    for expanded in _braces(pattern):
+        if glob.has_magic(expanded):
+            found = sorted(Path(match) for match in glob.glob(expanded, recursive=True))
+            if not found:
+                raise UsageError(f"no shard matches {expanded}")
+            paths += found
+        else:
+            paths.append(Path(expanded))
+    missing = [os.fspath(path) for path in paths if not path.is_file()]
+    if missing:
+        raise UsageError(f"no such shard: {shown(missing)}")
+    wrong = [os.fspath(path) for path in paths if path.suffix.lower() != ".tar"]
+    if wrong:
+        raise UsageError(f"shards must be uncompressed .tar files, got {shown(wrong)}")
+    return list(dict.fromkeys(paths))
+
+
+def _braces(pattern: str) -> list[str]:
+    choices: list[Sequence[str]] = []
+    count = 1
+    for position, part in enumerate(re.split(r"\{([^{}]*)\}", pattern)):
+        numbers = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", part)
+        if position % 2 == 0:
+            choices.append([part])
+        elif numbers:
+            first, last = int(numbers[1]), int(numbers[2])
+            count *= last - first + 1
+            if not 0 < count <= _MAX_SHARDS:
+                raise UsageError(f"shard range {{{part}}} must run upwards, to at most {_MAX_SHARDS} shards")
+            choices.append([f"{number:0{len(numbers[1])}d}" for number in range(first, last + 1)])
+        else:
+            choices.append(part.split(","))
+            count *= len(choices[-1])
+            if count > _MAX_SHARDS:
+                raise UsageError(f"{pattern} names more than {_MAX_SHARDS} shards")
+    return ["".join(combination) for combination in product(*choices)]
+
+
+class _Tree:
+    """The files of an archive, or of several, as one tree of checked paths."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._members: dict[str, _Member] = {}
+        self._folders: set[str] = set()  # those stored in their own right, which may be empty
+        self._links: dict[str, str] = {}
+
+    def check(self, name: str) -> str:
+        """The path without `.` and double slashes. Raises `UsageError` for one that points outside."""
+        parts = re.split(r"[/\\]", name)
+        if name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:[/\\]", name) or ".." in parts or "\0" in name:
+            raise UsageError(f"{self.name} has a member that points outside of it: {shown([name])}; refused")
+        return "/".join(part for part in name.split("/") if part not in ("", "."))
+
+    def add_folder(self, name: str) -> None:
+        """A folder of its own."""
+        self._folders.add(self.check(name))
+
+    def add(self, name: str, member: _Member, once: bool = False) -> None:
+        """A file. Of two of one name the last counts, as when unpacking; `once` makes that a `UsageError`."""
+        inside = self.check(name)
+        if once and inside in self._members:
+            raise UsageError(f"{self.name} has {shown([inside])} twice; names must be unique over all shards")
+        self._members[inside] = member
+
+    def add_link(self, name: str, target: str, base: str | None = None) -> None:
+        """A link, relative to `base` (default: the folder it stands in). `UsageError` if it leads outside."""
+        inside = self.check(name)
+        place = (inside.rpartition("/")[0] if base is None else base).split("/")
+        place = [part for part in place if part]
+        outside = target.startswith(("/", "\\"))
+        for part in target.split("/"):
+            if part == "..":
+                outside = outside or not place
+                place = place[:-1]
+            elif part not in ("", "."):
+                place.append(part)
+        if outside:
+            raise UsageError(f"{self.name} has a link that points outside of it: {shown([name])}; refused")
+        self._links[inside] = "/".join(place)
+
+    def _visible(self) -> dict[str, _Member]:
+        """Files and links to files, without those that are hidden or stand in a hidden folder."""
+        members = dict(self._members)
+        for link, target in self._links.items():
+            for _ in range(_MAX_LINKS):  # of a circle of links nothing remains
+                target = self._links.get(target, target)
+            if target in self._members:
+                members[link] = self._members[target]
+        return {path: member for path, member in members.items() if not _in_hidden(path)}
+
+    def _all_folders(self, paths: Iterable[str]) -> set[str]:
+        """Every visible folder: those stored, those that files stand in, and their parents."""
+        folders: set[str] = set()
+        stored = (folder for folder in self._folders if not _in_hidden(folder))
+        for folder in (*stored, *(path.rpartition("/")[0] for path in paths)):
+            while folder and folder not in folders:
+                folders.add(folder)
+                folder = folder.rpartition("/")[0]
+        return folders
+
+    def layout(self, split: str) -> _Layout:
+        """One split of the ImageFolder layout. Raises `UsageError` as `open_source` does."""
+        visible = self._visible()
+        children: dict[str, set[str]] = defaultdict(
+            set
+        )  # "train/" -> the folders in it, "" -> those at the top
+        for path in self._all_folders(visible):
+            parent, slash, child = path.rpartition("/")
+            children[parent + slash].add(child)
+        root = ""
+        if len(children[""]) == 1 and not children[""] & _SPLIT_NAMES:
+            (common,) = children[""]
+            root = f"{common}/" if children[f"{common}/"] else ""
+        folder = pick_split(children[root], split, self.name)
+        prefix = f"{root}{folder}/" if folder else root
+        files: dict[str, list[str]] = {class_name: [] for class_name in children[prefix]}
+        members: dict[str, _Member] = {}
+        loose_images = False
+        for path, member in visible.items():
+            if path.startswith(prefix) and is_image(path):
+                key = path[len(prefix) :]
+                class_name, slash, relative = key.partition("/")
+                if slash:
+                    files[class_name].append(relative)
+                    members[key] = member
+                else:
+                    loose_images = True
+        class_names = checked_classes(
+            files,
+            f"{self.name}/{prefix}".rstrip("/"),
+            loose_images=loose_images,
+            train_classes=children[f"{root}train/"]
+            if folder != "train" and "train" in children[root]
+            else None,
+        )
+        return _Layout(files, class_names, members)
+
+    def is_paired(self, labels: Mapping[str, bytes]) -> bool:
+        """Whether labels stand beside the images: some image has a .cls, or every image has a .json."""
+        keys = [_webdataset_key(path) for path in self._visible() if is_image(path)]
+        some_class = any(f"{key}.cls" in labels for key in keys)
+        return some_class or (bool(keys) and all(f"{key}.json" in labels for key in keys))
+
+    def paired_layout(self, labels: Mapping[str, bytes], names_file: bytes | None, split: str) -> _Layout:
+        """One split of images with `key.cls` or `key.json` beside them. Raises as `open_source` does.
+
+        Of several images with one key, only that named `key.<extension>` is the sample (`key.mask.png` is
+        none).
+        """
+        said: dict[str, int | str] = {}  # path -> class number or name
+        visible = self._visible()
+        for path in visible:
+            key = _webdataset_key(path)
+            if is_image(path) and path.count(".", len(key)) == 1:
+                label = _label_of(labels.get(f"{key}.cls"), labels.get(f"{key}.json"))
+                if label is None:
+                    raise UsageError(
+                        f"{self.name} has no label for {shown([path])}: wanted a class number or name in "
+                        f'{shown([key])}.cls, or "label" in {shown([key])}.json'
+                    )
+                said[path] = label
+        names = _class_names(said.values(), names_file, self.name)
+        folders = {path.partition("/")[0] for path in said if "/" in path} & _SPLIT_NAMES
+        folder = pick_split(folders, split, self.name)
+        prefix = f"{folder}/" if folder else ""
+        files: dict[str, list[str]] = defaultdict(list)
+        members: dict[str, _Member] = {}
+        for path, label in said.items():
+            if path.startswith(prefix):
+                relative = path[len(prefix) :]
+                files[names[label]].append(relative)
+                members[f"{names[label]}/{relative}"] = visible[path]
+        train_classes = {names[label] for path, label in said.items() if path.startswith("train/")}
+        class_names = checked_classes(
+            files,
+            f"{self.name}/{folder}" if folder else self.name,
+            train_classes=train_classes if folder != "train" and train_classes else None,
+        )
+        return _Layout(files, class_names, members)
+
+
+def _in_hidden(path: str) -> bool:
+    return any(is_hidden(part) for part in path.split("/"))
+
+
+def _webdataset_key(path: str) -> str:
+    """WebDataset's key: the path up to the first dot of the file name."""
+    folder, slash, name = path.rpartition("/")
+    return folder + slash + name.partition(".")[0]
+
+
+def _label_of(cls: bytes | None, record: bytes | None) -> int | str | None:
+    """The class number or name in a .cls, else in a .json ("label_name" and "class_name" before "label")."""
+    if cls is not None:
+        text = cls.decode("utf-8", "replace").strip()
+        return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else text or None
+    try:
+        fields = json.loads(record or b"null")
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(fields, dict):
+        return None
+    for field in ("label_name", "class_name", "label", "cls"):
+        said = fields.get(field)
+        if (isinstance(said, str) and said) or (type(said) is int and 0 <= said < 10**9):
+            return said
+    return None
+
+
+def _class_names(said: Collection[int | str], names_file: bytes | None, name: str) -> dict[int | str, str]:
+    """Class name of every label. Numbers without names are padded with zeros, to sort as numbers."""
+    largest = max((label for label in said if isinstance(label, int)), default=0)
+    lines = names_file.decode("utf-8", "replace").splitlines() if names_file is not None else None
+    if lines is not None and largest >= len(lines):
+        raise UsageError(f"classes.txt of {name} has {len(lines)} lines, but class number {largest} occurs")
+    names: dict[int | str, str] = {}
+    for label in said:
+        if isinstance(label, str):
+            names[label] = label
+        else:
+            names[label] = lines[label].strip() if lines is not None else f"{label:0{len(str(largest))}d}"
+    bad = [class_name for class_name in names.values() if not class_name or "/" in class_name]
+    if bad:
+        raise UsageError(
+            f"{name} has an empty class name or one with a slash ({shown(bad)}); correct the labels"
+        )
+    return names
