@@ -1,1 +1,7 @@
-"""ddfast.attribution"""
+"""Which parts of an image carry its class: Shapley values of grid cells, and Grad-CAM beside them."""
+
+from ddfast.attribution.engine import VALUES, shapley
+from ddfast.attribution.estimators import ESTIMATORS, list_estimators
+from ddfast.attribution.grad_cam import grad_cam
+
+__all__ = ["ESTIMATORS", "VALUES", "grad_cam", "list_estimators", "shapley"]

@@ -1,0 +1,188 @@
+"""The Shapley engine: masked images through the model, their scores through the estimator's projection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ddfast.attribution.estimators import make_plan
+from ddfast.attribution.validation import (
+    check_baseline,
+    check_chunk_size,
+    check_finite,
+    check_grid,
+    check_images,
+    check_labels,
+    check_model,
+    check_scores,
+    check_seed,
+)
+from ddfast.ops import masked_batch, shapley_heatmap
+from ddfast.ops.precision import autocast, resolve_precision
+
+VALUES = ("logit", "prob", "logprob")
+DEFAULT_CHUNK_SIZE = 128
+
+Channels = Tensor | Sequence[float] | None
+
+
+@torch.no_grad()
+def shapley(
+    model: Callable[[Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    grid: int | tuple[int, int] = 4,
+    n_samples: int = 32,
+    estimator: str = "permutation",
+    value: str = "logit",
+    baseline: float | Tensor = 0.0,
+    precision: str = "float32",
+    seed: int | Tensor = 0,
+    *,
+    mean: Channels = None,
+    std: Channels = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """Shapley values of the grid cells of images: the informativeness of InfoUtil, Sec. 3.2.1.
+
+    The cells are the d players of the game v(s) = model(x masked to s)[label]; absent cells show the
+    baseline.
+
+    Args:
+        model: module in eval mode, or function, from images [n, C, H, W] to class scores [n, classes]. It is
+            given channels-last batches of its parameters' dtype (without parameters: of the images', float32
+            for uint8).
+        images: uint8 or float [B, C, H, W]. uint8 is scaled to [0, 1] first.
+        labels: int64 [B], the class whose score is attributed.
+        grid: cells per side, or (rows, columns). A grid that does not divide the image is split as evenly as
+            possible.
+        n_samples: model evaluations an image, the empty and the full image included. `exact` takes 2^d
+            instead.
+        estimator: "permutation" (antithetic pairs of orders), "paired" (constrained regression on complement
+            pairs), "kernel" (Captum's KernelShap, whose own budget is n_samples=25) or "exact" (d <= 20).
+            Formulas and smallest budgets stand in `ddfast.attribution.estimators`.
+        value: the score, "logit" (the model's output), "prob" (its softmax) or "logprob".
+        baseline: what absent cells show, after normalisation: a number, one a channel [C], an image [C, H,
+            W], or an image for each image [B, C, H, W].
+        precision: "float32", or "auto" for bfloat16 autocast where the hardware has it.
+        seed: int, one stream of coalitions for all images, or int64 [B], a stream an image.
+        mean: channel means [C] to subtract; None leaves float images as they are.
+        std: channel deviations [C] to divide by.
+        chunk_size: masked images in one forward pass, 128 by default. The last bits of phi can depend on it,
+            as on any batch size: fix it, and the composition of calls, where bytes have to agree.
+
+    Returns:
+        phi [B, d], cells in row-major order, float32 (float64 from a float64 model). It is a function of the
+        arguments alone; with a stream an image, an image's phi owes nothing to the other images of the call.
+
+    Raises:
+        ValueError: arguments that do not fit (the message says which and what is valid), a model in training
+            mode, or NaN or infinity from the model.
+    """
+    check_images(images, labels)
+    check_model(model, images)
+    rows, cols = check_grid(grid, images)
+    resolve_precision(precision, images.device)
+    if value not in VALUES:
+        raise ValueError(f"value must be one of {', '.join(VALUES)}, got {value!r}")
+    chunk = check_chunk_size(DEFAULT_CHUNK_SIZE if chunk_size is None else chunk_size)
+    baseline = check_baseline(baseline, images)
+    plan = make_plan(estimator, rows * cols, n_samples, check_seed(seed, len(images)))
+
+    game = _ImageGame(
+        model, images, labels.to(images.device), (rows, cols), value, baseline, mean, std, precision
+    )
+    phi = torch.zeros(len(images), rows * cols, dtype=torch.float64, device=images.device)
+    first = 0
+    if len(images) and not game.baseline_per_image:
+        # Nothing of an image shows in the empty coalition: one evaluation serves all.
+        coalitions, projection = plan.rows(0, 1)
+        scores = game.scores(slice(0, 1), _of(slice(0, 1), coalitions))
+        phi += game.project(slice(None), scores.expand(len(images), -1, -1), projection)
+        first = 1
+    for which, start, stop in _chunks(len(images), first, plan.size, chunk):
+        coalitions, projection = plan.rows(start, stop)
+        scores = game.scores(which, _of(which, coalitions))
+        phi[which] += game.project(which, scores, _of(which, projection))
+    game.check_finite()
+    return phi if game.dtype == torch.float64 else phi.float()
+
+
+@dataclass
+class _ImageGame:
+    """The games v(s) = f(x masked to s)_y of a batch of images (InfoUtil, Sec. 3.2.1)."""
+
+    model: Callable[[Tensor], Tensor]
+    images: Tensor
+    labels: Tensor
+    grid: tuple[int, int]
+    value: str
+    baseline: float | Tensor
+    mean: Channels
+    std: Channels
+    precision: str
+    evaluated: int = 0
+    not_finite: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.dtype = compute_dtype(self.model, self.images)
+        self.baseline_per_image = isinstance(self.baseline, Tensor) and self.baseline.dim() == 4
+
+    def scores(self, which: slice, coalitions: Tensor) -> Tensor:
+        """Class scores [b, k, classes] of the images `which` under coalitions bool [k, d] or [b, k, d]."""
+        baseline = self.baseline
+        if isinstance(baseline, Tensor) and self.baseline_per_image:
+            baseline = baseline[which]
+        masked = masked_batch(
+            self.images[which],
+            coalitions.to(self.images.device),
+            grid=self.grid,
+            baseline=baseline,
+            mean=self.mean,
+            std=self.std,
+            dtype=self.dtype,
+        )
+        with autocast(self.precision, masked.device):
+            scores = self.model(masked)
+        check_scores(scores, len(masked))
+        if self.evaluated == 0:
+            check_labels(self.labels, scores.shape[1])
+        self.evaluated += len(masked)
+        self.not_finite.append((~scores.isfinite()).any(dim=1).sum())
+        return scores.unflatten(0, (-1, coalitions.shape[-2]))
+
+    def project(self, which: slice, scores: Tensor, projection: Tensor) -> Tensor:
+        """What these scores bring to phi [b, d] of the images `which`: sum_k projection[k, i] v(scores_k)."""
+        dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+        projection = projection.to(scores.device, dtype)
+        with autocast("float32", scores.device):
+            return shapley_heatmap(scores, self.labels[which], projection, value=self.value)
+
+    def check_finite(self) -> None:
+        """Raise where a score was NaN or infinite. Read once, at the end: on a GPU every read waits."""
+        bad = int(torch.stack(self.not_finite).sum()) if self.not_finite else 0
+        check_finite(bad, self.evaluated, "masked images")
+
+
+def _chunks(images: int, first: int, size: int, chunk: int) -> Iterator[tuple[slice, int, int]]:
+    """Cut images x plan rows `first` to `size - 1` into forward passes of at most `chunk` masked images."""
+    together = max(1, chunk // (size - first))
+    for begin in range(0, images, together):
+        for start in range(first, size, chunk):
+            yield slice(begin, min(begin + together, images)), start, min(start + chunk, size)
+
+
+def _of(which: slice, rows: Tensor) -> Tensor:
+    """Plan rows for the images `which`: [k, d] serves every image, of [B, k, d] each takes its own."""
+    return rows if rows.dim() == 2 else rows[which]
+
+
+def compute_dtype(model: Callable[[Tensor], Tensor], images: Tensor) -> torch.dtype:
+    """Dtype of the model's first floating parameter, else of the images, else float32."""
+    for parameter in model.parameters() if isinstance(model, nn.Module) else ():
+        if parameter.is_floating_point():
+            return parameter.dtype
+    return images.dtype if images.is_floating_point() else torch.float32

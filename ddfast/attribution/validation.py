@@ -1,0 +1,101 @@
+"""Argument checks that the attributions share. Each raises ValueError with what was given and what fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ddfast.ops._philox import as_signed_64_bit
+
+
+def check_images(images: Tensor, labels: Tensor) -> None:
+    """Images are [B, C, H, W] uint8 or float, labels [B] int64."""
+    if images.dim() != 4 or not (images.dtype == torch.uint8 or images.is_floating_point()):
+        raise ValueError(
+            f"images must be [B, C, H, W] uint8 or float, got {list(images.shape)} {images.dtype}"
+        )
+    if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(f"labels must be [{len(images)}] int64, got {list(labels.shape)} {labels.dtype}")
+
+
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Labels [B] name classes of the model."""
+    low, high = (int(end) for end in labels.aminmax())
+    if low < 0 or high >= classes:
+        raise ValueError(f"labels must lie in 0..{classes - 1}, the classes of the model, got {low}..{high}")
+
+
+def check_scores(scores: Tensor, images: int) -> None:
+    """What the model returned for `images` images is [images, classes]."""
+    if not isinstance(scores, Tensor) or scores.dim() != 2 or len(scores) != images:
+        got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(f"the model must return class scores [{images}, classes], got {got}")
+
+
+def check_finite(bad: int, evaluated: int, what: str) -> None:
+    """None of the scores of the `evaluated` images was NaN or infinite; `bad` were."""
+    if bad:
+        raise ValueError(
+            f"the model returned NaN or infinity for {bad} of {evaluated} {what}: "
+            "check its weights, its normalisation and the images"
+        )
+
+
+def check_model(model: Callable[[Tensor], Tensor], images: Tensor) -> None:
+    """Every module is in eval mode and the parameters are where the images are."""
+    if not isinstance(model, nn.Module):
+        return
+    for name, module in model.named_modules():
+        if module.training:
+            which = f"its module {name!r}" if name else "it"
+            raise ValueError(
+                f"the model must be in eval mode, but {which} is in training mode: call model.eval()"
+            )
+    parameter = next(model.parameters(), None)
+    if parameter is not None and parameter.device != images.device:
+        raise ValueError(
+            f"images are on {images.device}, the model is on {parameter.device}: move one of them"
+        )
+
+
+def check_grid(grid: int | tuple[int, int], images: Tensor) -> tuple[int, int]:
+    """A grid of cells of at least one pixel each, as (rows, columns)."""
+    rows, cols = (grid, grid) if isinstance(grid, int) else grid
+    height, width = images.shape[-2:]
+    if not (1 <= rows <= height and 1 <= cols <= width):
+        raise ValueError(f"grid must be 1..{height} rows by 1..{width} columns for these images, got {grid}")
+    return rows, cols
+
+
+def check_chunk_size(chunk_size: int) -> int:
+    """At least one image in a forward pass."""
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1 image, got {chunk_size}")
+    return chunk_size
+
+
+def check_seed(seed: int | Tensor, images: int) -> int | Tensor:
+    """A 64-bit integer, taken as signed, or int64 [B]."""
+    if isinstance(seed, Tensor):
+        if seed.shape != (images,) or seed.dtype != torch.int64:
+            raise ValueError(f"seed must be an int or [{images}] int64, got {list(seed.shape)} {seed.dtype}")
+        return seed
+    return as_signed_64_bit(seed)
+
+
+def check_baseline(baseline: float | Tensor, images: Tensor) -> float | Tensor:
+    """A number, or [C], [C, H, W] or [B, C, H, W]; an only image [1, C, H, W] is returned as [C, H, W]."""
+    if not isinstance(baseline, Tensor) or baseline.dim() == 0:
+        return float(baseline)
+    count, channels, height, width = images.shape
+    if baseline.shape == (1, channels, height, width):
+        return baseline[0]
+    valid = ((channels,), (channels, height, width), (count, channels, height, width))
+    if tuple(baseline.shape) not in valid:
+        raise ValueError(
+            f"baseline must be a number or of shape {', '.join(str(list(shape)) for shape in valid)}, "
+            f"got {list(baseline.shape)}"
+        )
+    return baseline
