@@ -1,4 +1,8 @@
-"""Pure PyTorch references of every op: the only other implementation, correct on any device and in float64."""
+"""The fused ops in plain PyTorch: what each one means, on any device and in float64.
+
+Arguments are those of the op's schema, already validated by its public face. Every other body of an op is
+tested against the function here, which is also what runs where that body cannot.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +13,188 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ddfast.ops._grid import part_start, player_map
+from ddfast.ops._philox import QUANTILE_BITS, philox4x32
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that sums are taken in: float64 for float64, float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# --- crop_resize and grad_sq_norm_* -----------------------------------------------------------------------------------
+# --- masked_batch, shapley_heatmap and noisy_crop_boxes -----------------------------------------------------
+
+
+def masked_batch(
+    images: Tensor,
+    coalitions: Tensor,
+    baseline: Tensor,
+    mean: Tensor | None,
+    std: Tensor | None,
+    rows: int,
+    cols: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Every image under every coalition: its present players' pixels normalised, the baseline elsewhere."""
+    batch, channels, height, width = images.shape
+    count, compute = coalitions.shape[-2], masking_dtype(images, baseline, dtype)
+    players = player_map(rows, cols, height, width, images.device)
+    present = coalitions[..., players].unsqueeze(-3)  # [(B,) K, 1, H, W]
+    pixels = normalise(images, mean, std, compute).unsqueeze(1)  # [B, 1, C, H, W]
+    absent = _baseline_planes(baseline).to(compute)
+    masked = torch.empty(
+        (batch * count, channels, height, width),
+        dtype=dtype,
+        device=images.device,
+        memory_format=torch.channels_last,
+    )
+    masked.unflatten(0, (batch, count)).copy_(torch.where(present, pixels, absent))
+    return masked
+
+
+def masking_dtype(images: Tensor, baseline: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that masked_batch computes in: float64 where anything is float64, else float32."""
+    return torch.float64 if torch.float64 in (images.dtype, baseline.dtype, dtype) else torch.float32
+
+
+def normalise(images: Tensor, mean: Tensor | None, std: Tensor | None, compute: torch.dtype) -> Tensor:
+    """(x - mean) / std, channel by channel, of [..., C, H, W] images; uint8 is divided by 255 first."""
+    pixels = images.to(compute)
+    if images.dtype == torch.uint8:
+        pixels = pixels / _divisor(255, pixels)
+    if mean is not None:
+        pixels = pixels - mean.to(compute)[:, None, None]
+    if std is not None:
+        pixels = pixels / std.to(compute)[:, None, None]
+    return pixels
+
+
+def _divisor(number: int, like: Tensor) -> Tensor:
+    """`number` as a tensor, because on a GPU torch multiplies by the reciprocal of a Python number."""
+    return torch.full((), number, dtype=like.dtype, device=like.device)
+
+
+def _baseline_planes(baseline: Tensor) -> Tensor:
+    """A [C], [C, H, W] or [B, C, H, W] baseline in a shape that broadcasts against [B, K, C, H, W]."""
+    if baseline.ndim == 1:
+        return baseline[:, None, None]
+    return baseline if baseline.ndim == 3 else baseline.unsqueeze(1)
+
+
+def shapley_heatmap(outputs: Tensor, labels: Tensor, projection: Tensor, value: str) -> Tensor:
+    """phi[b, i] = sum over k of projection[(b,) k, i] * (value of coalition k for the label of image b).
+
+    Products and sums are in float64, over k in ascending order, and rounded once at the end. A product of
+    two float32 is exact there, so that the result does not depend on whether a machine fuses the two
+    operations: given the same values, every body of this op gives the same bits. In float32 the rounding
+    errors of 65,536 additions in a row would show.
+    """
+    values = coalition_values(outputs, labels, value)
+    weights = projection.to(torch.float64)
+    phi = torch.zeros(outputs.shape[0], projection.shape[-1], dtype=torch.float64, device=outputs.device)
+    for k, value_k in enumerate(values.to(torch.float64).unbind(1)):
+        phi = phi + weights[..., k, :] * value_k[:, None]
+    return phi.to(values.dtype)
+
+
+def coalition_values(outputs: Tensor, labels: Tensor, value: str) -> Tensor:
+    """[B, K] value of each coalition: the label's logit, probability or log-probability.
+
+    Computed in float64 for float64 outputs [B, K, C], else in float32.
+    """
+    logits = outputs.to(accumulation_dtype(outputs.dtype))
+    if value == "prob":
+        logits = logits.softmax(-1)
+    elif value == "logprob":
+        logits = logits.log_softmax(-1)
+    return logits.gather(-1, labels[:, None, None].expand(-1, outputs.shape[1], 1)).squeeze(-1)
+
+
+def noisy_crop_boxes(
+    phi: Tensor,
+    sample_ids: Tensor,
+    quantiles: Tensor,
+    seed: int,
+    rows: int,
+    cols: int,
+    pool: int,
+    crops: int,
+    clean_last: bool,
+    alpha: float,
+    image_height: int,
+    image_width: int,
+    crop_height: int,
+    crop_width: int,
+) -> Tensor:
+    """Boxes of the windows that win once scaled normal noise is added to the pooled heatmap.
+
+    Written out one IEEE operation at a time, in a fixed order, so that every body of this op gives the same
+    bits.
+    """
+    images, device = phi.shape[0], phi.device
+    down, across = rows - pool + 1, cols - pool + 1
+    windows = down * across
+
+    heatmap = phi.unflatten(1, (rows, cols))
+    pooled = torch.zeros(images, down, across, dtype=phi.dtype, device=device)
+    for row in range(pool):
+        for col in range(pool):
+            pooled = pooled + heatmap[:, row : row + down, col : col + across]
+    pooled = (pooled / _divisor(pool * pool, phi)).flatten(1)  # [B, windows]
+
+    mean = _sum_in_order(pooled) / _divisor(windows, phi)
+    deviations = pooled - mean[:, None]
+    variance = _sum_in_order(deviations * deviations) / _divisor(windows, phi)
+    # A float32 square root by way of float64 is correctly rounded whatever library computes it.
+    scale = torch.full_like(variance, alpha) * variance.to(torch.float64).sqrt().to(phi.dtype)
+
+    # One Philox counter for each image, crop and window.
+    counters = torch.empty(images, crops, windows, 4, dtype=torch.int64, device=device)
+    counters[..., 0] = (sample_ids & 0xFFFFFFFF)[:, None, None]
+    counters[..., 1] = (sample_ids >> 32 & 0xFFFFFFFF)[:, None, None]
+    counters[..., 2] = torch.arange(crops, device=device)[:, None]
+    counters[..., 3] = torch.arange(windows, device=device)
+    words = philox4x32(counters, seed)[..., 0]
+    noisy = pooled[:, None] + scale[:, None, None] * quantiles[words >> 32 - QUANTILE_BITS]
+    if clean_last and crops > 0:
+        noisy[:, -1] = pooled
+    best = noisy.masked_fill(noisy.isnan(), -torch.inf).argmax(-1)  # [B, crops], the first of equal values
+
+    y0 = _crop_starts(best // across, pool, rows, image_height, crop_height)
+    x0 = _crop_starts(best % across, pool, cols, image_width, crop_width)
+    return torch.stack((x0, y0, x0 + crop_width, y0 + crop_height), dim=-1).to(torch.int32)
+
+
+def _sum_in_order(values: Tensor) -> Tensor:
+    """Sum over the last dimension, added one value after another; `Tensor.sum` does not promise an order."""
+    total = torch.zeros_like(values[..., 0])
+    for value in values.unbind(-1):
+        total = total + value
+    return total
+
+
+def _crop_starts(first_part: Tensor, pool: int, parts: int, length: int, crop: int) -> Tensor:
+    """First pixels, along one axis, of crops centred on windows of `pool` parts and kept inside the image."""
+    centres = [
+        part_start(part, length, parts) + part_start(part + pool, length, parts)
+        for part in range(parts - pool + 1)
+    ]  # twice the centre of each window
+    doubled = torch.tensor(centres, device=first_part.device)[first_part]
+    return ((doubled - crop) // 2).clamp(0, length - crop)
+
+
+# --- crop_resize and grad_sq_norm_*
+# -----------------------------------------------------------------------------------
 
 
 def triangle_filter(start: float, stop: float, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Weights [size, ceil(stop) - floor(start)] that resize the interval [start, stop) of a line of pixels to `size`.
+    """Weights [size, ceil(stop) - floor(start)] that resize the interval [start, stop) of a line of pixels
+    to `size`.
 
-    Antialiased linear interpolation as torch has it: output i sits at start + scale * (i + 1/2) with
-    scale = (stop - start) / size, pixel j weighs max(0, 1 - |j + 1/2 - centre| / max(scale, 1)), and the weights of the
-    pixels floor(start) .. ceil(stop) - 1, the only ones that exist for the crop, are divided by their sum.
+    Antialiased linear interpolation as torch has it: output i sits at start + scale * (i + 1/2) with scale =
+    (stop - start) / size, pixel j weighs max(0, 1 - |j + 1/2 - centre| / max(scale, 1)), and the weights of
+    the pixels floor(start) .. ceil(stop) - 1, the only ones that exist for the crop, are divided by their
+    sum.
     """
     first, last = math.floor(start), math.ceil(stop)
     scale = torch.tensor(stop - start, dtype=dtype, device=device) / size
@@ -33,8 +204,11 @@ def triangle_filter(start: float, stop: float, size: int, dtype: torch.dtype, de
     return weights / weights.sum(1, keepdim=True)
 
 
-def crop_resize(images: Tensor, boxes: Tensor, source: Tensor, height: int, width: int, factor: int) -> Tensor:
-    """Cut box m out of images[source[m]], resize each crop alone and lay factor x factor tiles into each mosaic."""
+def crop_resize(
+    images: Tensor, boxes: Tensor, source: Tensor, height: int, width: int, factor: int
+) -> Tensor:
+    """Cut box m out of images[source[m]], resize each crop alone and lay factor x factor tiles into each
+    mosaic."""
     dtype = accumulation_dtype(images.dtype)
     tiles = images.new_empty((boxes.shape[0], images.shape[1], height, width), dtype=dtype)
     for m, ((x0, y0, x1, y1), b) in enumerate(zip(boxes.tolist(), source.tolist(), strict=True)):
@@ -50,7 +224,13 @@ def crop_resize(images: Tensor, boxes: Tensor, source: Tensor, height: int, widt
 
 
 def crop_resize_backward(
-    grad_output: Tensor, boxes: Tensor, source: Tensor, images: int, image_height: int, image_width: int, factor: int
+    grad_output: Tensor,
+    boxes: Tensor,
+    source: Tensor,
+    images: int,
+    image_height: int,
+    image_width: int,
+    factor: int,
 ) -> Tensor:
     """Transpose of `crop_resize`, which is linear in its images: [images, C, image_height, image_width]."""
     dtype = accumulation_dtype(grad_output.dtype)
@@ -89,7 +269,8 @@ def grad_sq_norm_conv2d(
     groups: int,
     bias: bool,
 ) -> Tensor:
-    """Squared norm, per sample, of the gradient of a convolution's weight [O, C / groups, kh, kw] (and bias [O])."""
+    """Squared norm, per sample, of the gradient of a convolution's weight [O, C / groups, kh, kw] (and bias
+    [O])."""
     dtype = accumulation_dtype(input.dtype)
     norms = input.new_zeros(input.shape[0], dtype=dtype)
     for b in range(input.shape[0]):
@@ -107,7 +288,8 @@ def grad_sq_norm_conv2d(
 def grad_sq_norm_norm(
     normalized: Tensor, grad_output: Tensor, first_dim: int, last_dim: int, weight: bool, bias: bool
 ) -> Tensor:
-    """Squared norm, per sample, of the gradient of a normalisation's affine parameters over dims first..last."""
+    """Squared norm, per sample, of the gradient of a normalisation's affine parameters over dims
+    first..last."""
     dtype = accumulation_dtype(normalized.dtype)
     x, g = normalized.to(dtype), grad_output.to(dtype)
     summed = [d for d in range(1, x.ndim) if not first_dim <= d <= last_dim]
