@@ -19,24 +19,53 @@ _LAZY = {
     "fit": "decoding",
     "load": "loading",
     "load_all": "loading",
+    "SCORE_SCHEMA": "table",
+    "SELECTION_SCHEMA": "table",
+    "is_readable": "table",
+    "make_table": "table",
+    "read_table": "table",
+    "read_tables": "table",
+    "to_numpy": "table",
+    "write_table": "table",
+    "DistilledSet": "distilled",
 }
 
 __all__ = [
+    "SCORE_SCHEMA",
+    "SELECTION_SCHEMA",
+    "DistilledSet",
     "Sample",
     "Source",
     "decode",
     "decode_fit",
     "fit",
+    "is_readable",
     "load",
     "load_all",
+    "make_table",
     "open_source",
+    "read_table",
+    "read_tables",
     "sample_id",
+    "to_numpy",
+    "write_table",
 ]
 
 if TYPE_CHECKING:
     from ddfast.data.decoding import decode, decode_fit, fit
+    from ddfast.data.distilled import DistilledSet
     from ddfast.data.loading import load, load_all
     from ddfast.data.sources import Sample, Source, open_source, sample_id
+    from ddfast.data.table import (
+        SCORE_SCHEMA,
+        SELECTION_SCHEMA,
+        is_readable,
+        make_table,
+        read_table,
+        read_tables,
+        to_numpy,
+        write_table,
+    )
 
 
 def __getattr__(name: str) -> Any:

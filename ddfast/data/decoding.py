@@ -45,7 +45,7 @@ from torch import Tensor
 from ddfast.errors import BadImage
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM", "MPO")
-"""Pillow's names of what is opened, whatever the file is called. Others are not tried: EPS starts a program."""
+"""Pillow's names of what is opened, whatever the file is called. EPS, which starts a program, is none."""
 
 MAX_PIXELS = 178_956_970
 """Pixels above which an image is refused as a decompression bomb: 2^29 bytes of RGB, Pillow's own refusal."""
