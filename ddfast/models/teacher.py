@@ -9,9 +9,11 @@ published weights load as well.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import pickle
 import struct
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -206,14 +208,14 @@ def _load_state_dict(
     class_names: Sequence[str] | None,
     image_size: int | None,
 ) -> Teacher:
-    import io
-
     if arch is None or class_names is None or image_size is None:
         given = {"the architecture": arch, "class_names": class_names, "image_size": image_size}
         missing = ", ".join(name for name, value in given.items() if value is None)
         raise UsageError(f"{path} is a bare state dict: it needs {missing} as well")
     try:
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about pickle protocols, ahead of the refusal below
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
         if _looks_pickled(data):
             reason = "holds Python objects, or is truncated; only tensors are read from such a file"

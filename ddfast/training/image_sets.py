@@ -4,7 +4,7 @@ large."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,11 +29,13 @@ class ImageSet:
     Attributes:
         images: uint8 [N, 3, S, S].
         labels: int64 [N].
+        bad: keys of the files that could not be decoded and are not among the N.
 
     """
 
     images: Tensor
     labels: Tensor
+    bad: set[str] = field(default_factory=set)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -47,9 +49,7 @@ class ImageSet:
 class StreamedSet:
     """A split too large for memory: every pass decodes it again, in the order that is asked for.
 
-    Attributes:
-        bad: keys of the files that could not be decoded so far.
-
+    `len` counts all files; `bad` holds the keys of those that could not be decoded so far.
     """
 
     def __init__(self, source: Source, size: int, workers: int | None = None) -> None:
@@ -119,7 +119,7 @@ def _read(source: Source, size: int, resize: int | None, workers: int | None, qu
         raise UsageError(
             f"{source.name}: none of the {len(bad)} images of the {source.split} split can be decoded"
         )
-    return ImageSet(images, labels)
+    return ImageSet(images, labels, {sample.key for sample, _ in bad})
 
 
 @dataclass(frozen=True)

@@ -191,15 +191,13 @@ def train_teacher(
         "quiet": quiet,
     }
     if resume and out.is_file():
-        return _finished(out, _identity(config, options["data_fingerprint"]))
+        return _finished(out, _identity(config, options["data_fingerprint"]), checkpoint_epochs)
     try:
         test_source = open_source(data, "test")
-    except UsageError:
-        say("no test split: accuracy is not measured", quiet=quiet)
+    except UsageError as error:
+        say(f"the accuracy will not be measured: {error}", quiet=quiet)
         test = None
     else:
-        if test_source.class_names != source.class_names:
-            raise UsageError(f"{data}: the test split's classes differ from the training split's")
         test = read_test_set(test_source, config.image_size, workers=workers, quiet=quiet)
     train = read_training_set(source, config.stored_size, workers=workers, quiet=quiet)
     return fit_teacher(train, test, config, **options)
@@ -257,6 +255,8 @@ def fit_teacher(
             arch_options=config.arch_options,
             top1=top1,
             epoch=epoch,
+            images=len(train) - (len(train.bad) if isinstance(train, StreamedSet) else 0),
+            unreadable=len(train.bad),
             **facts,
         )
         reached = "" if top1 is None else f", test top-1 {top1:.2f}%"
@@ -280,10 +280,12 @@ def fit_teacher(
             )
         say(f"epoch {epoch}/{config.epochs}: loss {loss:.4f}{reached}, {rate:.0f} images/s", quiet=quiet)
         if epoch in checkpoint_epochs:
-            write(out.with_name(f"{out.stem}-epoch{epoch}.safetensors"), epoch)
+            write(_checkpoint_path(out, epoch), epoch)
         if epoch < config.epochs:
             _save_state(state_file, identity, epoch, model, optimizer)
     write(out, config.epochs)
+    if train.bad:
+        say(f"left out {len(train.bad)} training images that cannot be decoded", quiet=quiet)
     state_file.unlink(missing_ok=True)
     return load_teacher(out)
 
@@ -363,9 +365,19 @@ def _identity(config: TeacherConfig, data_fingerprint: str) -> dict[str, Any]:
     return json.loads(json.dumps({**asdict(config), "data": data_fingerprint}))
 
 
-def _finished(out: Path, identity: dict[str, Any]) -> Teacher:
+def _checkpoint_path(out: Path, epoch: int) -> Path:
+    return out.with_name(f"{out.stem}-epoch{epoch}.safetensors")
+
+
+def _finished(out: Path, identity: dict[str, Any], checkpoint_epochs: Sequence[int]) -> Teacher:
     teacher = load_teacher(out)
     _check_identity(out, teacher.facts.get("training", {}), identity)
+    for epoch in checkpoint_epochs:
+        if not _checkpoint_path(out, epoch).is_file():
+            raise UsageError(
+                f"{out} is finished, but has no checkpoint of epoch {epoch}: leave out --resume to train anew"
+            )
+    out.with_suffix(".state").unlink(missing_ok=True)
     return teacher
 
 

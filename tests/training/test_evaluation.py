@@ -1,0 +1,98 @@
+import json
+import statistics
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ddfast.errors import UsageError
+from ddfast.training import DistilledImages, EvaluationResult, evaluate, fit_teacher, train_student
+from ddfast.training.teacher import TeacherConfig
+from tests.training.conftest import CLASSES, SIZE, render
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@pytest.fixture(scope="module")
+def distilled():
+    images = render(8, seed=11)
+    soft = torch.nn.functional.one_hot(images.labels, 3).float()[:, None] * 0.97 + 0.01
+    return DistilledImages(images.images, images.labels, CLASSES, MEAN, STD, soft_labels=soft)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory, toy_train, toy_test):
+    out = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
+    config = TeacherConfig(arch="convnet3", epochs=4, image_size=SIZE, arch_options={"width": 16})
+    return fit_teacher(toy_train, toy_test, config, class_names=CLASSES, out=out, quiet=True), out
+
+
+def test_one_student_a_seed_and_their_statistics(distilled, toy_test):
+    options = {"arch": "convnet3", "epochs": 2, "quiet": True}
+    result = evaluate(distilled, toy_test, seeds=[4, 9], **options)
+    alone = [train_student(distilled, toy_test, seed=seed, **options) for seed in (4, 9)]
+    assert result.top1 == [student.top1 for student in alone]
+    assert result.seeds == [4, 9]
+    assert result.mean == pytest.approx(statistics.fmean(result.top1))
+    assert result.std == pytest.approx(statistics.stdev(result.top1))
+    classes = [(a + b) / 2 for a, b in zip(alone[0].per_class, alone[1].per_class, strict=True)]
+    assert result.per_class == pytest.approx(classes)
+    assert (result.labels, result.protocol, result.epochs, result.batch_size) == ("stored", "rded", 2, 10)
+
+
+def test_the_last_epoch_is_the_headline_and_the_best_stands_beside_it():
+    result = EvaluationResult("a", "rded", "stored", 300, 50, [0, 1], [50.0, 53.0], [54.0, 55.0], [1.0])
+    assert str(result) == "top1 51.50 ± 2.12"
+    assert (result.best_mean, round(result.best_std, 4)) == (54.5, 0.7071)
+    one = replace(result, seeds=[0], top1=[50.0], best=[54.0], per_class=[float("nan"), 2.0])
+    assert str(one) == "top1 50.00 ± 0.00"
+    assert json.loads(json.dumps(one.as_dict(), allow_nan=False))["per_class"] == [None, 2.0]
+    assert one.as_dict()["mean"] == 50.0
+
+
+def test_best_is_the_best_of_the_tested_epochs(distilled, toy_test):
+    student = train_student(distilled, toy_test, arch="convnet3", epochs=45, batch_size=24, quiet=True)
+    assert sorted(student.curve) == [39, 44]
+    assert student.best == max(student.curve.values())
+    assert student.curve[student.best_epoch] == student.best
+    assert student.top1 == student.curve[44]
+
+
+def test_a_teacher_relabels_online(distilled, toy_folder, teacher):
+    opened, path = teacher
+    without = replace(distilled, soft_labels=None)
+    options = {"arch": "convnet3", "seeds": 1, "epochs": 2, "workers": 0, "quiet": True}
+    result = evaluate(without, toy_folder, teacher=opened, **options)
+    assert result.labels == "online"
+    assert evaluate(without, toy_folder, teacher=path, **options) == result
+    assert opened.model.blocks[0].weight.is_contiguous()  # the caller's teacher is left as it was
+
+
+def test_seeds_make_different_students_and_log_lines(distilled, toy_test, capsys):
+    result = evaluate(distilled, toy_test, arch="convnet3", seeds=2, epochs=1)
+    assert result.seeds == [0, 1]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("convnet3 seed")]
+    assert lines[0] == f"convnet3 seed 0: top-1 {result.top1[0]:.2f}% after epoch 1, best " + (
+        f"{result.best[0]:.2f}% after epoch 1"
+    )
+    assert len(lines) == 2
+
+
+def test_data_of_other_classes_is_refused(distilled, toy_folder):
+    other = replace(distilled, class_names=["a", "b", "c"])
+    with pytest.raises(UsageError, match="classes that are not the distilled set's"):
+        evaluate(other, toy_folder, arch="convnet3", workers=0, quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seeds": 0}, "at least one seed, got 0"),
+        ({"seeds": []}, "at least one seed, got 0"),
+        ({"protocol": "e-rded"}, "unknown protocol 'e-rded'; known: rded"),
+        ({"teacher": "nowhere.safetensors"}, "no teacher file nowhere.safetensors"),
+    ],
+)
+def test_bad_options_are_usage_errors(distilled, toy_test, options, message):
+    with pytest.raises(UsageError, match=message):
+        evaluate(distilled, toy_test, arch="convnet3", quiet=True, **options)
