@@ -2,8 +2,10 @@
 
 `define` declares `ddfast::<name>` once and binds its bodies to the dispatcher:
 
-- CPU:  the C++ op `ddfast_native::<name>` where the extension is loaded and accepts the arguments, else the reference;
-- CUDA: the Triton launcher `ddfast.kernels.<module>.<name>` where Triton can be imported, else the reference on the GPU;
+- CPU:  the C++ op `ddfast_native::<name>` where the extension is loaded and accepts the arguments, else the
+  reference;
+- CUDA: the Triton launcher `ddfast.kernels.<module>.<name>` where Triton can be imported, else the reference
+  on the GPU;
 - Meta: the fake, which only computes shapes.
 
 Which body an op takes on this machine, and why, is what `paths` reports and `ddfast env` prints.
@@ -78,6 +80,7 @@ def define(
     fake: Callable[..., Any],
     triton: str | None = None,
     native_accepts: Callable[..., bool] | None = None,
+    check: Callable[..., None] | None = None,
 ) -> None:
     """Declare `ddfast::<name>` and bind its bodies.
 
@@ -87,13 +90,18 @@ def define(
         reference: pure PyTorch body, correct on every device and in float64.
         fake: shape function for meta tensors and `torch.compile`.
         triton: module of `ddfast.kernels` that holds the launcher, a function called `name`.
-        native_accepts: predicate on the op's arguments; true where the C++ body serves them. None: no C++ body.
+        native_accepts: predicate on the op's arguments; true where the C++ body serves them. None: no C++
+            body.
+        check: raises ValueError for values inside tensors (an index out of range) that would make a body read
+            outside its arguments. Called on the CPU only: a GPU would have to be waited for.
     """
     op = Op(name, reference, native_accepts, triton)
     _OPS[name] = op
     LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
 
     def cpu(*args: Any, **kwargs: Any) -> Any:
+        if check is not None:
+            check(*args, **kwargs)
         if op.native_accepts is not None and native_status()[0] and op.native_accepts(*args, **kwargs):
             return getattr(torch.ops.ddfast_native, name)(*args, **kwargs)
         return op.reference(*args, **kwargs)
