@@ -34,7 +34,7 @@ from PIL import (
     GifImagePlugin,  # noqa: F401
     Image,
     JpegImagePlugin,  # noqa: F401
-    MpoImagePlugin,  # noqa: F401
+    MpoImagePlugin,  # noqa: F401 - a JPEG of several pictures
     PngImagePlugin,  # noqa: F401
     PpmImagePlugin,  # noqa: F401
     TiffImagePlugin,  # noqa: F401
@@ -44,7 +44,7 @@ from torch import Tensor
 
 from ddfast.errors import BadImage
 
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM", "MPO")
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
 """Pillow's names of what is opened, whatever the file is called. EPS, which starts a program, is none."""
 
 MAX_PIXELS = 178_956_970
