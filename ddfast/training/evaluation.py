@@ -170,16 +170,23 @@ def _in_memory(distilled: str | Path | DistilledSet | DistilledImages) -> Distil
         return distilled
     from ddfast.data.distilled import DistilledSet
 
-    opened = distilled if isinstance(distilled, DistilledSet) else DistilledSet(distilled)
-    items = [opened[place] for place in range(len(opened))]
+    opened = DistilledSet(distilled.root if isinstance(distilled, DistilledSet) else distilled)
+    images = [opened[place][0] for place in range(len(opened))]
+    wanted = (3, opened.image_size, opened.image_size)
+    for image, row in zip(images, opened.rows, strict=True):
+        if tuple(image.shape) != wanted:
+            raise UsageError(
+                f"{opened.root}: {row['file_name']} has {image.shape[2]}x{image.shape[1]} px, "
+                f"the manifest says {opened.image_size} px: distil it again"
+            )
     soft_labels = opened.soft_labels
     return DistilledImages(
-        images=torch.stack([item[0] for item in items]),
-        labels=torch.tensor([int(item[1]) for item in items]),
+        images=torch.stack(images),
+        labels=opened.labels,
         class_names=opened.class_names,
         mean=opened.mean,
         std=opened.std,
-        factor=1 if soft_labels is None else math.isqrt(soft_labels.shape[1]),
+        factor=math.isqrt(soft_labels.shape[1]),
         soft_labels=soft_labels,
         temperature=opened.temperature,
     )

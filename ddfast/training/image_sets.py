@@ -4,7 +4,7 @@ large."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,8 +42,12 @@ class ImageSet:
 
     def batches(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Images and labels at `order` (int64 [M]), batch by batch."""
-        for index in order.split(batch_size):
+        for index in order.to(self.images.device).split(batch_size):
             yield self.images[index], self.labels[index]
+
+    def on(self, device: torch.device) -> ImageSet:
+        """The same set in the memory of `device`."""
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
 
 class StreamedSet:
@@ -141,13 +145,14 @@ def measure_accuracy(
     """Top-1 accuracy in eval mode, the model's mode is put back."""
     was_training = model.training
     model.eval()
-    predictions = []
+    outputs = []
     with torch.inference_mode(), autocast(precision, device):
         for images in test.images.split(EVALUATION_BATCH):
-            predictions.append(model(normalize(images.to(device), mean, std)).argmax(dim=1).cpu())
+            outputs.append(model(normalize(images.to(device), mean, std)).cpu())
     model.train(was_training)
-    correct = torch.cat(predictions) == test.labels
-    classes = int(test.labels.max()) + 1
+    logits = torch.cat(outputs)
+    correct = logits.argmax(dim=1) == test.labels
+    classes = logits.shape[1]
     hits = torch.bincount(test.labels[correct], minlength=classes).double()
     per_class = 100 * hits / torch.bincount(test.labels, minlength=classes)
     return Accuracy(100 * correct.double().mean().item(), per_class.tolist())

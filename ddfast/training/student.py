@@ -219,7 +219,7 @@ def train_student(
             losses: list[Tensor] = []
             order = torch.randperm(len(distilled.labels), generator=generator(seed, "order", epoch))
             for index in order.split(batch_size):
-                if len(index) == 1 and len(order) > 1:
+                if len(index) == 1 < batch_size:
                     continue  # BatchNorm has no statistics of one value
                 batch = augmentation(index)
                 targets = labels(batch)

@@ -231,6 +231,8 @@ def fit_teacher(
         raise UsageError(f"training needs at least 2 images, got {len(train)}")
     mean, std = config.mean_std
     identity = _identity(config, data_fingerprint)
+    if isinstance(train, ImageSet):
+        train = train.on(where)
     model = _initial_model(config, len(class_names))
     model = model.to(device=where).to(memory_format=torch.channels_last)
     optimizer = _optimizer(model, config)
@@ -323,7 +325,9 @@ def _train_epoch(
             total += loss.detach() * len(labels)
             seen += len(labels)
             progress.advance(len(labels))
-    return total.item() / max(seen, 1)
+    if not seen:
+        raise UsageError(f"none of the {len(train)} training images can be decoded")
+    return total.item() / seen
 
 
 def _augment(images: Tensor, config: TeacherConfig, draws: torch.Generator) -> Tensor:

@@ -5,6 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ddfast.data.distilled import (
+    DistilledSet,
+    Tile,
+    image_path,
+    metadata_row,
+    write_image,
+    write_metadata,
+    write_soft_labels,
+)
 from ddfast.errors import UsageError
 from ddfast.training import DistilledImages, EvaluationResult, evaluate, fit_teacher, train_student
 from ddfast.training.teacher import TeacherConfig
@@ -66,6 +75,52 @@ def test_a_teacher_relabels_online(distilled, toy_folder, teacher):
     assert result.labels == "online"
     assert evaluate(without, toy_folder, teacher=path, **options) == result
     assert opened.model.blocks[0].weight.is_contiguous()  # the caller's teacher is left as it was
+
+
+@pytest.fixture
+def distilled_folder(tmp_path):
+    """Four images of 2 x 2 tiles each, 32 px, as `distill` writes them."""
+    draws = torch.Generator().manual_seed(0)
+    labels = [0, 1, 2, 2]
+    images = torch.randint(0, 256, (4, 3, 32, 32), generator=draws, dtype=torch.uint8)
+    soft = torch.softmax(torch.randn(4, 4, 3, generator=draws), dim=2)
+    rows = []
+    for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+        write_image(tmp_path / image_path(label, CLASSES[label], index), image)
+        tiles = [Tile("across/0.png", (0, 0, 16, 16))] * 4
+        rows.append(metadata_row(label, CLASSES[label], index, tiles))
+    write_metadata(tmp_path, rows)
+    write_soft_labels(tmp_path, soft, temperature=20.0)
+    manifest = {
+        "format_version": 1,
+        "complete": True,
+        "class_names": CLASSES,
+        "image_size": 32,
+        "mean": MEAN,
+        "std": STD,
+        "counts": {"images": 4},
+    }
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    return tmp_path, images, torch.tensor(labels), soft
+
+
+def test_a_folder_is_evaluated_as_its_images_in_memory(distilled_folder, toy_folder):
+    root, images, labels, soft = distilled_folder
+    memory = DistilledImages(
+        images, labels, CLASSES, MEAN, STD, factor=2, soft_labels=soft.half().float(), temperature=20.0
+    )
+    options = {"arch": "convnet3", "seeds": 2, "epochs": 3, "workers": 0, "quiet": True}
+    expected = evaluate(memory, toy_folder, **options)
+    assert evaluate(root, toy_folder, **options) == expected
+    assert evaluate(DistilledSet(root, transform=lambda picture: picture), toy_folder, **options) == expected
+    assert expected.batch_size == 3
+
+
+def test_an_image_of_another_size_in_the_folder_is_refused(distilled_folder, toy_folder):
+    root, images, _, _ = distilled_folder
+    write_image(root / image_path(0, CLASSES[0], 0), images[0, :, :16])
+    with pytest.raises(UsageError, match=r"000000.png has 32x16 px, the manifest says 32 px"):
+        evaluate(root, toy_folder, arch="convnet3", workers=0, quiet=True)
 
 
 def test_seeds_make_different_students_and_log_lines(distilled, toy_test, capsys):
