@@ -1,6 +1,6 @@
 """The op layer: one documented face for each fused op `ddfast::<name>`."""
 
-from ddfast.ops import _attribution
+from ddfast.ops._attribution import masked_batch, noisy_crop_boxes, shapley_heatmap
 from ddfast.ops._crops import crop_resize
 from ddfast.ops._dispatch import paths
 from ddfast.ops._gradients import (
@@ -9,6 +9,7 @@ from ddfast.ops._gradients import (
     grad_sq_norm_linear,
     grad_sq_norm_norm,
 )
+from ddfast.ops._philox import normal_quantiles
 
 __all__ = [
     "crop_resize",
@@ -16,5 +17,9 @@ __all__ = [
     "grad_sq_norm_embedding",
     "grad_sq_norm_linear",
     "grad_sq_norm_norm",
+    "masked_batch",
+    "noisy_crop_boxes",
+    "normal_quantiles",
     "paths",
+    "shapley_heatmap",
 ]
