@@ -21,9 +21,9 @@ from ddfast.attribution.validation import (
     check_seed,
 )
 from ddfast.ops import masked_batch, shapley_heatmap
+from ddfast.ops._attribution import VALUES
 from ddfast.ops.precision import autocast, resolve_precision
 
-VALUES = ("logit", "prob", "logprob")
 DEFAULT_CHUNK_SIZE = 128
 
 Channels = Tensor | Sequence[float] | None
@@ -158,8 +158,7 @@ class _ImageGame:
         """What these scores bring to phi [b, d] of the images `which`: sum_k projection[k, i] v(scores_k)."""
         dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
         projection = projection.to(scores.device, dtype)
-        with autocast("float32", scores.device):
-            return shapley_heatmap(scores, self.labels[which], projection, value=self.value)
+        return shapley_heatmap(scores, self.labels[which], projection, value=self.value)
 
     def check_finite(self) -> None:
         """Raise where a score was NaN or infinite. Read once, at the end: on a GPU every read waits."""

@@ -86,16 +86,14 @@ def check_seed(seed: int | Tensor, images: int) -> int | Tensor:
 
 
 def check_baseline(baseline: float | Tensor, images: Tensor) -> float | Tensor:
-    """A number, or [C], [C, H, W] or [B, C, H, W]; an only image [1, C, H, W] is returned as [C, H, W]."""
-    if not isinstance(baseline, Tensor) or baseline.dim() == 0:
-        return float(baseline)
-    count, channels, height, width = images.shape
-    if baseline.shape == (1, channels, height, width):
-        return baseline[0]
-    valid = ((channels,), (channels, height, width), (count, channels, height, width))
-    if tuple(baseline.shape) not in valid:
+    """Baselines [B, C, H, W] are one an image; a single one [1, C, H, W] becomes [C, H, W] and serves all.
+
+    All other forms are `masked_batch`'s to check.
+    """
+    if not isinstance(baseline, Tensor) or baseline.dim() != 4:
+        return baseline
+    if len(baseline) not in (1, len(images)):
         raise ValueError(
-            f"baseline must be a number or of shape {', '.join(str(list(shape)) for shape in valid)}, "
-            f"got {list(baseline.shape)}"
+            f"baseline must be one image or {len(images)}, as many as the images, got {list(baseline.shape)}"
         )
-    return baseline
+    return baseline[0] if len(baseline) == 1 else baseline

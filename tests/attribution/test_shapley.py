@@ -285,7 +285,7 @@ def test_forms_of_the_baseline(seed):
                 for image, label in zip(images, labels, strict=True)
             ]
         )
-    for baseline in (colour, picture, picture[None], picture.expand(2, 3, 16, 16)):
+    for baseline in (colour, colour.view(3, 1, 1), picture, picture[None], picture.expand(2, 3, 16, 16)):
         torch.testing.assert_close(phi(baseline), expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(phi(0.5), phi(torch.full((3,), 0.5, dtype=torch.float64)), rtol=0, atol=1e-12)
     # A baseline for each image goes to its own image: the images themselves leave nothing to explain.
@@ -370,8 +370,11 @@ def test_training_mode_is_refused_by_name():
         ),
         ({"estimator": "exact", "grid": 5}, "at most 20 players"),
         ({"value": "loss"}, "value must be one of logit, prob, logprob, got 'loss'"),
-        ({"baseline": torch.zeros(2)}, r"baseline must be a number or of shape \[3\], .* got \[2\]"),
-        ({"baseline": torch.zeros(3, 3, 16, 16)}, r"got \[3, 3, 16, 16\]"),
+        ({"baseline": torch.zeros(2)}, r"baseline must be a number or \[3\], .* got \[2\]"),
+        (
+            {"baseline": torch.zeros(3, 3, 16, 16)},
+            r"baseline must be one image or 2, .* got \[3, 3, 16, 16\]",
+        ),
         ({"precision": "half"}, "precision must be one of float32, auto, got 'half'"),
         ({"seed": torch.tensor([1])}, r"seed must be an int or \[2\] int64, got \[1\]"),
         ({"seed": torch.tensor([1.0, 2.0])}, "got .*float32"),
