@@ -1,4 +1,5 @@
-"""From a heatmap to crop boxes: pool, add scaled normal noise, take the largest window, centre a box on it."""
+"""From a heatmap to crop boxes: pool, add scaled normal noise, take the largest window, centre a box on
+it."""
 
 from __future__ import annotations
 

@@ -1,0 +1,170 @@
+"""Every image under every coalition: normalise once, then write one masked copy for each coalition."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK = (
+    1024  # elements of one image a program; 8 a thread, so that a thread stores 16 bytes of half precision
+)
+PROGRAMS = 2048  # about how many programs keep the largest GPUs busy to the end
+
+
+@triton.jit
+def _divide(x, y):
+    """IEEE division: in float32, `/` alone compiles to an approximation."""
+    if x.dtype == tl.float64:
+        return x / y
+    else:
+        return tl.div_rn(x, y)
+
+
+@triton.jit
+def _masked_batch(
+    images,
+    coalitions,
+    baseline,
+    mean,
+    std,
+    masked,
+    elements,
+    height,
+    width,
+    rows,
+    cols,
+    count,
+    count_a_program,
+    coalitions_image_stride,
+    image_stride,
+    image_channel_stride,
+    image_row_stride,
+    image_col_stride,
+    baseline_image_stride,
+    baseline_channel_stride,
+    baseline_row_stride,
+    baseline_col_stride,
+    CHANNELS: tl.constexpr,
+    IMAGES_INTERLEAVED: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program owns a run of BLOCK elements of one image, in the channels-last order of the output.
+
+    It loads the run and its baseline once, normalises them in registers, and then stores one selection of the two
+    for each of its coalitions.
+
+    Bytes moved: B K C H W e written (e bytes an element of the output), B C H W read once, and the coalitions,
+    which stay in L1. Operations: four an element of an image, and for each element written a byte of the
+    coalition from L1 and a select. The writes bind: the kernel runs at the bandwidth of memory, as long as a
+    thread's stores are 16 bytes wide, for which C H W has to be a multiple of 16.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    tiles = tl.cdiv(elements, BLOCK)
+    chunks = tl.cdiv(count, count_a_program)
+    tile = (program % tiles).to(tl.int32)
+    first = ((program // tiles) % chunks).to(tl.int32) * count_a_program
+    image = program // tiles // chunks
+
+    element = tile * BLOCK + tl.arange(0, BLOCK)
+    inside = element < elements
+    channel = element % CHANNELS
+    row = element // CHANNELS // width
+    col = element // CHANNELS % width
+    player = ((row + 1) * rows - 1) // height * cols + ((col + 1) * cols - 1) // width
+
+    pixels = images + image * image_stride
+    if IMAGES_INTERLEAVED:
+        pixels += element
+    else:
+        pixels += (
+            channel.to(tl.int64) * image_channel_stride
+            + row.to(tl.int64) * image_row_stride
+            + col.to(tl.int64) * image_col_stride
+        )
+    present = tl.load(pixels, mask=inside, other=0).to(COMPUTE)
+    if images.dtype.element_ty == tl.uint8:
+        present = _divide(present, tl.full([BLOCK], 255, COMPUTE))
+    if mean is not None:
+        present -= tl.load(mean + channel).to(COMPUTE)
+    if std is not None:
+        present = _divide(present, tl.load(std + channel).to(COMPUTE))
+    present = present.to(masked.dtype.element_ty)
+
+    absent = tl.load(
+        baseline
+        + image * baseline_image_stride
+        + channel.to(tl.int64) * baseline_channel_stride
+        + row.to(tl.int64) * baseline_row_stride
+        + col.to(tl.int64) * baseline_col_stride,
+        mask=inside,
+        other=0,
+    )
+    absent = absent.to(COMPUTE).to(masked.dtype.element_ty)
+
+    cells = coalitions + image * coalitions_image_stride + player
+    for k in range(first, tl.minimum(first + count_a_program, count)):
+        keep = tl.load(cells + k * (rows * cols), mask=inside, other=0) != 0
+        tl.store(
+            masked + (image * count + k) * elements + element, tl.where(keep, present, absent), mask=inside
+        )
+
+
+def masked_batch(
+    images: torch.Tensor,
+    coalitions: torch.Tensor,
+    baseline: torch.Tensor,
+    mean: torch.Tensor | None,
+    std: torch.Tensor | None,
+    rows: int,
+    cols: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Launch the kernel; arguments and result are those of the op `ddfast::masked_batch`."""
+    batch, channels, height, width = images.shape
+    count, elements = coalitions.shape[-2], channels * height * width
+    if elements >= 2**31:
+        raise ValueError(f"images must have fewer than 2^31 elements each, got {list(images.shape[1:])}")
+    masked = torch.empty(
+        (batch * count, channels, height, width),
+        dtype=dtype,
+        device=images.device,
+        memory_format=torch.channels_last,
+    )
+    if masked.numel() == 0:
+        return masked
+    planes = baseline[:, None, None] if baseline.ndim == 1 else baseline
+    planes = planes.expand(images.shape)
+    cells = coalitions.contiguous().view(torch.uint8)
+    double = torch.float64 in (images.dtype, baseline.dtype, dtype)
+
+    # Coalitions are shared out among programs only as far as the images alone leave the GPU idle.
+    tiles = triton.cdiv(elements, BLOCK)
+    chunks = min(count, triton.cdiv(PROGRAMS, tiles * batch))
+    count_a_program = triton.cdiv(count, chunks)
+    _masked_batch[(tiles * batch * triton.cdiv(count, count_a_program),)](
+        images,
+        cells,
+        planes,
+        mean,
+        std,
+        masked,
+        elements,
+        height,
+        width,
+        rows,
+        cols,
+        count,
+        count_a_program,
+        cells.stride(0) if cells.ndim == 3 else 0,
+        *images.stride(),
+        *planes.stride(),
+        CHANNELS=channels,
+        IMAGES_INTERLEAVED=images[0].permute(1, 2, 0).is_contiguous(),
+        COMPUTE=tl.float64 if double else tl.float32,
+        BLOCK=BLOCK,
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
+    return masked

@@ -1,0 +1,132 @@
+"""From the model's outputs under all coalitions to Shapley values: gather or softmax, then the projection."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+COALITIONS = 16  # coalitions whose values a program computes at a time
+CLASSES = 256  # at most so many classes of each at a time
+
+
+@triton.jit
+def _exponential_ratio(exponent, total):
+    """exp(exponent) / total, with IEEE division."""
+    if total.dtype == tl.float64:
+        return tl.exp(exponent) / total
+    else:
+        return tl.div_rn(tl.exp(exponent), total)
+
+
+@triton.jit
+def _values(
+    logits,
+    label,
+    known,
+    classes: tl.constexpr,
+    VALUE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Values of the coalitions whose rows of logits start at the pointers `logits`; 0 where not `known`.
+
+    Two walks over the classes, the first for the largest logit and the second, from L1, for the sum: a sum
+    that is rescaled as it goes would turn a leading run of -inf into NaN.
+    """
+    labels = tl.zeros(logits.shape, tl.int64) + label
+    labelled = known & (labels >= 0) & (labels < classes)
+    target = tl.load(logits + labels, mask=labelled, other=float("nan")).to(COMPUTE)
+    if VALUE != "logit":
+        largest = tl.full(logits.shape, float("-inf"), COMPUTE)
+        for first in range(0, classes, BLOCK):
+            column = first + tl.arange(0, BLOCK)
+            inside = known[:, None] & (column < classes)[None, :]
+            tile = tl.load(logits[:, None] + column[None, :], mask=inside, other=float("-inf")).to(COMPUTE)
+            largest = tl.maximum(largest, tl.max(tile, 1))
+        total = tl.zeros(logits.shape, COMPUTE)
+        for first in range(0, classes, BLOCK):
+            column = first + tl.arange(0, BLOCK)
+            inside = known[:, None] & (column < classes)[None, :]
+            tile = tl.load(logits[:, None] + column[None, :], mask=inside, other=float("-inf")).to(COMPUTE)
+            total += tl.sum(tl.exp(tile - largest[:, None]), 1)
+        if VALUE == "prob":
+            target = _exponential_ratio(target - largest, total)
+        else:
+            target = target - largest - tl.log(total)
+    return tl.where(known, target, 0.0)
+
+
+@triton.jit
+def _shapley_heatmap(
+    outputs,
+    labels,
+    projection,
+    phi,
+    count,
+    players,
+    projection_image_stride,
+    CLASS_COUNT: tl.constexpr,
+    VALUE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program an image: values of BLOCK_K coalitions in parallel, then their share of phi in order.
+
+    Bytes moved an image: K C e read for a softmax (e bytes a logit), or K sectors of 32 bytes for plain logits,
+    and K d 4 of the projection, which all images share in L2. Operations: two exponentials and about six others a
+    logit, 2 K d in float64 for the projection. For a softmax the reads bind; for logits the latency of the launch.
+
+    The projection is not a matrix product: sums run over k in ascending order, in float64, where the product of
+    two float32 is exact, so that phi has the bits of the reference whatever is fused. One lane of `values` is
+    taken out by adding zeros to it. The number of classes is a constant, because Triton sees the alignment of
+    rows only in a divisor it knows: 1000 is a multiple of 8, and not of the 16 it looks for in a variable.
+    """
+    image = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels + image)
+    player = tl.arange(0, BLOCK_D)
+    weights = projection + image * projection_image_stride + player
+    total = tl.zeros([BLOCK_D], tl.float64)
+    lane = tl.arange(0, BLOCK_K)
+    for start in range(0, count, BLOCK_K):
+        logits = outputs + (image * count + start + lane) * CLASS_COUNT
+        values = _values(logits, label, start + lane < count, CLASS_COUNT, VALUE, COMPUTE, BLOCK_C)
+        for k in tl.static_range(BLOCK_K):
+            value = tl.sum(tl.where(lane == k, values, 0.0), 0).to(tl.float64)
+            known = player < tl.where(start + k < count, players, 0)
+            weight = tl.load(weights + (start + k) * players, mask=known, other=0.0).to(tl.float64)
+            total += weight * value
+    tl.store(phi + image * players + player, total.to(COMPUTE), mask=player < players)
+
+
+def shapley_heatmap(
+    outputs: torch.Tensor, labels: torch.Tensor, projection: torch.Tensor, value: str
+) -> torch.Tensor:
+    """Launch the kernel; arguments and result are those of the op `ddfast::shapley_heatmap`."""
+    batch, count, classes = outputs.shape
+    players = projection.shape[-1]
+    double = outputs.dtype == torch.float64
+    phi = torch.empty(batch, players, dtype=torch.float64 if double else torch.float32, device=outputs.device)
+    if phi.numel() == 0:
+        return phi
+    weights = projection.contiguous()
+    _shapley_heatmap[(batch,)](
+        outputs.contiguous(),
+        labels.contiguous(),
+        weights,
+        phi,
+        count,
+        players,
+        weights.stride(0) if weights.ndim == 3 else 0,
+        CLASS_COUNT=classes,
+        VALUE=value,
+        COMPUTE=tl.float64 if double else tl.float32,
+        BLOCK_K=COALITIONS,
+        BLOCK_C=min(CLASSES, triton.next_power_of_2(max(classes, 1))),
+        BLOCK_D=triton.next_power_of_2(players),
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
+    return phi
