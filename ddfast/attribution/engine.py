@@ -81,6 +81,7 @@ def shapley(
     Raises:
         ValueError: arguments that do not fit (the message says which and what is valid), a model in training
             mode, or NaN or infinity from the model.
+        TypeError: a baseline tensor that is not floating point.
     """
     check_images(images, labels)
     check_model(model, images)

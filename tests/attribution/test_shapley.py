@@ -389,3 +389,11 @@ def test_arguments_that_do_not_fit(changed, message):
     arguments = {"model": small_net(), "images": images, "labels": labels, **changed}
     with pytest.raises(ValueError, match=message):
         shapley(**arguments)
+
+
+def test_an_integer_baseline_is_refused():
+    images, labels = batch(1)
+    with pytest.raises(
+        TypeError, match=r"baseline must be a number or a floating-point tensor, got torch\.int64"
+    ):
+        shapley(small_net(), images, labels, baseline=torch.tensor([1, 2, 3]))
