@@ -16,9 +16,10 @@ PROGRAMS = 2048  # about how many programs keep the largest GPUs busy to the end
 def _divide(x, y):
     """IEEE division: in float32, `/` alone compiles to an approximation."""
     if x.dtype == tl.float64:
-        return x / y
+        quotient = x / y
     else:
-        return tl.div_rn(x, y)
+        quotient = tl.div_rn(x, y)
+    return quotient
 
 
 @triton.jit
@@ -52,13 +53,13 @@ def _masked_batch(
 ):
     """A program owns a run of BLOCK elements of one image, in the channels-last order of the output.
 
-    It loads the run and its baseline once, normalises them in registers, and then stores one selection of the two
-    for each of its coalitions.
+    It loads the run and its baseline once, normalises them in registers, and then stores one selection of
+    the two for each of its coalitions.
 
-    Bytes moved: B K C H W e written (e bytes an element of the output), B C H W read once, and the coalitions,
-    which stay in L1. Operations: four an element of an image, and for each element written a byte of the
-    coalition from L1 and a select. The writes bind: the kernel runs at the bandwidth of memory, as long as a
-    thread's stores are 16 bytes wide, for which C H W has to be a multiple of 16.
+    Bytes moved: B K C H W e written (e bytes an element of the output), B C H W read once, and the
+    coalitions, which stay in L1. Operations: four an element of an image, and for each element written a
+    byte of the coalition from L1 and a select. The writes bind: the kernel runs at the bandwidth of memory,
+    as long as a thread's stores are 16 bytes wide, for which C H W has to be a multiple of 16.
     """
     program = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(elements, BLOCK)

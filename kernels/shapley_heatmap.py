@@ -14,9 +14,10 @@ CLASSES = 256  # at most so many classes of each at a time
 def _exponential_ratio(exponent, total):
     """exp(exponent) / total, with IEEE division."""
     if total.dtype == tl.float64:
-        return tl.exp(exponent) / total
+        ratio = tl.exp(exponent) / total
     else:
-        return tl.div_rn(tl.exp(exponent), total)
+        ratio = tl.div_rn(tl.exp(exponent), total)
+    return ratio
 
 
 @triton.jit
@@ -75,14 +76,16 @@ def _shapley_heatmap(
 ):
     """One program an image: values of BLOCK_K coalitions in parallel, then their share of phi in order.
 
-    Bytes moved an image: K C e read for a softmax (e bytes a logit), or K sectors of 32 bytes for plain logits,
-    and K d 4 of the projection, which all images share in L2. Operations: two exponentials and about six others a
-    logit, 2 K d in float64 for the projection. For a softmax the reads bind; for logits the latency of the launch.
+    Bytes moved an image: K C e read for a softmax (e bytes a logit), or K sectors of 32 bytes for plain
+    logits, and K d 4 of the projection, which all images share in L2. Operations: two exponentials and about
+    six others a logit, 2 K d in float64 for the projection. For a softmax the reads bind; for logits the
+    latency of the launch.
 
-    The projection is not a matrix product: sums run over k in ascending order, in float64, where the product of
-    two float32 is exact, so that phi has the bits of the reference whatever is fused. One lane of `values` is
-    taken out by adding zeros to it. The number of classes is a constant, because Triton sees the alignment of
-    rows only in a divisor it knows: 1000 is a multiple of 8, and not of the 16 it looks for in a variable.
+    The projection is not a matrix product: sums run over k in ascending order, in float64, where the product
+    of two float32 is exact, so that phi has the bits of the reference whatever is fused. One lane of
+    `values` is taken out by adding zeros to it. The number of classes is a constant, because Triton sees the
+    alignment of rows only in a divisor it knows: 1000 is a multiple of 8, and not of the 16 it looks for in
+    a variable.
     """
     image = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + image)

@@ -67,25 +67,31 @@ def normal_quantiles() -> torch.Tensor:
     """Quantiles of the standard normal at the 4096 midpoints (i + 1/2) / 4096, ascending.
 
     Each is rounded to a multiple of 2^-16, far coarser than the error of any libm, so that the table has the
-    same bits on every machine. Row `word >> 20` belongs to a 32-bit word.
+    same bits on every machine. A 32-bit word stands for entry `word >> 20`.
 
     Returns:
         [4096] float32 on the CPU, a fresh copy.
     """
-    return _table("cpu").clone()
-
-
-@functools.cache
-def _table(device: torch.device | str) -> torch.Tensor:
-    count = 1 << QUANTILE_BITS
-    normal = NormalDist()
-    rounded = [round(normal.inv_cdf((index + 0.5) / count) * 65536) / 65536 for index in range(count)]
-    return torch.tensor(rounded, dtype=torch.float32, device=device)
+    return _QUANTILES.clone()
 
 
 def quantile_table(device: torch.device) -> torch.Tensor:
-    """`normal_quantiles()` on `device`, made once a device and shared: not to be written to."""
-    return _table(device)
+    """`normal_quantiles()` on `device`, copied there once and shared: not to be written to."""
+    return _QUANTILES if device.type == "cpu" else _quantiles_on(device)
+
+
+def _make_quantiles() -> torch.Tensor:
+    count, normal = 1 << QUANTILE_BITS, NormalDist()
+    rounded = [round(normal.inv_cdf((index + 0.5) / count) * 65536) / 65536 for index in range(count)]
+    return torch.tensor(rounded, dtype=torch.float32)
+
+
+_QUANTILES = _make_quantiles()  # takes a millisecond
+
+
+@functools.cache
+def _quantiles_on(device: torch.device) -> torch.Tensor:
+    return _QUANTILES.to(device)
 
 
 def _multiply(words: torch.Tensor, constant: int) -> tuple[torch.Tensor, torch.Tensor]:
