@@ -24,27 +24,26 @@ def crop_resize(
     """Cut boxes out of images, resize every crop to one size, and lay the results as tiles into mosaics.
 
     Each tile is the antialiased bilinear resize of its crop alone: for boxes on whole pixels it is what
-    `F.interpolate(crop, size, mode="bilinear", antialias=True, align_corners=False)` gives, and a crop that already has
-    the size comes out unchanged. For fractional boxes the same triangle filter is centred by the exact box and reaches
-    the pixels floor(x0) .. ceil(x1) - 1. Sums are taken in float32 (float64 for float64 images); uint8 results are
-    rounded half up.
+    `F.interpolate(crop, size, mode="bilinear", antialias=True, align_corners=False)` gives, and a crop that
+    already has the size comes out unchanged. For fractional boxes the same triangle filter is centred by
+    the exact box and reaches the pixels floor(x0) .. ceil(x1) - 1. Sums are taken in float32 (float64 for
+    float64 images); uint8 results are rounded half up.
 
-    Linear in `images` and differentiable any number of times with respect to them. The gradient is gathered, not
-    scattered, so it is deterministic on every device.
+    Linear in `images` and differentiable any number of times with respect to them. The gradient is
+    gathered, not scattered, so it is deterministic on every device.
 
-    Args:
-        images: [B, C, H, W] uint8 or floating point, any strides.
-        boxes: [M, 4] or [B, K, 4], integer or floating point: x0, y0, x1, y1 in pixels, x1 and y1 exclusive, inside the
-            image and at least one pixel wide and high. Held as float32. Values are not checked on a GPU, where looking
-            would wait for the device; nothing outside the images is ever read.
+    Args: images: [B, C, H, W] uint8 or floating point, any strides. boxes: [M, 4] or [B, K, 4], integer or
+        floating point: x0, y0, x1, y1 in pixels, x1 and y1 exclusive, inside the
+            image and at least one pixel wide and high. Held as float32. Values are not checked on a GPU,
+            where looking would wait for the device; nothing outside the images is ever read.
         size: tile size in pixels, an int (square) or (height, width).
-        source: [M] integer, the image that each box cuts, 0 <= source < B. None: box m of [M, 4] cuts image m (M = B),
-            box (b, k) of [B, K, 4] cuts image b.
-        factor: tiles per side of a mosaic. Box m becomes tile m % factor^2 of mosaic m // factor^2, in row-major order,
-            so factor^2 divides M. [B, K, 4] boxes take factor 1.
+        source: [M] integer, the image that each box cuts, 0 <= source < B. None: box m of [M, 4] cuts image
+            m (M = B), box (b, k) of [B, K, 4] cuts image b.
+        factor: tiles per side of a mosaic. Box m becomes tile m % factor^2 of mosaic m // factor^2, in
+            row-major order, so factor^2 divides M. [B, K, 4] boxes take factor 1.
 
-    Returns:
-        [M / factor^2, C, factor * height, factor * width] of the images' dtype; [B, K, C, height, width] for [B, K, 4].
+    Returns: [M / factor^2, C, factor * height, factor * width] of the images' dtype; [B, K, C, height,
+        width] for [B, K, 4].
 
     Raises:
         TypeError: a dtype that is not served.
@@ -87,7 +86,8 @@ def crop_resize(
         )
     if not images.device == flat.device == source.device:
         raise ValueError(
-            f"images, boxes and source must be on one device, got {images.device}, {flat.device} and {source.device}"
+            "images, boxes and source must be on one device, "
+            f"got {images.device}, {flat.device} and {source.device}"
         )
     tiles = torch.ops.ddfast.crop_resize(images, flat, source.to(torch.int64), height, width, factor)
     return tiles.unflatten(0, boxes.shape[:2]) if batched else tiles
@@ -127,8 +127,8 @@ define(
 )
 define(
     "crop_resize_backward",
-    "(Tensor grad_output, Tensor boxes, Tensor source, int images, int image_height, int image_width, int factor) "
-    "-> Tensor",
+    "(Tensor grad_output, Tensor boxes, Tensor source, int images, int image_height, int image_width, "
+    "int factor) -> Tensor",
     reference=reference.crop_resize_backward,
     fake=_crop_resize_backward_fake,
 )
@@ -161,7 +161,7 @@ def _crop_resize_backward_gradient(ctx: Any, grad_images: Tensor) -> tuple[Tenso
 
 
 def _folded(tensor: Tensor, dim: int | None, size: int) -> Tensor:
-    """A vmapped tensor with its vmapped dimension (or `size` copies, where it has none) folded into the first."""
+    """A vmapped tensor with its vmapped dimension (`size` copies where it has none) folded into the first."""
     tensor = tensor.unsqueeze(0).expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
     return tensor.flatten(0, 1)
 
@@ -169,7 +169,7 @@ def _folded(tensor: Tensor, dim: int | None, size: int) -> Tensor:
 def _folded_boxes(
     info: Any, in_dims: tuple[int | None, ...], boxes: Tensor, source: Tensor, images: int
 ) -> tuple[Tensor, Tensor]:
-    """Boxes and sources of all vmapped calls in one list; `images` is how far one call's images lie from the next's."""
+    """Boxes and sources of all vmapped calls in one list, where each call has `images` images of its own."""
     source = source.unsqueeze(0) if in_dims[1] is None else source.movedim(in_dims[1], 0)
     offset = images * torch.arange(info.batch_size, device=source.device)
     return _folded(boxes, in_dims[0], info.batch_size), (source + offset[:, None]).flatten()

@@ -1,13 +1,15 @@
 """Registration and public faces of grad_sq_norm_*.
 
-The gradient of a layer's parameters on one sample is a product of what went into the layer and of the gradient that came
-back to its output. Its squared norm needs neither the gradients of all samples at once (as `torch.func.vmap` makes
-them) nor, where there are few positions, the gradient at all: with X [T, I] and G [T, O] it is
+The gradient of a layer's parameters on one sample is a product of what went into the layer and of the
+gradient that came back to its output. Its squared norm needs neither the gradients of all samples at once
+(as `torch.func.vmap` makes them) nor, where there are few positions, the gradient at all: with X [T, I] and
+G [T, O] it is
 
     ||G^T X||^2 = sum_{t,s} (X X^T)_{ts} (G G^T)_{ts},
 
-T * I * O multiplications on the left, T^2 (I + O) on the right (Goodfellow 2015, arXiv 1510.01799, for T = 1; Rochette
-et al. 2019, arXiv 1912.06015, and Li et al. 2022, arXiv 2110.05679, for T > 1). The bodies take the cheaper side.
+T * I * O multiplications on the left, T^2 (I + O) on the right (Goodfellow 2015, arXiv 1510.01799, for T =
+1; Rochette et al. 2019, arXiv 1912.06015, and Li et al. 2022, arXiv 2110.05679, for T > 1). The bodies take
+the cheaper side.
 """
 
 from __future__ import annotations
@@ -27,9 +29,8 @@ _FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def grad_sq_norm_linear(input: Tensor, grad_output: Tensor, *, bias: bool = True) -> Tensor:
     """Squared norm, per sample, of the gradient of a linear layer's weight [O, I] and bias [O].
 
-    Args:
-        input: [B, ..., I] floating point, what went into the layer.
-        grad_output: [B, ..., O] of the same dtype, the loss's gradient at the layer's output, where the loss is a sum
+    Args: input: [B, ..., I] floating point, what went into the layer. grad_output: [B, ..., O] of the same
+        dtype, the loss's gradient at the layer's output, where the loss is a sum
             of one term a sample.
         bias: whether the layer has a bias.
 
@@ -60,12 +61,11 @@ def grad_sq_norm_conv2d(
     groups: int = 1,
     bias: bool = True,
 ) -> Tensor:
-    """Squared norm, per sample, of the gradient of a convolution's weight [O, C / groups, kh, kw] and bias [O].
+    """Squared norm per sample of the gradient of a convolution's weight [O, C / groups, kh, kw] and bias [O].
 
-    Args:
-        input: [B, C, H, W] floating point, what went into the layer, before zero padding.
-        grad_output: [B, O, H', W'] of the same dtype, the loss's gradient at the layer's output.
-        kernel_size, stride, padding, dilation, groups: the convolution's, an int or (vertical, horizontal). Any padding
+    Args: input: [B, C, H, W] floating point, what went into the layer, before zero padding. grad_output:
+        [B, O, H', W'] of the same dtype, the loss's gradient at the layer's output. kernel_size, stride,
+        padding, dilation, groups: the convolution's, an int or (vertical, horizontal). Any padding
             but zeros on both sides is the caller's to apply to `input`.
         bias: whether the layer has a bias.
 
@@ -93,8 +93,9 @@ def grad_sq_norm_conv2d(
     )
     if positions != tuple(grad_output.shape[2:]):
         raise ValueError(
-            f"a convolution with kernel_size {kernel_size}, stride {stride}, padding {padding} and dilation {dilation} "
-            f"makes {positions} of {tuple(input.shape[2:])}, but grad_output is {tuple(grad_output.shape[2:])}"
+            f"a convolution with kernel_size {kernel_size}, stride {stride}, padding {padding} and dilation "
+            f"{dilation} makes {positions} of {tuple(input.shape[2:])}, but grad_output is "
+            f"{tuple(grad_output.shape[2:])}"
         )
     return torch.ops.ddfast.grad_sq_norm_conv2d(
         input, grad_output, kernel_size, stride, padding, dilation, groups, bias
@@ -106,13 +107,12 @@ def grad_sq_norm_norm(
 ) -> Tensor:
     """Squared norm, per sample, of the gradient of a normalisation layer's affine parameters.
 
-    Serves every layer that computes normalized * weight + bias: BatchNorm in eval mode, InstanceNorm and GroupNorm with
-    dims (1, 1), LayerNorm and RMSNorm with dims (-n, -1) for n normalised dimensions.
+    Serves every layer that computes normalized * weight + bias: BatchNorm in eval mode, InstanceNorm and
+    GroupNorm with dims (1, 1), LayerNorm and RMSNorm with dims (-n, -1) for n normalised dimensions.
 
-    Args:
-        normalized: [B, ...] floating point, the layer's input after normalisation and before weight and bias.
-        grad_output: the same shape and dtype, the loss's gradient at the layer's output.
-        dims: first and last dimension (both included) that weight and bias extend over; their gradient is summed over
+    Args: normalized: [B, ...] floating point, the layer's input after normalisation and before weight and
+        bias. grad_output: the same shape and dtype, the loss's gradient at the layer's output. dims: first
+        and last dimension (both included) that weight and bias extend over; their gradient is summed over
             all others but the first, the batch.
         weight, bias: which of the two the layer has.
 
@@ -191,8 +191,8 @@ define(
 )
 define(
     "grad_sq_norm_conv2d",
-    "(Tensor input, Tensor grad_output, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, int groups, "
-    "bool bias) -> Tensor",
+    "(Tensor input, Tensor grad_output, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, "
+    "int groups, bool bias) -> Tensor",
     reference=reference.grad_sq_norm_conv2d,
     fake=_per_sample_fake,
 )
@@ -215,8 +215,8 @@ def _refuse_gradient(name: str) -> None:
 
     def backward(ctx: Any, grad: Tensor) -> None:
         raise RuntimeError(
-            f"ddfast::{name} cannot be differentiated; for a gradient of a gradient norm use torch.autograd.grad with "
-            "create_graph=True, or call it under torch.no_grad()"
+            f"ddfast::{name} cannot be differentiated; for a gradient of a gradient norm use "
+            "torch.autograd.grad with create_graph=True, or call it under torch.no_grad()"
         )
 
     torch.library.register_autograd(f"ddfast::{name}", backward, lib=LIBRARY)

@@ -205,7 +205,7 @@ def triangle_filter(start: float, stop: float, size: int, dtype: torch.dtype, de
 
 
 def check_boxes(boxes: Tensor, source: Tensor, images: int, height: int, width: int) -> None:
-    """Raise ValueError for the first box outside its image, or source outside the batch. Waits for the device."""
+    """Raise ValueError for the first source outside the batch or box outside its image."""
     wrong = (source < 0) | (source >= images)
     if wrong.any():
         m = int(wrong.nonzero()[0])
@@ -215,8 +215,8 @@ def check_boxes(boxes: Tensor, source: Tensor, images: int, height: int, width: 
     if not inside.all():
         m = int((~inside).nonzero()[0])
         raise ValueError(
-            f"boxes must be x0, y0, x1, y1 inside {width} x {height} pixels and at least one pixel wide and high, "
-            f"got boxes[{m}] = {boxes[m].tolist()}"
+            f"boxes must be x0, y0, x1, y1 inside {width} x {height} pixels and at least one pixel wide "
+            f"and high, got boxes[{m}] = {boxes[m].tolist()}"
         )
 
 

@@ -1,0 +1,202 @@
+"""Per-sample gradient norms from one forward and one backward pass, without any per-sample gradient.
+
+A parameter enters the computation where a function of `torch.nn.functional` is called with it. `ghost_norms`
+watches those calls, so it does not matter which module makes them, and keeps of each what the parameter's
+gradient is a product of: the input and, when the backward pass comes to the call, the gradient at its output.
+From these two the ops `ddfast.ops.grad_sq_norm_*` take the squared norm, and the input is let go at once.
+
+The layers run on detached parameters. So autograd computes the gradients of activations only, and neither
+`requires_grad` nor `.grad` of any parameter is read or written.
+
+A parameter that is used more than once (a module called twice, tied weights) needs the sum over its uses
+before
+the square: for that parameter alone the per-sample gradients are made.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from ddfast.gradients.layers import LAYERS, Layer
+from ddfast.ops.reference import accumulation_dtype
+
+
+class UnservedModel(Exception):
+    """The ghost method cannot serve a model; the message names the layer and says why."""
+
+
+def ghost_squares(
+    model: nn.Module, images: Tensor, loss: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Squared norm, for each image, of the gradient of its loss with respect to all parameters of `model`.
+
+    Args:
+        model: in eval mode.
+        images: [B, ...], the model's input.
+        loss: maps the model's output to the sum of one loss an image.
+
+    Returns:
+        the squared norms [B], float32 (float64 for a model in float64), and the model's output, detached.
+
+    Raises: UnservedModel: a layer or a use of a parameter that is not known here, or a layer that runs
+        without the
+            batch as its first dimension.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_torchdynamo_orig_callable"):
+            raise UnservedModel(f"{_described(name, module)} is compiled, which hides its layers")
+    uses = _ParameterUses(model, images.shape[0])
+    with torch.enable_grad():
+        with uses:
+            outputs = model(images)
+        total = loss(outputs)
+    uses.squares = total.new_zeros(images.shape[0], dtype=accumulation_dtype(outputs.dtype))
+    if total.requires_grad:
+        torch.autograd.grad(total, uses.anchors, allow_unused=True)
+    for gradient in uses.shared.values():
+        uses.squares += _squared(gradient)
+    return uses.squares, outputs.detach()
+
+
+class _ParameterUses(TorchFunctionMode):
+    """Watches the forward pass for uses of parameters, and adds up squared norms during the backward pass."""
+
+    def __init__(self, model: nn.Module, batch: int) -> None:
+        super().__init__()
+        self.batch = batch
+        self.owners = {
+            id(parameter): (name, module_name, module)
+            for module_name, module in model.named_modules()
+            for name, parameter in module.named_parameters(recurse=False)
+        }
+        self.count: Counter[int] = Counter()  # uses of each parameter
+        self.anchors: list[Tensor] = []  # where the backward pass ends
+        self.shared: dict[int, Tensor] = {}  # per-sample gradients of parameters with more than one use
+        self.squares: Tensor
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        parameters = [value for value in _values((args, kwargs)) if id(value) in self.owners]
+        if not parameters:
+            return func(*args, **kwargs)
+        if func not in LAYERS:
+            result = func(*args, **kwargs)
+            if any(isinstance(value, Tensor) for value in _values(result)):
+                raise UnservedModel(f"{self._named(parameters[0])} is used in {resolve_name(func)}")
+            return result  # a shape, a dtype, a device
+        layer = LAYERS[func](*args, **kwargs)
+        for parameter in parameters:
+            if parameter is not layer.weight and parameter is not layer.bias:
+                raise UnservedModel(f"{self._named(parameter)} is an input of {resolve_name(func)}")
+        refusal = layer.refusal(self.batch)
+        if refusal is not None:
+            raise UnservedModel(
+                f"{self._named(parameters[0])} is used in {resolve_name(func)}, which {refusal}"
+            )
+        output = func(
+            *(self._detached(value) for value in args),
+            **{name: self._detached(value) for name, value in kwargs.items()},
+        )
+        return self._watched(layer, output)
+
+    def _watched(self, layer: Layer, output: Tensor) -> Tensor:
+        """The output of a layer, tapped for its gradient."""
+        weight = layer.weight if id(layer.weight) in self.owners else None
+        bias = layer.bias if id(layer.bias) in self.owners else None
+        self.count.update(id(parameter) for parameter in (weight, bias) if parameter is not None)
+        version = layer.input._version
+
+        def take(grad: Tensor) -> None:
+            if layer.input._version != version:
+                first = weight if weight is not None else bias
+                raise UnservedModel(f"the input of {self._named(first)} is modified in place after its use")
+            with torch.no_grad():
+                self._add(layer, weight, bias, grad)
+            del layer.input
+
+        anchor = None
+        if not output.requires_grad:
+            # A first layer: nothing before it needs a gradient, so the backward pass ends here.
+            anchor = output.new_zeros((), requires_grad=True)
+            self.anchors.append(anchor)
+        return _Tap.apply(output, anchor, take)
+
+    def _add(self, layer: Layer, weight: Tensor | None, bias: Tensor | None, grad: Tensor) -> None:
+        """Add one call's share, to the squares or to the gradient of a parameter that other calls use too."""
+        own_weight = weight is not None and self.count[id(weight)] == 1
+        own_bias = bias is not None and self.count[id(bias)] == 1
+        if own_weight:
+            self.squares += layer.sq_norm(grad, bias=own_bias)
+        elif own_bias:
+            self.squares += _squared(layer.bias_gradient(grad))
+        if weight is not None and not own_weight:
+            self._add_shared(weight, layer.weight_gradient(grad))
+        if bias is not None and not own_bias:
+            self._add_shared(bias, layer.bias_gradient(grad))
+
+    def _add_shared(self, parameter: Tensor, gradient: Tensor) -> None:
+        if id(parameter) in self.shared:
+            self.shared[id(parameter)] += gradient
+        else:
+            self.shared[id(parameter)] = gradient
+
+    def _detached(self, value: Any) -> Any:
+        return value.detach() if id(value) in self.owners else value
+
+    def _named(self, parameter: Any) -> str:
+        name, module_name, module = self.owners[id(parameter)]
+        return f"{name} of {_described(module_name, module)}"
+
+
+class _Tap(torch.autograd.Function):
+    """The identity, which hands the gradient that passes it to `take`.
+
+    A hook on the output would do, but for a module that then works in place on an output that is a view
+    (InstanceNorm's): such a hook is given the wrong gradient. The result shares the output's memory and is no
+    view of it. `anchor`, where given, is what makes the result require a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, anchor: Tensor | None, take: Callable[[Tensor], None]) -> Tensor:
+        ctx.take = take
+        return output.new_empty(0).set_(
+            output.untyped_storage(), output.storage_offset(), output.size(), output.stride()
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = grads
+        ctx.take(grad)
+        return grad, None, None
+
+
+def _squared(gradient: Tensor) -> Tensor:
+    """Squared norm [B] of per-sample gradients [B, ...]."""
+    return gradient.flatten(1).square().sum(1)
+
+
+def _values(nested: Any) -> Iterator[Any]:
+    """The leaves of nested tuples, lists and dicts."""
+    if isinstance(nested, tuple | list):
+        for item in nested:
+            yield from _values(item)
+    elif isinstance(nested, dict):
+        yield from _values(list(nested.values()))
+    else:
+        yield nested
+
+
+def _described(name: str, module: nn.Module) -> str:
+    return f"layer {name!r} ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
