@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from ddfast.data.sources import Sample, Source, one_line
@@ -54,7 +55,15 @@ class NamedSource(Source):
             os.makedirs(root, exist_ok=True)
             options = train_options if split == "train" else test_options
             self._set = getattr(torchvision.datasets, kind)(root, download=True, **options)
-        except (OSError, RuntimeError, EOFError, ValueError, ImportError) as error:
+        except (
+            OSError,
+            RuntimeError,
+            EOFError,
+            ValueError,
+            LookupError,
+            ImportError,
+            UnpicklingError,
+        ) as error:
             raise UsageError(
                 f"cannot load {name} from {root}: {one_line(error)}; connect to the network once, or put "
                 f"torchvision's files there (DDFAST_DATA names another folder)"

@@ -156,7 +156,7 @@ def open_source(data: str | os.PathLike[str], split: str = "train") -> Source:
     name = os.fspath(data)
     path = Path(name).expanduser()
     try:
-        if os.path.isdir(path):
+        if name and os.path.isdir(path):  # "" would be the current folder
             return FolderSource(path, split, name)
         if os.path.isfile(path):
             if path.suffix.lower() == ".tar":

@@ -148,7 +148,9 @@ def png_of_depth_16(samples: np.ndarray, colour_type: int) -> bytes:
     """A 16-bit PNG from uint16 [H, W, channels]."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        )
 
     height, width, _ = samples.shape
     header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
@@ -159,7 +161,9 @@ def png_of_depth_16(samples: np.ndarray, colour_type: int) -> bytes:
 
 @pytest.mark.parametrize(("channels", "colour_type"), [(1, 0), (3, 2)])
 def test_sixteen_bit_png_keeps_its_high_byte(channels: int, colour_type: int) -> None:
-    values = np.linspace(0, 65535, HEIGHT * WIDTH * channels).astype(np.uint16).reshape(HEIGHT, WIDTH, channels)
+    values = (
+        np.linspace(0, 65535, HEIGHT * WIDTH * channels).astype(np.uint16).reshape(HEIGHT, WIDTH, channels)
+    )
     image = decode(png_of_depth_16(values, colour_type))
     expected = (values >> 8).astype(np.uint8).repeat(3 // channels, axis=2)
     assert_plain(image)
@@ -223,7 +227,9 @@ def test_an_orientation_without_meaning_is_ignored(value: int) -> None:
     assert torch.equal(decode(encoded(Image.fromarray(RGB), "PNG", exif=exif)), as_tensor(RGB))
 
 
-@pytest.mark.parametrize("block", [b"", b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0garbage" * 9])
+@pytest.mark.parametrize(
+    "block", [b"", b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0garbage" * 9]
+)
 def test_damaged_exif_does_not_cost_the_image(block: bytes) -> None:
     data = encoded(Image.fromarray(RGB), "JPEG", quality=100, subsampling=0)
     segment = b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block
@@ -243,7 +249,9 @@ def test_of_several_frames_the_first_is_taken(format: str) -> None:
 # What is not an image
 
 
-@pytest.mark.parametrize("data", [b"hello, I am a text file\n" * 20, b"\0" * 1000, b"\xff", b"%PDF-1.7", b"<svg/>"])
+@pytest.mark.parametrize(
+    "data", [b"hello, I am a text file\n" * 20, b"\0" * 1000, b"\xff", b"%PDF-1.7", b"<svg/>"]
+)
 def test_what_is_no_image_says_so(data: bytes) -> None:
     with pytest.raises(BadImage, match=r"^not an image \(JPEG, PNG"):
         decode(data)
@@ -293,7 +301,7 @@ def test_the_reason_is_the_same_on_every_run_and_names_no_object() -> None:
 
 def test_a_bomb_is_refused_before_it_is_unpacked() -> None:
     bomb = encoded(Image.new("1", (20_000, 20_000)), "PNG")
-    with pytest.raises(BadImage, match="too large|decompression bomb"):
+    with pytest.raises(BadImage, match=r"too large|decompression bomb"):
         decode(bomb)
 
 
@@ -343,6 +351,14 @@ def test_decoding_in_threads_leaves_the_warning_filters_alone() -> None:
     assert list(warnings.filters) == before
 
 
+def decoded_or_reason(data: bytes) -> torch.Tensor | str:
+    """The image, or why there is none. Every other exception fails the test."""
+    try:
+        return decode(data, max_pixels=1 << 20)
+    except BadImage as error:
+        return str(error)
+
+
 SEEDS = [
     encoded(Image.fromarray(RGB), format, **options)
     for format, options in [
@@ -365,15 +381,17 @@ SEEDS = [
     edits=st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 255)), max_size=12),
     cut=st.integers(0, 4000),
 )
-def test_a_mutated_file_is_an_image_or_a_bad_image(seed: bytes, edits: list[tuple[int, int]], cut: int) -> None:
+def test_a_mutated_file_is_an_image_or_a_bad_image(
+    seed: bytes, edits: list[tuple[int, int]], cut: int
+) -> None:
     data = bytearray(seed)
     for place, value in edits:
         data[place % len(data)] = value
     data = data[: len(data) - cut % len(data)] if cut % 3 == 0 else data
-    try:
-        image = decode(bytes(data), max_pixels=1 << 20)
-    except BadImage as error:
-        assert 0 < len(str(error)) <= 160
+    image = decoded_or_reason(bytes(data))
+    if isinstance(image, str):
+        assert 0 < len(image) <= 160
+        assert "\n" not in image
     else:
         assert image.dtype == torch.uint8
         assert image.shape[0] == 3
@@ -383,10 +401,7 @@ def test_a_mutated_file_is_an_image_or_a_bad_image(seed: bytes, edits: list[tupl
 @given(st.binary(max_size=200))
 def test_any_bytes_are_refused_politely(data: bytes) -> None:
     for magic in (b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"II*\0", b"P6 9 9 255 ", b"BM"):
-        try:
-            decode(magic + data, max_pixels=1 << 20)
-        except BadImage as error:
-            assert str(error)
+        assert len(decoded_or_reason(magic + data)) > 0
 
 
 # Fitting
@@ -394,7 +409,9 @@ def test_any_bytes_are_refused_politely(data: bytes) -> None:
 
 @pytest.mark.parametrize("shape", [(31, 47), (47, 31), (64, 64), (17, 200), (33, 33), (32, 40), (5, 7)])
 @pytest.mark.parametrize(("size", "resize"), [(32, None), (32, 36), (1, None), (48, 48)])
-def test_fit_is_torchvisions_resize_and_centre_crop(shape: tuple[int, int], size: int, resize: int | None) -> None:
+def test_fit_is_torchvisions_resize_and_centre_crop(
+    shape: tuple[int, int], size: int, resize: int | None
+) -> None:
     picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (*shape, 3), dtype=np.uint8))
     steps = v2.Compose([v2.Resize(resize or size, antialias=True), v2.CenterCrop(size)])
     expected = as_tensor(np.asarray(steps(picture)))

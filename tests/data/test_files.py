@@ -125,7 +125,7 @@ def test_a_folder_without_permission_is_refused(tmp_path: Path) -> None:
 
 def test_a_file_where_a_folder_is_wanted_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(UsageError, match="cannot write .*not a directory"):
+    with pytest.raises(UsageError, match=r"cannot write .*not a directory"):
         atomic_write_bytes(tmp_path / "file" / "a.bin", b"x")
     with pytest.raises(UsageError, match="cannot write"):
         make_folder(tmp_path / "file" / "sub")

@@ -1,0 +1,512 @@
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import pickle
+import random
+import stat
+import tarfile
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ddfast.data.archives import TarSource, ZipSource
+from ddfast.data.loading import load_all
+from ddfast.data.sources import Source, open_source
+from ddfast.errors import BadImage, UsageError
+from tests.data.rendering import REAL_ZIP, png, small_set, write_folder, write_tar, write_zip
+from tests.data.test_sources import refusal
+
+WHOLE = small_set(3, 3) | small_set(3, 2, "test") | {"train/c1/deep/日本.png": png(5)}
+WRITERS = {"zip": write_zip, "tar": write_tar}
+
+
+def contents(data: str | Path, split: str = "train") -> dict[str, bytes]:
+    with open_source(data, split) as source:
+        return {sample.key: source.read(sample) for sample in source.samples}
+
+
+@pytest.fixture(params=["zip", "tar"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+# The ImageFolder layout
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("root", ["", "./", "photos/", "my photos.v2/"])
+def test_an_archive_and_a_folder_of_the_same_images_agree(
+    tmp_path: Path, kind: str, split: str, root: str
+) -> None:
+    folder = open_source(write_folder(tmp_path / "folder", WHOLE), split)
+    path = tmp_path / f"set.{kind}"
+    WRITERS[kind](path, {root + name: data for name, data in WHOLE.items()})
+    archive = open_source(path, split)
+    assert isinstance(archive, ZipSource if kind == "zip" else TarSource)
+    assert archive.samples == folder.samples
+    assert archive.class_names == folder.class_names
+    assert archive.counts() == folder.counts()
+    assert archive.fingerprint() == folder.fingerprint()
+    for sample in archive.samples:
+        assert archive.read(sample) == folder.read(sample)
+        assert archive.size_of(sample) == folder.size_of(sample)
+
+
+def test_stored_and_deflated_members_are_read(tmp_path: Path) -> None:
+    stored = write_zip(tmp_path / "a.zip", WHOLE, zipfile.ZIP_STORED)
+    deflated = write_zip(tmp_path / "b.zip", WHOLE, zipfile.ZIP_DEFLATED)
+    assert contents(stored) == contents(deflated)
+
+
+def test_class_folders_alone_are_a_train_split_only(tmp_path: Path, kind: str) -> None:
+    for number, root in enumerate(["", "outer/"]):
+        path = WRITERS[kind](
+            tmp_path / f"{number}.{kind}", {f"{root}a/1.png": png(), f"{root}b/1.png": png()}
+        )
+        assert open_source(path).class_names == ["a", "b"]
+        assert "has no test split" in refusal(path, "test")
+
+
+def test_clutter_is_ignored(tmp_path: Path, kind: str) -> None:
+    clutter = {
+        "__MACOSX/train/c0/._0.png": b"x",
+        "train/.DS_Store": b"x",
+        "train/c0/._0.png": b"x",
+        "train/.cache/x.png": b"x",
+        "train/c0/notes.txt": b"x",
+        "README.md": b"x",
+        "docs/": b"",
+    }
+    path = WRITERS[kind](tmp_path / f"set.{kind}", clutter | small_set())
+    assert contents(path) == {name.removeprefix("train/"): data for name, data in small_set().items()}
+
+
+def test_what_is_missing_is_said_as_for_folders(tmp_path: Path, kind: str) -> None:
+    cases = {
+        "no images in": {"train/a/x.txt": b"", "train/b/y.txt": b""},
+        "one class only": {"train/a/1.png": png()},
+        "class without images": small_set() | {"train/empty/": b""},
+        "images without class folders": {"train/1.png": png()},
+        "found train/": small_set(),
+        "classes that the train split lacks: new": small_set()
+        | {"test/new/1.png": png(), "test/c0/1.png": png()},
+    }
+    for number, (words, files) in enumerate(cases.items()):
+        path = WRITERS[kind](tmp_path / f"{number}.{kind}", files)
+        split = "test" if "found train" in words or "lacks" in words else "train"
+        assert words in refusal(path, split)
+
+
+def test_an_empty_archive_has_no_images(tmp_path: Path, kind: str) -> None:
+    assert "no images in" in refusal(WRITERS[kind](tmp_path / f"empty.{kind}", {}))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../evil.png",
+        "train/../../evil.png",
+        "/etc/evil.png",
+        "train\\..\\evil.png",
+        "C:\\evil.png",
+        "..",
+        "\\x",
+    ],
+)
+def test_members_that_point_outside_are_refused(tmp_path: Path, kind: str, name: str) -> None:
+    path = WRITERS[kind](tmp_path / f"evil.{kind}", small_set() | {name: png()})
+    assert "points outside of it" in refusal(path)
+
+
+def zip_link(path: Path, name: str, target: str) -> None:
+    info = zipfile.ZipInfo(name)
+    info.external_attr = (stat.S_IFLNK | 0o777) << 16
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(info, target)
+
+
+def tar_link(path: Path, name: str, target: str, hard: bool = False) -> None:
+    info = tarfile.TarInfo(name)
+    info.type = tarfile.LNKTYPE if hard else tarfile.SYMTYPE
+    info.linkname = target
+    with tarfile.open(path, "a") as archive:
+        archive.addfile(info)
+
+
+@pytest.mark.parametrize("target", ["../../../etc/passwd", "/etc/passwd", "../../.."])
+def test_links_that_lead_outside_are_refused(tmp_path: Path, kind: str, target: str) -> None:
+    path = WRITERS[kind](tmp_path / f"evil.{kind}", small_set())
+    (zip_link if kind == "zip" else tar_link)(path, "train/c0/link.png", target)
+    assert "link that points outside of it: train/c0/link.png" in refusal(path)
+
+
+def test_links_within_are_followed_and_circles_end(tmp_path: Path, kind: str) -> None:
+    path = WRITERS[kind](tmp_path / f"set.{kind}", small_set())
+    link = zip_link if kind == "zip" else tar_link
+    link(path, "train/c0/again.png", "../c1/0.png")
+    link(path, "train/c0/chain.png", "again.png")
+    link(path, "train/c0/ring1.png", "ring2.png")
+    link(path, "train/c0/ring2.png", "ring1.png")
+    link(path, "train/c0/broken.png", "nothing.png")
+    found = contents(path)
+    assert found["c0/again.png"] == found["c0/chain.png"] == found["c1/0.png"]
+    assert not [key for key in found if "ring" in key or "broken" in key]
+
+
+def test_hard_links_of_a_tar_are_named_from_its_root(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "set.tar", small_set())
+    tar_link(path, "train/c0/hard.png", "train/c1/1.png", hard=True)
+    assert contents(path)["c0/hard.png"] == small_set()["train/c1/1.png"]
+
+
+def test_archives_are_read_by_many_threads_at_once(tmp_path: Path, kind: str) -> None:
+    files = {f"train/c{n % 2}/{n}.png": random.Random(n).randbytes(500 + 37 * n) for n in range(80)}
+    source = open_source(WRITERS[kind](tmp_path / f"set.{kind}", files))
+    with ThreadPoolExecutor(8) as pool:
+        read = list(pool.map(source.read, source.samples * 10))
+    expected = [files[f"train/{sample.key}"] for sample in source.samples]
+    assert read == expected * 10
+
+
+def test_an_archive_closes_reopens_and_pickles(tmp_path: Path, kind: str) -> None:
+    source = open_source(WRITERS[kind](tmp_path / f"set.{kind}", small_set()))
+    before = set(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else set()
+    first = source.read(source.samples[0])
+    copy = pickle.loads(pickle.dumps(source))
+    assert copy.read(copy.samples[0]) == first
+    copy.close()
+    source.close()
+    assert source.read(source.samples[0]) == first
+    source.close()
+    after = set(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else set()
+    assert len(after) <= len(before)
+    (tmp_path / f"set.{kind}").unlink()
+    with pytest.raises(UsageError, match="has gone away"):
+        source.read(source.samples[0])
+
+
+# Damage
+
+
+def test_a_zip_without_its_end_is_refused(tmp_path: Path) -> None:
+    data = write_zip(tmp_path / "set.zip", small_set()).read_bytes()
+    for length in (0, 10, len(data) // 2, len(data) - 5):
+        (tmp_path / "cut.zip").write_bytes(data[:length])
+        assert "cannot read" in refusal(tmp_path / "cut.zip")
+
+
+def test_damage_inside_a_zip_member_is_a_bad_image(tmp_path: Path) -> None:
+    for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        files = {f"train/c{n}/0.png": bytes(range(256)) * 4 for n in range(2)}
+        path = write_zip(tmp_path / "set.zip", files, method)
+        data = bytearray(path.read_bytes())
+        data[45] ^= 0xFF  # within the first member's data
+        path.write_bytes(data)
+        source = open_source(path)
+        with pytest.raises(BadImage, match="damaged in the archive"):
+            source.read(source.samples[0])
+        assert source.read(source.samples[1]) == files["train/c1/0.png"]
+
+
+def test_a_member_that_unpacks_to_more_than_it_says_is_stopped(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "set.zip", {"train/a/0.png": b"\0" * 5_000_000, "train/b/0.png": b"x"})
+    data = path.read_bytes()
+    size = (5_000_000).to_bytes(4, "little")
+    assert data.count(size) == 2
+    path.write_bytes(data.replace(size, (100).to_bytes(4, "little")))
+    source = open_source(path)
+    assert source.size_of(source.samples[0]) == 100
+    with pytest.raises(BadImage, match="not the 100 bytes it should have"):
+        source.read(source.samples[0])
+
+
+def test_unusual_zip_methods_and_encryption_are_bad_images(tmp_path: Path) -> None:
+    path = tmp_path / "set.zip"
+    write_zip(path, small_set(), zipfile.ZIP_LZMA)
+    source = open_source(path)
+    with pytest.raises(BadImage, match="packed with zip method 14; wanted stored or deflated"):
+        source.read(source.samples[0])
+    write_zip(path, small_set(), zipfile.ZIP_STORED)
+    data = bytearray(path.read_bytes())
+    central = data.index(b"PK\x01\x02")
+    data[central + 8] |= 1
+    path.write_bytes(data)
+    source = open_source(path)
+    with pytest.raises(BadImage, match="encrypted"):
+        source.read(source.samples[0])
+
+
+def test_of_two_zip_members_with_one_name_the_last_counts(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "set.zip", small_set())
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("train/c0/0.png", b"newer")
+    assert contents(path)["c0/0.png"] == b"newer"
+
+
+def test_a_zip_with_something_in_front_is_read(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "set.zip", small_set())
+    path.write_bytes(b"#!/bin/sh self-extracting stub\n" + path.read_bytes())
+    assert contents(path) == {name.removeprefix("train/"): data for name, data in small_set().items()}
+
+
+def test_a_zip_needs_no_zip_in_its_name(tmp_path: Path) -> None:
+    assert len(open_source(write_zip(tmp_path / "photos.bin", small_set()))) == 4
+
+
+def test_a_damaged_tar_is_refused_wherever_the_damage_is(tmp_path: Path) -> None:
+    data = bytearray(write_tar(tmp_path / "set.tar", small_set()).read_bytes())
+    first_body = 512
+    second_header = first_body + -(-len(small_set()["train/c0/0.png"]) // 512) * 512
+    for place in (0, second_header):
+        broken = bytearray(data)
+        broken[place : place + 300] = b"\xaa" * 300
+        (tmp_path / "broken.tar").write_bytes(broken)
+        message = refusal(tmp_path / "broken.tar")
+        assert "damaged" in message
+    for length in (100, second_header - 50, second_header + 100):
+        (tmp_path / "cut.tar").write_bytes(data[:length])
+        assert "cannot read" in refusal(tmp_path / "cut.tar")
+
+
+def test_a_compressed_or_foreign_tar_is_refused(tmp_path: Path) -> None:
+    plain = write_tar(tmp_path / "set.tar", small_set()).read_bytes()
+    (tmp_path / "zipped.tar").write_bytes(gzip.compress(plain))
+    assert "not an uncompressed tar" in refusal(tmp_path / "zipped.tar")
+    (tmp_path / "set.tar.gz").write_bytes(gzip.compress(plain))
+    assert "wanted a folder, a .zip or an uncompressed .tar" in refusal(tmp_path / "set.tar.gz")
+    (tmp_path / "text.tar").write_bytes(b"hello" * 300)
+    assert "not an uncompressed tar" in refusal(tmp_path / "text.tar")
+
+
+def test_a_tar_cut_after_opening_gives_bad_images(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "set.tar", small_set())
+    source = open_source(path)
+    os.truncate(path, 600)
+    with pytest.raises(BadImage, match="the archive ends within the file"):
+        source.read(source.samples[-1])
+
+
+def opened_or_reason(path: Path) -> Source | str:
+    """The source, or why there is none. Every other exception fails the test."""
+    try:
+        return open_source(path)
+    except UsageError as error:
+        return str(error)
+
+
+@settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    paired=st.booleans(),
+    edits=st.lists(st.tuples(st.integers(0, 20_000), st.integers(0, 255)), max_size=8),
+    cut=st.integers(0, 3000),
+)
+def test_a_mutated_archive_is_read_or_refused(
+    tmp_path: Path, kind: str, paired: bool, edits: list[tuple[int, int]], cut: int
+) -> None:
+    files = (
+        {"0.png": png(), "0.cls": b"1", "1.png": png(1), "1.json": b'{"label": 0}'} if paired else small_set()
+    )
+    path = tmp_path / f"set.{kind}"
+    WRITERS[kind](path, files)
+    data = bytearray(path.read_bytes())
+    for place, value in edits:
+        data[place % len(data)] = value
+    path.write_bytes(data[: len(data) - cut] if cut % 4 == 0 else data)
+    source = opened_or_reason(path)
+    if isinstance(source, str):
+        assert source
+        assert "\n" not in source
+        return
+    images, labels, bad = load_all(source, 4, workers=0)
+    assert len(images) + len(bad) == len(source)
+    assert len(labels) == len(images)
+
+
+# WebDataset
+
+
+def pairs(count: int = 4, first: int = 0, folder: str = "") -> dict[str, bytes]:
+    files: dict[str, bytes] = {}
+    for n in range(first, first + count):
+        files[f"{folder}{n:04d}.jpg"] = png(n)
+        files[f"{folder}{n:04d}.cls"] = str(n % 3).encode()
+    return files
+
+
+def test_pairs_of_image_and_number(tmp_path: Path) -> None:
+    source = open_source(write_tar(tmp_path / "a.tar", pairs()))
+    assert source.class_names == ["0", "1", "2"]
+    assert [(s.key, s.label) for s in source.samples] == [
+        ("0/0000.jpg", 0),
+        ("0/0003.jpg", 0),
+        ("1/0001.jpg", 1),
+        ("2/0002.jpg", 2),
+    ]
+    assert source.read(source.samples[1]) == png(3)
+
+
+def test_numbers_sort_as_numbers(tmp_path: Path) -> None:
+    files = {
+        f"{n}.{ending}": data
+        for n in range(12)
+        for ending, data in (("png", png(n)), ("cls", str(n).encode()))
+    }
+    source = open_source(write_tar(tmp_path / "a.tar", files))
+    assert source.class_names == [f"{n:02d}" for n in range(12)]
+    assert [s.key for s in source.samples][10] == "10/10.png"
+
+
+@pytest.mark.parametrize("place", ["inside", "beside"])
+def test_a_names_file_gives_the_classes_of_an_imagefolder(tmp_path: Path, place: str) -> None:
+    names = b"zebra\ncat\nowl\n"
+    files = pairs() | ({"classes.txt": names} if place == "inside" else {})
+    if place == "beside":
+        (tmp_path / "classes.txt").write_bytes(names)
+    source = open_source(write_tar(tmp_path / "a.tar", files))
+    folder = open_source(
+        write_folder(
+            tmp_path / "folder",
+            {f"train/{('zebra', 'cat', 'owl')[n % 3]}/{n:04d}.jpg": png(n) for n in range(4)},
+        )
+    )
+    assert source.class_names == ["cat", "owl", "zebra"]
+    assert source.samples == folder.samples
+    assert source.fingerprint() == folder.fingerprint()
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        [{"label": 0}, {"label": 1}],
+        [{"label": "0"}, {"label": "1"}],
+        [{"cls": 0, "width": 3}, {"cls": 1}],
+        [{"label": 1, "label_name": "0"}, {"label": 0, "label_name": "1"}],
+    ],
+)
+def test_pairs_of_image_and_json(tmp_path: Path, records: list[dict[str, object]]) -> None:
+    files: dict[str, bytes] = {}
+    for n, record in enumerate(records):
+        files |= {f"k{n}.png": png(n), f"k{n}.json": json.dumps(record).encode()}
+    source = open_source(write_tar(tmp_path / "a.tar", files))
+    assert [(s.key, s.label) for s in source.samples] == [("0/k0.png", 0), ("1/k1.png", 1)]
+
+
+def test_json_beside_images_in_class_folders_is_no_label(tmp_path: Path) -> None:
+    files = small_set() | {"train/c0/0.json": b'{"label": 5}'}
+    assert open_source(write_tar(tmp_path / "a.tar", files)).class_names == ["c0", "c1"]
+
+
+def test_splits_of_pairs(tmp_path: Path) -> None:
+    files = pairs(folder="train/") | {"val/9.png": png(9), "val/9.cls": b"2"}
+    path = write_tar(tmp_path / "a.tar", files)
+    test = open_source(path, "test")
+    assert test.class_names == open_source(path).class_names == ["0", "1", "2"]
+    assert [(s.key, s.label) for s in test.samples] == [("2/9.png", 2)]
+    assert "has no test split" in refusal(write_tar(tmp_path / "b.tar", pairs()), "test")
+
+
+def test_only_the_image_named_by_its_key_is_a_sample(tmp_path: Path) -> None:
+    files = pairs() | {"0000.mask.png": png(50), "0001.depth.tif": b"x"}
+    assert len(open_source(write_tar(tmp_path / "a.tar", files))) == 4
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ({"x.jpg": png()}, "has no label for x.jpg: wanted a class number or name in x.cls"),
+        ({"x.jpg": png(), "x.cls": b""}, "has no label for x.jpg"),
+        ({"x.jpg": png(), "x.json": b"[]"}, "has no label for x.jpg"),
+        ({"x.jpg": png(), "x.json": b"{" * 50}, "has no label for x.jpg"),
+        ({"x.jpg": png(), "x.json": b'{"label": -1}'}, "has no label for x.jpg"),
+        ({"x.jpg": png(), "x.json": b'{"label": true}'}, "has no label for x.jpg"),
+        ({"x.jpg": png(), "x.cls": b"a/b"}, "an empty class name or one with a slash"),
+        ({"classes.txt": b"one\ntwo\n"}, "has 2 lines, but class number 2 occurs"),
+    ],
+)
+def test_labels_that_are_missing_or_make_no_sense(
+    tmp_path: Path, extra: dict[str, bytes], words: str
+) -> None:
+    assert words in refusal(write_tar(tmp_path / "a.tar", pairs() | extra))
+
+
+@pytest.mark.parametrize(
+    "pattern", ["s-{000..002}.tar", "s-*.tar", "s-00[0-2].tar", "s-{000,001,002}.tar", "{s,}-00?.tar"]
+)
+def test_shards_by_pattern_are_one_source(tmp_path: Path, pattern: str) -> None:
+    for shard in range(3):
+        write_tar(tmp_path / f"s-{shard:03d}.tar", pairs(4, 4 * shard))
+    if pattern.startswith("{s,}"):
+        write_tar(tmp_path / "-009.tar", pairs(1, 90))
+    source = open_source(f"{tmp_path}/{pattern}")
+    assert len(source) == (13 if pattern.startswith("{s,}") else 12)
+    for sample in source.samples:
+        assert source.read(sample) == png(int(Path(sample.key).stem))
+
+
+def test_shards_of_the_imagefolder_layout(tmp_path: Path) -> None:
+    for shard in range(2):
+        write_tar(tmp_path / f"{shard}.tar", {f"train/c{shard}/x{n}.png": png(n) for n in range(2)})
+    source = open_source(f"{tmp_path}/{{0..1}}.tar")
+    assert [s.key for s in source.samples] == ["c0/x0.png", "c0/x1.png", "c1/x0.png", "c1/x1.png"]
+
+
+def test_a_name_in_two_shards_is_refused(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", pairs())
+    write_tar(tmp_path / "1.tar", pairs())
+    assert "has 0000.jpg twice; names must be unique over all shards" in refusal(f"{tmp_path}/{{0..1}}.tar")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("{0..2}.tar", "no such shard: "),
+        ("x*.tar", "no shard matches "),
+        ("{5..2}.tar", "must run upwards"),
+        ("{0..99999999999}.tar", "must run upwards, to at most 1000000 shards"),
+        ("{0..9999}{0..9999}.tar", "at most 1000000 shards"),
+        ("*.zip", "shards must be uncompressed .tar files"),
+    ],
+)
+def test_shard_patterns_that_name_nothing(tmp_path: Path, pattern: str, words: str) -> None:
+    write_tar(tmp_path / "0.tar", pairs())
+    write_zip(tmp_path / "0.zip", small_set())
+    assert words in refusal(f"{tmp_path}/{pattern}")
+
+
+def test_a_sparse_tar_member_is_refused(tmp_path: Path) -> None:
+    info = tarfile.TarInfo("train/c0/s.png")
+    info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "512"}
+    info.size = 512
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        archive.addfile(info, io.BytesIO(b"0\n".ljust(512, b"\0")))
+    assert "a sparse file" in refusal(tmp_path / "a.tar")
+
+
+@pytest.mark.skipif(not REAL_ZIP.exists(), reason=f"{REAL_ZIP.name} is not beside the checkout")
+def test_real_images_out_of_a_real_zip(tmp_path: Path) -> None:
+    with open_source(REAL_ZIP) as source:
+        assert source.counts() == [5000] * 10
+        first = source.samples[:100]
+        images, labels, bad = load_all(source, 32, samples=first, workers=2)
+        write_folder(tmp_path, {f"train/{s.key}": source.read(s) for s in (*first, source.samples[-1])})
+    assert images.shape == (100, 3, 32, 32)
+    assert labels.tolist() == [0] * 100
+    assert bad == []
+    assert images.float().mean(dim=(0, 2, 3)).min() > 60
+    folder = open_source(tmp_path)
+    assert [s.key for s in folder.samples[:100]] == [s.key for s in first]
+    assert [s.id for s in folder.samples[:100]] == [s.id for s in first]
+    again, _, _ = load_all(folder, 32, samples=folder.samples[:100], workers=0)
+    assert (again == images).all()
