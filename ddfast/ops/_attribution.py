@@ -197,7 +197,9 @@ def _masked_batch_vmap(
     if mean_dim is not None or std_dim is not None:
         # One set of channel statistics serves the whole op, so several are applied to the images beforehand.
         compute = reference.masking_dtype(images, baseline, dtype)
-        images = torch.vmap(reference.normalise, (0, mean_dim, std_dim, None))(images, mean, std, compute)
+        mean = None if mean is None else _mapped_first(mean, mean_dim, size).unsqueeze(1)
+        std = None if std is None else _mapped_first(std, std_dim, size).unsqueeze(1)
+        images = reference.normalise(images, mean, std, compute)
         mean = std = None
     batch = images.shape[1]
     if coalitions_dim is not None or coalitions.ndim == 3:

@@ -63,9 +63,9 @@ def normalise(images: Tensor, mean: Tensor | None, std: Tensor | None, compute: 
     if images.dtype == torch.uint8:
         pixels = pixels / _divisor(255, pixels)
     if mean is not None:
-        pixels = pixels - mean.to(compute)[:, None, None]
+        pixels = pixels - mean.to(compute)[..., None, None]
     if std is not None:
-        pixels = pixels / std.to(compute)[:, None, None]
+        pixels = pixels / std.to(compute)[..., None, None]
     return pixels
 
 
