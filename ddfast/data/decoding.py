@@ -253,6 +253,8 @@ def _reason(error: BaseException) -> str:
     """One short line, the same on every run since it stands in the manifest: no file names, no addresses."""
     text = " ".join(str(error).split())
     text = re.sub(r"<[^<>]* at 0x[0-9a-fA-F]+>", "file", text)
+    if isinstance(error, Image.DecompressionBombError):
+        return f"too large: {text.partition(',')[0]}"
     if isinstance(error, MemoryError):
         text = "needs more memory than there is"
     elif "truncated" in text.lower() or isinstance(error, EOFError):

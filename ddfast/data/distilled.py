@@ -318,6 +318,11 @@ class DistilledSet(Dataset[tuple[Any, int, Tensor]]):
             image: Any = decode(path.read_bytes())
         except (OSError, BadImage) as error:
             raise UsageError(f"{path} cannot be read ({one_line(error)}): delete it and {_FINISH}") from error
+        if tuple(image.shape[1:]) != (self.image_size, self.image_size):
+            height, width = image.shape[1:]
+            raise UsageError(
+                f"{path} is {width}x{height}, {MANIFEST} says {self.image_size}: delete it and {_FINISH}"
+            )
         if self.transform is not None:
             from PIL import Image
 

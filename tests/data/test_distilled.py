@@ -524,6 +524,9 @@ def test_a_damaged_image_names_its_file(root: Path) -> None:
     (root / IMAGE).write_bytes(b"broken")
     with pytest.raises(UsageError, match=r"000000\.png cannot be read \(not an image"):
         opened[0]
+    (root / IMAGE).write_bytes(encode_image(pixels(0, 0)[:, 1:]))
+    with pytest.raises(UsageError, match=r"000000\.png is 16x15, manifest\.json says 16"):
+        opened[0]
     (root / IMAGE).unlink()
     with pytest.raises(UsageError, match=r"000000\.png cannot be read"):
         opened[0]
