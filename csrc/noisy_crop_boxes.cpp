@@ -1,4 +1,4 @@
-// noisy_crop_boxes: from a heatmap to crop boxes (see ddfast/ops/reference.py for the definition).
+// noisy_crop_boxes: from a heatmap to crop boxes (defined in ddfast/ops/reference.py).
 //
 // Its bits are a promise: every body of this op does the same IEEE single-precision operations in the same order, and
 // the build switches contraction to fused multiply-adds off. Images are independent, so threads cannot change a bit.
@@ -107,7 +107,13 @@ Tensor noisy_crop_boxes(
     const Tensor& phi, const Tensor& sample_ids, const Tensor& quantiles, int64_t seed, int64_t rows, int64_t cols,
     int64_t pool, int64_t crops, bool clean_last, double alpha, int64_t image_height, int64_t image_width,
     int64_t crop_height, int64_t crop_width) {
+  STD_TORCH_CHECK(phi.dim() == 2 && phi.size(1) == rows * cols, "noisy_crop_boxes: phi must be [B, rows * cols]");
   const int64_t images = phi.size(0), players = phi.size(1);
+  STD_TORCH_CHECK(sample_ids.dim() == 1 && sample_ids.size(0) == images, "noisy_crop_boxes: sample_ids must be [B]");
+  STD_TORCH_CHECK(quantiles.numel() == int64_t{1} << kQuantileBits, "noisy_crop_boxes: quantiles must be [4096]");
+  STD_TORCH_CHECK(1 <= pool && pool <= std::min(rows, cols), "noisy_crop_boxes: pool must fit in the grid");
+  STD_TORCH_CHECK(crop_height <= image_height && crop_width <= image_width,
+                  "noisy_crop_boxes: the crop must fit in the image");
   const Tensor heatmaps = torch::stable::contiguous(phi), ids = torch::stable::contiguous(sample_ids);
   const Tensor table = torch::stable::contiguous(quantiles);
   Tensor boxes = torch::stable::new_empty(phi, {images, crops, 4}, torch::headeronly::ScalarType::Int);

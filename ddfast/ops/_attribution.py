@@ -452,8 +452,8 @@ def _noisy_crop_boxes_vmap(
 
 def _pair(size: int | tuple[int, int], name: str) -> tuple[int, int]:
     """(rows, columns) of a size given as one integer or as two."""
-    pair = (size, size) if isinstance(size, int) else tuple(size)
-    if len(pair) != 2 or not all(isinstance(side, int) for side in pair):
+    pair = (size, size) if isinstance(size, int) else size
+    if not isinstance(pair, Sequence) or len(pair) != 2 or not all(isinstance(side, int) for side in pair):
         raise ValueError(f"{name} must be an int or a pair of ints (vertical, horizontal), got {size!r}")
     return pair[0], pair[1]
 
