@@ -1,1 +1,46 @@
-"""ddfast.methods"""
+"""Distillation methods: one file each, a small base class, a registry, and the pipeline that runs them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ddfast.errors import UsageError
+from ddfast.methods.base import Method
+
+if TYPE_CHECKING:
+    from ddfast.methods.pipeline import distill
+
+__all__ = ["Method", "distill", "get_method", "list_methods"]
+
+
+def _registry() -> dict[str, type[Method]]:
+    from ddfast.methods.infoutil import InfoUtil
+    from ddfast.methods.random import Random
+    from ddfast.methods.rded import RDED
+
+    return {method.name: method for method in (InfoUtil, RDED, Random)}
+
+
+def list_methods() -> list[str]:
+    """Names of the methods, the main one first."""
+    return list(_registry())
+
+
+def get_method(name: str) -> type[Method]:
+    """The method class called `name`.
+
+    Raises:
+        UsageError: unknown name; the message lists the known ones.
+    """
+    registry = _registry()
+    if name not in registry:
+        raise UsageError(f"unknown method {name!r}; known methods: {', '.join(registry)}")
+    return registry[name]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "distill":
+        from ddfast.methods.pipeline import distill
+
+        return distill
+    raise AttributeError(f"module 'ddfast.methods' has no attribute {name!r}")

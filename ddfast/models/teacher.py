@@ -49,6 +49,7 @@ class Teacher:
         epoch: epochs it was trained for, or None where unknown.
         arch_options: keyword arguments of `create_model`.
         facts: further metadata of the file, such as the training configuration.
+        path: what it was loaded from, a file or `torchvision:NAME`; None where it was made in memory.
 
     """
 
@@ -63,6 +64,7 @@ class Teacher:
     epoch: int | None = None
     arch_options: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    path: str | None = None
 
 
 def save_teacher(
@@ -176,6 +178,7 @@ def _load_safetensors(
             epoch=facts.pop("epoch", None),
             arch_options=dict(facts.pop("arch_options", {})),
             facts=facts,
+            path=str(path),
         )
     except KeyError as error:
         raise UsageError(
@@ -241,6 +244,7 @@ def _load_state_dict(
         mean=mean,
         std=std,
         sha256=hashlib.sha256(data).hexdigest(),
+        path=str(path),
     )
 
 
@@ -271,6 +275,7 @@ def _load_torchvision(name: str, class_names: Sequence[str] | None, image_size: 
         std=_three(transform.std),
         sha256=hashlib.sha256(serialize_tensors(model.state_dict(), {})).hexdigest(),
         top1=metrics.get("acc@1"),
+        path=f"torchvision:{name}",
     )
 
 

@@ -1,0 +1,191 @@
+"""What a distillation method is: how it scores candidate crops, and how it ranks them.
+
+A method sees micro-batches of decoded source images and returns candidate crops with their scores; the pipeline turns
+those into rows of the score table. Selection is a sort over that table and never looks at a pixel again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddfast.errors import UsageError
+
+if TYPE_CHECKING:
+    from ddfast.models import Teacher
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    stage: str = "score",
+    choices: tuple[str, ...] | None = None,
+    type: type | None = None,
+) -> Any:
+    """A field of a method's options: default, help text with unit, the stage it belongs to and its valid values."""
+    metadata = {"help": help, "stage": stage, "choices": choices, "type": type}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def stream(seed: int, name: str) -> int:
+    """64-bit key of the random stream `name` under `seed`, so that no two uses of a seed share draws."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of decoded sources.
+
+    Attributes:
+        images: uint8 [M, 3, S, S].
+        labels: int64 [M].
+        ids: int64 [M], stable sample ids.
+    """
+
+    images: Tensor
+    labels: Tensor
+    ids: Tensor
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Candidate crops of a micro-batch, K an image.
+
+    Attributes:
+        boxes: int32 [M, K, 4], (x0, y0, x1, y1) in pixels of the fitted image, x1 and y1 exclusive.
+        score: float32 [M, K] or None: what the method ranks by where neither norm nor loss is.
+        grad_norm: float32 [M, K] or None, norm of the gradient of the teacher's cross-entropy on the crop.
+        loss: float32 [M, K] or None, the teacher's cross-entropy on the crop, in nats.
+        correct: bool [M, K] or None, whether the teacher's first choice on the crop is the label.
+        phi: float32 [M, d] or None, attribution of the image's grid cells.
+    """
+
+    boxes: Tensor
+    score: Tensor | None = None
+    grad_norm: Tensor | None = None
+    loss: Tensor | None = None
+    correct: Tensor | None = None
+    phi: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Context:
+    """What scoring needs beside the images: fixed at the start of a run and written in its manifest."""
+
+    teacher: Teacher | None
+    image_size: int
+    factor: int
+    seed: int
+    precision: str
+    forward_batch: int
+    device: torch.device
+
+    @property
+    def tile(self) -> int:
+        """Side of a tile in pixels."""
+        return self.image_size // self.factor
+
+
+class Table:
+    """Columns of the score table as NumPy arrays, one row a candidate crop. Missing scores are NaN."""
+
+    def __init__(self, columns: Mapping[str, np.ndarray]) -> None:
+        self.sample_id = columns["sample_id"]
+        self.label = columns["label"]
+        self.crop = columns["crop"]
+        self.score = columns["score"]
+        self.grad_norm = columns["grad_norm"]
+        self.loss = columns["loss"]
+        self.correct = columns["correct"]
+
+    def best_within_source(self, key: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
+        """Row of the smallest `key` of each source, among `rows` (default all). Ties go to the lower crop number."""
+        rows = np.arange(len(key)) if rows is None else rows
+        order = rows[np.lexsort((self.crop[rows], key[rows], self.sample_id[rows]))]
+        ids = self.sample_id[order]
+        first = np.ones(len(order), dtype=bool)
+        first[1:] = ids[1:] != ids[:-1]
+        return order[first]
+
+    def ranked_within_class(self, key: np.ndarray, rows: np.ndarray) -> dict[int, np.ndarray]:
+        """For every class its `rows` in ascending order of `key`; ties go to the lower sample id."""
+        order = rows[np.lexsort((self.sample_id[rows], key[rows], self.label[rows]))]
+        labels = self.label[order]
+        starts = np.flatnonzero(np.r_[True, labels[1:] != labels[:-1]]) if len(labels) else []
+        ends = [*starts[1:], len(labels)] if len(labels) else []
+        return {int(labels[s]): order[s:e] for s, e in zip(starts, ends, strict=True)}
+
+
+class Method(ABC):
+    """Base of every method: a name, a dataclass of options, a scoring rule and a ranking rule."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    Options: ClassVar[type]
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    needs_teacher: ClassVar[bool] = True
+    # Which of the ranked crops share an image: "contiguous" puts ranks 0..k-1 in image 0 (InfoUtil, Algorithm 1),
+    # "stride" puts rank r in image r mod IPC, so that the best-ranked crops open every image (RDED).
+    layout: ClassVar[str] = "contiguous"
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+
+    @abstractmethod
+    def score(self, batch: Batch, context: Context) -> Candidates:
+        """Propose and score candidate crops of a micro-batch. Must not depend on how sources are batched."""
+
+    @abstractmethod
+    def rank(self, table: Table, needed: int) -> tuple[dict[int, np.ndarray], np.ndarray]:
+        """Rank candidates: for every class its rows, best first and at most one crop a source; and a score a row.
+
+        Args:
+            table: the whole score table.
+            needed: crops that each class needs (IPC x tiles); a class may rank more.
+        """
+
+    def resolved(self, factor: int) -> Method:
+        """This method with every `auto` option fixed for `factor` tiles per side."""
+        return self
+
+    @classmethod
+    def from_options(cls, given: Mapping[str, Any], preset: str | None = None) -> Method:
+        """Build a method from `given` option values over `preset` over the defaults.
+
+        Raises:
+            UsageError: unknown preset or option, or a value that the options refuse; the valid ones are listed.
+        """
+        if preset is not None and preset not in cls.presets:
+            known = ", ".join(sorted(cls.presets)) or "none"
+            raise UsageError(f"method {cls.name} has no preset {preset!r}; its presets: {known}")
+        fields = {field.name: field for field in dataclasses.fields(cls.Options)}
+        for name in given:
+            if name not in fields:
+                valid = ", ".join(fields) or "none"
+                raise UsageError(f"method {cls.name} has no option {name!r}; its options: {valid}")
+        values = {**(cls.presets[preset] if preset else {}), **given}
+        for name, value in values.items():
+            choices = fields[name].metadata.get("choices")
+            if choices is not None and value not in choices:
+                raise UsageError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        try:
+            return cls(cls.Options(**values))
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"options of {cls.name}: {error}") from error
+
+    def options_of_stage(self, stage: str) -> dict[str, Any]:
+        """Option values that decide `stage` ("score" or "select")."""
+        return {
+            field.name: getattr(self.options, field.name)
+            for field in dataclasses.fields(self.options)
+            if field.metadata["stage"] == stage
+        }

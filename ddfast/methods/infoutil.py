@@ -1,0 +1,249 @@
+"""InfoUtil: the most informative region of each image, then the images with the most utility (ICLR 2026).
+
+Algorithm 1 of the paper, with every reading that it leaves open as an option. Names of the ambiguities (IU-n) and the
+measurements behind the defaults are in the comments where each default stands.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddfast.methods.base import Batch, Candidates, Context, Method, Table, option, stream
+from ddfast.methods.scoring import judge
+from ddfast.ops import crop_resize, noisy_crop_boxes
+
+# Defaults of the options left at "auto", by tiles per side.
+_AUTO = {
+    1: {"crop_frac": 1.0, "within": "clean", "rank_by": "loss", "order": "low"},
+    2: {"crop_frac": 0.5, "within": "clean", "rank_by": "grad_norm", "order": "high"},
+}
+
+
+@dataclass(frozen=True)
+class InfoUtilOptions:
+    """Options of InfoUtil. Values `auto` depend on the factor and are fixed when the run starts."""
+
+    # Stage 1: informativeness.
+    attribution: str = option("shapley", "attribution of the grid cells", choices=("shapley", "grad_cam"))
+    estimator: str = option(
+        "permutation",
+        "Shapley estimator (IU-3); `kernel` is the paper's",
+        choices=("permutation", "paired", "kernel", "exact"),
+    )
+    n_samples: int = option(32, "model evaluations an image, the two anchors included (IU-3)")
+    value: str = option("logit", "game value on the true class (IU-5)", choices=("logit", "prob", "logprob"))
+    baseline: float = option(0.0, "value of masked pixels in normalised space (IU-5)")
+    grid: int = option(4, "cells per side of the attribution grid (B.1)")
+    crop_rule: str = option(
+        "window",
+        "crop around the best pooled window, or around the best single cell (IU-6)",
+        choices=("window", "patch"),
+    )
+    crop_frac: str = option(
+        "auto", "side of a crop as a share of the image's: auto, adaptive, or a number in (0, 1] (IU-7)"
+    )
+    coverage: float = option(
+        0.8, "crop_frac adaptive: smallest window with this share of the positive attribution"
+    )
+    crops: int = option(5, "crops an image: all but the last noisy, the last clean (B.1)")
+    alpha: float = option(2.0, "noise in standard deviations of the pooled map (B.1, IU-13); 0 is no noise")
+    scoring_input: str = option(
+        "pad", "how a tile smaller than the image meets the teacher (IU-16)", choices=("pad", "resize")
+    )
+    norm: str = option(
+        "full", "gradient norm over all parameters or the last layer's (IU-14)", choices=("full", "last_layer")
+    )
+    # Stage 2: utility.
+    within: str = option(
+        "auto",
+        "which crop of an image competes (IU-8)",
+        stage="select",
+        choices=("auto", "max_norm", "min_loss", "clean"),
+    )
+    rank_by: str = option(
+        "auto",
+        "what images compete by; `quantiles` spreads over the norms (IU-15)",
+        stage="select",
+        choices=("auto", "grad_norm", "loss", "quantiles", "random"),
+    )
+    order: str = option(
+        "auto", "keep the highest or the lowest (IU-15)", stage="select", choices=("auto", "high", "low")
+    )
+    correct_only: bool = option(False, "only crops that the teacher reads correctly, while they last", stage="select")
+    quantile_low: float = option(0.0, "rank_by quantiles: lowest norm quantile", stage="select")
+    quantile_high: float = option(1.0, "rank_by quantiles: highest norm quantile", stage="select")
+
+    def __post_init__(self) -> None:
+        if self.crop_frac not in ("auto", "adaptive") and not 0 < _number(self.crop_frac) <= 1:
+            raise ValueError(f"crop_frac must be auto, adaptive or a number in (0, 1], got {self.crop_frac}")
+        if self.crops < 1:
+            raise ValueError(f"crops must be at least 1, got {self.crops}")
+        if self.grid < 2:
+            raise ValueError(f"grid must be at least 2, got {self.grid}")
+        if self.alpha < 0:
+            raise ValueError(f"alpha must not be negative, got {self.alpha}")
+        if not 0 < self.coverage <= 1:
+            raise ValueError(f"coverage must be in (0, 1], got {self.coverage}")
+        if not 0 <= self.quantile_low < self.quantile_high <= 1:
+            raise ValueError(
+                f"quantiles must satisfy 0 <= low < high <= 1, got {self.quantile_low} and {self.quantile_high}"
+            )
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"crop_frac must be auto, adaptive or a number, got {text!r}") from None
+
+
+class InfoUtil(Method):
+    """Informativeness by Shapley attribution, utility by gradient norm."""
+
+    name = "infoutil"
+    summary = "Shapley-attributed crops ranked by gradient norm (InfoUtil, ICLR 2026)"
+    Options = InfoUtilOptions
+    options: Any
+    presets = {
+        # The literal reading: Captum's Kernel SHAP with its default of 25 samples, the half-side window of the pooled
+        # argmax, the highest norm within the image and within the class.
+        "paper": {
+            "estimator": "kernel",
+            "n_samples": 25,
+            "crop_frac": "0.5",
+            "within": "max_norm",
+            "rank_by": "grad_norm",
+            "order": "high",
+        }
+    }
+
+    def resolved(self, factor: int) -> InfoUtil:
+        """Fix the options left at `auto` for this factor."""
+        automatic = {
+            name: str(value)
+            for name, value in _AUTO[factor].items()
+            if getattr(self.options, name) == "auto"
+        }
+        return InfoUtil(dataclasses.replace(self.options, **automatic))
+
+    def score(self, batch: Batch, context: Context) -> Candidates:
+        """Both stages' measurements of one micro-batch: attribution, crops, gradient norms (Algorithm 1)."""
+        # Stage 1. phi_f(x_i) by f_D (Eqs. 4 and 5); its average pooling, noised, gives the crops xi_i.
+        phi = self._attribution(batch, context)
+        boxes = self._crop_boxes(phi, batch.ids, context)
+        tiles = crop_resize(batch.images, boxes, context.tile)
+        # Stage 2. g_i = || grad_theta l(f_D(xi_i), y_i) ||.
+        norm = "auto" if self.options.norm == "full" else "last_layer"
+        verdict = judge(
+            tiles, batch.labels, context, scoring_input=self.options.scoring_input, norm=norm
+        )
+        return Candidates(boxes, None, verdict.grad_norm, verdict.loss, verdict.correct, phi)
+
+    def _attribution(self, batch: Batch, context: Context) -> Tensor:
+        teacher = context.teacher
+        assert teacher is not None
+        mean, std = torch.tensor(teacher.mean), torch.tensor(teacher.std)
+        if self.options.attribution == "grad_cam":
+            from ddfast.attribution import grad_cam
+
+            return grad_cam(
+                teacher.model, batch.images, batch.labels, grid=self.options.grid, mean=mean, std=std
+            )
+        from ddfast.attribution import shapley
+
+        return shapley(
+            teacher.model,
+            batch.images,
+            batch.labels,
+            grid=self.options.grid,
+            n_samples=self.options.n_samples,
+            estimator=self.options.estimator,
+            value=self.options.value,
+            baseline=self.options.baseline,
+            precision=context.precision,
+            # One coalition stream an image, from its id: an image's attribution then owes nothing to its neighbours.
+            seed=batch.ids ^ _signed(stream(context.seed, "coalitions")),
+            mean=mean,
+            std=std,
+            chunk_size=context.forward_batch,
+        )
+
+    def _crop_boxes(self, phi: Tensor, ids: Tensor, context: Context) -> Tensor:
+        """Crop boxes int32 [M, K, 4] by the options' rule."""
+        if self.options.crop_frac == "adaptive":
+            return self._adaptive_boxes(phi, ids, context)
+        return self._boxes_of_side(phi, ids, context, _number(self.options.crop_frac))
+
+    def _boxes_of_side(self, phi: Tensor, ids: Tensor, context: Context, fraction: float) -> Tensor:
+        grid, size = self.options.grid, context.image_size
+        # The paper's pooling is the crop's own size in cells: 2x2 of 4x4 for a half-side crop.
+        pool = 1 if self.options.crop_rule == "patch" else min(grid, max(1, int(fraction * grid + 0.5)))
+        return noisy_crop_boxes(
+            phi,
+            ids,
+            seed=stream(context.seed, "crops"),
+            grid=grid,
+            image_size=size,
+            crop_size=max(1, int(fraction * size + 0.5)),
+            pool=pool,
+            crops=self.options.crops,
+            alpha=self.options.alpha,
+        )
+
+    def _adaptive_boxes(self, phi: Tensor, ids: Tensor, context: Context) -> Tensor:
+        """Per image the smallest window, from half the side up, whose best place holds `coverage` of the positive phi."""
+        grid = self.options.grid
+        positive = phi.clamp(min=0).view(-1, 1, grid, grid)
+        total = positive.sum(dim=(1, 2, 3))
+        chosen = self._boxes_of_side(phi, ids, context, 1.0)
+        for cells in range(grid - 1, (grid + 1) // 2 - 1, -1):
+            held = torch.nn.functional.avg_pool2d(positive, cells, stride=1).amax(dim=(1, 2, 3)) * cells**2
+            enough = (total > 0) & (held >= self.options.coverage * total)
+            boxes = self._boxes_of_side(phi, ids, context, cells / grid)
+            chosen = torch.where(enough[:, None, None], boxes, chosen)
+        return chosen
+
+    def rank(self, table: Table, needed: int) -> tuple[dict[int, np.ndarray], np.ndarray]:
+        """Stage 2: one crop an image by `within`, then images of a class by `rank_by` and `order`."""
+        within, rank_by, order = self.options.within, self.options.rank_by, self.options.order
+        clean_last = {"max_norm": -table.grad_norm, "min_loss": table.loss, "clean": -table.crop}
+        key = clean_last[within].astype(np.float64)
+        misread = ~table.correct if self.options.correct_only else np.zeros(len(key), dtype=bool)
+        # A misread crop competes only where nothing else of its image is left, and then behind every other image.
+        best = table.best_within_source(np.where(misread, key + _LAST, key))
+        if rank_by == "random":
+            score = _mixed(table.sample_id)
+        else:
+            score = (table.loss if rank_by == "loss" else table.grad_norm).astype(np.float64)
+        sign = -1.0 if order == "high" and rank_by != "quantiles" else 1.0
+        ranked = table.ranked_within_class(np.where(misread, sign * score + _LAST, sign * score), best)
+        if rank_by == "quantiles":
+            ranked = {label: self._spread(rows, needed) for label, rows in ranked.items()}
+        return ranked, score
+
+    def _spread(self, rows: np.ndarray, needed: int) -> np.ndarray:
+        """`needed` rows at even steps between two quantiles of the ascending norms."""
+        low = self.options.quantile_low * (len(rows) - 1)
+        high = self.options.quantile_high * (len(rows) - 1)
+        picks = np.unique(np.rint(np.linspace(low, high, needed)).astype(int))
+        rest = np.setdiff1d(np.arange(len(rows)), picks)
+        return rows[np.r_[picks, rest]]
+
+
+_LAST = 1e12  # added to a key, it ranks behind every finite norm or loss
+
+
+def _mixed(ids: np.ndarray) -> np.ndarray:
+    """A uniform draw in [0, 1) of each id: ids are hashes, so their high bits will do."""
+    return (ids.astype(np.uint64) >> np.uint64(11)).astype(np.float64) / 2.0**53
+
+
+def _signed(word: int) -> int:
+    """A 64-bit word as a signed integer, as torch's int64 holds it."""
+    return word - 2**64 if word >= 2**63 else word

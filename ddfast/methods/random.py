@@ -1,0 +1,42 @@
+"""Random real images: the row that keeps every comparison honest, since it gets the same soft labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ddfast.methods.base import Batch, Candidates, Context, Method, Table, stream
+from ddfast.ops._philox import philox4x32
+
+
+@dataclass(frozen=True)
+class RandomOptions:
+    """Random selection has no options; `--seed` draws another subset."""
+
+
+class Random(Method):
+    """Uniform draw without replacement of whole images from each class; a tile holds a whole image, resized."""
+
+    name = "random"
+    summary = "whole images drawn uniformly from each class"
+    Options = RandomOptions
+    options: Any
+    needs_teacher = False
+
+    def score(self, batch: Batch, context: Context) -> Candidates:
+        """One candidate an image: all of it, with a uniform draw for a score."""
+        size = context.image_size
+        boxes = torch.tensor([0, 0, size, size], dtype=torch.int32).expand(len(batch.ids), 1, 4)
+        ids = batch.ids.cpu()
+        counters = torch.stack(
+            (ids & 0xFFFFFFFF, (ids >> 32) & 0xFFFFFFFF, torch.zeros_like(ids), torch.zeros_like(ids)), dim=1
+        )
+        draws = philox4x32(counters, stream(context.seed, "random"))[:, :1]
+        return Candidates(boxes=boxes, score=((draws >> 8).double() / 2**24).float())
+
+    def rank(self, table: Table, needed: int) -> tuple[dict[int, np.ndarray], np.ndarray]:
+        """Highest draw first."""
+        return table.ranked_within_class(-table.score, np.arange(len(table.label))), table.score

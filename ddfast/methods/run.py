@@ -1,0 +1,362 @@
+"""A run: the folder it fills, the plan that fixes its result, and what it reads.
+
+The plan stands in `manifest.json` from the first moment, with `"complete": false`. It holds everything that decides a
+byte of the result, the arithmetic included, so that `--resume` continues exactly that run or refuses. What may differ
+between two equal runs (paths, host, timings) stands in `run.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ddfast import __version__
+from ddfast.data.distilled import FORMAT_VERSION, MANIFEST
+from ddfast.data.files import atomic_write_text, make_folder, sweep_temporary
+from ddfast.data.sources import Sample, Source, open_source
+from ddfast.errors import UsageError
+from ddfast.methods import get_method
+from ddfast.methods.base import Context, Method, stream
+from ddfast.models import Teacher, load_teacher
+from ddfast.ops._philox import philox4x32
+from ddfast.training.device import resolve_device
+
+RUN = "run.json"
+LABEL_TEMPERATURE = 20.0
+SHARD_SOURCES = 256  # sources in one score shard, the unit of commit and of work for a rank
+MICRO_BATCH = 16  # sources scored together; fixed, because it decides the last bits
+# What may change between the start of a run and its resumption without changing the result.
+_RESULTS = ("complete", "counts", "quarantined")
+
+
+@dataclass
+class Run:
+    """One distillation, opened: folder, plan, data, teachers, method."""
+
+    out: Path
+    plan: dict[str, Any]
+    source: Source
+    teacher: Teacher
+    label_teacher: Teacher
+    method: Method
+    device: torch.device
+    in_flight: int
+    workers: int | None
+    quiet: bool
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def context(self) -> Context:
+        """What scoring needs beside the images."""
+        arithmetic = self.plan["arithmetic"]
+        return Context(
+            teacher=self.teacher,
+            image_size=self.plan["image_size"],
+            factor=self.plan["factor"],
+            seed=self.plan["seed"],
+            precision=arithmetic["precision"],
+            forward_batch=arithmetic["forward_batch"],
+            device=self.device,
+        )
+
+    @property
+    def needed(self) -> int:
+        """Crops that each class needs: IPC x tiles."""
+        return int(self.plan["ipc"] * self.plan["factor"] ** 2)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every stage is done."""
+        return bool(self.plan["complete"])
+
+    def save(self) -> None:
+        """Write the manifest and `run.json` atomically."""
+        atomic_write_text(self.out / MANIFEST, json.dumps(self.plan, indent=2, ensure_ascii=False) + "\n")
+        atomic_write_text(self.out / RUN, json.dumps(self.facts, indent=2, ensure_ascii=False) + "\n")
+
+    def pool(self) -> list[Sample]:
+        """The sources to score, in id order: of each class the first `images_per_class` of a seeded shuffle."""
+        return sorted(
+            (s for rows in self.shuffled() for s in rows[: self.plan["images_per_class"]]), key=lambda s: s.id
+        )
+
+    def shuffled(self) -> list[list[Sample]]:
+        """Samples of every class in the order of a seeded shuffle that depends on their ids alone."""
+        samples = self.source.samples
+        ids = torch.tensor([s.id for s in samples], dtype=torch.int64)
+        counters = torch.stack((ids & 0xFFFFFFFF, (ids >> 32) & 0xFFFFFFFF, ids * 0, ids * 0), dim=1)
+        words = philox4x32(counters, stream(self.plan["seed"], "pool")).numpy()
+        labels = np.array([s.label for s in samples])
+        order = np.lexsort((ids.numpy(), words[:, 1], words[:, 0], labels))
+        classes: list[list[Sample]] = [[] for _ in self.source.class_names]
+        for index in order:
+            classes[samples[index].label].append(samples[index])
+        return classes
+
+    def set_arithmetic(self) -> None:
+        """Fix the number of threads that the plan names: it changes the order of sums."""
+        torch.set_num_threads(self.plan["arithmetic"]["threads"])
+
+
+def make_plan(
+    method: Method,
+    source: Source,
+    teacher: Teacher,
+    label_teacher: Teacher,
+    *,
+    preset: str | None,
+    ipc: int,
+    factor: int,
+    image_size: int,
+    images_per_class: int,
+    image_format: str,
+    seed: int,
+    precision: str,
+    device: torch.device,
+) -> dict[str, Any]:
+    """The manifest of a run before its first result."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "complete": False,
+        "method": method.name,
+        "preset": preset,
+        "options": {
+            "score": method.options_of_stage("score"),
+            "select": method.options_of_stage("select"),
+        },
+        "seed": seed,
+        "ipc": ipc,
+        "factor": factor,
+        "tiles": factor**2,
+        "image_size": image_size,
+        "images_per_class": images_per_class,
+        "format": image_format,
+        "class_names": source.class_names,
+        "mean": list(label_teacher.mean),
+        "std": list(label_teacher.std),
+        "teacher": _identity(teacher),
+        "label_teacher": _identity(label_teacher),
+        "label_temperature": LABEL_TEMPERATURE,
+        "data": {"fingerprint": source.fingerprint(), "images": len(source.samples)},
+        "arithmetic": {
+            "micro_batch": MICRO_BATCH,
+            "forward_batch": _forward_batch(image_size, device),
+            "shard_sources": SHARD_SOURCES,
+            "threads": torch.get_num_threads(),
+            "precision": precision,
+            "device": device.type,
+            "loader": "pillow",
+        },
+        "versions": {"ddfast": __version__, "torch": torch.__version__},
+        "counts": None,
+        "quarantined": None,
+    }
+
+
+def _identity(teacher: Teacher) -> dict[str, Any]:
+    return {"arch": teacher.arch, "sha256": teacher.sha256, "top1": teacher.top1, "epoch": teacher.epoch}
+
+
+def _forward_batch(image_size: int, device: torch.device) -> int:
+    """Masked images or crops a forward pass: what keeps activations near the caches, or a GPU full."""
+    if device.type == "cuda":
+        return 2048 if image_size <= 64 else 512
+    return 128 if image_size <= 64 else 32
+
+
+def score_identity(plan: dict[str, Any]) -> dict[str, Any]:
+    """The part of a plan that decides the score table: two runs that agree on it can share one."""
+    keys = ("method", "seed", "factor", "image_size", "images_per_class", "class_names", "data", "arithmetic")
+    teacher = plan["teacher"] if get_method(plan["method"]).needs_teacher else None
+    return {**{key: plan[key] for key in keys}, "options": plan["options"]["score"], "teacher": teacher}
+
+
+def start(out: Path, plan: dict[str, Any], resume: bool) -> dict[str, Any]:
+    """Claim the output folder for `plan`, or find the run that it holds.
+
+    Returns:
+        The plan to follow: the given one, or on resumption the stored one, whose arithmetic stays.
+
+    Raises:
+        UsageError: the folder holds something else, a different run, or this run without `resume`.
+    """
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file; --out must be a folder")
+    held = read_plan(out)
+    if held is None:
+        foreign = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else []
+        if foreign and not all(name.startswith(".") and ".tmp-" in name for name in foreign):
+            raise UsageError(f"{out} is not empty and holds no ddfast run; choose another folder")
+        make_folder(out)
+        sweep_temporary(out)
+        return plan
+    difference = first_difference(held, plan)
+    if difference is not None:
+        raise UsageError(f"{out} already holds a different run ({difference}); choose another folder or delete it")
+    if not resume:
+        state = "a finished run" if held["complete"] else "an unfinished run"
+        raise UsageError(f"{out} already holds {state} of the same settings; continue it with --resume")
+    sweep_temporary(out)
+    return held
+
+
+def read_plan(out: Path) -> dict[str, Any] | None:
+    """The manifest in a folder, or None where there is none.
+
+    Raises:
+        UsageError: the manifest is damaged.
+    """
+    path = out / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        plan = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged: delete {out} and start again") from error
+    if not isinstance(plan, dict) or plan.get("format_version") != FORMAT_VERSION or "arithmetic" not in plan:
+        raise UsageError(f"{path} is no manifest of this version of ddfast; choose another folder")
+    return plan
+
+
+def first_difference(held: dict[str, Any], wanted: dict[str, Any]) -> str | None:
+    """The first setting in which two plans differ, in words; results and the thread count do not count."""
+
+    def walk(a: Any, b: Any, place: str) -> str | None:
+        if isinstance(a, dict) and isinstance(b, dict):
+            for key in [*b, *(key for key in a if key not in b)]:
+                if (place == "" and key in _RESULTS) or (place == "arithmetic" and key == "threads"):
+                    continue
+                found = walk(a.get(key), b.get(key), f"{place}.{key}" if place else key)
+                if found:
+                    return found
+            return None
+        return None if a == b else f"{place}: it has {_short(a)}, this one {_short(b)}"
+
+    return walk(held, wanted, "")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def host_facts() -> dict[str, Any]:
+    """What `run.json` says of the machine."""
+    return {
+        "host": platform.node(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def check_teacher(teacher: Teacher, source: Source, *, role: str = "teacher") -> None:
+    """Refuse a teacher whose outputs are not the classes of the data, in that order.
+
+    Raises:
+        UsageError: the counts or the orders differ.
+    """
+    theirs, ours = list(teacher.class_names), list(source.class_names)
+    if len(theirs) != len(ours):
+        raise UsageError(f"the {role} knows {len(theirs)} classes, {source.name} has {len(ours)}: give its own teacher")
+    for index, (a, b) in enumerate(zip(theirs, ours, strict=True)):
+        if a != b:
+            raise UsageError(
+                f"the {role}'s class {index} is {a!r}, that of {source.name} is {b!r}: the class order must match"
+            )
+
+
+def reopen(
+    out: str | Path,
+    *,
+    data: str | Path | None = None,
+    teacher: str | Path | None = None,
+    label_teacher: str | Path | None = None,
+    device: str = "auto",
+    batch_size: str | int = "auto",
+    workers: int | None = None,
+    quiet: bool = False,
+) -> Run:
+    """Open the run in a folder again, with the paths of its `run.json` unless others are given.
+
+    Raises:
+        UsageError: no run there, or data or teachers are not those of the run.
+    """
+    out = Path(out)
+    plan = read_plan(out)
+    if plan is None:
+        raise UsageError(f"{out} holds no ddfast run: start one with ddfast score or ddfast distill")
+    try:
+        facts = json.loads((out / RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{out / RUN} is missing or damaged: give --data and --teacher") from error
+    source = open_source(data or facts["data"], "train")
+    main = load_teacher(str(teacher or facts["teacher"]), class_names=plan["class_names"])
+    labels = label_teacher or facts["label_teacher"]
+    run = Run(
+        out=out,
+        plan=plan,
+        source=source,
+        teacher=main,
+        label_teacher=main if labels is None else load_teacher(str(labels), class_names=plan["class_names"]),
+        method=get_method(plan["method"]).from_options({**plan["options"]["score"], **plan["options"]["select"]}),
+        device=checked_device(plan, device),
+        in_flight=images_in_flight(batch_size),
+        workers=workers,
+        quiet=quiet,
+        facts=facts,
+    )
+    for found, wanted, what in (
+        (source.fingerprint(), plan["data"]["fingerprint"], "--data"),
+        (main.sha256, plan["teacher"]["sha256"], "--teacher"),
+        (run.label_teacher.sha256, plan["label_teacher"]["sha256"], "--label-teacher"),
+    ):
+        if found != wanted:
+            raise UsageError(f"{what} is not what {out} was started with: its content has changed")
+    sweep_temporary(out)
+    return run
+
+
+def checked_device(plan: dict[str, Any], device: str) -> torch.device:
+    """The device, which must be of the type that the plan fixed.
+
+    Raises:
+        UsageError: another device type.
+    """
+    found = resolve_device(device)
+    wanted = plan["arithmetic"]["device"]
+    if found.type != wanted:
+        raise UsageError(f"this run was started on {wanted} and would end in other bytes on {found.type}: use --device {wanted}")
+    return found
+
+
+def images_in_flight(batch_size: str | int) -> int:
+    """Images decoded ahead of the model: whole micro-batches, at least one; `auto` is four.
+
+    Raises:
+        UsageError: neither `auto` nor a positive number.
+    """
+    if batch_size == "auto":
+        return 4 * MICRO_BATCH
+    try:
+        count = int(batch_size)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise UsageError(f"--batch-size must be auto or a positive number, got {batch_size}")
+    return -(-count // MICRO_BATCH) * MICRO_BATCH
+
+
+def command_line() -> str:
+    """The command as it was typed, for `run.json`."""
+    return " ".join(sys.argv)
