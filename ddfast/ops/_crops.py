@@ -119,11 +119,37 @@ def _crop_resize_backward_fake(
     return grad_output.new_empty((images, grad_output.shape[1], image_height, image_width))
 
 
+def _native_accepts_crop(
+    images: Tensor, boxes: Tensor, source: Tensor, height: int, width: int, factor: int
+) -> bool:
+    return _native_accepts_boxes(boxes, source, images.shape[0], *images.shape[2:])
+
+
+def _native_accepts_backward(
+    grad_output: Tensor,
+    boxes: Tensor,
+    source: Tensor,
+    images: int,
+    image_height: int,
+    image_width: int,
+    factor: int,
+) -> bool:
+    return _native_accepts_boxes(boxes, source, images, image_height, image_width)
+
+
+def _native_accepts_boxes(boxes: Tensor, source: Tensor, images: int, height: int, width: int) -> bool:
+    """float32 boxes and int64 sources; what does not fit raises here, with the reference's message."""
+    reference.check_boxes(boxes, source, images, height, width)
+    return boxes.dtype == torch.float32 and source.dtype == torch.int64
+
+
 define(
     "crop_resize",
     "(Tensor images, Tensor boxes, Tensor source, int height, int width, int factor) -> Tensor",
     reference=reference.crop_resize,
     fake=_crop_resize_fake,
+    triton="crop_resize",
+    native_accepts=_native_accepts_crop,
 )
 define(
     "crop_resize_backward",
@@ -131,6 +157,8 @@ define(
     "int factor) -> Tensor",
     reference=reference.crop_resize_backward,
     fake=_crop_resize_backward_fake,
+    triton="crop_resize",
+    native_accepts=_native_accepts_backward,
 )
 
 

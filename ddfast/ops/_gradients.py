@@ -183,11 +183,17 @@ def _per_sample_fake(first: Tensor, grad_output: Tensor, *_: Any) -> Tensor:
     return grad_output.new_empty(first.shape[0], dtype=reference.accumulation_dtype(grad_output.dtype))
 
 
+def _native_accepts(first: Tensor, grad_output: Tensor, *_: Any) -> bool:
+    return True
+
+
 define(
     "grad_sq_norm_linear",
     "(Tensor input, Tensor grad_output, bool bias) -> Tensor",
     reference=reference.grad_sq_norm_linear,
     fake=_per_sample_fake,
+    triton="grad_sq_norm",
+    native_accepts=_native_accepts,
 )
 define(
     "grad_sq_norm_conv2d",
@@ -195,18 +201,24 @@ define(
     "int groups, bool bias) -> Tensor",
     reference=reference.grad_sq_norm_conv2d,
     fake=_per_sample_fake,
+    triton="grad_sq_norm",
+    native_accepts=_native_accepts,
 )
 define(
     "grad_sq_norm_norm",
     "(Tensor normalized, Tensor grad_output, int first_dim, int last_dim, bool weight, bool bias) -> Tensor",
     reference=reference.grad_sq_norm_norm,
     fake=_per_sample_fake,
+    triton="grad_sq_norm",
+    native_accepts=_native_accepts,
 )
 define(
     "grad_sq_norm_embedding",
     "(Tensor indices, Tensor grad_output, int padding_idx) -> Tensor",
     reference=reference.grad_sq_norm_embedding,
     fake=_per_sample_fake,
+    triton="grad_sq_norm",
+    native_accepts=_native_accepts,
 )
 
 
