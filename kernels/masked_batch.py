@@ -9,7 +9,7 @@ import triton.language as tl
 BLOCK = (
     1024  # elements of one image a program; 8 a thread, so that a thread stores 16 bytes of half precision
 )
-PROGRAMS = 2048  # about how many programs keep the largest GPUs busy to the end
+PROGRAMS = 1024  # about one wave on the largest GPUs
 
 
 @triton.jit
@@ -20,6 +20,14 @@ def _divide(x, y):
     else:
         quotient = tl.div_rn(x, y)
     return quotient
+
+
+@triton.jit
+def _rounded(x, dtype: tl.constexpr):
+    """x in `dtype`, as torch rounds it: from float64 to 16 bits by way of float32."""
+    if dtype.primitive_bitwidth == 16:
+        x = x.to(tl.float32)
+    return x.to(dtype)
 
 
 @triton.jit
@@ -91,7 +99,7 @@ def _masked_batch(
         present -= tl.load(mean + channel).to(COMPUTE)
     if std is not None:
         present = _divide(present, tl.load(std + channel).to(COMPUTE))
-    present = present.to(masked.dtype.element_ty)
+    present = _rounded(present, masked.dtype.element_ty)
 
     absent = tl.load(
         baseline
@@ -102,7 +110,7 @@ def _masked_batch(
         mask=inside,
         other=0,
     )
-    absent = absent.to(COMPUTE).to(masked.dtype.element_ty)
+    absent = _rounded(absent.to(COMPUTE), masked.dtype.element_ty)
 
     cells = coalitions + image * coalitions_image_stride + player
     for k in range(first, tl.minimum(first + count_a_program, count)):

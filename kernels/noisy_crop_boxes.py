@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-LANES = 64  # (image, crop) pairs a program
+LANES = 128  # (image, crop) pairs a program
 
 
 @triton.jit
