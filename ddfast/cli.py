@@ -43,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     """The parser of all commands. The options of a method are added where `argv` names the method."""
-    parser = _Parser(prog="ddfast", description="Distil an image data set into a tiny one that trains models as well.")
+    parser = _Parser(
+        prog="ddfast", description="Distil an image data set into a tiny one that trains models as well."
+    )
     parser.add_argument("--version", action="version", version=f"ddfast {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
     _add_demo(commands)
@@ -79,7 +81,9 @@ def _data(parser: argparse.ArgumentParser, **kwargs: Any) -> None:
 def _teacher(parser: argparse.ArgumentParser, *, required: bool, help: str) -> None:
     parser.add_argument("--teacher", required=required, help=help)
     parser.add_argument("--teacher-arch", default=None, help="architecture of a weights-only .pt state dict")
-    parser.add_argument("--normalization", default=None, help="normalisation of a .pt state dict: imagenet, cifar10, ...")
+    parser.add_argument(
+        "--normalization", default=None, help="normalisation of a .pt state dict: imagenet, cifar10, ..."
+    )
 
 
 def _load_teacher(arguments: argparse.Namespace, spec: str | None, data: str) -> Any:
@@ -99,9 +103,17 @@ def _load_teacher(arguments: argparse.Namespace, spec: str | None, data: str) ->
 
         teacher: Teacher = load_teacher(spec)
         # torchvision names its classes in words; a data set of as many folders is taken to be in the same order.
-        return dataclasses.replace(teacher, class_names=names) if len(names) == len(teacher.class_names) else teacher
+        return (
+            dataclasses.replace(teacher, class_names=names)
+            if len(names) == len(teacher.class_names)
+            else teacher
+        )
     return load_teacher(
-        spec, arch=arguments.teacher_arch, normalization=arguments.normalization, class_names=names, image_size=size
+        spec,
+        arch=arguments.teacher_arch,
+        normalization=arguments.normalization,
+        class_names=names,
+        image_size=size,
     )
 
 
@@ -121,16 +133,24 @@ def _add_train_teacher(commands: Any) -> None:
         metavar="N[,N...]",
         help="also write <out>-epochN.safetensors after these epochs: early label teachers",
     )
-    parser.add_argument("--image-size", type=int, default=None, help="side in pixels; default that of the first image")
+    parser.add_argument(
+        "--image-size", type=int, default=None, help="side in pixels; default that of the first image"
+    )
     parser.add_argument("--optimizer", default="sgd", help="sgd or adamw")
-    parser.add_argument("--lr", type=float, default=None, help="learning rate; default by optimizer and architecture")
+    parser.add_argument(
+        "--lr", type=float, default=None, help="learning rate; default by optimizer and architecture"
+    )
     parser.add_argument("--schedule", default="cosine", help="cosine or constant")
     parser.add_argument("--batch-size", type=int, default=128, help="images a step")
     parser.add_argument("--weight-decay", type=float, default=5e-4, help="weight decay")
-    parser.add_argument("--augment", default=None, help="crop-flip, rrc-flip, flip or none; default by image size")
+    parser.add_argument(
+        "--augment", default=None, help="crop-flip, rrc-flip, flip or none; default by image size"
+    )
     parser.add_argument("--width", type=int, default=None, help="channels of a ConvNet's layers; default 128")
     parser.add_argument("--seed", type=int, default=0, help="weights, order and augmentation")
-    parser.add_argument("--precision", default="auto", help="float32, or auto: bfloat16 where the hardware has it")
+    parser.add_argument(
+        "--precision", default="auto", help="float32, or auto: bfloat16 where the hardware has it"
+    )
     parser.add_argument("--resume", action="store_true", help="continue from the last finished epoch")
     _device(parser)
     parser.set_defaults(run=_train_teacher)
@@ -147,7 +167,17 @@ def _train_teacher(arguments: argparse.Namespace) -> None:
     from ddfast.training import train_teacher
 
     names = (
-        *("arch", "epochs", "out", "checkpoint_epochs", "image_size", "optimizer", "lr", "schedule", "batch_size"),
+        *(
+            "arch",
+            "epochs",
+            "out",
+            "checkpoint_epochs",
+            "image_size",
+            "optimizer",
+            "lr",
+            "schedule",
+            "batch_size",
+        ),
         *("weight_decay", "augment", "seed", "precision", "resume", "device", "workers", "quiet"),
     )
     settings = {name: getattr(arguments, name) for name in names}
@@ -194,20 +224,34 @@ def _method_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> N
     parser.add_argument("method", metavar="METHOD", help=", ".join(known))
     _data(parser)
     _teacher(parser, required=True, help="teacher file, .pt state dict, or torchvision:NAME")
-    parser.add_argument("--label-teacher", default=None, help="another teacher for the soft labels, an early one")
+    parser.add_argument(
+        "--label-teacher", default=None, help="another teacher for the soft labels, an early one"
+    )
     parser.add_argument("--ipc", type=int, required=True, help="images per class")
     parser.add_argument("--out", required=True, help="output folder")
     parser.add_argument("--seed", type=int, default=0, help="pool, coalitions, noise and draws")
     parser.add_argument("--images-per-class", type=int, default=300, help="sources scored of each class")
-    parser.add_argument("--factor", choices=("auto", "1", "2"), default="auto", help="tiles per side; auto: 1 up to 64 px")
-    parser.add_argument("--image-size", type=int, default=None, help="side of the images in pixels; default the teacher's")
+    parser.add_argument(
+        "--factor", choices=("auto", "1", "2"), default="auto", help="tiles per side; auto: 1 up to 64 px"
+    )
+    parser.add_argument(
+        "--image-size", type=int, default=None, help="side of the images in pixels; default the teacher's"
+    )
     parser.add_argument("--format", choices=("png", "jpeg"), default="png", help="of the images")
-    parser.add_argument("--preset", default=None, help="named option values of the method, `paper` for infoutil")
-    parser.add_argument("--precision", default="float32", help="float32, or auto: bfloat16 where the hardware has it")
+    parser.add_argument(
+        "--preset", default=None, help="named option values of the method, `paper` for infoutil"
+    )
+    parser.add_argument(
+        "--precision", default="float32", help="float32, or auto: bfloat16 where the hardware has it"
+    )
     parser.add_argument("--batch-size", default="auto", help="images in flight; never changes the result")
-    parser.add_argument("--scores", default=None, help="folder of a run whose score table has the same settings")
+    parser.add_argument(
+        "--scores", default=None, help="folder of a run whose score table has the same settings"
+    )
     parser.add_argument("--resume", action="store_true", help="continue an unfinished run")
-    parser.add_argument("--no-preflight", action="store_true", help="skip the try of the teacher on 64 images")
+    parser.add_argument(
+        "--no-preflight", action="store_true", help="skip the try of the teacher on 64 images"
+    )
     _device(parser)
     named = next((word for word in argv[1:] if word in known), None)
     if named is None:
@@ -217,7 +261,9 @@ def _method_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> N
         flag = "--" + field.name.replace("_", "-")
         help = field.metadata["help"]
         if isinstance(field.default, bool):
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help)
+            group.add_argument(
+                flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help
+            )
         else:
             kind = type(field.default)
             group.add_argument(
@@ -235,7 +281,11 @@ def _distill(arguments: argparse.Namespace, until: str) -> None:
     method = get_method(arguments.method)
     teacher = _load_teacher(arguments, arguments.teacher, arguments.data)
     label_teacher = _load_teacher(arguments, arguments.label_teacher, arguments.data)
-    chosen = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(method.Options) if hasattr(arguments, f.name)}
+    chosen = {
+        f.name: getattr(arguments, f.name)
+        for f in dataclasses.fields(method.Options)
+        if hasattr(arguments, f.name)
+    }
     out = distill(
         arguments.method,
         data=arguments.data,
@@ -291,12 +341,18 @@ def _add_evaluate(commands: Any) -> None:
     _data(parser)
     parser.add_argument("--arch", required=True, help="the students' architecture")
     parser.add_argument("--seeds", type=int, default=3, help="number of students")
-    _teacher(parser, required=False, help="label online with this teacher; without it the stored soft labels serve")
-    parser.add_argument("--epochs", type=int, default=None, help="passes over the distilled set; default the protocol's")
+    _teacher(
+        parser, required=False, help="label online with this teacher; without it the stored soft labels serve"
+    )
+    parser.add_argument(
+        "--epochs", type=int, default=None, help="passes over the distilled set; default the protocol's"
+    )
     parser.add_argument("--protocol", default="rded", help="evaluation protocol")
     parser.add_argument("--batch-size", type=int, default=None, help="images a step; default the protocol's")
     parser.add_argument("--autoaugment", action="store_true", help="AutoAugment on the students' images")
-    parser.add_argument("--precision", default="float32", help="float32, or auto: bfloat16 where the hardware has it")
+    parser.add_argument(
+        "--precision", default="float32", help="float32, or auto: bfloat16 where the hardware has it"
+    )
     parser.add_argument("--json", default=None, help="also write the whole result to this file")
     _device(parser)
     parser.set_defaults(run=_evaluate)
@@ -325,7 +381,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     )
     if arguments.json:
         atomic_write_text(arguments.json, json.dumps(result.as_dict(), indent=2) + "\n")
-    print(f"labels {result.labels}, {result.epochs} epochs of batch {result.batch_size}, {len(result.seeds)} seeds")
+    print(
+        f"labels {result.labels}, {result.epochs} epochs of batch {result.batch_size}, {len(result.seeds)} seeds"
+    )
     print(f"best tested epoch {result.best_mean:.2f} ± {result.best_std:.2f}")
     print(result)
 
@@ -354,7 +412,9 @@ def _attribute(arguments: argparse.Namespace) -> None:
 
     count = attribute_images(
         arguments.data,
-        teacher=load_teacher(arguments.teacher, arch=arguments.teacher_arch, normalization=arguments.normalization),
+        teacher=load_teacher(
+            arguments.teacher, arch=arguments.teacher_arch, normalization=arguments.normalization
+        ),
         out=arguments.out,
         grid=arguments.grid,
         n_samples=arguments.n_samples,
@@ -403,7 +463,9 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _add_demo(commands: Any) -> None:
-    parser = commands.add_parser("demo", help="render a set, train a teacher, distil, compare with a random subset")
+    parser = commands.add_parser(
+        "demo", help="render a set, train a teacher, distil, compare with a random subset"
+    )
     parser.add_argument("--out", default="./demo-out", help="output folder")
     parser.add_argument("--seed", type=int, default=0, help="of everything")
     parser.add_argument("--quiet", action="store_true", help="print nothing but the comparison")

@@ -57,7 +57,9 @@ class InfoUtilOptions:
         "pad", "how a tile smaller than the image meets the teacher (IU-16)", choices=("pad", "resize")
     )
     norm: str = option(
-        "full", "gradient norm over all parameters or the last layer's (IU-14)", choices=("full", "last_layer")
+        "full",
+        "gradient norm over all parameters or the last layer's (IU-14)",
+        choices=("full", "last_layer"),
     )
     # Stage 2: utility.
     within: str = option(
@@ -75,7 +77,9 @@ class InfoUtilOptions:
     order: str = option(
         "auto", "keep the highest or the lowest (IU-15)", stage="select", choices=("auto", "high", "low")
     )
-    correct_only: bool = option(False, "only crops that the teacher reads correctly, while they last", stage="select")
+    correct_only: bool = option(
+        False, "only crops that the teacher reads correctly, while they last", stage="select"
+    )
     quantile_low: float = option(0.0, "rank_by quantiles: lowest norm quantile", stage="select")
     quantile_high: float = option(1.0, "rank_by quantiles: highest norm quantile", stage="select")
 
@@ -126,9 +130,7 @@ class InfoUtil(Method):
     def resolved(self, factor: int) -> InfoUtil:
         """Fix the options left at `auto` for this factor."""
         automatic = {
-            name: str(value)
-            for name, value in _AUTO[factor].items()
-            if getattr(self.options, name) == "auto"
+            name: str(value) for name, value in _AUTO[factor].items() if getattr(self.options, name) == "auto"
         }
         return InfoUtil(dataclasses.replace(self.options, **automatic))
 
@@ -140,9 +142,7 @@ class InfoUtil(Method):
         tiles = crop_resize(batch.images, boxes, context.tile)
         # Stage 2. g_i = || grad_theta l(f_D(xi_i), y_i) ||.
         norm = "auto" if self.options.norm == "full" else "last_layer"
-        verdict = judge(
-            tiles, batch.labels, context, scoring_input=self.options.scoring_input, norm=norm
-        )
+        verdict = judge(tiles, batch.labels, context, scoring_input=self.options.scoring_input, norm=norm)
         return Candidates(boxes, None, verdict.grad_norm, verdict.loss, verdict.correct, phi)
 
     def _attribution(self, batch: Batch, context: Context) -> Tensor:
@@ -192,7 +192,8 @@ class InfoUtil(Method):
             image_size=size,
             crop_size=max(1, int(fraction * size + 0.5)),
             pool=pool,
-            crops=self.options.crops,
+            # All windows of the whole image are one.
+            crops=1 if fraction == 1 and self.options.crop_frac != "adaptive" else self.options.crops,
             alpha=self.options.alpha,
         )
 

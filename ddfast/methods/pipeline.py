@@ -286,7 +286,9 @@ def _check_counts(run: Run) -> None:
     for name, samples in zip(run.source.class_names, run.shuffled(), strict=True):
         usable = len(samples)
         if needed <= usable < 2 * needed:
-            loaded = load(run.source, samples, run.plan["image_size"], workers=run.workers, ahead=run.in_flight)
+            loaded = load(
+                run.source, samples, run.plan["image_size"], workers=run.workers, ahead=run.in_flight
+            )
             usable = sum(not isinstance(image, BadImage) for _, image in loaded)
         if usable < needed:
             raise UsageError(
@@ -332,7 +334,9 @@ def _logits(teacher: Teacher, images: Tensor, run: Run) -> Tensor:
     std = torch.tensor(teacher.std, device=run.device).view(1, 3, 1, 1)
     batch = (images.to(run.device).float().div_(255) - mean) / std
     with torch.no_grad():
-        logits = teacher.model.to(run.device)(batch.contiguous(memory_format=torch.channels_last)).float().cpu()
+        logits = (
+            teacher.model.to(run.device)(batch.contiguous(memory_format=torch.channels_last)).float().cpu()
+        )
     if not bool(torch.isfinite(logits).all()):
         raise UsageError("the teacher returns NaN or infinity: its weights are damaged, train it again")
     return logits
@@ -519,7 +523,9 @@ def synthesize(run: Run) -> None:
     index = chosen["image"][::tiles]
     paths = [image_path(int(first[i]), names[first[i]], int(index[i]), plan["format"]) for i in range(images)]
     missing = [i for i in range(images) if not (run.out / paths[i]).exists()]
-    samples = [run.source.by_id(int(chosen["sample_id"][i * tiles + t])) for i in missing for t in range(tiles)]
+    samples = [
+        run.source.by_id(int(chosen["sample_id"][i * tiles + t])) for i in missing for t in range(tiles)
+    ]
     loaded = load(run.source, samples, plan["image_size"], workers=run.workers, ahead=run.in_flight)
     side = plan["image_size"] // plan["factor"]
     with Progress("synthesize", images, "images", done=images - len(missing), quiet=run.quiet) as progress:
@@ -599,10 +605,14 @@ def _label_part(run: Run, names: list[str], progress: Progress) -> Tensor:
     per_batch = _LABEL_BATCH // factor**2
     found = []
     for first in range(0, len(names), per_batch):
-        images = torch.stack([decode((run.out / "train" / n).read_bytes()) for n in names[first : first + per_batch]])
+        images = torch.stack(
+            [decode((run.out / "train" / n).read_bytes()) for n in names[first : first + per_batch]]
+        )
         tiles = _tiles(images, factor)
         if factor > 1:
-            tiles = crop_resize(tiles, torch.tensor([[0, 0, size // factor, size // factor]]).expand(len(tiles), 1, 4), size)[:, 0]
+            tiles = crop_resize(
+                tiles, torch.tensor([[0, 0, size // factor, size // factor]]).expand(len(tiles), 1, 4), size
+            )[:, 0]
         full = torch.zeros(_LABEL_BATCH, 3, size, size, dtype=torch.uint8)
         full[: len(tiles)] = tiles
         found.append(_logits(run.label_teacher, full, run)[: len(tiles)])

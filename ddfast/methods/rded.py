@@ -48,7 +48,11 @@ class RDED(Method):
     def score(self, batch: Batch, context: Context) -> Candidates:
         """Draw m square crops of random area and position an image; score each by the teacher's loss."""
         boxes = random_square_boxes(
-            batch.ids, stream(context.seed, "rded"), self.options.crops, self.options.min_area, context.image_size
+            batch.ids,
+            stream(context.seed, "rded"),
+            self.options.crops,
+            self.options.min_area,
+            context.image_size,
         )
         tiles = crop_resize(batch.images, boxes.to(batch.images.device), context.tile)
         verdict = judge(tiles, batch.labels, context, scoring_input=self.options.scoring_input)

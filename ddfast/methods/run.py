@@ -200,7 +200,9 @@ def start(out: Path, plan: dict[str, Any], resume: bool) -> dict[str, Any]:
         return plan
     difference = first_difference(held, plan)
     if difference is not None:
-        raise UsageError(f"{out} already holds a different run ({difference}); choose another folder or delete it")
+        raise UsageError(
+            f"{out} already holds a different run ({difference}); choose another folder or delete it"
+        )
     if not resume:
         state = "a finished run" if held["complete"] else "an unfinished run"
         raise UsageError(f"{out} already holds {state} of the same settings; continue it with --resume")
@@ -268,7 +270,9 @@ def check_teacher(teacher: Teacher, source: Source, *, role: str = "teacher") ->
     """
     theirs, ours = list(teacher.class_names), list(source.class_names)
     if len(theirs) != len(ours):
-        raise UsageError(f"the {role} knows {len(theirs)} classes, {source.name} has {len(ours)}: give its own teacher")
+        raise UsageError(
+            f"the {role} knows {len(theirs)} classes, {source.name} has {len(ours)}: give its own teacher"
+        )
     for index, (a, b) in enumerate(zip(theirs, ours, strict=True)):
         if a != b:
             raise UsageError(
@@ -309,7 +313,9 @@ def reopen(
         source=source,
         teacher=main,
         label_teacher=main if labels is None else load_teacher(str(labels), class_names=plan["class_names"]),
-        method=get_method(plan["method"]).from_options({**plan["options"]["score"], **plan["options"]["select"]}),
+        method=get_method(plan["method"]).from_options(
+            {**plan["options"]["score"], **plan["options"]["select"]}
+        ),
         device=checked_device(plan, device),
         in_flight=images_in_flight(batch_size),
         workers=workers,
@@ -336,7 +342,9 @@ def checked_device(plan: dict[str, Any], device: str) -> torch.device:
     found = resolve_device(device)
     wanted = plan["arithmetic"]["device"]
     if found.type != wanted:
-        raise UsageError(f"this run was started on {wanted} and would end in other bytes on {found.type}: use --device {wanted}")
+        raise UsageError(
+            f"this run was started on {wanted} and would end in other bytes on {found.type}: use --device {wanted}"
+        )
     return found
 
 

@@ -34,7 +34,9 @@ def teacher_input(tiles: Tensor, context: Context, scoring_input: str) -> Tensor
     size, tile = context.image_size, tiles.shape[-1]
     images = tiles.float().div_(255)
     if tile < size and scoring_input == "resize":
-        images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+        images = F.interpolate(
+            images, size=(size, size), mode="bilinear", antialias=True, align_corners=False
+        )
     images = (images - mean) / std
     if images.shape[-1] < size:
         before = (size - tile) // 2
@@ -79,7 +81,9 @@ def judge(
             norms.append(found)
         logits = logits.float()
         if not bool(torch.isfinite(logits).all()):
-            raise UsageError("the teacher returns NaN or infinity on real crops: its weights are damaged, train it again")
+            raise UsageError(
+                "the teacher returns NaN or infinity on real crops: its weights are damaged, train it again"
+            )
         losses.append(F.cross_entropy(logits, target, reduction="none"))
         corrects.append(logits.argmax(dim=1) == target)
     shape = (count, crops)

@@ -1,0 +1,40 @@
+# make dev | demo | test | lint | fmt | type | bench. Everything runs in .venv, which is made first where it is missing.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: dev demo test lint fmt type bench clean
+
+# torch comes first and the project is built without isolation: isolated, the build would fetch torch a second time.
+$(READY): pyproject.toml setup.py $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" wheel ninja
+	$(BIN)/pip install --quiet torch torchvision
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev,bench,dali]"
+	touch $@
+
+dev: $(READY)
+
+demo: $(READY)
+	$(BIN)/python -m ddfast demo --out ./demo-out
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+fmt: $(READY)
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+type: $(READY)
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python -m bench
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info ddfast/*.so demo-out

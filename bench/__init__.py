@@ -1,0 +1,1 @@
+"""Benchmarks and comparisons. They run from a checkout and are not installed."""
