@@ -33,24 +33,28 @@ def _values(
     """Values of the coalitions whose rows of logits start at the pointers `logits`; 0 where not `known`.
 
     Two walks over the classes, the first for the largest logit and the second, from L1, for the sum: a sum
-    that is rescaled as it goes would turn a leading run of -inf into NaN.
+    that is rescaled as it goes would turn a leading run of -inf into NaN. A walk keeps a tile of partial
+    results in registers and reduces it across threads once, at its end.
     """
     labels = tl.zeros(logits.shape, tl.int64) + label
     labelled = known & (labels >= 0) & (labels < classes)
     target = tl.load(logits + labels, mask=labelled, other=float("nan")).to(COMPUTE)
     if VALUE != "logit":
-        largest = tl.full(logits.shape, float("-inf"), COMPUTE)
+        shape: tl.constexpr = [logits.shape[0], BLOCK]
+        largest_tile = tl.full(shape, float("-inf"), COMPUTE)
         for first in range(0, classes, BLOCK):
             column = first + tl.arange(0, BLOCK)
             inside = known[:, None] & (column < classes)[None, :]
             tile = tl.load(logits[:, None] + column[None, :], mask=inside, other=float("-inf")).to(COMPUTE)
-            largest = tl.maximum(largest, tl.max(tile, 1))
-        total = tl.zeros(logits.shape, COMPUTE)
+            largest_tile = tl.maximum(largest_tile, tile)
+        largest = tl.max(largest_tile, 1)
+        total_tile = tl.zeros(shape, COMPUTE)
         for first in range(0, classes, BLOCK):
             column = first + tl.arange(0, BLOCK)
             inside = known[:, None] & (column < classes)[None, :]
             tile = tl.load(logits[:, None] + column[None, :], mask=inside, other=float("-inf")).to(COMPUTE)
-            total += tl.sum(tl.exp(tile - largest[:, None]), 1)
+            total_tile += tl.exp(tile - largest[:, None])
+        total = tl.sum(total_tile, 1)
         if VALUE == "prob":
             target = _exponential_ratio(target - largest, total)
         else:
