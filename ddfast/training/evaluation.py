@@ -171,17 +171,9 @@ def _in_memory(distilled: str | Path | DistilledSet | DistilledImages) -> Distil
     from ddfast.data.distilled import DistilledSet
 
     opened = DistilledSet(distilled.root if isinstance(distilled, DistilledSet) else distilled)
-    images = [opened[place][0] for place in range(len(opened))]
-    wanted = (3, opened.image_size, opened.image_size)
-    for image, row in zip(images, opened.rows, strict=True):
-        if tuple(image.shape) != wanted:
-            raise UsageError(
-                f"{opened.root}: {row['file_name']} has {image.shape[2]}x{image.shape[1]} px, "
-                f"the manifest says {opened.image_size} px: distil it again"
-            )
     soft_labels = opened.soft_labels
     return DistilledImages(
-        images=torch.stack(images),
+        images=torch.stack([opened[place][0] for place in range(len(opened))]),
         labels=opened.labels,
         class_names=opened.class_names,
         mean=opened.mean,

@@ -275,10 +275,10 @@ class MixedBatch:
 
 
 class StudentAugmentation:
-    """RDED's augmentation of batches: [AutoAugment], ShufflePatches, RandomResizedCrop, mirror, normalise,
-    CutMix.
+    """RDED's augmentation of whole batches.
 
-    At factor 1 the crop of scale (1, 1) is the whole image whatever its aspect ratio is drawn to be, so it is
+    In order: AutoAugment where asked for, ShufflePatches, RandomResizedCrop of scale (1/factor, 1), mirror,
+    normalise, CutMix. At factor 1 the crop of scale (1, 1) is the whole image whatever its aspect ratio is drawn to be, so it is
     left out.
 
     Args:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddfast.data.files import atomic_write_bytes
+from ddfast.data.files import atomic_write_bytes, make_folder
 from ddfast.errors import BadImage, UsageError
 from ddfast.models.normalization import Normalization, normalization
 from ddfast.models.registry import create_model
@@ -236,6 +236,9 @@ def fit_teacher(
     model = _initial_model(config, len(class_names))
     model = model.to(device=where).to(memory_format=torch.channels_last)
     optimizer = _optimizer(model, config)
+    if out.is_dir():
+        raise UsageError(f"the teacher file {out} is a folder: give a file name that ends in .safetensors")
+    make_folder(out.parent)  # before the work, not after it
     state_file = out.with_suffix(".state")
     epochs_done = _restore(state_file, identity, model, optimizer) if resume and state_file.is_file() else 0
     facts = {

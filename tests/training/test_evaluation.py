@@ -119,7 +119,7 @@ def test_a_folder_is_evaluated_as_its_images_in_memory(distilled_folder, toy_fol
 def test_an_image_of_another_size_in_the_folder_is_refused(distilled_folder, toy_folder):
     root, images, _, _ = distilled_folder
     write_image(root / image_path(0, CLASSES[0], 0), images[0, :, :16])
-    with pytest.raises(UsageError, match=r"000000.png has 32x16 px, the manifest says 32 px"):
+    with pytest.raises(UsageError, match=r"000000.png is 32x16, manifest.json says 32"):
         evaluate(root, toy_folder, arch="convnet3", workers=0, quiet=True)
 
 

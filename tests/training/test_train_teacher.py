@@ -206,6 +206,21 @@ def test_large_images_are_cut_at_random_sizes(tmp_path):
     assert fit(train, None, tmp_path / "t.safetensors", config).epoch == 1
 
 
+def test_the_folder_of_the_file_is_made(toy_train, tmp_path):
+    out = tmp_path / "new" / "deep" / "t.safetensors"
+    fit(toy_train, None, out, replace(TINY, epochs=1))
+    assert out.is_file()
+
+
+def test_a_streamed_split_without_a_readable_image_is_refused(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        (tmp_path / "train" / name / "0.png").write_bytes(b"no")
+    streamed = StreamedSet(open_source(tmp_path), SIZE, workers=0)
+    with pytest.raises(UsageError, match="none of the 2 training images can be decoded"):
+        fit(streamed, None, tmp_path / "t.safetensors")
+
+
 def test_defaults_of_the_learning_rate():
     def lr(**changes):
         return replace(TINY, **changes).resolved().lr
@@ -246,6 +261,12 @@ def test_other_bad_input_is_a_usage_error(toy_folder, toy_train, tmp_path):
         fit(ImageSet(toy_train.images[:1], toy_train.labels[:1]), None, out)
     with pytest.raises(UsageError, match=r"must end in .safetensors"):
         train_teacher(toy_folder, out=tmp_path / "t.pt", arch="convnet3", epochs=1)
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(UsageError, match="is a folder"):
+        fit(toy_train, None, tmp_path / "folder.safetensors")
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UsageError, match="cannot write"):
+        fit(toy_train, None, tmp_path / "file" / "t.safetensors")
     with pytest.raises(UsageError, match=r"loss became (nan|inf).*lower lr"):
         fit(toy_train, None, out, replace(TINY, lr=1e30))
     assert not out.exists()
