@@ -278,8 +278,8 @@ class StudentAugmentation:
     """RDED's augmentation of whole batches.
 
     In order: AutoAugment where asked for, ShufflePatches, RandomResizedCrop of scale (1/factor, 1), mirror,
-    normalise, CutMix. At factor 1 the crop of scale (1, 1) is the whole image whatever its aspect ratio is drawn to be, so it is
-    left out.
+    normalise, CutMix. At factor 1 the crop of scale (1, 1) is the whole image, whatever aspect ratio is drawn,
+    so it is left out.
 
     Args:
         distilled: the set.
