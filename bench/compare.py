@@ -1,10 +1,11 @@
-"""Students trained on the sets of several methods, side by side: same data, same teacher, same labels, same protocol.
+"""Students trained on the sets of several methods, side by side: same data, teacher, labels and protocol.
 
     python -m bench.compare --data cifar10-jpeg.zip --teacher teacher.safetensors --arch convnet3 --ipc 1,10 \\
         --arm infoutil --arm "paper = infoutil preset=paper" --arm rded --arm random --out bench/results/cifar10
 
-Every arm is distilled and evaluated once for each IPC; what is finished is kept in `--work` and reused, so that a killed
-comparison goes on where it was. Writes `<out>.csv` (a row a student) and `<out>.md` (the table, with how it was made).
+Every arm is distilled and evaluated once for each IPC. What is finished is kept in `--work` and reused, so that a
+killed comparison goes on where it was. Writes `<out>.csv` (a row a student) and `<out>.md` (the table, and how it was
+made).
 """
 
 from __future__ import annotations
@@ -151,7 +152,8 @@ def _teacher_loss(folder: Path, arguments: argparse.Namespace) -> float:
     return float(torch.nn.functional.cross_entropy(logits, distilled.labels))
 
 
-# Output ---------------------------------------------------------------------------------------------------------
+# Output
+# ---------------------------------------------------------------------------------------------------------
 
 
 def table(results: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> str:

@@ -1,4 +1,5 @@
-"""ddfast: dataset distillation as an engine. An image data set goes in, a tiny set that trains models comes out."""
+"""ddfast: dataset distillation as an engine. An image data set goes in, a tiny set that trains models comes
+out."""
 
 from __future__ import annotations
 
@@ -24,12 +25,15 @@ _MODULES = ("ops", "attribution", "gradients", "data", "models", "training", "me
 __all__ = ["__version__", *_LAZY, *_MODULES]
 
 if TYPE_CHECKING:
-    from ddfast.attribution import grad_cam, shapley
-    from ddfast.data import DistilledSet
-    from ddfast.gradients import grad_norm
-    from ddfast.methods import distill
-    from ddfast.models import create_model, load_teacher
-    from ddfast.training import evaluate, train_teacher
+    from ddfast.attribution import grad_cam as grad_cam
+    from ddfast.attribution import shapley as shapley
+    from ddfast.data import DistilledSet as DistilledSet
+    from ddfast.gradients import grad_norm as grad_norm
+    from ddfast.methods import distill as distill
+    from ddfast.models import create_model as create_model
+    from ddfast.models import load_teacher as load_teacher
+    from ddfast.training import evaluate as evaluate
+    from ddfast.training import train_teacher as train_teacher
 
 
 def __getattr__(name: str) -> Any:

@@ -60,7 +60,8 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
-# Shared arguments -----------------------------------------------------------------------------------------------
+# Shared arguments
+# -----------------------------------------------------------------------------------------------
 
 
 def _device(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +75,7 @@ def _data(parser: argparse.ArgumentParser, **kwargs: Any) -> None:
     parser.add_argument(
         "--data",
         **kwargs,
-        help="ImageFolder root with train/ and val/ or test/, a .zip or .tar shards of that layout, or a torchvision set",
+        help="folder with train/ and val/ or test/, a .zip or .tar shards of that layout, or a torchvision set",
     )
 
 
@@ -102,7 +103,8 @@ def _load_teacher(arguments: argparse.Namespace, spec: str | None, data: str) ->
         from ddfast.models import Teacher
 
         teacher: Teacher = load_teacher(spec)
-        # torchvision names its classes in words; a data set of as many folders is taken to be in the same order.
+        # torchvision names its classes in words; a data set of as many folders is taken to be in the same
+        # order.
         return (
             dataclasses.replace(teacher, class_names=names)
             if len(names) == len(teacher.class_names)
@@ -117,7 +119,8 @@ def _load_teacher(arguments: argparse.Namespace, spec: str | None, data: str) ->
     )
 
 
-# train-teacher --------------------------------------------------------------------------------------------------
+# train-teacher
+# --------------------------------------------------------------------------------------------------
 
 
 def _add_train_teacher(commands: Any) -> None:
@@ -188,7 +191,8 @@ def _train_teacher(arguments: argparse.Namespace) -> None:
     print(f"teacher {arguments.out}\ntop1 {accuracy}")
 
 
-# distill and its stages -----------------------------------------------------------------------------------------
+# distill and its stages
+# -----------------------------------------------------------------------------------------
 
 
 def _add_distill(commands: Any, argv: Sequence[str]) -> None:
@@ -332,7 +336,8 @@ def _stage(arguments: argparse.Namespace) -> None:
     print(run.out)
 
 
-# evaluate -------------------------------------------------------------------------------------------------------
+# evaluate
+# -------------------------------------------------------------------------------------------------------
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -388,7 +393,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     print(result)
 
 
-# attribute, report, demo ----------------------------------------------------------------------------------------
+# attribute, report, demo
+# ----------------------------------------------------------------------------------------
 
 
 def _add_attribute(commands: Any) -> None:
@@ -478,7 +484,8 @@ def _demo(arguments: argparse.Namespace) -> None:
     run_demo(Path(arguments.out), seed=arguments.seed, quiet=arguments.quiet)
 
 
-# env, bench -----------------------------------------------------------------------------------------------------
+# env, bench
+# -----------------------------------------------------------------------------------------------------
 
 
 def _add_env(commands: Any) -> None:

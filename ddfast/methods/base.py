@@ -1,7 +1,8 @@
 """What a distillation method is: how it scores candidate crops, and how it ranks them.
 
-A method sees micro-batches of decoded source images and returns candidate crops with their scores; the pipeline turns
-those into rows of the score table. Selection is a sort over that table and never looks at a pixel again.
+A method sees micro-batches of decoded source images and returns candidate crops with their scores; the
+pipeline turns those into rows of the score table. Selection is a sort over that table and never looks at a
+pixel again.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def option(
     choices: tuple[str, ...] | None = None,
     type: type | None = None,
 ) -> Any:
-    """A field of a method's options: default, help text with unit, the stage it belongs to and its valid values."""
+    """A field of a method's options: default, help text with unit, the stage it belongs to and its valid
+    values."""
     metadata = {"help": help, "stage": stage, "choices": choices, "type": type}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -120,9 +122,8 @@ class Table:
         """For every class its `rows` in ascending order of `key`; ties go to the lower sample id."""
         order = rows[np.lexsort((self.sample_id[rows], key[rows], self.label[rows]))]
         labels = self.label[order]
-        starts = np.flatnonzero(np.r_[True, labels[1:] != labels[:-1]]) if len(labels) else []
-        ends = [*starts[1:], len(labels)] if len(labels) else []
-        return {int(labels[s]): order[s:e] for s, e in zip(starts, ends, strict=True)}
+        names, starts = np.unique(labels, return_index=True)
+        return dict(zip(names.tolist(), np.split(order, starts[1:]), strict=True)) if len(names) else {}
 
 
 class Method(ABC):
@@ -133,8 +134,8 @@ class Method(ABC):
     Options: ClassVar[type]
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     needs_teacher: ClassVar[bool] = True
-    # Which of the ranked crops share an image: "contiguous" puts ranks 0..k-1 in image 0 (InfoUtil, Algorithm 1),
-    # "stride" puts rank r in image r mod IPC, so that the best-ranked crops open every image (RDED).
+    # Which of the ranked crops share an image: "contiguous" puts ranks 0..k-1 in image 0 (InfoUtil, Algorithm
+    # 1), "stride" puts rank r in image r mod IPC, so that the best-ranked crops open every image (RDED).
     layout: ClassVar[str] = "contiguous"
 
     def __init__(self, options: Any) -> None:
@@ -146,7 +147,8 @@ class Method(ABC):
 
     @abstractmethod
     def rank(self, table: Table, needed: int) -> tuple[dict[int, np.ndarray], np.ndarray]:
-        """Rank candidates: for every class its rows, best first and at most one crop a source; and a score a row.
+        """Rank candidates: for every class its rows, best first and at most one crop a source; and a score a
+        row.
 
         Args:
             table: the whole score table.
@@ -162,7 +164,8 @@ class Method(ABC):
         """Build a method from `given` option values over `preset` over the defaults.
 
         Raises:
-            UsageError: unknown preset or option, or a value that the options refuse; the valid ones are listed.
+            UsageError: unknown preset or option, or a value that the options refuse; the valid ones are
+                listed.
         """
         if preset is not None and preset not in cls.presets:
             known = ", ".join(sorted(cls.presets)) or "none"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -114,9 +114,9 @@ class InfoUtil(Method):
     summary = "Shapley-attributed crops ranked by gradient norm (InfoUtil, ICLR 2026)"
     Options = InfoUtilOptions
     options: Any
-    presets = {
-        # The literal reading: Captum's Kernel SHAP with its default of 25 samples, the half-side window of the pooled
-        # argmax, the highest norm within the image and within the class.
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        # The literal reading: Captum's Kernel SHAP with its default of 25 samples, the half-side window of
+        # the pooled argmax, the highest norm within the image and within the class.
         "paper": {
             "estimator": "kernel",
             "n_samples": 25,
@@ -167,7 +167,8 @@ class InfoUtil(Method):
             value=self.options.value,
             baseline=self.options.baseline,
             precision=context.precision,
-            # One coalition stream an image, from its id: an image's attribution then owes nothing to its neighbours.
+            # One coalition stream an image, from its id: an image's attribution then owes nothing to its
+            # neighbours.
             seed=batch.ids ^ _signed(stream(context.seed, "coalitions")),
             mean=mean,
             std=std,
@@ -198,7 +199,8 @@ class InfoUtil(Method):
         )
 
     def _adaptive_boxes(self, phi: Tensor, ids: Tensor, context: Context) -> Tensor:
-        """Per image the smallest window, from half the side up, whose best place holds `coverage` of the positive phi."""
+        """Per image the smallest window, from half the side up, whose best place holds `coverage` of the
+        positive phi."""
         grid = self.options.grid
         positive = phi.clamp(min=0).view(-1, 1, grid, grid)
         total = positive.sum(dim=(1, 2, 3))
@@ -216,7 +218,8 @@ class InfoUtil(Method):
         clean_last = {"max_norm": -table.grad_norm, "min_loss": table.loss, "clean": -table.crop}
         key = clean_last[within].astype(np.float64)
         misread = ~table.correct if self.options.correct_only else np.zeros(len(key), dtype=bool)
-        # A misread crop competes only where nothing else of its image is left, and then behind every other image.
+        # A misread crop competes only where nothing else of its image is left, and then behind every other
+        # image.
         best = table.best_within_source(np.where(misread, key + _LAST, key))
         if rank_by == "random":
             score = _mixed(table.sample_id)

@@ -1,8 +1,8 @@
 """The four stages of a distillation: score, select, synthesize, relabel.
 
-Two passes over the data and a table between them. The score pass keeps rows, not pixels; selection sorts the rows; the
-synthesis pass decodes only the sources that were selected. Every stage writes whole files by atomic rename and skips
-what already stands, so that a run killed at any moment continues to the same bytes.
+Two passes over the data and a table between them. The score pass keeps rows, not pixels; selection sorts the
+rows; the synthesis pass decodes only the sources that were selected. Every stage writes whole files by atomic
+rename and skips what already stands, so that a run killed at any moment continues to the same bytes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ddfast.data.decoding import decode
@@ -298,7 +297,8 @@ def _check_counts(run: Run) -> None:
 
 
 def _preflight(run: Run) -> None:
-    """Try the teachers on 64 training images: near chance means a class-order mismatch, the usual cause of failures."""
+    """Try the teachers on 64 training images: near chance means a class-order mismatch, the usual cause of
+    failures."""
     size, classes = run.plan["image_size"], len(run.source.class_names)
     loaded = load(run.source, run.pool()[: 2 * _PREFLIGHT_IMAGES], size, workers=run.workers)
     pairs = [(image, s.label) for s, image in loaded if not isinstance(image, BadImage)][:_PREFLIGHT_IMAGES]
@@ -311,7 +311,8 @@ def _preflight(run: Run) -> None:
         hits = int((logits.argmax(dim=1) == labels).sum())
         if hits <= _chance_hits(len(pairs), classes):
             raise UsageError(
-                f"the {role} reads {hits} of {len(pairs)} training images correctly, near chance for {classes} classes: "
+                f"the {role} reads {hits} of {len(pairs)} training images correctly, near chance for "
+                f"{classes} classes: "
                 "its class order or normalisation does not match the data (--no-preflight goes on regardless)"
             )
 
@@ -342,7 +343,8 @@ def _logits(teacher: Teacher, images: Tensor, run: Run) -> Tensor:
     return logits
 
 
-# Score ----------------------------------------------------------------------------------------------------------
+# Score
+# ----------------------------------------------------------------------------------------------------------
 
 
 def score(run: Run) -> None:
@@ -458,7 +460,8 @@ def _copy_scores(folder: Path, out: Path) -> None:
             copy.replace(out / SCORES / path.name)
 
 
-# Select ---------------------------------------------------------------------------------------------------------
+# Select
+# ---------------------------------------------------------------------------------------------------------
 
 
 def select(run: Run) -> None:
@@ -509,7 +512,8 @@ def change_ipc(run: Run, ipc: int) -> None:
         (run.out / name).unlink(missing_ok=True)
 
 
-# Synthesize -----------------------------------------------------------------------------------------------------
+# Synthesize
+# -----------------------------------------------------------------------------------------------------
 
 
 def synthesize(run: Run) -> None:
@@ -552,7 +556,8 @@ def _decoded(sample: Sample, image: Tensor | BadImage) -> Tensor:
     return image
 
 
-# Relabel --------------------------------------------------------------------------------------------------------
+# Relabel
+# --------------------------------------------------------------------------------------------------------
 
 
 def relabel(run: Run) -> None:

@@ -18,7 +18,8 @@ class RandomOptions:
 
 
 class Random(Method):
-    """Uniform draw without replacement of whole images from each class; a tile holds a whole image, resized."""
+    """Uniform draw without replacement of whole images from each class; a tile holds a whole image,
+    resized."""
 
     name = "random"
     summary = "whole images drawn uniformly from each class"

@@ -1,7 +1,7 @@
 """RDED: random crops, kept where the teacher is most certain (Sun et al., CVPR 2024; arXiv 2312.03526).
 
-The comparison follows the authors' code: crops of random area, the lowest cross-entropy within an image and then within
-a class, and kept patch number q * IPC + j in quadrant q of image j.
+The comparison follows the authors' code: crops of random area, the lowest cross-entropy within an image and
+then within a class, and kept patch number q * IPC + j in quadrant q of image j.
 """
 
 from __future__ import annotations

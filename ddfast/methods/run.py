@@ -1,8 +1,8 @@
 """A run: the folder it fills, the plan that fixes its result, and what it reads.
 
-The plan stands in `manifest.json` from the first moment, with `"complete": false`. It holds everything that decides a
-byte of the result, the arithmetic included, so that `--resume` continues exactly that run or refuses. What may differ
-between two equal runs (paths, host, timings) stands in `run.json`.
+The plan stands in `manifest.json` from the first moment, with `"complete": false`. It holds everything that
+decides a byte of the result, the arithmetic included, so that `--resume` continues exactly that run or
+refuses. What may differ between two equal runs (paths, host, timings) stands in `run.json`.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ class Run:
         atomic_write_text(self.out / RUN, json.dumps(self.facts, indent=2, ensure_ascii=False) + "\n")
 
     def pool(self) -> list[Sample]:
-        """The sources to score, in id order: of each class the first `images_per_class` of a seeded shuffle."""
+        """The sources to score, in id order: of each class the first `images_per_class` of a seeded
+        shuffle."""
         return sorted(
             (s for rows in self.shuffled() for s in rows[: self.plan["images_per_class"]]), key=lambda s: s.id
         )

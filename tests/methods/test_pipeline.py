@@ -1,0 +1,327 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torchvision
+
+import ddfast
+from ddfast.data import files
+from ddfast.data.decoding import decode_fit
+from ddfast.data.table import SELECTION_SCHEMA, read_table, read_tables, to_numpy
+from ddfast.errors import UsageError
+from ddfast.methods import get_method, list_methods
+from ddfast.methods.pipeline import _chance_hits, change_ipc, relabel, score, select, synthesize
+from ddfast.methods.run import reopen
+from tests.methods.conftest import digests
+
+
+def distil(toy_folder, toy_teacher, out, method="infoutil", **settings):
+    wanted = {"ipc": 2, "images_per_class": 12, "factor": 2, "quiet": True, **settings}
+    return ddfast.distill(method, data=toy_folder, teacher=toy_teacher, out=out, **wanted)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, toy_folder, toy_teacher):
+    return distil(toy_folder, toy_teacher, tmp_path_factory.mktemp("undisturbed") / "run")
+
+
+def test_the_output_folder_is_the_contract(undisturbed):
+    names = set(digests(undisturbed))
+    assert {
+        "train/00000_across/000000.png",
+        "train/00002_rising/000001.png",
+        "train/metadata.jsonl",
+        "soft_labels.safetensors",
+        "scores/part-00000.parquet",
+        "selection.parquet",
+        "manifest.json",
+        "report.html",
+        "mosaic.png",
+    } <= names
+    assert not [name for name in names if ".tmp-" in name]
+    train = ddfast.DistilledSet(undisturbed)
+    assert len(train) == 6
+    image, label, soft = train[5]
+    assert image.shape == (3, 16, 16)
+    assert label == 2
+    assert train.soft_labels.shape == (6, 4, 3)
+    torch.testing.assert_close(soft.sum(), torch.tensor(1.0), atol=2e-3, rtol=0)
+    folder = torchvision.datasets.ImageFolder(undisturbed / "train")
+    assert [target for _, target in folder.samples] == [0, 0, 1, 1, 2, 2]
+
+
+def test_bad_files_are_quarantined_with_their_reason(toy_folder, toy_teacher, tmp_path):
+    out = distil(toy_folder, toy_teacher, tmp_path / "run", images_per_class=100)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["quarantined"]["count"] == 2
+    found = {row["path"]: row["reason"] for row in manifest["quarantined"]["files"]}
+    assert set(found) == {"across/0000a.png", "down/empty.png"}
+    assert all(found.values())
+    assert manifest["counts"] == {"images": 6, "sources": 180, "quarantined": 2}
+
+
+@pytest.mark.parametrize("method", list_methods())
+@pytest.mark.parametrize("factor", [1, 2])
+def test_every_method_distils_at_every_factor(method, factor, toy_folder, toy_teacher, tmp_path):
+    out = distil(toy_folder, toy_teacher, tmp_path / "run", method, factor=factor)
+    train = ddfast.DistilledSet(out)
+    assert train.soft_labels.shape == (6, factor**2, 3)
+    assert train.manifest["method"] == method
+    chosen = to_numpy(read_table(out / "selection.parquet", SELECTION_SCHEMA))
+    for label in range(3):  # at most one crop of an image
+        ids = chosen["sample_id"][chosen["label"] == label]
+        assert len(set(ids.tolist())) == len(ids) == 2 * factor**2
+
+
+def test_a_tile_is_the_crop_of_its_source(undisturbed, toy_folder):
+    source = ddfast.data.open_source(toy_folder, "train")
+    train = ddfast.DistilledSet(undisturbed)
+    row = train.rows[0]
+    image = train[0][0]
+    for tile, (top, left) in zip(row["tiles"], ((0, 0), (0, 8), (8, 0), (8, 8)), strict=True):
+        sample = next(s for s in source.samples if s.key == tile["source"])
+        x0, y0, x1, y1 = (int(edge) for edge in tile["box"])
+        crop = decode_fit(source.read(sample), 16)[:, y0:y1, x0:x1]
+        assert crop.shape == (3, 8, 8)
+        assert torch.equal(image[:, top : top + 8, left : left + 8], crop)
+
+
+def test_soft_labels_are_those_of_the_teacher_on_enlarged_tiles(undisturbed, toy_teacher):
+    train, teacher = ddfast.DistilledSet(undisturbed), ddfast.load_teacher(toy_teacher)
+    tile = train[3][0][:, 8:, :8]  # row 1, column 0: tile 2
+    full = torch.nn.functional.interpolate(
+        tile[None].float(), size=(16, 16), mode="bilinear", antialias=True, align_corners=False
+    )
+    mean, std = torch.tensor(teacher.mean).view(1, 3, 1, 1), torch.tensor(teacher.std).view(1, 3, 1, 1)
+    with torch.no_grad():
+        expected = torch.softmax(teacher.model((full / 255 - mean) / std) / 20, dim=1)[0]
+    # Enlarged tiles are rounded to whole pixel values, labels to fp16.
+    torch.testing.assert_close(train.soft_labels[3, 2], expected, atol=2e-3, rtol=0)
+
+
+def test_scores_hold_what_selection_used(undisturbed):
+    table = to_numpy(read_tables(undisturbed / "scores"))
+    assert table["phi"].shape[1] == 16
+    assert len(table["label"]) % 5 == 0
+    chosen = to_numpy(read_table(undisturbed / "selection.parquet", SELECTION_SCHEMA))
+    key = {
+        (int(i), tuple(box)): norm
+        for i, box, norm in zip(table["sample_id"], table["box"].tolist(), table["grad_norm"], strict=True)
+    }
+    for i, box, value in zip(chosen["sample_id"], chosen["box"].tolist(), chosen["score"], strict=True):
+        assert key[(int(i), tuple(box))] == value
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_batch_size_does_not_change_a_byte(batch_size, undisturbed, toy_folder, toy_teacher, tmp_path):
+    out = distil(toy_folder, toy_teacher, tmp_path / "run", batch_size=batch_size)
+    assert digests(out) == digests(undisturbed)
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing may catch it on the way."""
+
+
+def test_a_run_that_dies_at_any_write_resumes_to_the_same_bytes(
+    undisturbed, toy_folder, toy_teacher, tmp_path, monkeypatch
+):
+    replace, left = os.replace, [0]
+
+    def dying(source, target):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        replace(source, target)
+
+    monkeypatch.setattr(files.os, "replace", dying)
+    out, deaths = tmp_path / "run", 0
+    for writes in range(40):  # every try gets one write further than what is left to do
+        left[0] = 1 if deaths else 0
+        try:
+            distil(toy_folder, toy_teacher, out, resume=True)
+            break
+        except Killed:
+            deaths += 1
+            assert writes < 39
+    assert deaths >= 10
+    assert digests(out) == digests(undisturbed)
+
+
+def test_kill_9_and_resume_give_the_same_bytes(undisturbed, toy_folder, toy_teacher, tmp_path):
+    out = tmp_path / "run"
+    command = [
+        *(sys.executable, "-m", "ddfast", "distill", "infoutil", "--data", str(toy_folder)),
+        *("--teacher", str(toy_teacher), "--ipc", "2", "--images-per-class", "12", "--factor", "2"),
+        *("--out", str(out), "--resume", "--quiet"),
+    ]
+    process = subprocess.Popen(command)
+    deadline = time.monotonic() + 120
+    while not (out / "manifest.json").exists() and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not json.loads((out / "manifest.json").read_text())["complete"]
+    assert subprocess.run(command, check=False).returncode == 0
+    assert digests(out) == digests(undisturbed)
+    assert subprocess.run(command, check=False).returncode == 0  # finished: nothing to do
+
+
+def test_a_truncated_shard_is_scored_again(undisturbed, toy_folder, toy_teacher, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    distil(toy_folder, toy_teacher, out, until="score")
+    shard = out / "scores" / "part-00000.parquet"
+    shard.write_bytes(shard.read_bytes()[:-7])
+    distil(toy_folder, toy_teacher, out, resume=True)
+    assert digests(out) == digests(undisturbed)
+
+
+def test_the_stages_one_at_a_time_give_the_same_bytes(undisturbed, toy_folder, toy_teacher, tmp_path):
+    out = tmp_path / "run"
+    distil(toy_folder, toy_teacher, out, until="score")
+    for stage in (select, synthesize, relabel):
+        stage(reopen(out, quiet=True))
+    assert digests(out) == digests(undisturbed)
+
+
+def test_selecting_again_for_another_ipc(undisturbed, toy_folder, toy_teacher, tmp_path):
+    out = distil(toy_folder, toy_teacher, tmp_path / "run", ipc=1)
+    run = reopen(out, quiet=True)
+    change_ipc(run, 2)
+    for stage in (score, select, synthesize, relabel):
+        stage(run)
+    assert digests(out) == digests(undisturbed)
+
+
+def test_a_score_table_serves_another_ipc_but_not_other_settings(
+    undisturbed, toy_folder, toy_teacher, tmp_path
+):
+    one = distil(toy_folder, toy_teacher, tmp_path / "one", ipc=1, scores=undisturbed)
+    again = distil(toy_folder, toy_teacher, tmp_path / "again", ipc=1)
+    assert digests(one) == digests(again)
+    with pytest.raises(UsageError, match="scored with other settings"):
+        distil(toy_folder, toy_teacher, tmp_path / "two", n_samples=62, scores=undisturbed)
+    assert not (tmp_path / "two").exists()
+
+
+def test_an_early_label_teacher_changes_the_labels_alone(undisturbed, toy_folder, toy_teacher, tmp_path):
+    early = toy_teacher.with_name("teacher-epoch2.safetensors")
+    out = distil(toy_folder, toy_teacher, tmp_path / "run", label_teacher=early)
+    ours, theirs = digests(out), digests(undisturbed)
+    changed = {name for name in theirs if ours[name] != theirs[name]}
+    assert "soft_labels.safetensors" in changed
+    assert changed <= {"soft_labels.safetensors", "manifest.json", "report.html"}
+
+
+def test_random_pixels_are_whole_images(toy_folder, toy_teacher, tmp_path):
+    out = distil(toy_folder, toy_teacher, tmp_path / "run", "random", factor=1)
+    for row in ddfast.DistilledSet(out).rows:
+        assert row["tiles"][0]["box"] == [0, 0, 16, 16]
+
+
+def test_another_seed_gives_another_set(undisturbed, toy_folder, toy_teacher, tmp_path):
+    out = distil(toy_folder, toy_teacher, tmp_path / "run", seed=1)
+    assert digests(out)["train/metadata.jsonl"] != digests(undisturbed)["train/metadata.jsonl"]
+
+
+def test_jpeg_on_request(toy_folder, toy_teacher, tmp_path):
+    out = distil(toy_folder, toy_teacher, tmp_path / "run", image_format="jpeg")
+    assert len(list((out / "train").rglob("*.jpg"))) == 6
+    assert ddfast.DistilledSet(out)[0][0].shape == (3, 16, 16)
+
+
+def test_a_folder_that_holds_another_run_is_refused(undisturbed, toy_folder, toy_teacher, tmp_path):
+    before = digests(undisturbed)
+    with pytest.raises(UsageError, match=r"different run.*ipc"):
+        distil(toy_folder, toy_teacher, undisturbed, ipc=1, resume=True)
+    with pytest.raises(UsageError, match=r"finished run.*--resume"):
+        distil(toy_folder, toy_teacher, undisturbed)
+    assert distil(toy_folder, toy_teacher, undisturbed, resume=True) == undisturbed
+    assert digests(undisturbed) == before
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("keep")
+    with pytest.raises(UsageError, match="holds no ddfast run"):
+        distil(toy_folder, toy_teacher, tmp_path / "notes")
+    assert os.listdir(tmp_path / "notes") == ["mine.txt"]
+
+
+def test_too_few_images_names_the_class_and_the_numbers(toy_folder, toy_teacher, tmp_path):
+    with pytest.raises(UsageError, match=r"class 'across' has 60 usable images, IPC 16 x 4 tiles needs 64"):
+        distil(toy_folder, toy_teacher, tmp_path / "run", ipc=16, images_per_class=100)
+    # 61 files, one of them no image: counted by decoding before anything is written.
+    with pytest.raises(UsageError, match=r"class 'across' has 60 usable images, IPC 61 x 1 tiles needs 61"):
+        distil(toy_folder, toy_teacher, tmp_path / "run", ipc=61, factor=1, images_per_class=100)
+    with pytest.raises(UsageError, match="--images-per-class is 12"):
+        distil(toy_folder, toy_teacher, tmp_path / "run", ipc=10)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_of_other_classes_is_refused(toy_folder, toy_teacher, tmp_path):
+    teacher = ddfast.load_teacher(toy_teacher)
+    teacher.class_names = ["down", "across", "rising"]
+    with pytest.raises(UsageError, match="class order must match"):
+        distil(toy_folder, teacher, tmp_path / "run")
+    teacher.class_names = ["across", "down"]
+    with pytest.raises(UsageError, match="knows 2 classes"):
+        distil(toy_folder, teacher, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_that_returns_nan_is_refused(toy_folder, toy_teacher, tmp_path):
+    teacher = ddfast.load_teacher(toy_teacher)
+    with torch.no_grad():
+        next(teacher.model.parameters()).fill_(float("nan"))
+    with pytest.raises(UsageError, match="NaN"):
+        distil(toy_folder, teacher, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UsageError, match="NaN"):
+        distil(toy_folder, teacher, tmp_path / "run", preflight=False)
+
+
+def test_preflight_stops_a_teacher_near_chance(toy_folder, toy_teacher, tmp_path):
+    teacher = ddfast.load_teacher(toy_teacher)
+    model = teacher.model
+    teacher.model = torch.nn.Sequential(model, Rotate()).eval()
+    with pytest.raises(UsageError, match="near chance for 3 classes"):
+        distil(toy_folder, teacher, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+class Rotate(torch.nn.Module):
+    """Classes in another order: the usual mistake."""
+
+    def forward(self, logits):
+        return logits.roll(1, dims=1)
+
+
+def test_chance_hits_is_the_binomial_quantile():
+    # scipy.stats.binom.ppf(0.99, 64, p) for p = 1/2, 1/10, 1/1000
+    assert [_chance_hits(64, classes) for classes in (2, 10, 1000)] == [41, 13, 1]
+
+
+def test_no_space_left_is_one_clear_error(toy_folder, toy_teacher, tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(UsageError, match="no space left on"):
+        distil(toy_folder, toy_teacher, tmp_path / "run")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_unknown_names_list_the_known_ones():
+    with pytest.raises(UsageError, match="known methods: infoutil, rded, random"):
+        get_method("infoutill")
+    with pytest.raises(UsageError, match="its presets: paper"):
+        get_method("infoutil").from_options({}, "papers")
+    with pytest.raises(UsageError, match="its options: attribution"):
+        get_method("infoutil").from_options({"alfa": 1.0})
+    with pytest.raises(UsageError, match="estimator must be one of permutation"):
+        get_method("infoutil").from_options({"estimator": "best"})
+    with pytest.raises(UsageError, match="crops must be at least 1"):
+        get_method("rded").from_options({"crops": 0})
