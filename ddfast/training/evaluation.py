@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ class EvaluationResult:
         top1: accuracy of each student after its last epoch: the headline.
         best: best tested epoch of each student, chosen on the test set as RDED reports it.
         per_class: accuracy of each class after the last epoch, mean over the students.
+        arch_options: keyword arguments of the architecture.
 
     """
 
@@ -48,6 +49,7 @@ class EvaluationResult:
     top1: list[float]
     best: list[float]
     per_class: list[float]
+    arch_options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def mean(self) -> float:
@@ -84,6 +86,7 @@ def evaluate(
     data: str | Path | ImageSet,
     *,
     arch: str,
+    arch_options: Mapping[str, Any] | None = None,
     seeds: int | Sequence[int] = 3,
     teacher: Teacher | str | Path | None = None,
     epochs: int | None = None,
@@ -101,6 +104,7 @@ def evaluate(
         distilled: a distilled folder, an opened `DistilledSet`, or images in memory.
         data: the real data, whose test split is used, or that split decoded.
         arch: name for `create_model`.
+        arch_options: its keyword arguments, `{"width": 32}` for example.
         seeds: how many students (seeds 0, 1, ...), or their seeds.
         teacher: labels the mixed batches online, as RDED does; None: the stored soft labels. A file or an
             opened one.
@@ -134,6 +138,7 @@ def evaluate(
             images,
             test,
             arch=arch,
+            arch_options=arch_options,
             teacher=teacher,
             protocol=rules,
             epochs=epochs,
@@ -161,6 +166,7 @@ def evaluate(
         top1=[student.top1 for student in students],
         best=[student.best for student in students],
         per_class=per_class.tolist(),
+        arch_options=dict(arch_options or {}),
     )
 
 

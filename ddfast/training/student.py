@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -144,6 +145,7 @@ def train_student(
     test: ImageSet,
     *,
     arch: str,
+    arch_options: Mapping[str, Any] | None = None,
     teacher: Teacher | None = None,
     protocol: str | Protocol = "rded",
     epochs: int | None = None,
@@ -160,6 +162,7 @@ def train_student(
         distilled: the set to learn from.
         test: the real test split, images of the same size.
         arch: name for `create_model`.
+        arch_options: its keyword arguments, `{"width": 32}` for example.
         teacher: labels every mixed batch online; None: the stored soft labels, mixed by area.
         protocol: a name of `PROTOCOLS`, or a protocol of your own.
         epochs: passes over the set; None: the protocol's.
@@ -191,7 +194,7 @@ def train_student(
     batch_size = min(max(batch_size, 1), len(distilled.labels))
     try:
         with seeded(seed, "weights"):
-            student = create_model(arch, classes, size)
+            student = create_model(arch, classes, size, **(arch_options or {}))
     except ValueError as error:
         raise UsageError(str(error)) from error
     student = student.to(device=where).to(memory_format=torch.channels_last)

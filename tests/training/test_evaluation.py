@@ -49,6 +49,17 @@ def test_one_student_a_seed_and_their_statistics(distilled, toy_test):
     assert (result.labels, result.protocol, result.epochs, result.batch_size) == ("stored", "rded", 2, 10)
 
 
+def test_students_take_the_options_of_their_architecture(distilled, toy_test):
+    options = {"arch": "convnet3", "epochs": 1, "quiet": True}
+    narrow = train_student(distilled, toy_test, arch_options={"width": 8}, **options)
+    assert narrow.model.classifier.in_features == 8 * (SIZE // 8) ** 2
+    result = evaluate(distilled, toy_test, seeds=1, arch_options={"width": 8}, **options)
+    assert result.top1 == [narrow.top1]
+    assert result.as_dict()["arch_options"] == {"width": 8}
+    with pytest.raises(UsageError, match="does not take the option depth"):
+        evaluate(distilled, toy_test, seeds=1, arch_options={"depth": 8}, **options)
+
+
 def test_the_last_epoch_is_the_headline_and_the_best_stands_beside_it():
     result = EvaluationResult("a", "rded", "stored", 300, 50, [0, 1], [50.0, 53.0], [54.0, 55.0], [1.0])
     assert str(result) == "top1 51.50 ± 2.12"
