@@ -27,8 +27,8 @@ import torch
 
 import ddfast
 from ddfast.data.files import atomic_write_text
+from ddfast.distillation import distill
 from ddfast.errors import UsageError
-from ddfast.methods import distill
 from ddfast.methods.run import read_plan
 from ddfast.models import load_teacher
 from ddfast.progress import say

@@ -16,7 +16,7 @@ _LAZY = {
     "create_model": "ddfast.models",
     "load_teacher": "ddfast.models",
     "DistilledSet": "ddfast.data",
-    "distill": "ddfast.methods",
+    "distill": "ddfast.distillation",
     "evaluate": "ddfast.training",
     "train_teacher": "ddfast.training",
 }
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from ddfast.attribution import grad_cam as grad_cam
     from ddfast.attribution import shapley as shapley
     from ddfast.data import DistilledSet as DistilledSet
+    from ddfast.distillation import distill as distill
     from ddfast.gradients import grad_norm as grad_norm
-    from ddfast.methods import distill as distill
     from ddfast.models import create_model as create_model
     from ddfast.models import load_teacher as load_teacher
     from ddfast.training import evaluate as evaluate

@@ -280,7 +280,8 @@ def _method_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> N
 
 
 def _distill(arguments: argparse.Namespace, until: str) -> None:
-    from ddfast.methods import distill, get_method
+    from ddfast.distillation import distill
+    from ddfast.methods import get_method
 
     method = get_method(arguments.method)
     teacher = _load_teacher(arguments, arguments.teacher, arguments.data)
@@ -318,6 +319,7 @@ def _distill(arguments: argparse.Namespace, until: str) -> None:
 
 
 def _stage(arguments: argparse.Namespace) -> None:
+    from ddfast.distillation import finish
     from ddfast.methods import pipeline
     from ddfast.methods.run import reopen
 
@@ -333,6 +335,8 @@ def _stage(arguments: argparse.Namespace) -> None:
     if arguments.command == "select" and arguments.ipc is not None:
         pipeline.change_ipc(run, arguments.ipc)
     getattr(pipeline, arguments.command)(run)
+    if arguments.command == "relabel":
+        finish(run)
     print(run.out)
 
 

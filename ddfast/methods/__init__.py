@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from ddfast.errors import UsageError
 from ddfast.methods.base import Method
 
-if TYPE_CHECKING:
-    from ddfast.methods.pipeline import distill
-
-__all__ = ["Method", "distill", "get_method", "list_methods"]
+__all__ = ["Method", "get_method", "list_methods"]
 
 
 def _registry() -> dict[str, type[Method]]:
@@ -36,11 +31,3 @@ def get_method(name: str) -> type[Method]:
     if name not in registry:
         raise UsageError(f"unknown method {name!r}; known methods: {', '.join(registry)}")
     return registry[name]
-
-
-def __getattr__(name: str) -> Any:
-    if name == "distill":
-        from ddfast.methods.pipeline import distill
-
-        return distill
-    raise AttributeError(f"module 'ddfast.methods' has no attribute {name!r}")

@@ -62,7 +62,7 @@ from ddfast.methods.run import (
 )
 from ddfast.models import Teacher, load_teacher
 from ddfast.ops import crop_resize
-from ddfast.progress import Progress, say
+from ddfast.progress import Progress
 from ddfast.training.device import resolve_device
 
 SCORES = "scores"
@@ -71,96 +71,6 @@ _LABEL_PARTS = ".soft-labels"
 _PREFLIGHT_IMAGES = 64
 _LABEL_BATCH = 64  # tiles labelled together; fixed, because it decides the last bits
 _LABEL_PART = 2048  # images of one part of the soft labels, the unit of resumption
-
-
-def distill(
-    method: str,
-    *,
-    data: str | Path,
-    teacher: str | Path | Teacher,
-    ipc: int,
-    out: str | Path,
-    label_teacher: str | Path | Teacher | None = None,
-    seed: int = 0,
-    images_per_class: int = 300,
-    factor: str | int = "auto",
-    image_size: int | None = None,
-    image_format: str = "png",
-    preset: str | None = None,
-    precision: str = "float32",
-    device: str = "auto",
-    batch_size: str | int = "auto",
-    workers: int | None = None,
-    scores: str | Path | None = None,
-    resume: bool = False,
-    preflight: bool = True,
-    quiet: bool = False,
-    until: str = "relabel",
-    **options: Any,
-) -> Path:
-    """Distil a labelled image set into `ipc` images a class.
-
-    Args:
-        method: "infoutil", "rded" or "random"; `options` are the fields of its options dataclass.
-        data: ImageFolder root, zip, tar shards, or a torchvision set by name.
-        teacher: teacher file, `torchvision:NAME`, or a loaded `Teacher` that knows its file.
-        ipc: images per class.
-        out: output folder, made here; see the README for what it holds.
-        label_teacher: another teacher for the soft labels, an early checkpoint for example.
-        seed: decides the pool, the coalitions, the noise and the random draws.
-        images_per_class: sources scored of each class.
-        factor: tiles per side of an image; "auto" is 1 up to 64 px and 2 above (InfoUtil 4.1).
-        image_size: side of the distilled images in pixels; default the teacher's.
-        image_format: "png" or "jpeg".
-        preset: named option values of the method, such as "paper".
-        precision: "float32", or "auto" for the lower precision that the device gains from.
-        device: "auto", "cpu" or "cuda".
-        batch_size: images in flight; never changes the result.
-        workers: decoding threads; default one a core.
-        scores: folder of an earlier run whose score table has the same settings; it is copied, not computed.
-        resume: continue an unfinished run, start a missing one, leave a finished one.
-        preflight: try the teacher on 64 training images first.
-        quiet: print nothing.
-        until: last stage to run: "score", "select", "synthesize" or "relabel".
-        **options: of the method.
-
-    Returns:
-        The output folder.
-
-    Raises:
-        UsageError: bad input; nothing is half-written.
-    """
-    run = open_run(
-        method,
-        data=data,
-        teacher=teacher,
-        ipc=ipc,
-        out=out,
-        label_teacher=label_teacher,
-        seed=seed,
-        images_per_class=images_per_class,
-        factor=factor,
-        image_size=image_size,
-        image_format=image_format,
-        preset=preset,
-        precision=precision,
-        device=device,
-        batch_size=batch_size,
-        workers=workers,
-        scores=scores,
-        resume=resume,
-        preflight=preflight,
-        quiet=quiet,
-        options=options,
-    )
-    if run.complete:
-        say(f"{run.out} is finished", quiet=quiet)
-        return run.out
-    for stage in (score, select, synthesize, relabel):
-        stage(run)
-        if stage.__name__ == until:
-            return run.out
-    return run.out
 
 
 def open_run(
@@ -371,7 +281,7 @@ def score(run: Run) -> None:
     with Progress("score", len(pool), "images", done=len(pool) - wanted, quiet=run.quiet) as progress:
         for index in missing:
             _score_shard(run, index, len(shards[index]), loaded, progress)
-    _clock(run, "score", started)
+    clock(run, "score", started)
 
 
 def _score_shard(
@@ -547,7 +457,7 @@ def synthesize(run: Run) -> None:
         ]
         rows.append(metadata_row(int(first[i]), names[first[i]], int(index[i]), cut, plan["format"]))
     write_metadata(run.out, rows)
-    _clock(run, "synthesize", started)
+    clock(run, "synthesize", started)
 
 
 def _decoded(sample: Sample, image: Tensor | BadImage) -> Tensor:
@@ -561,7 +471,7 @@ def _decoded(sample: Sample, image: Tensor | BadImage) -> Tensor:
 
 
 def relabel(run: Run) -> None:
-    """Label every tile by the label teacher, write the report, and finish the manifest."""
+    """Label every tile by the label teacher, and count in the manifest what the run holds."""
     started = time.monotonic()
     run.set_arithmetic()
     if not (run.out / SOFT_LABELS).exists():
@@ -571,14 +481,7 @@ def relabel(run: Run) -> None:
     rows = len((run.out / METADATA).read_text("utf-8").splitlines())
     run.plan["counts"] = {"images": rows, "sources": len(run.pool()) - len(bad), "quarantined": len(bad)}
     run.plan["quarantined"] = {"count": len(bad), "files": bad}
-    _clock(run, "relabel", started)
-
-    from ddfast.report import write_report
-
-    started = time.monotonic()
-    write_report(run.out, source=run.source)
-    run.plan["complete"] = True
-    _clock(run, "report", started)
+    clock(run, "relabel", started)
 
 
 def _write_labels(run: Run) -> None:
@@ -633,7 +536,7 @@ def _tiles(images: Tensor, factor: int) -> Tensor:
     return split.reshape(count * factor**2, 3, side, side)
 
 
-def _clock(run: Run, stage: str, started: float) -> None:
+def clock(run: Run, stage: str, started: float) -> None:
     """Add the seconds of a stage to `run.json` and save."""
     seconds = run.facts.setdefault("seconds", {})
     seconds[stage] = round(seconds.get(stage, 0.0) + time.monotonic() - started, 3)

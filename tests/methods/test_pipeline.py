@@ -13,6 +13,7 @@ import ddfast
 from ddfast.data import files
 from ddfast.data.decoding import decode_fit
 from ddfast.data.table import SELECTION_SCHEMA, read_table, read_tables, to_numpy
+from ddfast.distillation import finish
 from ddfast.errors import UsageError
 from ddfast.methods import get_method, list_methods
 from ddfast.methods.pipeline import _chance_hits, change_ipc, relabel, score, select, synthesize
@@ -184,7 +185,7 @@ def test_a_truncated_shard_is_scored_again(undisturbed, toy_folder, toy_teacher,
 def test_the_stages_one_at_a_time_give_the_same_bytes(undisturbed, toy_folder, toy_teacher, tmp_path):
     out = tmp_path / "run"
     distil(toy_folder, toy_teacher, out, until="score")
-    for stage in (select, synthesize, relabel):
+    for stage in (select, synthesize, relabel, finish):
         stage(reopen(out, quiet=True))
     assert digests(out) == digests(undisturbed)
 
@@ -193,7 +194,7 @@ def test_selecting_again_for_another_ipc(undisturbed, toy_folder, toy_teacher, t
     out = distil(toy_folder, toy_teacher, tmp_path / "run", ipc=1)
     run = reopen(out, quiet=True)
     change_ipc(run, 2)
-    for stage in (score, select, synthesize, relabel):
+    for stage in (score, select, synthesize, relabel, finish):
         stage(run)
     assert digests(out) == digests(undisturbed)
 
