@@ -1,0 +1,112 @@
+"""`ddfast.distill`: the four stages in a row, and the report that closes a run."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from ddfast.methods.pipeline import clock, open_run, relabel, score, select, synthesize
+from ddfast.methods.run import Run
+from ddfast.models import Teacher
+from ddfast.progress import say
+from ddfast.report import write_report
+
+
+def distill(
+    method: str,
+    *,
+    data: str | Path,
+    teacher: str | Path | Teacher,
+    ipc: int,
+    out: str | Path,
+    label_teacher: str | Path | Teacher | None = None,
+    seed: int = 0,
+    images_per_class: int = 300,
+    factor: str | int = "auto",
+    image_size: int | None = None,
+    image_format: str = "png",
+    preset: str | None = None,
+    precision: str = "float32",
+    device: str = "auto",
+    batch_size: str | int = "auto",
+    workers: int | None = None,
+    scores: str | Path | None = None,
+    resume: bool = False,
+    preflight: bool = True,
+    quiet: bool = False,
+    until: str = "relabel",
+    **options: Any,
+) -> Path:
+    """Distil a labelled image set into `ipc` images a class.
+
+    Args:
+        method: "infoutil", "rded" or "random"; `options` are the fields of its options dataclass.
+        data: ImageFolder root, zip, tar shards, or a torchvision set by name.
+        teacher: teacher file, `torchvision:NAME`, or a loaded `Teacher` that knows its file.
+        ipc: images per class.
+        out: output folder, made here; see the README for what it holds.
+        label_teacher: another teacher for the soft labels, an early checkpoint for example.
+        seed: decides the pool, the coalitions, the noise and the random draws.
+        images_per_class: sources scored of each class.
+        factor: tiles per side of an image; "auto" is 1 up to 64 px and 2 above (InfoUtil 4.1).
+        image_size: side of the distilled images in pixels; default the teacher's.
+        image_format: "png" or "jpeg".
+        preset: named option values of the method, such as "paper".
+        precision: "float32", or "auto" for the lower precision that the device gains from.
+        device: "auto", "cpu" or "cuda".
+        batch_size: images in flight; never changes the result.
+        workers: decoding threads; default one a core.
+        scores: folder of an earlier run whose score table has the same settings; it is copied, not computed.
+        resume: continue an unfinished run, start a missing one, leave a finished one.
+        preflight: try the teacher on 64 training images first.
+        quiet: print nothing.
+        until: last stage to run: "score", "select", "synthesize" or "relabel".
+        **options: of the method.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        UsageError: bad input; nothing is half-written.
+    """
+    run = open_run(
+        method,
+        data=data,
+        teacher=teacher,
+        ipc=ipc,
+        out=out,
+        label_teacher=label_teacher,
+        seed=seed,
+        images_per_class=images_per_class,
+        factor=factor,
+        image_size=image_size,
+        image_format=image_format,
+        preset=preset,
+        precision=precision,
+        device=device,
+        batch_size=batch_size,
+        workers=workers,
+        scores=scores,
+        resume=resume,
+        preflight=preflight,
+        quiet=quiet,
+        options=options,
+    )
+    if run.complete:
+        say(f"{run.out} is finished", quiet=quiet)
+        return run.out
+    for stage in (score, select, synthesize, relabel):
+        stage(run)
+        if stage.__name__ == until != "relabel":
+            return run.out
+    finish(run)
+    return run.out
+
+
+def finish(run: Run) -> None:
+    """Write `report.html` and `mosaic.png`, then mark the run complete: the manifest is the last file to change."""
+    started = time.monotonic()
+    write_report(run.out, source=run.source)
+    run.plan["complete"] = True
+    clock(run, "report", started)

@@ -1,0 +1,63 @@
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ddfast
+
+ROOT = Path(__file__).parent.parent
+BOTTOM = ("errors", "progress")  # modules below every floor
+
+
+def python(code, **kwargs):
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd="/", **kwargs
+    )
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    heavy = ("torchvision", "pyarrow", "PIL", "triton", "jinja2", "captum", "numpy", "torch")
+    found = python(f"import sys, ddfast; print([m for m in {heavy} if m in sys.modules])")
+    assert found.stdout.strip() == "[]", found.stderr
+
+
+def test_importing_every_public_name_never_initialises_cuda():
+    found = python(
+        "import ddfast, torch\nfor name in dir(ddfast): getattr(ddfast, name)\nprint(torch.cuda.is_initialized())"
+    )
+    assert found.stdout.strip() == "False", found.stderr
+
+
+def test_every_public_name_resolves():
+    for name in ddfast.__all__:
+        assert getattr(ddfast, name) is not None
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(AttributeError, match=r"it has .*shapley"):
+        ddfast.shaply  # noqa: B018
+
+
+def test_kernels_refuse_another_name():
+    found = subprocess.run(
+        [sys.executable, "-c", "import kernels"], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert found.returncode != 0
+    assert "import them as 'ddfast.kernels'" in found.stderr
+    assert importlib.import_module("ddfast.kernels").__name__ == "ddfast.kernels"
+
+
+def test_an_import_never_points_up():
+    floors = ["ops", "attribution gradients", "data", "models", "training", "methods", "report"]
+    level = {name: i for i, names in enumerate(floors) for name in names.split()}
+    for path in (ROOT / "ddfast").rglob("*.py"):
+        own = level.get(path.relative_to(ROOT / "ddfast").parts[0])
+        if own is None:
+            continue
+        for line in path.read_text().splitlines():
+            words = line.split()
+            if len(words) > 1 and words[0] in ("from", "import") and words[1].startswith("ddfast."):
+                imported = words[1].split(".")[1]
+                assert imported in BOTTOM or level[imported] <= own, (path, line)
