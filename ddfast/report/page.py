@@ -1,0 +1,118 @@
+"""The report of one distilled set: `report.html` and `mosaic.png` in its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ddfast.data.files import atomic_write_bytes, atomic_write_text
+from ddfast.report import contents
+from ddfast.report.charts import histogram
+from ddfast.report.contents import Folder, read_folder
+from ddfast.report.parts import (
+    MOSAIC,
+    REPORT,
+    gallery_note,
+    layout_note,
+    mosaic_images,
+    render,
+    source_cards,
+)
+from ddfast.report.pictures import mosaic_picture, png_bytes
+
+if TYPE_CHECKING:
+    from ddfast.data.sources import Source
+
+
+def write_report(run_dir: str | Path, *, source: Source | None = None, title: str | None = None) -> Path:
+    """Write `report.html` and `mosaic.png` of a distilled folder.
+
+    The folder needs its images, `train/metadata.jsonl`, `selection.parquet` and `manifest.json`, which may still be
+    incomplete; the score table and the soft labels are shown where they stand. The same folder and data give the
+    same bytes.
+
+    Args:
+        run_dir: the folder.
+        source: the data's training split, for the pictures of sources. Without it, or where a file is gone, the page
+            says so in that place.
+        title: heading; default: the numbers of images.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        UsageError: no such folder, or a part that is missing or damaged.
+    """
+    folder = read_folder(run_dir)
+    shown, note = contents.shown_images(folder)
+    places = [place for _, row in shown for place in row]
+    picture = mosaic_picture(
+        [folder.image(place) for place in places],
+        [folder.rows[place]["label"] for place in places],
+        folder.class_names,
+    )
+    cards = source_cards(contents.explain(folder, source, contents.chosen_samples(folder)), folder.image_size)
+    column = contents.score_column(folder)
+    classes = contents.class_rows(folder)
+    plan = folder.manifest
+    quarantined = (plan.get("quarantined") or {}).get("files", [])
+    page = render(
+        "report.html",
+        title=title or _heading(folder),
+        lead=_lead(folder),
+        facts=contents.facts(folder),
+        mosaic=mosaic_images(folder, shown),
+        mosaic_note=" ".join(filter(None, (layout_note(folder), note))),
+        cards=cards,
+        any_heat=any(card["heat"] for card in cards),
+        any_boxes=any(card["boxes"] for card in cards),
+        gallery_note=gallery_note(folder, cards, column.name if column is not None else None),
+        histogram=histogram(column.values, column.kept, column.name)
+        if column is not None and column.values.size
+        else None,
+        candidates=len(column.values) if column is not None else 0,
+        kept=len(column.kept) if column is not None else 0,
+        classes=classes[: contents.SHOWN_TABLE_ROWS],
+        table_note=_table_note(classes),
+        has_score=any(row.score is not None for row in classes),
+        has_read=any(row.read is not None for row in classes),
+        has_own=any(row.own is not None for row in classes),
+        quarantined=quarantined[: contents.SHOWN_QUARANTINED],
+        quarantined_note=_quarantined_note(len(quarantined)),
+        settings=contents.settings(folder),
+    )
+    atomic_write_bytes(folder.root / MOSAIC, png_bytes(picture))
+    atomic_write_text(folder.root / REPORT, page)
+    return folder.root / REPORT
+
+
+def _heading(folder: Folder) -> str:
+    scored = (folder.manifest.get("counts") or {}).get("sources")
+    images = f"{len(folder.rows):,} image{'s' if len(folder.rows) != 1 else ''}"
+    return f"{images} in place of {scored:,}" if scored else f"{images}, distilled"
+
+
+def _lead(folder: Folder) -> str:
+    said = {
+        "infoutil": (
+            "Each image was asked where its class shows (Shapley values of a grid of cells under the teacher) and "
+            "cropped there; the crops with the most utility for training were kept (InfoUtil)."
+        ),
+        "rded": "Random crops on which the teacher is most certain were kept (RDED).",
+        "random": "Whole images, drawn uniformly from each class: the baseline that every method has to beat.",
+    }
+    return said.get(folder.manifest["method"], f"Distilled with the method {folder.manifest['method']}.")
+
+
+def _table_note(classes: Sequence[contents.ClassRow]) -> str:
+    if len(classes) <= contents.SHOWN_TABLE_ROWS:
+        return f"All {len(classes)} classes."
+    return f"The first {contents.SHOWN_TABLE_ROWS} of {len(classes):,} classes."
+
+
+def _quarantined_note(count: int) -> str:
+    said = f"{count:,} file{'s' if count != 1 else ''} could not be read as an image and took no part."
+    if count > contents.SHOWN_QUARANTINED:
+        said += f" The first {contents.SHOWN_QUARANTINED} are listed; manifest.json has all of them."
+    return said
