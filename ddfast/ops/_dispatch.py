@@ -112,9 +112,21 @@ def define(
             return getattr(module, name)(*args, **kwargs)
         return op.reference(*args, **kwargs)
 
-    LIBRARY.impl(name, cpu, "CPU")
-    LIBRARY.impl(name, cuda, "CUDA")
+    LIBRARY.impl(name, _below_autocast(cpu, "cpu"), "CPU")
+    LIBRARY.impl(name, _below_autocast(cuda, "cuda"), "CUDA")
     torch.library.register_fake(f"ddfast::{name}", fake, lib=LIBRARY)
+
+
+def _below_autocast(body: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """The body with autocast suspended: what it calls must compute in the dtypes that the op was given."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_autocast_enabled(device):
+            return body(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return body(*args, **kwargs)
+
+    return run
 
 
 def paths() -> list[Path]:

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from ddfast import ops
 from ddfast.ops import precision
 from ddfast.ops.precision import autocast, resolve_precision
 
@@ -48,3 +49,10 @@ def test_older_torch_is_asked_through_its_predicates(monkeypatch):
 def test_an_unknown_precision_is_refused():
     with pytest.raises(ValueError, match="one of float32, auto, got 'bf16'"):
         resolve_precision("bf16", "cpu")
+
+
+def test_an_op_computes_in_its_own_dtypes_under_autocast():
+    input, grad = torch.randn(3, 4, 9, 9), torch.randn(3, 5, 7, 7)
+    plain = ops.grad_sq_norm_conv2d(input, grad, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(ops.grad_sq_norm_conv2d(input, grad, 3), plain)
