@@ -25,7 +25,15 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "ddfast" / "__init__.py").r
 
 PYTHON_ABI = "0x030A0000"
 TORCH_ABI = "0x020A000000000000"
-COMPILER_FLAGS = ["-std=c++20", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+COMPILER_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-g0",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unused-parameter",
+]
 # A fused multiply-add rounds once where two operations round twice. Without this flag the bits of a result
 # would depend on the CPU the compiler builds for. No flag that relaxes floating-point arithmetic is given.
 COMPILER_FLAGS += ["-ffp-contract=off"]
