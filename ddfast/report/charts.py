@@ -105,27 +105,28 @@ def bars(rows: Sequence[Bar], reference: tuple[str, float] | None = None) -> Mar
         rows: from top to bottom.
         reference: name and value of a dashed line, the teacher's accuracy for example.
     """
-    width, left, right, row, top = 720.0, 96.0, 84.0, 46.0, 22.0
+    width, edge, row, top = 720.0, 8.0, 62.0, 26.0 if reference is not None else 6.0
     height = top + row * len(rows) + 26
 
     def x(value: float) -> float:
-        return left + (width - left - right) * min(max(value, 0), 100) / 100
+        return edge + (width - 2 * edge) * min(max(value, 0), 100) / 100
 
     base = height - 26
-    parts = [
-        f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{top - 6}" y2="{base}"/>'
-        f'<text class="tick" x="{x(tick):.1f}" y="{base + 18}" text-anchor="middle">{tick}%</text>'
-        for tick in (0, 25, 50, 75, 100)
-    ]
-    for index, bar in enumerate(rows):
-        middle = top + row * (index + 0.5)
-        kind = "bar strong" if bar.strong else "bar"
+    parts = []
+    for tick in (0, 25, 50, 75, 100):
+        anchor = "start" if tick == 0 else "end" if tick == 100 else "middle"
         parts.append(
-            f'<text class="name" x="{left - 12}" y="{middle + 5:.1f}" text-anchor="end">{escape(bar.name)}</text>'
+            f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{top}" y2="{base}"/>'
+            f'<text class="tick" x="{x(tick):.1f}" y="{base + 20}" text-anchor="{anchor}">{tick}%</text>'
         )
+    for index, bar in enumerate(rows):
+        line, middle = top + row * index + 19, top + row * index + 40
+        kind = "bar strong" if bar.strong else "bar"
+        deviation = f'<tspan class="deviation"> ± {bar.std:.1f}</tspan>' if len(bar.values) > 1 else ""
         parts.append(
-            f'<rect class="{kind}" x="{x(0)}" y="{middle - 13:.1f}" width="{x(bar.mean) - x(0):.1f}" '
-            f'height="26" rx="4"/>'
+            f'<text class="name" x="{x(0) + 6}" y="{line}">{escape(bar.name)}</text>'
+            f'<text class="value" x="{x(100)}" y="{line}" text-anchor="end">{bar.mean:.1f}%{deviation}</text>'
+            f'<rect class="{kind}" x="{x(0)}" y="{middle - 12}" width="{x(bar.mean) - x(0):.1f}" height="24" rx="4"/>'
         )
         if bar.std:
             a, b = x(bar.mean - bar.std), x(bar.mean + bar.std)
@@ -136,10 +137,6 @@ def bars(rows: Sequence[Bar], reference: tuple[str, float] | None = None) -> Mar
         parts += [
             f'<circle class="seed" cx="{x(value):.1f}" cy="{middle:.1f}" r="3"/>' for value in bar.values
         ]
-        parts.append(
-            f'<text class="value" x="{width - right + 12}" y="{middle + 5:.1f}">{bar.mean:.1f}'
-            f'<tspan class="deviation"> ± {bar.std:.1f}</tspan></text>'
-        )
     if reference is not None:
         place = x(reference[1])
         parts.append(

@@ -21,7 +21,7 @@ DIVERGING = (
     (226, 101, 38),
     (178, 54, 8),
 )
-_STRONGEST = 0.86  # opacity of the largest attribution
+_STRONGEST = 0.8  # opacity of the largest attribution
 
 
 def diverging(values: ArrayLike) -> NDArray[np.uint8]:
@@ -34,7 +34,7 @@ def diverging(values: ArrayLike) -> NDArray[np.uint8]:
 
 
 def opacity(values: ArrayLike) -> NDArray[np.float64]:
-    """Opacity of an overlay: 0 at zero attribution, where the picture shows, to 0.86 at -1 and 1."""
+    """Opacity of an overlay: 0 at zero attribution, where the picture shows, to 0.8 at -1 and 1."""
     return np.sqrt(np.abs(np.clip(np.asarray(values, np.float64), -1, 1))) * _STRONGEST
 
 

@@ -170,7 +170,7 @@ def facts(folder: Folder) -> list[Fact]:
     counts = plan.get("counts") or {}
     images, classes = len(folder.rows), len(folder.class_names)
     tiles = f"{folder.factor}×{folder.factor} tiles an image" if folder.factor > 1 else "one crop an image"
-    preset = f"preset {plan['preset']}" if plan.get("preset") else tiles
+    preset = f"preset {plan['preset']}" if plan.get("preset") else "default settings"
     found = [
         Fact("Method", str(plan["method"]), preset),
         Fact("Images", f"{images:,}", f"{plan['ipc']} per class × {classes} classes"),
@@ -330,6 +330,7 @@ class ClassRow:
         high: largest kept score.
         read: share of the kept crops that the teacher reads as the class, None where it was not measured.
         own: mean probability of the class in the stored soft labels, None without.
+        entropy: mean entropy of the stored soft labels in bits, None without.
     """
 
     name: str
@@ -340,6 +341,7 @@ class ClassRow:
     high: float | None
     read: float | None
     own: float | None
+    entropy: float | None
 
 
 def class_rows(folder: Folder) -> list[ClassRow]:
@@ -363,9 +365,11 @@ def class_rows(folder: Folder) -> list[ClassRow]:
         read = None
         if where is not None and measured and kept[label] and folder.scores is not None:
             read = float(np.mean(folder.scores["correct"][where[kept[label]]]))
-        own = None
+        own = entropy = None
         if folder.soft_labels is not None and images[label]:
-            own = float(folder.soft_labels.dense(_index(images[label]))[:, :, label].mean())
+            stored = folder.soft_labels.dense(_index(images[label])).double()
+            own = float(stored[:, :, label].mean())
+            entropy = float(-(stored * stored.clamp(min=1e-12).log2()).sum(dim=2).mean())
         rows.append(
             ClassRow(
                 name=name,
@@ -376,6 +380,7 @@ def class_rows(folder: Folder) -> list[ClassRow]:
                 high=max(numbers, default=None),
                 read=read,
                 own=own,
+                entropy=entropy,
             )
         )
     return rows

@@ -229,7 +229,7 @@ def _mosaic(
     if not sets or not all(len(images) for _, images, _ in sets):
         raise ValueError("a mosaic needs at least one image")
     cell = display_side(to_picture(sets[0][1][0]).width, side)
-    gap, margin = max(2, cell // 24), max(16, cell // 4)
+    gap, margin = max(2, cell // 16), max(16, cell // 4)
     layout = [mosaic_rows(labels, max_classes, max_images) for _, _, labels in sets]
     shown = sorted(
         {int(labels[row[0]]) for (_, _, labels), rows in zip(sets, layout, strict=True) for row in rows}
@@ -239,8 +239,8 @@ def _mosaic(
     font = ImageFont.load_default(max(13, round(cell * 0.18)))
     heading_font = ImageFont.load_default(max(16, round(cell * 0.22)))
     names = {label: _fitted(str(class_names[label]), font, 2 * cell) for label in shown}
-    left = margin + math.ceil(max(font.getlength(name) for name in names.values())) + gap * 4
-    heading = round(cell * 0.22) + 3 * gap + 8 if any(title for title, _, _ in sets) else 0
+    left = margin + math.ceil(max(font.getlength(name) for name in names.values())) + cell // 6
+    heading = round(cell * 0.22) + cell // 5 if any(title for title, _, _ in sets) else 0
     width = left + sum(widths) + margin * (len(sets) - 1) + margin
     height = margin * 2 + heading + len(shown) * (cell + gap) - gap
     canvas = Image.new("RGB", (width, height), _PAPER)
@@ -248,7 +248,7 @@ def _mosaic(
     top = margin + heading
     for row, label in enumerate(shown):
         middle = top + row * (cell + gap) + cell // 2
-        draw.text((left - gap * 4, middle), names[label], font=font, fill=_INK, anchor="rm")
+        draw.text((left - cell // 6, middle), names[label], font=font, fill=_INK, anchor="rm")
     x = left
     for (title, images, labels), rows, taken in zip(sets, layout, widths, strict=True):
         if title:
