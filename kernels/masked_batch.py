@@ -6,10 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK = (
-    1024  # elements of one image a program; 8 a thread, so that a thread stores 16 bytes of half precision
-)
-PROGRAMS = 1024  # about one wave on the largest GPUs
+# Elements of one image a program: 8 a thread, so that a thread stores 16 bytes of half precision.
+BLOCK = 1024
+# About one wave of programs on the largest GPUs.
+PROGRAMS = 1024
 
 
 @triton.jit
@@ -112,12 +112,13 @@ def _masked_batch(
     )
     absent = _rounded(absent.to(COMPUTE), masked.dtype.element_ty)
 
-    cells = coalitions + image * coalitions_image_stride + player
-    for k in range(first, tl.minimum(first + count_a_program, count)):
-        keep = tl.load(cells + k * (rows * cols), mask=inside, other=0) != 0
-        tl.store(
-            masked + (image * count + k) * elements + element, tl.where(keep, present, absent), mask=inside
-        )
+    cells = coalitions + image * coalitions_image_stride + first.to(tl.int64) * (rows * cols) + player
+    copy = masked + (image * count + first) * elements + element
+    for _ in range(first, tl.minimum(first + count_a_program, count)):
+        keep = tl.load(cells, mask=inside, other=0) != 0
+        tl.store(copy, tl.where(keep, present, absent), mask=inside)
+        cells += rows * cols
+        copy += elements
 
 
 def masked_batch(
@@ -133,8 +134,10 @@ def masked_batch(
     """Launch the kernel; arguments and result are those of the op `ddfast::masked_batch`."""
     batch, channels, height, width = images.shape
     count, elements = coalitions.shape[-2], channels * height * width
-    if elements >= 2**31:
-        raise ValueError(f"images must have fewer than 2^31 elements each, got {list(images.shape[1:])}")
+    if elements > 2**31 - BLOCK:
+        raise ValueError(
+            f"images must have at most {2**31 - BLOCK} elements each, got {list(images.shape[1:])}"
+        )
     masked = torch.empty(
         (batch * count, channels, height, width),
         dtype=dtype,

@@ -103,8 +103,8 @@ def _shapley_heatmap(
         for k in tl.static_range(BLOCK_K):
             value = tl.sum(tl.where(lane == k, values, 0.0), 0).to(tl.float64)
             known = player < tl.where(start + k < count, players, 0)
-            weight = tl.load(weights + (start + k) * players, mask=known, other=0.0).to(tl.float64)
-            total += weight * value
+            total += tl.load(weights, mask=known, other=0.0).to(tl.float64) * value
+            weights += players
     tl.store(phi + image * players + player, total.to(COMPUTE), mask=player < players)
 
 
