@@ -296,7 +296,10 @@ def _score_shard(
         bad += [{"path": s.key, "reason": str(image)} for s, image in pairs if isinstance(image, BadImage)]
         good = [i for i, (_, image) in enumerate(pairs) if not isinstance(image, BadImage)]
         if good:
-            candidates = run.method.score(_micro_batch(run, pairs, micro_batch), run.context)
+            try:
+                candidates = run.method.score(_micro_batch(run, pairs, micro_batch), run.context)
+            except ValueError as error:
+                raise UsageError(f"cannot score with this teacher: {error}") from error
             _append_rows(columns, [pairs[i][0] for i in good], good, candidates)
         progress.advance(len(pairs))
     if bad:

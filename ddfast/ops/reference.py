@@ -223,8 +223,7 @@ def check_boxes(boxes: Tensor, source: Tensor, images: int, height: int, width: 
 def crop_resize(
     images: Tensor, boxes: Tensor, source: Tensor, height: int, width: int, factor: int
 ) -> Tensor:
-    """Cut box m out of images[source[m]], resize each crop alone and lay factor x factor tiles into each
-    mosaic."""
+    """Cut box m out of images[source[m]], resize each crop alone, lay factor x factor tiles into each mosaic."""
     check_boxes(boxes, source, images.shape[0], images.shape[2], images.shape[3])
     dtype = accumulation_dtype(images.dtype)
     tiles = images.new_empty((boxes.shape[0], images.shape[1], height, width), dtype=dtype)
@@ -233,8 +232,9 @@ def crop_resize(
         vertical = triangle_filter(y0, y1, height, dtype, images.device)
         horizontal = triangle_filter(x0, x1, width, dtype, images.device)
         tiles[m] = vertical @ crop @ horizontal.T
-    grid = tiles.reshape(-1, factor, factor, *tiles.shape[1:])  # [N, tile row, tile column, C, height, width]
-    mosaics = grid.permute(0, 3, 1, 4, 2, 5).reshape(-1, images.shape[1], factor * height, factor * width)
+    count, channels = tiles.shape[0] // factor**2, tiles.shape[1]
+    grid = tiles.reshape(count, factor, factor, channels, height, width)  # mosaic, tile row, tile column
+    mosaics = grid.permute(0, 3, 1, 4, 2, 5).reshape(count, channels, factor * height, factor * width)
     if not images.dtype.is_floating_point:
         mosaics = (mosaics + 0.5).floor().clamp(0, 255)
     return mosaics.to(images.dtype)
@@ -252,10 +252,10 @@ def crop_resize_backward(
     """Transpose of `crop_resize`, which is linear in its images: [images, C, image_height, image_width]."""
     check_boxes(boxes, source, images, image_height, image_width)
     dtype = accumulation_dtype(grad_output.dtype)
-    mosaics, channels, height, width = grad_output.shape
+    count, channels, height, width = grad_output.shape
     height, width = height // factor, width // factor
-    grid = grad_output.reshape(mosaics, channels, factor, height, factor, width).permute(0, 2, 4, 1, 3, 5)
-    tiles = grid.reshape(-1, channels, height, width).to(dtype)
+    grid = grad_output.reshape(count, channels, factor, height, factor, width).permute(0, 2, 4, 1, 3, 5)
+    tiles = grid.reshape(boxes.shape[0], channels, height, width).to(dtype)
     grad_images = grad_output.new_zeros((images, channels, image_height, image_width), dtype=dtype)
     for tile, (x0, y0, x1, y1), b in zip(tiles, boxes.tolist(), source.tolist(), strict=True):
         vertical = triangle_filter(y0, y1, height, dtype, grad_output.device)
