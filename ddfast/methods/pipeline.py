@@ -194,7 +194,7 @@ def _check_counts(run: Run) -> None:
         )
     for name, samples in zip(run.source.class_names, run.shuffled(), strict=True):
         usable = len(samples)
-        if needed <= usable < 2 * needed:
+        if usable < 2 * needed:
             loaded = load(
                 run.source, samples, run.plan["image_size"], workers=run.workers, ahead=run.in_flight
             )
