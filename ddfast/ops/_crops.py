@@ -32,18 +32,20 @@ def crop_resize(
     Linear in `images` and differentiable any number of times with respect to them. The gradient is
     gathered, not scattered, so it is deterministic on every device.
 
-    Args: images: [B, C, H, W] uint8 or floating point, any strides. boxes: [M, 4] or [B, K, 4], integer or
-        floating point: x0, y0, x1, y1 in pixels, x1 and y1 exclusive, inside the
-            image and at least one pixel wide and high. Held as float32. Values are not checked on a GPU,
-            where looking would wait for the device; nothing outside the images is ever read.
+    Args:
+        images: [B, C, H, W] uint8 or floating point, any strides.
+        boxes: [M, 4] or [B, K, 4], integer or floating point: x0, y0, x1, y1 in pixels, x1 and y1 exclusive,
+            inside the image and at least one pixel wide and high. Held as float32. Values are not checked on a
+            GPU, where looking would wait for the device; nothing outside the images is ever read.
         size: tile size in pixels, an int (square) or (height, width).
         source: [M] integer, the image that each box cuts, 0 <= source < B. None: box m of [M, 4] cuts image
             m (M = B), box (b, k) of [B, K, 4] cuts image b.
         factor: tiles per side of a mosaic. Box m becomes tile m % factor^2 of mosaic m // factor^2, in
             row-major order, so factor^2 divides M. [B, K, 4] boxes take factor 1.
 
-    Returns: [M / factor^2, C, factor * height, factor * width] of the images' dtype; [B, K, C, height,
-        width] for [B, K, 4].
+    Returns:
+        [M / factor^2, C, factor * height, factor * width] of the images' dtype; [B, K, C, height, width] for
+        [B, K, 4].
 
     Raises:
         TypeError: a dtype that is not served.

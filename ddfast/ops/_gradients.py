@@ -29,9 +29,10 @@ _FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def grad_sq_norm_linear(input: Tensor, grad_output: Tensor, *, bias: bool = True) -> Tensor:
     """Squared norm, per sample, of the gradient of a linear layer's weight [O, I] and bias [O].
 
-    Args: input: [B, ..., I] floating point, what went into the layer. grad_output: [B, ..., O] of the same
-        dtype, the loss's gradient at the layer's output, where the loss is a sum
-            of one term a sample.
+    Args:
+        input: [B, ..., I] floating point, what went into the layer.
+        grad_output: [B, ..., O] of the same dtype, the loss's gradient at the layer's output, where the loss is
+            a sum of one term a sample.
         bias: whether the layer has a bias.
 
     Returns:
@@ -63,10 +64,11 @@ def grad_sq_norm_conv2d(
 ) -> Tensor:
     """Squared norm per sample of the gradient of a convolution's weight [O, C / groups, kh, kw] and bias [O].
 
-    Args: input: [B, C, H, W] floating point, what went into the layer, before zero padding. grad_output:
-        [B, O, H', W'] of the same dtype, the loss's gradient at the layer's output. kernel_size, stride,
-        padding, dilation, groups: the convolution's, an int or (vertical, horizontal). Any padding
-            but zeros on both sides is the caller's to apply to `input`.
+    Args:
+        input: [B, C, H, W] floating point, what went into the layer, before zero padding.
+        grad_output: [B, O, H', W'] of the same dtype, the loss's gradient at the layer's output.
+        kernel_size, stride, padding, dilation, groups: the convolution's, an int or (vertical, horizontal). Any
+            padding but zeros on both sides is the caller's to apply to `input`.
         bias: whether the layer has a bias.
 
     Returns:
@@ -110,10 +112,11 @@ def grad_sq_norm_norm(
     Serves every layer that computes normalized * weight + bias: BatchNorm in eval mode, InstanceNorm and
     GroupNorm with dims (1, 1), LayerNorm and RMSNorm with dims (-n, -1) for n normalised dimensions.
 
-    Args: normalized: [B, ...] floating point, the layer's input after normalisation and before weight and
-        bias. grad_output: the same shape and dtype, the loss's gradient at the layer's output. dims: first
-        and last dimension (both included) that weight and bias extend over; their gradient is summed over
-            all others but the first, the batch.
+    Args:
+        normalized: [B, ...] floating point, the layer's input after normalisation and before weight and bias.
+        grad_output: the same shape and dtype, the loss's gradient at the layer's output.
+        dims: first and last dimension (both included) that weight and bias extend over; their gradient is summed
+            over all others but the first, the batch.
         weight, bias: which of the two the layer has.
 
     Returns:
