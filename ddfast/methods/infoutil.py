@@ -84,6 +84,7 @@ class InfoUtilOptions:
     quantile_high: float = option(1.0, "rank_by quantiles: highest norm quantile", stage="select")
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "crop_frac", str(self.crop_frac))  # a number is welcome from Python
         if self.crop_frac not in ("auto", "adaptive") and not 0 < _number(self.crop_frac) <= 1:
             raise ValueError(f"crop_frac must be auto, adaptive or a number in (0, 1], got {self.crop_frac}")
         if self.crops < 1:
