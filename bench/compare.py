@@ -109,6 +109,8 @@ def run_arm(arm: Arm, ipc: int, arguments: argparse.Namespace) -> dict[str, Any]
         folder,
         arguments.data,
         arch=arguments.arch,
+        arch_options={} if arguments.width is None else {"width": arguments.width},
+        batch_size=arguments.batch_size,
         seeds=arguments.seeds,
         teacher=arguments.teacher if arguments.labels == "online" else None,
         epochs=_epochs(ipc, arguments),

@@ -35,7 +35,8 @@ class Filter {
   Filter(float start, float stop, int64_t size) : offset_(static_cast<int64_t>(std::floor(start))) {
     length_ = static_cast<int64_t>(std::ceil(stop)) - offset_;
     const Sum scale = static_cast<Sum>(static_cast<double>(stop) - start) / static_cast<Sum>(size);
-    const Sum support = std::max(scale, Sum(1)), shift = static_cast<Sum>(start) - static_cast<Sum>(offset_);
+    const Sum support = std::max(scale, Sum(1)), inverse = Sum(1) / support;
+    const Sum shift = static_cast<Sum>(start) - static_cast<Sum>(offset_);
     taps_ = std::min(length_, 2 * static_cast<int64_t>(std::ceil(support)) + 1);
     first_.resize(size);
     count_.resize(size);
@@ -48,7 +49,7 @@ class Filter {
       Sum total = 0;
       for (int64_t pixel = first; pixel < length_ && count < taps_; ++pixel) {
         const Sum distance = std::abs(static_cast<Sum>(pixel) + Sum(0.5) - centre);
-        const Sum weight = std::max(Sum(1) - distance / support, Sum(0));
+        const Sum weight = std::max(Sum(1) - distance * inverse, Sum(0));
         if (weight == 0 && count > 0) break;
         weights[count++] = weight;
         total += weight;

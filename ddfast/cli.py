@@ -349,6 +349,9 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--distilled", required=True, help="output folder of ddfast distill")
     _data(parser)
     parser.add_argument("--arch", required=True, help="the students' architecture")
+    parser.add_argument(
+        "--width", type=int, default=None, help="channels of a ConvNet student's layers; default 128"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="number of students")
     _teacher(
         parser, required=False, help="label online with this teacher; without it the stored soft labels serve"
@@ -377,6 +380,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         arguments.distilled,
         arguments.data,
         arch=arguments.arch,
+        arch_options={} if arguments.width is None else {"width": arguments.width},
         seeds=arguments.seeds,
         teacher=_load_teacher(arguments, arguments.teacher, arguments.data),
         epochs=arguments.epochs,

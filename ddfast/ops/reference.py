@@ -200,7 +200,7 @@ def triangle_filter(start: float, stop: float, size: int, dtype: torch.dtype, de
     scale = torch.tensor(stop - start, dtype=dtype, device=device) / size
     centre = (start - first) + scale * (torch.arange(size, dtype=dtype, device=device) + 0.5)
     pixel = torch.arange(last - first, dtype=dtype, device=device) + 0.5
-    weights = (1 - (pixel - centre[:, None]).abs() / scale.clamp(min=1)).clamp(min=0)
+    weights = (1 - (pixel - centre[:, None]).abs() * (1 / scale.clamp(min=1))).clamp(min=0)
     return weights / weights.sum(1, keepdim=True)
 
 
@@ -223,7 +223,7 @@ def check_boxes(boxes: Tensor, source: Tensor, images: int, height: int, width: 
 def crop_resize(
     images: Tensor, boxes: Tensor, source: Tensor, height: int, width: int, factor: int
 ) -> Tensor:
-    """Cut box m out of images[source[m]], resize each crop alone, lay factor x factor tiles into each mosaic."""
+    """Cut box m out of images[source[m]], resize it to a tile, lay factor x factor tiles into each mosaic."""
     check_boxes(boxes, source, images.shape[0], images.shape[2], images.shape[3])
     dtype = accumulation_dtype(images.dtype)
     tiles = images.new_empty((boxes.shape[0], images.shape[1], height, width), dtype=dtype)
