@@ -1,0 +1,354 @@
+"""Antialiased bilinear resize of many boxes into the tiles of mosaics, and its transpose."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+ROWS = 8  # rows and columns of a tile, or of an image, that a program computes
+COLS = 64  # 4 pixels a thread, so that a thread stores 16 bytes of float32
+
+
+@triton.jit
+def _divide(x, y):
+    """x / y, correctly rounded for numbers of ordinary size.
+
+    In float32, `/` alone is an approximation, whose error one residual step removes. `tl.div_rn` is a function
+    call, around which registers would go to memory.
+    """
+    quotient = x / y
+    if x.dtype != tl.float64:
+        quotient += tl.fma(-quotient, y, x) * (1.0 / y)
+    return quotient
+
+
+@triton.jit
+def _inverse(x):
+    """1 / x, rounded as `_divide` does."""
+    return _divide(tl.full(x.shape, 1, x.dtype), x)
+
+
+@triton.jit
+def _axis(box, low: tl.constexpr, size, length, COMPUTE: tl.constexpr):
+    """One axis of a box: its first pixel, how many pixels it has, shift and scale of the filter.
+
+    In pixels counted from the first one, output i is centred at shift + scale * (i + 1/2), and a pixel weighs
+    max(0, 1 - distance / max(scale, 1)). The pixels stay within the image's `length`, whatever the box says.
+    """
+    start = tl.load(box + low).to(COMPUTE)
+    stop = tl.load(box + low + 2).to(COMPUTE)
+    first = tl.floor(start)
+    pixels = tl.minimum(tl.ceil(stop), length.to(COMPUTE)) - first
+    shift = start - first
+    scale = _divide(stop - start, size.to(COMPUTE))
+    known = (start >= 0) & (stop > start)  # false for NaN too
+    return (
+        tl.where(known, first, 0).to(tl.int32),
+        tl.where(known, pixels, 0).to(tl.int32),
+        shift,
+        scale,
+    )
+
+
+@triton.jit
+def _taps(scale):
+    """How many pixels can weigh in one output."""
+    return tl.ceil(2 * tl.maximum(scale, 1.0)).to(tl.int32)
+
+
+@triton.jit
+def _first_tap(centre, scale):
+    """The first pixel that weighs in an output."""
+    return tl.maximum(tl.floor(centre - tl.maximum(scale, 1.0) - 0.5).to(tl.int32) + 1, 0)
+
+
+@triton.jit
+def _weight(pixel, centre, inverse, pixels):
+    """The triangle filter at a pixel, zero outside the crop; `inverse` is that of the filter's support."""
+    distance = tl.abs(pixel.to(centre.dtype) + 0.5 - centre)
+    return tl.where((pixel >= 0) & (pixel < pixels), tl.maximum(1.0 - distance * inverse, 0.0), 0.0)
+
+
+@triton.jit
+def _crop_resize(
+    images,
+    boxes,
+    source,
+    mosaics,
+    batch,
+    channels,
+    image_height,
+    image_width,
+    height,
+    width,
+    factor,
+    image_stride,
+    channel_stride,
+    row_stride,
+    col_stride,
+    COMPUTE: tl.constexpr,
+    BLOCK_Y: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+):
+    """A program computes BLOCK_Y x BLOCK_X pixels of one channel of one tile, where they lie in the mosaic.
+
+    The weights of a tap are a column vector times a row vector, so they cost nothing; each tap is one load of
+    a pixel in its own dtype and one multiply-add.
+
+    Bytes moved: M C h w e written once (e bytes an element), and the pixels under the boxes read once from
+    memory and ceil(2 sy) ceil(2 sx) times from L1, with s = max(1, crop / tile): 4 loads an output pixel when
+    a crop is enlarged. Operations: 2 a load. The loads from L1 bind, then the writes; nothing else is stored,
+    not the crop, not the tile before it is laid into its mosaic.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    across = tl.cdiv(width, BLOCK_X)
+    blocks = tl.cdiv(height, BLOCK_Y) * across
+    block = (program % blocks).to(tl.int32)
+    channel = program // blocks % channels
+    tile = program // blocks // channels
+
+    y = block // across * BLOCK_Y + tl.arange(0, BLOCK_Y)
+    x = block % across * BLOCK_X + tl.arange(0, BLOCK_X)
+    top, rows, shift_y, scale_y = _axis(boxes + 4 * tile, 1, height, image_height, COMPUTE)
+    left, cols, shift_x, scale_x = _axis(boxes + 4 * tile, 0, width, image_width, COMPUTE)
+    inverse_y = _inverse(tl.maximum(scale_y, 1.0))
+    inverse_x = _inverse(tl.maximum(scale_x, 1.0))
+    centre_y = shift_y + scale_y * (y.to(COMPUTE) + 0.5)
+    centre_x = shift_x + scale_x * (x.to(COMPUTE) + 0.5)
+    first_y = _first_tap(centre_y, scale_y)
+    first_x = _first_tap(centre_x, scale_x)
+
+    image = tl.load(source + tile)
+    rows = tl.where((image >= 0) & (image < batch), rows, 0)
+    crop = images + image * image_stride + channel * channel_stride
+    crop += top.to(tl.int64) * row_stride + left.to(tl.int64) * col_stride
+
+    sums = tl.zeros([BLOCK_Y, BLOCK_X], COMPUTE)
+    total_y = tl.zeros([BLOCK_Y], COMPUTE)
+    total_x = tl.zeros([BLOCK_X], COMPUTE)
+    for tap_x in range(_taps(scale_x)):
+        total_x += _weight(first_x + tap_x, centre_x, inverse_x, cols)
+    for tap_y in range(_taps(scale_y)):
+        weight_y = _weight(first_y + tap_y, centre_y, inverse_y, rows)
+        total_y += weight_y
+        line = crop + (first_y + tap_y).to(tl.int64)[:, None] * row_stride
+        for tap_x in range(_taps(scale_x)):
+            weight_x = _weight(first_x + tap_x, centre_x, inverse_x, cols)
+            weight = weight_y[:, None] * weight_x[None, :]
+            pixels = line + (first_x + tap_x).to(tl.int64)[None, :] * col_stride
+            sums += weight * tl.load(pixels, mask=weight > 0, other=0).to(COMPUTE)
+    sums *= _inverse(total_y)[:, None] * _inverse(total_x)[None, :]
+
+    if mosaics.dtype.element_ty == tl.uint8:
+        sums = tl.minimum(tl.maximum(tl.floor(sums + 0.5), 0.0), 255.0).to(tl.int32)
+    place = (tile % (factor * factor)).to(tl.int32)
+    row = (tile // (factor * factor) * channels + channel) * factor * height + place // factor * height + y
+    target = mosaics + row[:, None] * (factor * width) + (place % factor * width + x)[None, :]
+    tl.store(target, sums.to(mosaics.dtype.element_ty), mask=(y < height)[:, None] & (x < width)[None, :])
+
+
+@triton.jit
+def _inverse_totals(
+    boxes, inverses, low: tl.constexpr, size, length, COMPUTE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """inverses[m, i]: 1 / the sum of the weights of output i of box m along one axis. One program a box.
+
+    Bytes moved: 4 M size written. Operations: about 8 ceil(2 s) an output. Launch latency binds.
+    """
+    tile = tl.program_id(0).to(tl.int64)
+    _, pixels, shift, scale = _axis(boxes + 4 * tile, low, size, length, COMPUTE)
+    inverse = _inverse(tl.maximum(scale, 1.0))
+    for start in range(0, size, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        centre = shift + scale * (i.to(COMPUTE) + 0.5)
+        first = _first_tap(centre, scale)
+        total = tl.zeros([BLOCK], COMPUTE)
+        for tap in range(_taps(scale)):
+            total += _weight(first + tap, centre, inverse, pixels)
+        tl.store(inverses + tile * size + i, _inverse(total), mask=i < size)
+
+
+@triton.jit
+def _outputs(scale):
+    """How many outputs a pixel can weigh in, and one to spare for rounding."""
+    return tl.ceil(2 * tl.maximum(scale, 1.0) / scale).to(tl.int32) + 1
+
+
+@triton.jit
+def _first_output(pixel, shift, scale):
+    """The first output that a pixel weighs in, or the one before it."""
+    low = (pixel.to(scale.dtype) + 0.5 - tl.maximum(scale, 1.0) - shift) * _inverse(scale) - 0.5
+    return tl.maximum(tl.floor(low).to(tl.int32), 0)
+
+
+@triton.jit
+def _share(pixel, output, inverse_totals, size, pixels, shift, scale, inverse):
+    """The weight, divided by the total of all, that a pixel has in an output."""
+    inside = (pixel >= 0) & (pixel < pixels) & (output < size)
+    centre = shift + scale * (output.to(scale.dtype) + 0.5)
+    inverse_total = tl.load(inverse_totals + output, mask=inside, other=0)
+    return _weight(pixel, centre, inverse, pixels) * inverse_total
+
+
+@triton.jit
+def _crop_resize_backward(
+    grad_output,
+    boxes,
+    order,
+    starts,
+    inverse_totals_y,
+    inverse_totals_x,
+    grad_images,
+    channels,
+    image_height,
+    image_width,
+    height,
+    width,
+    factor,
+    COMPUTE: tl.constexpr,
+    BLOCK_Y: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+):
+    """A program gathers BLOCK_Y x BLOCK_X pixels of one channel of one image's gradient from its boxes' tiles.
+
+    Each pixel is written once, by one program, which adds up its boxes in ascending order: no atomics, and
+    the same bits in every run.
+
+    Bytes moved: B C H W e written once, the M C h w e of the tiles' gradients read once from memory, and from
+    L1 ceil(2 sy / ry + 1) ceil(2 sx / rx + 1) times a pixel and box that covers it, with r = crop / tile and
+    s = max(1, r). Operations: 2 a load. The loads from L1 bind.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    across = tl.cdiv(image_width, BLOCK_X)
+    blocks = tl.cdiv(image_height, BLOCK_Y) * across
+    block = (program % blocks).to(tl.int32)
+    channel = program // blocks % channels
+    image = program // blocks // channels
+
+    block_y = block // across * BLOCK_Y
+    block_x = block % across * BLOCK_X
+    y = block_y + tl.arange(0, BLOCK_Y)
+    x = block_x + tl.arange(0, BLOCK_X)
+    sums = tl.zeros([BLOCK_Y, BLOCK_X], COMPUTE)
+    for at in range(tl.load(starts + image), tl.load(starts + image + 1)):
+        tile = tl.load(order + at)
+        top, rows, shift_y, scale_y = _axis(boxes + 4 * tile, 1, height, image_height, COMPUTE)
+        left, cols, shift_x, scale_x = _axis(boxes + 4 * tile, 0, width, image_width, COMPUTE)
+        meets_y = (top < block_y + BLOCK_Y) & (top + rows > block_y)
+        if meets_y & (left < block_x + BLOCK_X) & (left + cols > block_x):
+            place = (tile % (factor * factor)).to(tl.int32)
+            row = (
+                tile // (factor * factor) * channels + channel
+            ) * factor * height + place // factor * height
+            tile_grad = grad_output + row * (factor * width) + place % factor * width
+            inverse_y = _inverse(tl.maximum(scale_y, 1.0))
+            inverse_x = _inverse(tl.maximum(scale_x, 1.0))
+            totals_y = inverse_totals_y + tile * height
+            totals_x = inverse_totals_x + tile * width
+            first_y = _first_output(y - top, shift_y, scale_y)
+            first_x = _first_output(x - left, shift_x, scale_x)
+            for step_y in range(_outputs(scale_y)):
+                i = first_y + step_y
+                share_y = _share(y - top, i, totals_y, height, rows, shift_y, scale_y, inverse_y)
+                line = tile_grad + i.to(tl.int64)[:, None] * (factor * width)
+                for step_x in range(_outputs(scale_x)):
+                    j = first_x + step_x
+                    share_x = _share(x - left, j, totals_x, width, cols, shift_x, scale_x, inverse_x)
+                    share = share_y[:, None] * share_x[None, :]
+                    sums += share * tl.load(line + j[None, :], mask=share > 0, other=0).to(COMPUTE)
+    row = (image * channels + channel) * image_height + y
+    target = grad_images + row[:, None] * image_width + x[None, :]
+    inside = (y < image_height)[:, None] & (x < image_width)[None, :]
+    tl.store(target, sums.to(grad_images.dtype.element_ty), mask=inside)
+
+
+def crop_resize(
+    images: torch.Tensor, boxes: torch.Tensor, source: torch.Tensor, height: int, width: int, factor: int
+) -> torch.Tensor:
+    """Launch the kernel; arguments and result are those of the op `ddfast::crop_resize`."""
+    batch, channels, image_height, image_width = images.shape
+    tiles = boxes.shape[0]
+    mosaics = images.new_empty((tiles // factor**2, channels, factor * height, factor * width))
+    if mosaics.numel() == 0:
+        return mosaics
+    block_y, block_x = _block(height, width)
+    blocks = triton.cdiv(height, block_y) * triton.cdiv(width, block_x)
+    _crop_resize[(tiles * channels * blocks,)](
+        images,
+        boxes.contiguous(),
+        source.contiguous(),
+        mosaics,
+        batch,
+        channels,
+        image_height,
+        image_width,
+        height,
+        width,
+        factor,
+        *images.stride(),
+        COMPUTE=_compute(images.dtype),
+        BLOCK_Y=block_y,
+        BLOCK_X=block_x,
+        num_warps=4,
+    )
+    return mosaics
+
+
+def crop_resize_backward(
+    grad_output: torch.Tensor,
+    boxes: torch.Tensor,
+    source: torch.Tensor,
+    images: int,
+    image_height: int,
+    image_width: int,
+    factor: int,
+) -> torch.Tensor:
+    """Launch the kernels; arguments and result are those of the op `ddfast::crop_resize_backward`."""
+    channels = grad_output.shape[1]
+    height, width = grad_output.shape[2] // factor, grad_output.shape[3] // factor
+    grad_images = grad_output.new_empty((images, channels, image_height, image_width))
+    if grad_images.numel() == 0:
+        return grad_images
+    if grad_output.numel() == 0:
+        return grad_images.zero_()
+    tiles, boxes, compute = boxes.shape[0], boxes.contiguous(), _compute(grad_output.dtype)
+    table_dtype = torch.float64 if grad_output.dtype == torch.float64 else torch.float32
+    order = torch.argsort(source, stable=True)
+    bounds = torch.arange(images + 1, dtype=source.dtype, device=source.device)
+    starts = torch.searchsorted(source[order], bounds)
+    inverse_totals = []
+    for low, size, length in ((1, height, image_height), (0, width, image_width)):
+        table = torch.empty((tiles, size), dtype=table_dtype, device=boxes.device)
+        block = min(256, triton.next_power_of_2(size))
+        _inverse_totals[(tiles,)](boxes, table, low, size, length, COMPUTE=compute, BLOCK=block, num_warps=1)
+        inverse_totals.append(table)
+    block_y, block_x = _block(image_height, image_width)
+    blocks = triton.cdiv(image_height, block_y) * triton.cdiv(image_width, block_x)
+    _crop_resize_backward[(images * channels * blocks,)](
+        grad_output.contiguous(),
+        boxes,
+        order,
+        starts,
+        *inverse_totals,
+        grad_images,
+        channels,
+        image_height,
+        image_width,
+        height,
+        width,
+        factor,
+        COMPUTE=compute,
+        BLOCK_Y=block_y,
+        BLOCK_X=block_x,
+        num_warps=4,
+    )
+    return grad_images
+
+
+def _block(height: int, width: int) -> tuple[int, int]:
+    return min(ROWS, triton.next_power_of_2(height)), min(COLS, triton.next_power_of_2(width))
+
+
+def _compute(dtype: torch.dtype) -> tl.dtype:
+    return tl.float64 if dtype == torch.float64 else tl.float32
