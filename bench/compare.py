@@ -228,6 +228,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", required=True)
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--arch", required=True)
+    parser.add_argument("--width", type=int, default=None, help="channels of a ConvNet student's layers")
+    parser.add_argument("--batch-size", type=int, default=None, help="images a step; default the protocol's")
     parser.add_argument(
         "--arm", action="append", required=True, help="method key=value, or name = method key=value"
     )
