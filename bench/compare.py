@@ -76,7 +76,7 @@ def run_arm(arm: Arm, ipc: int, arguments: argparse.Namespace) -> dict[str, Any]
         arm.settings,
         ipc,
         arguments.seeds,
-        _epochs(ipc, arguments),
+        _at(arguments.epochs, ipc),
         arguments.arch,
         arguments.labels,
     ]
@@ -111,9 +111,9 @@ def run_arm(arm: Arm, ipc: int, arguments: argparse.Namespace) -> dict[str, Any]
         arch=arguments.arch,
         arch_options={} if arguments.width is None else {"width": arguments.width},
         batch_size=arguments.batch_size,
-        seeds=arguments.seeds,
+        seeds=_at(arguments.seeds, ipc),
         teacher=arguments.teacher if arguments.labels == "online" else None,
-        epochs=_epochs(ipc, arguments),
+        epochs=_at(arguments.epochs, ipc),
         precision=arguments.precision,
         quiet=True,
     )
@@ -139,8 +139,14 @@ def _folder(name: str, ipc: int, arguments: argparse.Namespace) -> Path:
     return arguments.work / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', name)}-ipc{ipc}"
 
 
-def _epochs(ipc: int, arguments: argparse.Namespace) -> int | None:
-    return arguments.epochs.get(ipc, arguments.epochs.get(0))
+def _by_ipc(text: str) -> dict[int, int]:
+    """`300,50:60`: 60 at IPC 50 and 300 elsewhere, as {0: 300, 50: 60}."""
+    pairs = [part.split(":") if ":" in part else ("0", part) for part in text.split(",")]
+    return {int(ipc): int(value) for ipc, value in pairs}
+
+
+def _at(values: dict[int, int], ipc: int) -> int | None:
+    return values.get(ipc, values.get(0))
 
 
 def _teacher_loss(folder: Path, arguments: argparse.Namespace) -> float:
@@ -234,14 +240,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--arm", action="append", required=True, help="method key=value, or name = method key=value"
     )
     parser.add_argument("--ipc", type=lambda text: [int(part) for part in text.split(",")], default=[10])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=_by_ipc, default={0: 3}, help="3, or by IPC: 3,50:1")
     parser.add_argument(
-        "--epochs",
-        type=lambda text: {
-            int(i): int(e) for i, e in (("0:" * (":" not in p) + p).split(":") for p in text.split(","))
-        },
-        default={},
-        help="300, or by IPC: 50:60; default the protocol's",
+        "--epochs", type=_by_ipc, default={}, help="300, or by IPC: 300,50:60; default the protocol's"
     )
     parser.add_argument("--factor", default="auto")
     parser.add_argument("--images-per-class", type=int, default=300)
