@@ -121,13 +121,29 @@ def _crop_resize_backward_fake(
     return grad_output.new_empty((images, grad_output.shape[1], image_height, image_width))
 
 
-def _native_accepts_crop(
+def _check_boxes(boxes: Tensor, source: Tensor, images: int, height: int, width: int) -> None:
+    """Raise ValueError for the first source outside the batch or box outside its image."""
+    wrong = (source < 0) | (source >= images)
+    if wrong.any():
+        m = int(wrong.nonzero()[0])
+        raise ValueError(f"source must be in [0, {images}), got source[{m}] = {int(source[m])}")
+    x0, y0, x1, y1 = boxes.unbind(1)
+    inside = (x0 >= 0) & (y0 >= 0) & (x1 <= width) & (y1 <= height) & (x1 - x0 >= 1) & (y1 - y0 >= 1)
+    if not inside.all():
+        m = int((~inside).nonzero()[0])
+        raise ValueError(
+            f"boxes must be x0, y0, x1, y1 inside {width} x {height} pixels and at least one pixel wide "
+            f"and high, got boxes[{m}] = {boxes[m].tolist()}"
+        )
+
+
+def _check_crop_resize(
     images: Tensor, boxes: Tensor, source: Tensor, height: int, width: int, factor: int
-) -> bool:
-    return _native_accepts_boxes(boxes, source, images.shape[0], *images.shape[2:])
+) -> None:
+    _check_boxes(boxes, source, images.shape[0], images.shape[2], images.shape[3])
 
 
-def _native_accepts_backward(
+def _check_crop_resize_backward(
     grad_output: Tensor,
     boxes: Tensor,
     source: Tensor,
@@ -135,13 +151,11 @@ def _native_accepts_backward(
     image_height: int,
     image_width: int,
     factor: int,
-) -> bool:
-    return _native_accepts_boxes(boxes, source, images, image_height, image_width)
+) -> None:
+    _check_boxes(boxes, source, images, image_height, image_width)
 
 
-def _native_accepts_boxes(boxes: Tensor, source: Tensor, images: int, height: int, width: int) -> bool:
-    """float32 boxes and int64 sources; what does not fit raises here, with the reference's message."""
-    reference.check_boxes(boxes, source, images, height, width)
+def _native_accepts(images: Tensor, boxes: Tensor, source: Tensor, *_: int) -> bool:
     return boxes.dtype == torch.float32 and source.dtype == torch.int64
 
 
@@ -151,7 +165,8 @@ define(
     reference=reference.crop_resize,
     fake=_crop_resize_fake,
     triton="crop_resize",
-    native_accepts=_native_accepts_crop,
+    native_accepts=_native_accepts,
+    check=_check_crop_resize,
 )
 define(
     "crop_resize_backward",
@@ -160,7 +175,8 @@ define(
     reference=reference.crop_resize_backward,
     fake=_crop_resize_backward_fake,
     triton="crop_resize",
-    native_accepts=_native_accepts_backward,
+    native_accepts=_native_accepts,
+    check=_check_crop_resize_backward,
 )
 
 

@@ -204,27 +204,10 @@ def triangle_filter(start: float, stop: float, size: int, dtype: torch.dtype, de
     return weights / weights.sum(1, keepdim=True)
 
 
-def check_boxes(boxes: Tensor, source: Tensor, images: int, height: int, width: int) -> None:
-    """Raise ValueError for the first source outside the batch or box outside its image."""
-    wrong = (source < 0) | (source >= images)
-    if wrong.any():
-        m = int(wrong.nonzero()[0])
-        raise ValueError(f"source must be in [0, {images}), got source[{m}] = {int(source[m])}")
-    x0, y0, x1, y1 = boxes.unbind(1)
-    inside = (x0 >= 0) & (y0 >= 0) & (x1 <= width) & (y1 <= height) & (x1 - x0 >= 1) & (y1 - y0 >= 1)
-    if not inside.all():
-        m = int((~inside).nonzero()[0])
-        raise ValueError(
-            f"boxes must be x0, y0, x1, y1 inside {width} x {height} pixels and at least one pixel wide "
-            f"and high, got boxes[{m}] = {boxes[m].tolist()}"
-        )
-
-
 def crop_resize(
     images: Tensor, boxes: Tensor, source: Tensor, height: int, width: int, factor: int
 ) -> Tensor:
     """Cut box m out of images[source[m]], resize it to a tile, lay factor x factor tiles into each mosaic."""
-    check_boxes(boxes, source, images.shape[0], images.shape[2], images.shape[3])
     dtype = accumulation_dtype(images.dtype)
     tiles = images.new_empty((boxes.shape[0], images.shape[1], height, width), dtype=dtype)
     for m, ((x0, y0, x1, y1), b) in enumerate(zip(boxes.tolist(), source.tolist(), strict=True)):
@@ -250,7 +233,6 @@ def crop_resize_backward(
     factor: int,
 ) -> Tensor:
     """Transpose of `crop_resize`, which is linear in its images: [images, C, image_height, image_width]."""
-    check_boxes(boxes, source, images, image_height, image_width)
     dtype = accumulation_dtype(grad_output.dtype)
     count, channels, height, width = grad_output.shape
     height, width = height // factor, width // factor
