@@ -58,7 +58,7 @@ def ghost_squares(
         total = loss(outputs)
     uses.squares = total.new_zeros(images.shape[0], dtype=accumulation_dtype(outputs.dtype))
     if total.requires_grad:
-        torch.autograd.grad(total, uses.anchors, allow_unused=True)
+        torch.autograd.grad(total, uses.anchor, allow_unused=True)
     for gradient in uses.shared.values():
         uses.squares += _squared(gradient)
     return uses.squares, outputs.detach()
@@ -76,7 +76,9 @@ class _ParameterUses(TorchFunctionMode):
             for name, parameter in module.named_parameters(recurse=False)
         }
         self.count: Counter[int] = Counter()  # uses of each parameter
-        self.anchors: list[Tensor] = []  # where the backward pass ends
+        self.anchor = torch.zeros(
+            (), requires_grad=True
+        )  # what the backward pass is for: it comes by each tap
         self.shared: dict[int, Tensor] = {}  # per-sample gradients of parameters with more than one use
         self.squares: Tensor
 
@@ -126,12 +128,7 @@ class _ParameterUses(TorchFunctionMode):
                 self._add(layer, weight, bias, grad)
             del layer.input
 
-        anchor = None
-        if not output.requires_grad:
-            # A first layer: nothing before it needs a gradient, so the backward pass ends here.
-            anchor = output.new_zeros((), requires_grad=True)
-            self.anchors.append(anchor)
-        return _Tap.apply(output, anchor, take)
+        return _Tap.apply(output, self.anchor, take)
 
     def _add(self, layer: Layer, weight: Tensor | None, bias: Tensor | None, grad: Tensor) -> None:
         """Add one call's share, to the squares or to the gradient of a parameter that other calls use too."""
@@ -165,11 +162,11 @@ class _Tap(torch.autograd.Function):
 
     A hook on the output would do, but for a module that then works in place on an output that is a view
     (InstanceNorm's): such a hook is given the wrong gradient. The result shares the output's memory and is no
-    view of it. `anchor`, where given, is what makes the result require a gradient.
+    view of it. The anchor is what autograd is asked to differentiate by: it makes every result require a gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, anchor: Tensor | None, take: Callable[[Tensor], None]) -> Tensor:
+    def forward(ctx: Any, output: Tensor, anchor: Tensor, take: Callable[[Tensor], None]) -> Tensor:
         ctx.take = take
         return output.new_empty(0).set_(
             output.untyped_storage(), output.storage_offset(), output.size(), output.stride()

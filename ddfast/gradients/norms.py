@@ -167,7 +167,9 @@ def autograd_norms(model: nn.Module, images: Tensor, labels: Tensor) -> NormsAnd
         with torch.enable_grad():
             logits = functional_call(model, (parameters, buffers), (image[None],))
             loss = _cross_entropy(logits, label[None])
-        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        gradients: Sequence[Tensor | None] = ()
+        if loss.requires_grad:
+            gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         norms.append(_norm((g[None] for g in gradients if g is not None), image[None]))
         outputs.append(logits.detach())
     return torch.cat(norms), torch.cat(outputs)
@@ -311,17 +313,19 @@ def _two(images: Tensor) -> Tensor:
 
 
 def _require_eval(model: nn.Module) -> None:
+    """Raise ValueError for a layer that makes the norm of an image depend on other images or on chance."""
     for name, module in model.named_modules():
         batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
         dropout = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
         if module.training and (batch_norm or dropout):
             raise ValueError(
-                f"layer {name!r} ({type(module).__name__}) is in training mode; call model.eval() first"
+                f"layer {name!r} ({type(module).__name__}) is in training mode, which makes the norm of an image "
+                f"depend on {'the other images' if batch_norm else 'chance'}; call model.eval() first"
             )
         if batch_norm and module.running_mean is None:
             raise ValueError(
-                f"layer {name!r} ({type(module).__name__}) keeps no running statistics, so the gradient "
-                "norm of an image depends on its neighbours; track statistics or use another normalisation"
+                f"layer {name!r} ({type(module).__name__}) keeps no running statistics, which makes the norm of "
+                "an image depend on the other images; keep them or use another normalisation"
             )
 
 

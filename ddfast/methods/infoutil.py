@@ -20,7 +20,7 @@ from ddfast.ops import crop_resize, noisy_crop_boxes
 
 # Defaults of the options left at "auto", by tiles per side.
 _AUTO = {
-    1: {"crop_frac": 1.0, "within": "clean", "rank_by": "loss", "order": "low"},
+    1: {"crop_frac": "adaptive", "within": "clean", "rank_by": "loss", "order": "low"},
     2: {"crop_frac": 0.5, "within": "clean", "rank_by": "grad_norm", "order": "high"},
 }
 
