@@ -49,8 +49,8 @@ def ghost_squares(
             batch as its first dimension.
     """
     for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_torchdynamo_orig_callable"):
-            raise UnservedModel(f"{_described(name, module)} is compiled, which hides its layers")
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnservedModel(f"{_described(name, module)} is TorchScript, which hides its layers")
     uses = _ParameterUses(model, images.shape[0])
     with torch.enable_grad():
         with uses:

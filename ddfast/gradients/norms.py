@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal, overload
 from weakref import WeakKeyDictionary
@@ -122,7 +123,7 @@ def grad_norm(
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     _require_eval(model)
 
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), _uncompiled(model):
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         prepare = partial(_prepared, mean=mean, std=std, dtype=dtype)
         if len(images) == 0:
@@ -327,6 +328,14 @@ def _require_eval(model: nn.Module) -> None:
                 f"layer {name!r} ({type(module).__name__}) keeps no running statistics, which makes the norm of "
                 "an image depend on the other images; keep them or use another normalisation"
             )
+
+
+def _uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
+    """Context in which modules that went through `torch.compile` run as they were written."""
+    compiled = ("_orig_mod", "_compiled_call_impl")  # of torch.compile(module) and of module.compile()
+    if any(getattr(module, name, None) is not None for module in model.modules() for name in compiled):
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()
 
 
 def _cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
