@@ -44,8 +44,8 @@ def ghost_squares(
     Returns:
         the squared norms [B], float32 (float64 for a model in float64), and the model's output, detached.
 
-    Raises: UnservedModel: a layer or a use of a parameter that is not known here, or a layer that runs
-        without the
+    Raises:
+        UnservedModel: a layer or a use of a parameter that is not known here, or a layer that runs without the
             batch as its first dimension.
     """
     for name, module in model.named_modules():
@@ -76,9 +76,7 @@ class _ParameterUses(TorchFunctionMode):
             for name, parameter in module.named_parameters(recurse=False)
         }
         self.count: Counter[int] = Counter()  # uses of each parameter
-        self.anchor = torch.zeros(
-            (), requires_grad=True
-        )  # what the backward pass is for: it comes by each tap
+        self.anchor = torch.zeros((), requires_grad=True)  # see _Tap
         self.shared: dict[int, Tensor] = {}  # per-sample gradients of parameters with more than one use
         self.squares: Tensor
 

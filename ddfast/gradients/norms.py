@@ -85,7 +85,7 @@ def grad_norm(
             its norms for two images are held against autograd's. A model that it does not serve falls back
             to `vmap` with one warning that names the layer.
         vmap: per-sample gradients by `torch.func`, chunk by chunk. Any model that torch.func can transform.
-        auto: ghost, which is the fastest where it serves the model.
+        auto: the same as ghost, which is the fastest wherever it serves the model.
         last_layer: not the norm over all parameters but that over the last Linear layer's, in closed form:
             ||p - e_y|| sqrt(||h||^2 + 1), with h the layer's input, p the softmax, and no 1 without a bias.
             A forward pass is all it takes.
