@@ -64,6 +64,8 @@ class DemoSettings:
     near the teacher, fewer than 800 steps leave both near the start. In the pilot (other pixels, 1,000 steps,
     two students each) attributed crops drawn at random gave 67 and 81%, those with the highest loss 70 and 74%,
     whole images in four tiles 48 and 48%, whole images at full size 58 and 44%.
+    Measured with these defaults (3 students, float32 scores, bfloat16 training, one thread): seed 0, InfoUtil
+    74.6 ± 7.6 against 45.8 ± 2.7 at random; seed 1, 73.0 ± 3.8 against 58.3 ± 9.0.
 
     Attributes:
         shapes: the rendered set.
