@@ -372,12 +372,7 @@ def _sq_norm_of_product(
     """Norms of a convolution's gradient from images [B, C, H, W] and gradients [B, O, H', W'] of any strides."""
     samples, channels, height, width = input.shape
     _, out_channels, out_height, out_width = grad_output.shape
-    for tensor in (input, grad_output):
-        if _extent(tensor) >= 2**31:
-            raise ValueError(
-                f"a sample must span fewer than 2^31 elements, got {list(tensor.shape[1:])} with strides "
-                f"{list(tensor.stride()[1:])}"
-            )
+    _check_extents(input, grad_output)
     taps = kernel_size[0] * kernel_size[1]
     positions = out_height * out_width
     features, outputs = channels // groups * taps, out_channels // groups
@@ -449,6 +444,7 @@ def grad_sq_norm_norm(
         shape[last_dim + 1 :].numel(),
     )
     x, g = normalized.reshape(folded), grad_output.reshape(folded)
+    _check_extents(x, g)
     samples, outer, parameters, inner = folded
     block_p, block_r = (16, 128) if inner > 1 else (64, 32)
     programs = triton.cdiv(parameters, block_p)
@@ -509,10 +505,14 @@ def _sq_norm(rows: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(rows, dim=1, dtype=_sum_dtype(rows)).square()
 
 
-def _extent(tensor: torch.Tensor) -> int:
-    """How many elements lie between the first and the last of one sample."""
-    sizes_and_strides = zip(tensor.shape[1:], tensor.stride()[1:], strict=True)
-    return sum((size - 1) * stride for size, stride in sizes_and_strides if size)
+def _check_extents(*tensors: torch.Tensor) -> None:
+    """Offsets within a sample are 32 bits wide."""
+    for tensor in tensors:
+        shape, strides = tensor.shape[1:], tensor.stride()[1:]
+        if sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True) if size) >= 2**31:
+            raise ValueError(
+                f"a sample must span fewer than 2^31 elements, got {list(shape)} with strides {list(strides)}"
+            )
 
 
 def _block(size: int) -> int:

@@ -19,7 +19,7 @@ from ddfast.methods.scoring import judge
 from ddfast.ops import crop_resize, noisy_crop_boxes
 
 # Defaults of the options left at "auto", by tiles per side.
-_AUTO = {
+_AUTO: dict[int, dict[str, Any]] = {
     1: {"crop_frac": "adaptive", "within": "clean", "rank_by": "loss", "order": "low"},
     2: {"crop_frac": 0.5, "within": "clean", "rank_by": "grad_norm", "order": "high"},
 }
