@@ -160,3 +160,13 @@ def test_norm_compiles_for_every_gpu_with_wide_loads_and_no_spills():
     for binary in compile_ahead(NORM, cases):
         assert binary.spilled_bytes == 0
         assert max(binary.load_bytes) == 16
+
+
+def test_samples_beyond_32_bit_offsets_are_refused():
+    launchers = pytest.importorskip("ddfast.kernels.grad_sq_norm")
+    apart = torch.empty_strided((1, 3, 4, 4), (1, 2**30, 4, 1), device="meta")
+    grads = torch.empty((1, 2, 4, 4), device="meta")
+    with pytest.raises(
+        ValueError, match=r"fewer than 2\^31 elements, got \[3, 4, 4\] with strides \[1073741824"
+    ):
+        launchers.grad_sq_norm_conv2d(apart, grads, (1, 1), (1, 1), (0, 0), (1, 1), 1, True)
