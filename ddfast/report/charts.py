@@ -124,8 +124,8 @@ def bars(rows: Sequence[Bar], reference: tuple[str, float] | None = None) -> Mar
         kind = "bar strong" if bar.strong else "bar"
         deviation = f'<tspan class="deviation"> ± {bar.std:.1f}</tspan>' if len(bar.values) > 1 else ""
         parts.append(
-            f'<text class="name" x="{x(0) + 6}" y="{line}">{escape(bar.name)}</text>'
-            f'<text class="value" x="{x(100)}" y="{line}" text-anchor="end">{bar.mean:.1f}%{deviation}</text>'
+            f'<text class="name" x="{x(0) + 6}" y="{line}">{escape(bar.name)}'
+            f'<tspan class="value" dx="12">{bar.mean:.1f}%{deviation}</tspan></text>'
             f'<rect class="{kind}" x="{x(0)}" y="{middle - 12}" width="{x(bar.mean) - x(0):.1f}" height="24" rx="4"/>'
         )
         if bar.std:
