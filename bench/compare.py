@@ -71,15 +71,8 @@ def _value(key: str, text: str) -> Any:
 def run_arm(arm: Arm, ipc: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Distil and evaluate one arm at one IPC, or read the result of an earlier try."""
     folder = _folder(arm.name, ipc, arguments)
-    asked = [
-        arm.method,
-        arm.settings,
-        ipc,
-        arguments.seeds,
-        _at(arguments.epochs, ipc),
-        arguments.arch,
-        arguments.labels,
-    ]
+    settled = (arguments.arch, arguments.width, arguments.batch_size, arguments.labels, arguments.precision)
+    asked = [arm.method, arm.settings, ipc, _at(arguments.seeds, ipc), _at(arguments.epochs, ipc), *settled]
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
     result_path = folder.parent / f"{folder.name}.{key}.json"
     if result_path.exists():
