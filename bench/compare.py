@@ -179,19 +179,18 @@ def _cell(result: dict[str, Any]) -> str:
 def facts(results: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> list[str]:
     """How the table was made, a line each."""
     teacher = load_teacher(arguments.teacher)
+    of_ipc = {r["ipc"]: r for r in results}
     runs = ", ".join(
-        f"IPC {ipc}: {result['epochs']} epochs, batch {result['batch_size']}, {len(result['seeds'])} seeds"
-        for ipc in arguments.ipc
-        for result in results[:1] + [r for r in results if r["ipc"] == ipc][:1]
-        if result["ipc"] == ipc
+        f"IPC {ipc}: {r['epochs']} epochs, batch {r['batch_size']}, seeds {len(r['seeds'])}"
+        for ipc, r in of_ipc.items()
     )
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )
     return [
         f"data {Path(arguments.data).name}, {arguments.images_per_class} images a class scored",
-        f"teacher {teacher.arch}, test top-1 {teacher.top1}, labels {arguments.labels}",
-        f"student {arguments.arch}, protocol rded; {runs}",
+        f"teacher {teacher.arch}, {teacher.epoch} epochs, test top-1 {teacher.top1:.2f}, labels {arguments.labels}",
+        f"student {arguments.arch}{'' if arguments.width is None else f' of width {arguments.width}'}, protocol rded; {runs}",
         f"arithmetic {arguments.precision} on {platform.machine()}, torch {torch.__version__}, "
         f"ddfast {ddfast.__version__}, commit {commit.stdout.strip() or 'unknown'}",
     ]
