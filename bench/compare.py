@@ -184,13 +184,14 @@ def facts(results: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> l
         f"IPC {ipc}: {r['epochs']} epochs, batch {r['batch_size']}, seeds {len(r['seeds'])}"
         for ipc, r in of_ipc.items()
     )
+    width = "" if arguments.width is None else f" of width {arguments.width}"
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )
     return [
         f"data {Path(arguments.data).name}, {arguments.images_per_class} images a class scored",
         f"teacher {teacher.arch}, {teacher.epoch} epochs, test top-1 {teacher.top1:.2f}, labels {arguments.labels}",
-        f"student {arguments.arch}{'' if arguments.width is None else f' of width {arguments.width}'}, protocol rded; {runs}",
+        f"student {arguments.arch}{width}, protocol rded; {runs}",
         f"arithmetic {arguments.precision} on {platform.machine()}, torch {torch.__version__}, "
         f"ddfast {ddfast.__version__}, commit {commit.stdout.strip() or 'unknown'}",
     ]
