@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 
@@ -35,19 +35,29 @@ def run(command: Sequence[str], out: Path, *extra: str) -> float:
     return time.monotonic() - started
 
 
-def run_killed(command: Sequence[str], out: Path, kills: int, seconds: float, draws: random.Random) -> int:
-    """Start, kill -9 after a random time and resume, `kills` times, then to the end. Returns the kills that hit."""
+def run_killed(
+    command: Sequence[str], out: Path, kills: int, seconds: float, draws: random.Random
+) -> Iterator[dict[str, str]]:
+    """Kill -9 a run `kills` times after random times, resuming it each time; yield what every finished run holds.
+
+    A run that reaches its end before the next kill is yielded, and another one is started in an empty folder.
+    """
     hits = 0
-    for _ in range(kills):
+    while hits < kills:
         process = subprocess.Popen([*command, "--out", str(out), "--resume"], stdout=subprocess.DEVNULL)
         try:
-            process.wait(timeout=draws.uniform(0.05, 1.0) * seconds)
+            process.wait(timeout=draws.uniform(0.2, 0.9) * seconds)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
             hits += 1
+            continue
+        if process.returncode != 0:
+            raise SystemExit(f"a resumed run ended with exit code {process.returncode}")
+        yield digests(out)
+        shutil.rmtree(out)
     run(command, out, "--resume")
-    return hits
+    yield digests(out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,8 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(command, out, "--batch-size", str(batch_size))
         failed += _report(f"--batch-size {batch_size}", digests(out), wanted)
     out = arguments.work / "killed"
-    hits = run_killed(command, out, arguments.kills, seconds, random.Random(arguments.seed))
-    failed += _report(f"{hits} of {arguments.kills} kills hit a live run; resumed", digests(out), wanted)
+    draws = random.Random(arguments.seed)
+    for number, found in enumerate(run_killed(command, out, arguments.kills, seconds, draws), start=1):
+        failed += _report(f"killed and resumed, run {number}", found, wanted)
+    print(f"{arguments.kills} kills")
     return 1 if failed else 0
 
 
