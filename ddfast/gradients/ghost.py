@@ -8,8 +8,7 @@ From these two the ops `ddfast.ops.grad_sq_norm_*` take the squared norm, and th
 The layers run on detached parameters. So autograd computes the gradients of activations only, and neither
 `requires_grad` nor `.grad` of any parameter is read or written.
 
-A parameter that is used more than once (a module called twice, tied weights) needs the sum over its uses
-before
+A parameter that is used more than once (a module called twice, tied weights) needs the sum over its uses before
 the square: for that parameter alone the per-sample gradients are made.
 """
 

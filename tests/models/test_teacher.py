@@ -148,7 +148,10 @@ def test_arguments_that_contradict_the_file_are_refused(tmp_path, argument, valu
 def test_arguments_that_repeat_the_file_are_fine(tmp_path):
     path = tmp_path / "teacher.safetensors"
     a_file(path)
-    load_teacher(path, arch="convnet3", image_size=16, class_names=tuple(NAMES), normalization=(MEAN, STD))
+    said = load_teacher(
+        path, arch="convnet3", image_size=16, class_names=tuple(NAMES), normalization=(MEAN, STD)
+    )
+    assert said.sha256 == load_teacher(path).sha256
 
 
 @pytest.mark.parametrize(
