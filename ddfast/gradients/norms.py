@@ -146,14 +146,17 @@ def ghost_norms(model: nn.Module, images: Tensor, labels: Tensor) -> NormsAndLog
 
 
 def vmap_norms(model: nn.Module, images: Tensor, labels: Tensor) -> NormsAndLogits:
-    """Gradient norms from per-sample gradients by torch.func."""
+    """Gradient norms from per-sample gradients by torch.func, in the model's own precision.
+
+    Autocast is suspended: under it functional batch_norm meets two dtypes, which torch.func does not take.
+    """
     parameters, buffers = _detached(model.named_parameters()), _detached(model.named_buffers())
 
     def sample_loss(parameters: dict[str, Tensor], image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         logits = functional_call(model, (parameters, buffers), (image[None],))
         return _cross_entropy(logits, label[None]), logits[0]
 
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
         per_sample = vmap(grad(sample_loss, has_aux=True), in_dims=(None, 0, 0))
         gradients, logits = per_sample(parameters, images, labels)
     return _norm(gradients.values(), images), logits
@@ -265,15 +268,17 @@ def _remember(model: nn.Module, refusal: str | None) -> None:
 def _ghost_refusal(model: nn.Module, images: Tensor) -> str | None:
     """Why the ghost method must not be used for the model, after a trial on two images; None where it may.
 
-    The trial's labels are the least likely classes, so that the gradients are not small.
+    The trial's labels are the least likely classes, so that the gradients are not small. It runs in the model's own
+    precision, whatever autocast surrounds the call: it is the algebra that is on trial.
     """
-    with torch.no_grad():
-        labels = model(images).argmin(1)
-    try:
-        ghost, _ = ghost_norms(model, images, labels)
-    except UnservedModel as reason:
-        return str(reason)
-    expected, _ = autograd_norms(model, images, labels)
+    with torch.autocast(images.device.type, enabled=False):
+        with torch.no_grad():
+            labels = model(images).argmin(1)
+        try:
+            ghost, _ = ghost_norms(model, images, labels)
+        except UnservedModel as reason:
+            return str(reason)
+        expected, _ = autograd_norms(model, images, labels)
     tolerance = 1e-4 if images.dtype in (torch.float32, torch.float64) else 0.05
     if torch.allclose(ghost, expected, rtol=tolerance, atol=1e-6, equal_nan=True):
         return None

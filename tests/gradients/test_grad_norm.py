@@ -615,3 +615,17 @@ def test_a_model_is_not_kept_alive():
     del model
     gc.collect()
     assert reference() is None
+
+
+@pytest.mark.parametrize("method", ["ghost", "vmap"])
+def test_autocast_around_the_call_changes_no_more_than_the_precision(method, recwarn):
+    import torchvision
+
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=5).eval()
+    images, labels = torch.randn(3, 3, 64, 64), torch.tensor([0, 3, 4])
+    plain = grad_norm(model, images, labels, method=method)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        lower = grad_norm(model, images, labels, method=method)
+    torch.testing.assert_close(lower, plain, rtol=0.1, atol=0)
+    assert not [warning for warning in recwarn if "ghost method does not serve" in str(warning.message)]
