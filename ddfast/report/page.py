@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ddfast.data.files import atomic_write_bytes, atomic_write_text
 from ddfast.report import contents
@@ -97,12 +97,22 @@ def _lead(folder: Folder) -> str:
     said = {
         "infoutil": (
             "Each image was asked where its class shows (Shapley values of a grid of cells under the teacher) and "
-            "cropped there; the crops with the most utility for training were kept (InfoUtil)."
+            f"cropped there; each class kept {_kept(folder.manifest['options']['select'])} (InfoUtil)."
         ),
         "rded": "Random crops on which the teacher is most certain were kept (RDED).",
         "random": "Whole images, drawn uniformly from each class: the baseline that every method has to beat.",
     }
     return said.get(folder.manifest["method"], f"Distilled with the method {folder.manifest['method']}.")
+
+
+def _kept(select: dict[str, Any]) -> str:
+    """Which crops InfoUtil's options of selection keep, in words."""
+    if select["rank_by"] == "random":
+        return "crops drawn at random"
+    if select["rank_by"] == "quantiles":
+        return "crops spread over the quantiles of their gradient norms"
+    measure = {"grad_norm": "gradient norm", "loss": "loss of the teacher"}[select["rank_by"]]
+    return f"the crops with the {'highest' if select['order'] == 'high' else 'lowest'} {measure}"
 
 
 def _table_note(classes: Sequence[contents.ClassRow]) -> str:

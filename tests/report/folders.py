@@ -125,7 +125,7 @@ def build_run(
         "complete": False,
         "method": method,
         "preset": None,
-        "options": {"score": {"grid": 4, "alpha": 2.0}, "select": {"order": "high"}},
+        "options": {"score": {"grid": 4, "alpha": 2.0}, "select": {"rank_by": "grad_norm", "order": "high"}},
         "seed": 0,
         "ipc": ipc,
         "factor": factor,

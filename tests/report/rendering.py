@@ -95,7 +95,7 @@ def write_run(
         "complete": complete,
         "method": method,
         "preset": None,
-        "options": {"score": {"estimator": "permutation"}, "select": {"rank_by": "loss"}},
+        "options": {"score": {"estimator": "permutation"}, "select": {"rank_by": "loss", "order": "low"}},
         "seed": 0,
         "ipc": 1,
         "factor": factor,

@@ -74,6 +74,7 @@ def test_facts_and_settings_are_shown(tmp_path, source):
         "options.score.estimator",
         "permutation",
         "1 per class",
+        "each class kept the crops with the lowest loss of the teacher",
     ):
         assert fact in page
     assert page.count('class="sample card"') == 3
