@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ddfast.models.condensation import alexnet_in, resnet18_in, resnetap10, vgg11_in
 from ddfast.models.convnet import DEPTHS, ConvNet
 from ddfast.models.resnet import resnet, resnet18_small
 
@@ -67,6 +68,10 @@ _BUILDERS: dict[str, Builder] = {
         name: functools.partial(_torchvision, variant=name)
         for name in ("mobilenet_v2", "vgg11", "alexnet", "swin_v2_t", "efficientnet_b0")
     },
+    "alexnet_in": alexnet_in,
+    "vgg11_in": vgg11_in,
+    "resnet18_in": resnet18_in,
+    "resnetap10": resnetap10,
 }
 
 
@@ -83,7 +88,8 @@ def create_model(name: str, num_classes: int, image_size: int | None = None, **o
     Args:
         name: one of `list_models()`, or `timm:NAME`.
         num_classes: number of outputs, at least 1.
-        image_size: side S in pixels; ConvNets need it, the others only check it.
+        image_size: side S in pixels; ConvNets and the nets of `ddfast.models.condensation` need it, the others
+            only check it.
         options: `width` (channels, default 128) of the ConvNets; timm's own arguments for `timm:NAME`.
 
     Raises:

@@ -88,7 +88,7 @@ def test_features_need_a_linear_layer():
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        (("convnet7", 10, 32), {}, "unknown model 'convnet7'; known: alexnet, convnet3"),
+        (("convnet7", 10, 32), {}, "unknown model 'convnet7'; known: alexnet, alexnet_in, convnet3"),
         (("convnet3", 10, 30), {}, "multiple of 8, got 30"),
         (("convnet6", 10, 32), {}, "multiple of 64, got 32"),
         (("convnet3", 10, 0), {}, "multiple of 8, got 0"),
