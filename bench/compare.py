@@ -73,6 +73,8 @@ def run_arm(arm: Arm, ipc: int, arguments: argparse.Namespace) -> dict[str, Any]
     folder = _folder(arm.name, ipc, arguments)
     settled = (arguments.arch, arguments.width, arguments.batch_size, arguments.labels, arguments.precision)
     asked = [arm.method, arm.settings, ipc, _at(arguments.seeds, ipc), _at(arguments.epochs, ipc), *settled]
+    if arguments.label_teacher is not None:
+        asked.append(load_teacher(arguments.label_teacher).sha256)
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
     result_path = folder.parent / f"{folder.name}.{key}.json"
     if result_path.exists():
@@ -105,7 +107,7 @@ def run_arm(arm: Arm, ipc: int, arguments: argparse.Namespace) -> dict[str, Any]
         arch_options={} if arguments.width is None else {"width": arguments.width},
         batch_size=arguments.batch_size,
         seeds=_at(arguments.seeds, ipc),
-        teacher=arguments.teacher if arguments.labels == "online" else None,
+        teacher=(arguments.label_teacher or arguments.teacher) if arguments.labels == "online" else None,
         epochs=_at(arguments.epochs, ipc),
         precision=arguments.precision,
         quiet=True,
@@ -184,13 +186,17 @@ def facts(results: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> l
         f"IPC {ipc}: {r['epochs']} epochs, batch {r['batch_size']}, seeds {len(r['seeds'])}"
         for ipc, r in of_ipc.items()
     )
+    labels = arguments.labels
+    if arguments.label_teacher is not None:
+        early = load_teacher(arguments.label_teacher)
+        labels += f" by the teacher of epoch {early.epoch}, test top-1 {early.top1:.2f}"
     width = "" if arguments.width is None else f" of width {arguments.width}"
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )
     return [
         f"data {Path(arguments.data).name}, {arguments.images_per_class} images a class scored",
-        f"teacher {teacher.arch}, {teacher.epoch} epochs, test top-1 {teacher.top1:.2f}, labels {arguments.labels}",
+        f"teacher {teacher.arch}, {teacher.epoch} epochs, test top-1 {teacher.top1:.2f}, labels {labels}",
         f"student {arguments.arch}{width}, protocol rded; {runs}",
         f"arithmetic {arguments.precision} on {platform.machine()}, torch {torch.__version__}, "
         f"ddfast {ddfast.__version__}, commit {commit.stdout.strip() or 'unknown'}",
@@ -240,6 +246,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--factor", default="auto")
     parser.add_argument("--images-per-class", type=int, default=300)
     parser.add_argument("--precision", default="auto", choices=("auto", "float32"))
+    parser.add_argument(
+        "--label-teacher", default=None, help="labels the students' batches instead of --teacher"
+    )
     parser.add_argument("--labels", default="online", choices=("online", "stored"))
     parser.add_argument("--work", type=Path, default=Path("runs/compare"))
     parser.add_argument("--out", type=Path, required=True, help="results, without ending")
