@@ -1,12 +1,16 @@
 """The score table and the selection: Parquet files with the same bytes for the same rows.
 
 The score pass writes one file for each shard of sources, `scores/part-00000.parquet` and so on, one row a
-candidate crop; selection is a sort over all of them.
+candidate crop; selection is a sort over all of them. A checksum of the whole file stands in its footer, so that
+a resumed run knows a committed shard from a damaged one without trusting any of its bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ddfast.data.files import atomic_write_bytes
+from ddfast.data.files import atomic_path, atomic_write_bytes
 from ddfast.data.sources import one_line
 from ddfast.errors import UsageError
 
@@ -56,7 +60,21 @@ SELECTION_SCHEMA = pa.schema(
 """One row a tile: `image` counts 0..IPC-1 in its class, `tile` 0..factor^2-1 in row-major order."""
 
 _ROW_GROUP = 1 << 16
-_COMPRESSION_LEVEL = 3
+# Everything that decides a file's bytes beside its rows.
+_WRITER_OPTIONS: dict[str, Any] = {
+    "version": "2.6",
+    "data_page_version": "1.0",
+    "compression": "zstd",
+    "compression_level": 3,
+    "use_dictionary": ["key"],
+    "write_statistics": True,
+    "write_page_checksum": True,
+    "store_schema": True,
+}
+# The checksum: BLAKE2b-128 of the file with zeros in its own place, as hex digits behind this key in the footer.
+_CHECKSUM, _FACTS = "ddfast.checksum", "ddfast.facts"
+_DIGITS = 32
+_FOOTER_END = 8  # its length, 4 bytes, and the magic number
 # pyarrow's readers raise ArrowException (some of them are OSError or ValueError as well), and OSError for the
 # file.
 _READ_ERRORS = (pa.ArrowException, OSError, ValueError, MemoryError)
@@ -149,34 +167,98 @@ def part_path(folder: str | Path, index: int) -> Path:
     return Path(folder) / f"part-{index:05d}.parquet"
 
 
-def write_table(path: str | Path, table: pa.Table) -> None:
-    """Write a table atomically.
+def write_table(path: str | Path, table: pa.Table, facts: Mapping[str, Any] | None = None) -> None:
+    """Write a table atomically, with `facts` (JSON values) in its footer, which `read_facts` gives back.
 
-    Equal rows give equal bytes with one pyarrow version: fixed compression and row groups, one chunk a
-    column, no time stamps, no metadata beside the schema. Pages carry checksums, which `read_table` verifies.
+    Equal rows and facts give equal bytes with one pyarrow version: fixed compression and row groups, one chunk a
+    column, no time stamps. Pages carry checksums, which `read_table` verifies, and the file carries one.
 
     Raises:
         UsageError: no space, no permission, an impossible path.
     """
-    table = pa.Table.from_arrays(
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, table.schema.remove_metadata(), **_WRITER_OPTIONS) as writer:
+        writer.write_table(_in_one_chunk(table), row_group_size=_ROW_GROUP)
+        _add_facts(writer, facts)
+    data = bytearray(sink.getvalue())
+    place = _checksum_place(bytes(data[-_footer_size(data) :]), len(data))
+    data[place : place + _DIGITS] = hashlib.blake2b(data, digest_size=_DIGITS // 2).hexdigest().encode()
+    atomic_write_bytes(path, bytes(data))
+
+
+@contextmanager
+def table_writer(path: str | Path, schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
+    """Write a table block by block: yields what takes a block; each becomes a row group and leaves the memory.
+
+    The file appears, checksum and all, when the block of `with` ends without an exception. Equal blocks give equal
+    bytes. Raises `UsageError` as `write_table` does.
+    """
+    with atomic_path(path) as temporary:
+        with pq.ParquetWriter(temporary, schema, **_WRITER_OPTIONS) as writer:
+            yield lambda table: writer.write_table(
+                _in_one_chunk(table), row_group_size=max(1, table.num_rows)
+            )
+            _add_facts(writer, None)
+        _seal(temporary)
+
+
+def _add_facts(writer: pq.ParquetWriter, facts: Mapping[str, Any] | None) -> None:
+    given = {_FACTS: json.dumps(facts, ensure_ascii=False, sort_keys=True)} if facts is not None else {}
+    writer.add_key_value_metadata({**given, _CHECKSUM: "0" * _DIGITS})
+
+
+def _footer_size(end: bytes | bytearray) -> int:
+    """Size of the footer in bytes, its length and magic included, from the last bytes of a file. 0: no footer."""
+    size = int.from_bytes(end[-_FOOTER_END:-4], "little") + _FOOTER_END
+    return size if end[-4:] == b"PAR1" else 0
+
+
+def _checksum_place(footer: bytes, file_size: int) -> int:
+    """Where in a file of `file_size` bytes, which ends in `footer`, the checksum's digits stand. -1: nowhere."""
+    key = footer.rfind(_CHECKSUM.encode())
+    # Between key and value Thrift's compact protocol has one byte for the field and one for the length.
+    return -1 if key < 0 else file_size - len(footer) + key + len(_CHECKSUM) + 2
+
+
+def _digest(path: Path) -> tuple[int, str, str]:
+    """Place of the checksum of a file (-1: it has none), the digits that stand there, and those that should."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        file.seek(max(0, size - _FOOTER_END))
+        footer = _footer_size(file.read())
+        if not _FOOTER_END < footer <= size:
+            return -1, "", ""
+        file.seek(size - footer)
+        place = _checksum_place(file.read(), size)
+        if not 0 <= place <= size - _DIGITS:
+            return -1, "", ""
+        digest = hashlib.blake2b(digest_size=_DIGITS // 2)
+        file.seek(0)
+        left = place
+        while left:
+            part = file.read(min(left, 1 << 20))
+            digest.update(part)
+            left -= len(part)
+        found = file.read(_DIGITS)
+        digest.update(b"0" * _DIGITS)
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return place, found.decode("ascii", "replace"), digest.hexdigest()
+
+
+def _seal(path: Path) -> None:
+    """Put the checksum of a written file in its place."""
+    place, _, digest = _digest(path)
+    with open(path, "rb+") as file:
+        file.seek(place)
+        file.write(digest.encode())
+
+
+def _in_one_chunk(table: pa.Table) -> pa.Table:
+    return pa.Table.from_arrays(
         [_one_chunk(table.column(field.name), field.type) for field in table.schema],
         schema=table.schema.remove_metadata(),
     )
-    sink = pa.BufferOutputStream()
-    pq.write_table(
-        table,
-        sink,
-        row_group_size=_ROW_GROUP,
-        version="2.6",
-        data_page_version="1.0",
-        compression="zstd",
-        compression_level=_COMPRESSION_LEVEL,
-        use_dictionary=["key"],
-        write_statistics=True,
-        write_page_checksum=True,
-        store_schema=True,
-    )
-    atomic_write_bytes(path, sink.getvalue().to_pybytes())
 
 
 def _one_chunk(column: pa.ChunkedArray, kind: pa.DataType) -> pa.Array:
@@ -208,13 +290,45 @@ def read_table(
         raise UsageError(f"{path} is damaged ({one_line(error)}): delete it and resume") from error
 
 
-def is_readable(path: str | Path, schema: pa.Schema = SCORE_SCHEMA) -> bool:
-    """Whether a file is whole: footer, schema, every page and its checksum. A truncated shard is not."""
+def iter_table(path: str | Path, schema: pa.Schema, rows: int) -> Iterator[pa.Table]:
+    """A file's rows in blocks of at most `rows`, in order, one block in memory. Raises as `read_table` does."""
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"no such table: {path}")
     try:
-        read_table(path, schema)
-    except UsageError:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            if file.schema_arrow.remove_metadata() != schema:
+                raise UsageError(f"{path} has other columns than wanted; delete it and resume")
+            for batch in file.iter_batches(batch_size=rows):
+                yield pa.Table.from_batches([batch]).replace_schema_metadata()
+    except _READ_ERRORS as error:
+        raise UsageError(f"{path} is damaged ({one_line(error)}): delete it and resume") from error
+
+
+def read_facts(path: str | Path) -> dict[str, Any]:
+    """The `facts` that a table was written with; {} where it has none. Raises `UsageError` for a damaged file."""
+    try:
+        with pq.ParquetFile(path) as file:
+            found = file.metadata.metadata or {}
+        return dict(json.loads(found.get(_FACTS.encode(), b"{}")))
+    except _READ_ERRORS as error:
+        raise UsageError(f"{path} is damaged ({one_line(error)}): delete it and resume") from error
+
+
+def is_readable(path: str | Path, schema: pa.Schema = SCORE_SCHEMA) -> bool:
+    """Whether a file is whole: of this schema, and every byte is what `write_table` wrote.
+
+    Neither a truncated shard nor one with a single changed bit is; nor is a table that something else wrote.
+    """
+    path = Path(path)
+    try:
+        place, found, wanted = _digest(path)
+        if place < 0 or found != wanted:
+            return False
+        with pq.ParquetFile(path) as file:
+            return bool(file.schema_arrow.remove_metadata() == schema)
+    except _READ_ERRORS:
         return False
-    return True
 
 
 def read_tables(

@@ -94,11 +94,12 @@ def _heading(folder: Folder) -> str:
 
 
 def _lead(folder: Folder) -> str:
-    said = {
-        "infoutil": (
+    if folder.manifest["method"] == "infoutil":
+        return (
             "Each image was asked where its class shows (Shapley values of a grid of cells under the teacher) and "
             f"cropped there; each class kept {_kept(folder.manifest['options']['select'])} (InfoUtil)."
-        ),
+        )
+    said = {
         "rded": "Random crops on which the teacher is most certain were kept (RDED).",
         "random": "Whole images, drawn uniformly from each class: the baseline that every method has to beat.",
     }

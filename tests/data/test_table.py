@@ -14,10 +14,13 @@ from ddfast.data.table import (
     SCORE_SCHEMA,
     SELECTION_SCHEMA,
     is_readable,
+    iter_table,
     make_table,
     part_path,
+    read_facts,
     read_table,
     read_tables,
+    table_writer,
     to_numpy,
     write_table,
 )
@@ -243,3 +246,46 @@ def test_a_selection_comes_back(tmp_path: Path) -> None:
     write_table(tmp_path / "selection.parquet", table)
     assert read_table(tmp_path / "selection.parquet", SELECTION_SCHEMA) == table
     assert not is_readable(tmp_path / "selection.parquet")
+
+
+def test_any_changed_byte_makes_a_file_unreadable(tmp_path):
+    path = tmp_path / "part-00000.parquet"
+    write_table(
+        path, make_table(score_columns(12)), {"quarantined": [{"path": "a/ü.jpg", "reason": "no image"}]}
+    )
+    whole = path.read_bytes()
+    assert is_readable(path)
+    for place in range(0, len(whole), 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        assert not is_readable(path), place
+    path.write_bytes(whole + b"\0")
+    assert not is_readable(path)
+
+
+def test_facts_come_back(tmp_path):
+    facts = {"quarantined": [{"path": "a/ü.jpg", "reason": "no image"}]}
+    write_table(tmp_path / "with.parquet", make_table(score_columns(3)), facts)
+    write_table(tmp_path / "without.parquet", make_table(score_columns(3)))
+    assert read_facts(tmp_path / "with.parquet") == facts
+    assert read_facts(tmp_path / "without.parquet") == {}
+    assert read_table(tmp_path / "with.parquet") == read_table(tmp_path / "without.parquet")
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "with.parquet").read_bytes()[:-3])
+    with pytest.raises(UsageError, match="damaged"):
+        read_facts(tmp_path / "cut.parquet")
+
+
+def test_a_table_written_in_blocks_reads_in_blocks(tmp_path):
+    path, blocks = tmp_path / "t.parquet", [make_table(score_columns(n)) for n in (5, 1, 7)]
+    with table_writer(path, SCORE_SCHEMA) as write:
+        for block in blocks:
+            write(block)
+        assert not path.exists()
+    assert is_readable(path)
+    assert read_table(path) == pa.concat_tables(blocks).combine_chunks()
+    found = list(iter_table(path, SCORE_SCHEMA, 4))
+    assert max(block.num_rows for block in found) == 4
+    assert pa.concat_tables(found).combine_chunks() == read_table(path)
+    path.unlink()
+    with pytest.raises(ValueError, match="schema"), table_writer(path, SCORE_SCHEMA) as write:
+        write(pa.table({"a": [1]}).select([]))
+    assert not list(tmp_path.iterdir())
