@@ -359,7 +359,9 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument(
         "--epochs", type=int, default=None, help="passes over the distilled set; default the protocol's"
     )
-    parser.add_argument("--protocol", default="rded", help="evaluation protocol")
+    parser.add_argument(
+        "--protocol", default="rded", help="rded, sre2l, sre2l_tiny, or with hard labels dc, dsa, idc, igds"
+    )
     parser.add_argument("--batch-size", type=int, default=None, help="images a step; default the protocol's")
     parser.add_argument("--autoaugment", action="store_true", help="AutoAugment on the students' images")
     parser.add_argument(
@@ -397,7 +399,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     print(
         f"labels {result.labels}, {result.epochs} epochs of batch {result.batch_size}, {len(result.seeds)} seeds"
     )
-    print(f"best tested epoch {result.best_mean:.2f} ± {result.best_std:.2f}")
+    print(f"top5 {result.top5_mean:.2f}, best tested epoch {result.best_mean:.2f} ± {result.best_std:.2f}")
     print(result)
 
 

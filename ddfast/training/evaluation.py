@@ -29,11 +29,12 @@ class EvaluationResult:
     Attributes:
         arch: the students' architecture.
         protocol: name of the protocol.
-        labels: "online" (from a teacher, on the mixed batch) or "stored" (mixed by area).
+        labels: "online" (from a teacher, on the mixed batch), "stored" (mixed by area) or "hard".
         epochs: passes over the set.
         batch_size: images a step.
         seeds: one a student.
         top1: accuracy of each student after its last epoch: the headline.
+        top5: the same among the five likeliest classes.
         best: best tested epoch of each student, chosen on the test set as RDED reports it.
         per_class: accuracy of each class after the last epoch, mean over the students.
         arch_options: keyword arguments of the architecture.
@@ -47,6 +48,7 @@ class EvaluationResult:
     batch_size: int
     seeds: list[int]
     top1: list[float]
+    top5: list[float]
     best: list[float]
     per_class: list[float]
     arch_options: dict[str, Any] = field(default_factory=dict)
@@ -62,6 +64,11 @@ class EvaluationResult:
         return _deviation(self.top1)
 
     @property
+    def top5_mean(self) -> float:
+        """Mean of `top5`."""
+        return statistics.fmean(self.top5)
+
+    @property
     def best_mean(self) -> float:
         """Mean of `best`."""
         return statistics.fmean(self.best)
@@ -72,8 +79,10 @@ class EvaluationResult:
         return _deviation(self.best)
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields and the four statistics, ready for JSON (a class without test images is None)."""
-        statistic = {name: getattr(self, name) for name in ("mean", "std", "best_mean", "best_std")}
+        """The fields and the statistics, ready for JSON (a class without test images is None)."""
+        statistic = {
+            name: getattr(self, name) for name in ("mean", "std", "top5_mean", "best_mean", "best_std")
+        }
         per_class = [None if math.isnan(value) else value for value in self.per_class]
         return {**asdict(self), **statistic, "per_class": per_class}
 
@@ -107,8 +116,8 @@ def evaluate(
         arch_options: its keyword arguments, `{"width": 32}` for example.
         seeds: how many students (seeds 0, 1, ...), or their seeds.
         teacher: labels the mixed batches online, as RDED does; None: the stored soft labels. A file or an
-            opened one.
-        epochs: passes over the distilled set; None: the protocol's (300).
+            opened one. A protocol with hard labels takes none.
+        epochs: passes over the distilled set; None: the protocol's for the IPC.
         protocol: a name of `PROTOCOLS` or a protocol of your own.
         batch_size: images a step; None: the protocol's rule for the IPC.
         autoaugment: torchvision's AutoAugment on the students' images.
@@ -159,11 +168,12 @@ def evaluate(
     return EvaluationResult(
         arch=arch,
         protocol=rules.name,
-        labels="stored" if teacher is None else "online",
+        labels="hard" if rules.labels == "hard" else "stored" if teacher is None else "online",
         epochs=students[0].epochs,
         batch_size=students[0].batch_size,
         seeds=chosen,
         top1=[student.top1 for student in students],
+        top5=[student.top5 for student in students],
         best=[student.best for student in students],
         per_class=per_class.tolist(),
         arch_options=dict(arch_options or {}),

@@ -128,9 +128,11 @@ def _read(source: Source, size: int, resize: int | None, workers: int | None, qu
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Test accuracy in percent: overall, and of each class (NaN for a class without test images)."""
+    """Test accuracy in percent: overall, among the five likeliest classes, and of each class (NaN for a class without
+    test images)."""
 
     top1: float
+    top5: float
     per_class: list[float]
 
 
@@ -142,7 +144,7 @@ def measure_accuracy(
     device: torch.device,
     precision: str = "float32",
 ) -> Accuracy:
-    """Top-1 accuracy in eval mode, the model's mode is put back."""
+    """Accuracy in eval mode; the model's mode is put back. Of fewer than five classes, top-5 is certain."""
     was_training = model.training
     model.eval()
     outputs = []
@@ -153,6 +155,9 @@ def measure_accuracy(
     logits = torch.cat(outputs)
     correct = logits.argmax(dim=1) == test.labels
     classes = logits.shape[1]
+    among_five = (logits.topk(min(5, classes), dim=1).indices == test.labels[:, None]).any(dim=1)
     hits = torch.bincount(test.labels[correct], minlength=classes).double()
     per_class = 100 * hits / torch.bincount(test.labels, minlength=classes)
-    return Accuracy(100 * correct.double().mean().item(), per_class.tolist())
+    return Accuracy(
+        100 * correct.double().mean().item(), 100 * among_five.double().mean().item(), per_class.tolist()
+    )

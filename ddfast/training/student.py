@@ -1,6 +1,6 @@
-"""Train one student on a distilled set that is held in memory.
+"""Train one student on a distilled set that is held in memory, by a protocol of `ddfast.training.protocol`.
 
-The seven details of RDED's validation are kept: ShufflePatches, RandomResizedCrop of scale (1/factor, 1),
+Under `rded` the seven details of RDED's validation are kept: ShufflePatches, RandomResizedCrop of scale (1/factor, 1),
 mirror, normalisation, CutMix on every batch, labels from the teacher on the mixed batch, KL at temperature T
 without T^2, and BatchNorm statistics that see every batch twice (RDED runs a second forward pass in train
 mode for its log).
@@ -26,7 +26,10 @@ from ddfast.models.teacher import Teacher
 from ddfast.ops.precision import autocast
 from ddfast.progress import Progress
 from ddfast.training.augmentation import (
+    dsa,
+    idc,
     normalize,
+    random_crop_flip,
     random_flip,
     random_resized_boxes,
     resize_boxes,
@@ -79,6 +82,24 @@ class DistilledImages:
         """Images a class, rounded down where classes differ, at least 1."""
         return max(len(self.labels) // self.num_classes, 1)
 
+    def decoded(self) -> DistilledImages:
+        """The set of its tiles, each enlarged to a whole image (bilinear): IDC's decoding. Labels follow."""
+        if self.factor == 1:
+            return self
+        count, side = len(self.labels), self.image_size // self.factor
+        split = self.images.view(count, 3, self.factor, side, self.factor, side).permute(0, 2, 4, 1, 3, 5)
+        tiles = split.reshape(-1, 3, side, side).float()
+        large = F.interpolate(tiles, size=self.image_size, mode="bilinear", align_corners=False)
+        tiles_an_image = self.factor**2
+        soft = self.soft_labels
+        return replace(
+            self,
+            images=large.round_().clamp_(0, 255).to(torch.uint8),
+            labels=self.labels.repeat_interleave(tiles_an_image),
+            factor=1,
+            soft_labels=None if soft is None else soft.reshape(-1, 1, soft.shape[-1]),
+        )
+
     def normalized_like(self, teacher: Teacher) -> DistilledImages:
         """The same set with the mean and deviation of its teacher: teacher and student must share them."""
         return replace(self, mean=teacher.mean, std=teacher.std)
@@ -119,6 +140,7 @@ class StudentResult:
     Attributes:
         model: the student after the last epoch, eval mode, on the CPU.
         top1: test accuracy after the last epoch, percent.
+        top5: the same among the five likeliest classes.
         best: the best of the tested epochs, percent (what RDED reports; it is chosen on the test set).
         best_epoch: the epoch of `best`, from 0.
         per_class: accuracy of each class after the last epoch, percent.
@@ -131,6 +153,7 @@ class StudentResult:
 
     model: nn.Module
     top1: float
+    top5: float
     best: float
     best_epoch: int
     per_class: list[float]
@@ -163,7 +186,8 @@ def train_student(
         test: the real test split, images of the same size.
         arch: name for `create_model`.
         arch_options: its keyword arguments, `{"width": 32}` for example.
-        teacher: labels every mixed batch online; None: the stored soft labels, mixed by area.
+        teacher: labels every mixed batch online; None: the stored soft labels, mixed by area. A protocol with hard
+            labels takes none.
         protocol: a name of `PROTOCOLS`, or a protocol of your own.
         epochs: passes over the set; None: the protocol's.
         batch_size: images a step; None: the protocol's rule.
@@ -183,14 +207,18 @@ def train_student(
         rules = protocol_named(protocol) if isinstance(protocol, str) else protocol
     except ValueError as error:
         raise UsageError(str(error)) from error
+    if rules.labels == "hard" and teacher is not None:
+        raise UsageError(f"the protocol {rules.name} trains on hard labels: leave the teacher out")
     where = resolve_device(device)
-    epochs = rules.epochs if epochs is None else epochs
+    epochs = rules.epochs_for(distilled.ipc) if epochs is None else epochs
     teacher_arch = teacher.arch if teacher is not None else None
     size, classes = distilled.image_size, distilled.num_classes
     if epochs < 1:
         raise UsageError(f"epochs must be at least 1, got {epochs}")
     if batch_size is None:
         batch_size = rules.batch_size_for(distilled.ipc, classes, size, arch, teacher_arch)
+    if rules.decode:
+        distilled = distilled.decoded()
     batch_size = min(max(batch_size, 1), len(distilled.labels))
     try:
         with seeded(seed, "weights"):
@@ -198,24 +226,29 @@ def train_student(
     except ValueError as error:
         raise UsageError(str(error)) from error
     student = student.to(device=where).to(memory_format=torch.channels_last)
-    count_batches_twice(student)
+    if rules.statistics_twice:
+        count_batches_twice(student)
     lr = rules.lr_for(arch, teacher_arch, classes, size)
-    optimizer = torch.optim.AdamW(
-        rules.parameter_groups(student.named_parameters()), lr=lr, betas=rules.betas, fused=True
-    )
+    optimizer = rules.make_optimizer(student, lr)
     augmentation = StudentAugmentation(distilled, rules, seed=seed, autoaugment=autoaugment, device=where)
-    if teacher is not None:
+    if rules.labels == "hard":
+        temperature = 1.0
+        labels = _hard_labels(distilled, where)
+    elif teacher is not None:
         temperature = rules.temperature
         labels = _online_labels(distilled, teacher, temperature, precision, where)
     else:
         temperature = distilled.temperature
         labels = _stored_labels(distilled, where)
-    tested = rules.tested_epochs(epochs)
+    loss_scale = temperature**2 if rules.scale_by_temperature else 1.0
+    tested, passes = rules.tested_epochs(epochs), epochs + rules.passes_after
     curve: dict[int, float] = {}
     loss = math.nan
-    progress = Progress(f"seed {seed}", epochs, "epochs", quiet=quiet)
+    progress = Progress(f"seed {seed}", passes, "epochs", quiet=quiet)
     with seeded(seed, "dropout", device=where), progress:
-        for epoch in range(epochs):
+        for epoch in range(passes):
+            if rules.restart and epoch in rules.stepped_epochs(epochs):
+                optimizer = rules.make_optimizer(student, lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr * rules.lr_factor(epoch, epochs)
             student.train()
@@ -228,7 +261,7 @@ def train_student(
                 targets = labels(batch)
                 with autocast(precision, where):
                     logits = student(batch.inputs)
-                step_loss = distillation_loss(logits, targets, temperature)
+                step_loss = loss_scale * distillation_loss(logits, targets, temperature)
                 optimizer.zero_grad(set_to_none=True)
                 step_loss.backward()
                 optimizer.step()
@@ -246,6 +279,7 @@ def train_student(
     return StudentResult(
         model=student.eval().cpu(),
         top1=measured.top1,
+        top5=measured.top5,
         best=curve[best_epoch],
         best_epoch=best_epoch,
         per_class=measured.per_class,
@@ -265,8 +299,8 @@ class MixedBatch:
         index: int64 [B], which distilled images these were.
         coverage: float32 [B, factor^2], share of the crop's area that shows each tile, before CutMix; rows
             sum to 1.
-        partner: int64 [B], place in the batch of the image that CutMix pasted in.
-        share: share of the image's area that CutMix pasted over.
+        partner: int64 [B], place in the batch of the image that was mixed in.
+        share: the partner's share of the image: of its area under CutMix, of its colours under MixUp.
 
     """
 
@@ -278,15 +312,15 @@ class MixedBatch:
 
 
 class StudentAugmentation:
-    """RDED's augmentation of whole batches.
+    """A protocol's augmentation of whole batches.
 
-    In order: AutoAugment where asked for, ShufflePatches, RandomResizedCrop of scale (1/factor, 1), mirror,
-    normalise, CutMix. At factor 1 the crop of scale (1, 1) is the whole image, whatever aspect ratio is drawn,
-    so it is left out.
+    In order: AutoAugment where asked for, the protocol's geometry, normalise, its colours, its mixing. RDED's are
+    ShufflePatches, RandomResizedCrop of scale (1/factor, 1), mirror, and CutMix on every batch; at factor 1 the crop of
+    scale (1, 1) is the whole image, whatever aspect ratio is drawn, so it is left out.
 
     Args:
         distilled: the set.
-        protocol: gives the law of CutMix's box.
+        protocol: names the steps and gives the laws of mixing.
         seed: of all draws.
         autoaugment: torchvision's AutoAugment first. It draws from torch's global generator: seed that too.
         device: where the batches are made.
@@ -305,28 +339,57 @@ class StudentAugmentation:
         self.distilled, self.protocol, self.device = distilled, protocol, device
         self.images = distilled.images if autoaugment else distilled.images.to(device)
         self._draws = generator(seed, "augmentation")
-        self._cutmix_draws = np.random.default_rng(derived_seed(seed, "cutmix"))
+        self._mixing_draws = np.random.default_rng(derived_seed(seed, "cutmix"))
         self._autoaugment = _autoaugment(distilled.image_size) if autoaugment else None
 
     def __call__(self, index: Tensor) -> MixedBatch:
         """The batch of the images `index`, int64 [B] on the CPU."""
-        factor, size = self.distilled.factor, self.distilled.image_size
         images = self.images[index.to(self.images.device)]
         if self._autoaugment is not None:
             images = torch.stack([self._autoaugment(image) for image in images]).to(self.device)
-        images, tiles = shuffle_patches(images, factor, self._draws)
-        coverage = torch.ones(len(index), 1)
-        if factor > 1:
-            boxes = random_resized_boxes(len(index), size, self._draws, scale=(1 / factor, 1.0))
+        images, coverage = self._geometry(images)
+        inputs = normalize(images, self.distilled.mean, self.distilled.std)
+        if self.protocol.colour != "none":
+            colour = dsa if self.protocol.colour == "dsa" else idc
+            inputs = colour(inputs, self._draws).contiguous(memory_format=torch.channels_last)
+        inputs, partner, share = self._mixed(inputs)
+        return MixedBatch(inputs, index, coverage, partner, share)
+
+    def _geometry(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images, and the share of each tile that they show, [B, factor^2]."""
+        factor, size, kind = self.distilled.factor, self.distilled.image_size, self.protocol.geometry
+        tiles = torch.arange(factor**2).view(1, factor, factor).expand(len(images), -1, -1)
+        coverage = torch.full((len(images), factor**2), 1 / factor**2)
+        if kind == "none":
+            return images, coverage
+        if kind == "padded_crop":
+            return random_crop_flip(images, self._draws), coverage
+        if kind == "patches":
+            images, tiles = shuffle_patches(images, factor, self._draws)
+            least = 1 / factor
+        else:
+            least = 0.5 if kind == "resized_crop" else 0.08
+        if least < 1:
+            boxes = random_resized_boxes(len(images), size, self._draws, scale=(least, 1.0))
             images = resize_boxes(images.float() / 255, boxes, size)
             coverage = tile_coverage(boxes, tiles, size)
-        images = random_flip(images, self._draws)
-        inputs = normalize(images, self.distilled.mean, self.distilled.std)
-        partner = torch.randperm(len(index), generator=self._draws)
-        top, left, bottom, right = self.protocol.cutmix_box(size, self._cutmix_draws)
-        inputs[:, :, top:bottom, left:right] = inputs[partner.to(self.device), :, top:bottom, left:right]
-        share = (bottom - top) * (right - left) / size**2
-        return MixedBatch(inputs, index, coverage, partner, share)
+        return random_flip(images, self._draws), coverage
+
+    def _mixed(self, inputs: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Mixed images, the partner of each and the partner's share."""
+        if self.protocol.mix == "none":
+            return inputs, torch.arange(len(inputs)), 0.0
+        partner = torch.randperm(len(inputs), generator=self._draws)
+        if self.protocol.mix_probability < 1 and self._mixing_draws.random() >= self.protocol.mix_probability:
+            return inputs, partner, 0.0
+        others = inputs[partner.to(self.device)]
+        if self.protocol.mix == "mixup":
+            share = 1 - float(self._mixing_draws.beta(self.protocol.mix_alpha, self.protocol.mix_alpha))
+            return torch.lerp(inputs, others, share), partner, share
+        size = self.distilled.image_size
+        top, left, bottom, right = self.protocol.cutmix_box(size, self._mixing_draws)
+        inputs[:, :, top:bottom, left:right] = others[:, :, top:bottom, left:right]
+        return inputs, partner, (bottom - top) * (right - left) / size**2
 
 
 def tile_coverage(boxes: Tensor, tiles: Tensor, size: int) -> Tensor:
@@ -381,6 +444,16 @@ def _stored_labels(distilled: DistilledImages, device: torch.device) -> Callable
     def labels(batch: MixedBatch) -> Tensor:
         tile_labels = probabilities[batch.index]
         return mixed_soft_labels(tile_labels, batch.coverage, batch.partner, batch.share).to(device)
+
+    return labels
+
+
+def _hard_labels(distilled: DistilledImages, device: torch.device) -> Callable[[MixedBatch], Tensor]:
+    one_hot = F.one_hot(distilled.labels, distilled.num_classes).float()
+
+    def labels(batch: MixedBatch) -> Tensor:
+        own = one_hot[batch.index]
+        return ((1 - batch.share) * own + batch.share * own[batch.partner]).to(device)
 
     return labels
 

@@ -61,7 +61,9 @@ def test_students_take_the_options_of_their_architecture(distilled, toy_test):
 
 
 def test_the_last_epoch_is_the_headline_and_the_best_stands_beside_it():
-    result = EvaluationResult("a", "rded", "stored", 300, 50, [0, 1], [50.0, 53.0], [54.0, 55.0], [1.0])
+    result = EvaluationResult(
+        "a", "rded", "stored", 300, 50, [0, 1], [50.0, 53.0], [99.0, 99.0], [54.0, 55.0], [1.0]
+    )
     assert str(result) == "top1 51.50 ± 2.12"
     assert (result.best_mean, round(result.best_std, 4)) == (54.5, 0.7071)
     one = replace(result, seeds=[0], top1=[50.0], best=[54.0], per_class=[float("nan"), 2.0])

@@ -14,7 +14,7 @@ RDED = PROTOCOLS["rded"]
 
 def test_numbers_of_rded():
     assert (RDED.epochs, RDED.lr, RDED.betas, RDED.weight_decay) == (300, 1e-3, (0.9, 0.999), 0.01)
-    assert (RDED.temperature, RDED.cutmix_alpha) == (20.0, 1.0)
+    assert (RDED.temperature, RDED.mix_alpha) == (20.0, 1.0)
 
 
 def test_learning_rate_falls_along_a_quarter_cosine():
@@ -119,8 +119,8 @@ def test_cutmix_draws_come_from_the_generator_alone():
 
 
 def test_unknown_protocols_list_the_known():
-    with pytest.raises(ValueError, match="unknown protocol 'idc'; known: rded"):
-        protocol_named("idc")
+    with pytest.raises(ValueError, match="unknown protocol 'mtt'; known: rded, dc, dsa"):
+        protocol_named("mtt")
     assert protocol_named("rded") is RDED
 
 
@@ -129,3 +129,93 @@ def test_a_protocol_of_ones_own():
     assert own.lr_for("convnet3", None, 10, 32) == 1e-3
     assert math.isclose(own.lr_factor(7, 7), 0.5)
     assert torch.tensor(own.tested_epochs(7)).tolist() == [6]
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "expected"),
+    [
+        # E = 300: the rate falls behind epoch 151, the loop ends behind epoch 300.
+        ("dc", 300, {0: 1, 151: 1, 152: 0.1, 300: 0.1}),
+        ("dsa", 1000, {0: 1, 501: 1, 502: 0.1, 1000: 0.1}),
+        # Milestones 666 and 833 of 1000.
+        ("idc", 1000, {0: 1, 665: 1, 666: 0.2, 832: 0.2, 833: 0.04, 999: 0.04}),
+        ("sre2l", 400, {0: 1, 100: 0.5 + 0.5 * math.sqrt(0.5), 200: 0.5, 400: 0}),
+        # Five epochs up from 0.01, then a cosine over the other 95.
+        ("sre2l_tiny", 100, {0: 0.01, 1: 0.208, 4: 0.802, 5: 1, 100: 0}),
+        ("igds", 2000, {0: 1, 1999: 1}),
+    ],
+)
+def test_schedules_by_hand(name, epochs, expected):
+    rules = PROTOCOLS[name]
+    assert rules.epochs == epochs
+    for epoch, factor in expected.items():
+        assert rules.lr_factor(epoch, epochs) == pytest.approx(factor, abs=1e-12), epoch
+
+
+def test_epochs_by_ipc():
+    assert [PROTOCOLS["igds"].epochs_for(ipc) for ipc in (1, 10, 20, 50, 100)] == [
+        2000,
+        2000,
+        1500,
+        1500,
+        1000,
+    ]
+    assert [PROTOCOLS["dc"].epochs_for(ipc) for ipc in (1, 50)] == [300, 300]
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "tested"),
+    [
+        ("dc", 300, [249, 259, 269, 279, 289, 299, 300]),
+        ("idc", 1000, [249, 499, 749, 999]),
+        ("rded", 300, [249, 259, 269, 279, 289, 299]),
+    ],
+)
+def test_tested_epochs_of_all(name, epochs, tested):
+    assert PROTOCOLS[name].tested_epochs(epochs) == tested
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "expected"),
+    [
+        ("rded", torch.optim.AdamW, {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": {0.01, 0.0}}),
+        ("dc", torch.optim.SGD, {"lr": 0.01, "momentum": 0.9, "weight_decay": {5e-4}}),
+        ("dsa", torch.optim.SGD, {"lr": 0.01, "momentum": 0.9, "weight_decay": {5e-4}}),
+        ("idc", torch.optim.SGD, {"lr": 0.01, "momentum": 0.9, "weight_decay": {5e-4}}),
+        ("sre2l", torch.optim.AdamW, {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": {0.01}}),
+        ("sre2l_tiny", torch.optim.SGD, {"lr": 0.2, "momentum": 0.9, "weight_decay": {1e-4}}),
+        ("igds", torch.optim.Adam, {"lr": 0.01, "betas": (0.9, 0.999), "weight_decay": {0.0}}),
+    ],
+)
+def test_optimisers(name, kind, expected):
+    rules = PROTOCOLS[name]
+    optimizer = rules.make_optimizer(
+        torch.nn.Sequential(torch.nn.Linear(2, 2)), rules.lr_for("x", None, 10, 32)
+    )
+    assert type(optimizer) is kind
+    for key, value in expected.items():
+        found = {group[key] for group in optimizer.param_groups}
+        assert found == (value if isinstance(value, set) else {value})
+
+
+@pytest.mark.parametrize(
+    ("name", "temperature", "labels", "batch"),
+    [
+        ("dc", 20.0, "hard", 256),
+        ("dsa", 20.0, "hard", 256),
+        ("idc", 20.0, "hard", 64),
+        ("igds", 20.0, "hard", 64),
+        ("sre2l", 30.0, "soft", 128),
+        ("sre2l_tiny", 20.0, "soft", 256),
+    ],
+)
+def test_labels_and_batches(name, temperature, labels, batch):
+    rules = PROTOCOLS[name]
+    assert (rules.labels, rules.batch_size_for(50, 10, 32)) == (labels, batch)
+    assert labels == "hard" or rules.temperature == temperature
+    assert rules.batch_size_for(1, 10, 32) == 10  # never more than the set holds
+
+
+def test_words_that_are_none_are_refused():
+    with pytest.raises(ValueError, match="mix must be one of none, cutmix, mixup, got 'cut'"):
+        Protocol("own", mix="cut")

@@ -141,7 +141,7 @@ def test_factor_two_crops_shuffled_tiles():
         images, torch.arange(40) % 4, list("abcd"), (0, 0, 0), (1, 1, 1), factor=2, soft_labels=soft
     )
     augmentation = StudentAugmentation(
-        data, replace(RDED, cutmix_alpha=1e-6), seed=0, autoaugment=False, device=CPU
+        data, replace(RDED, mix_alpha=1e-6), seed=0, autoaugment=False, device=CPU
     )
     batches = [augmentation(torch.arange(40)) for _ in range(4)]
     checked = 0
@@ -288,3 +288,102 @@ def test_a_teacher_of_other_classes_or_size_is_refused(toy_test):
 def test_bad_options_are_usage_errors(toy_test, options, message):
     with pytest.raises(UsageError, match=message):
         train_student(distilled(), toy_test, quiet=True, **options)
+
+
+@pytest.mark.parametrize("name", [name for name in PROTOCOLS if name != "rded"])
+@pytest.mark.parametrize("factor", [1, 2])
+def test_every_protocol_trains_a_student(toy_test, name, factor):
+    soft = F.one_hot(render(10, seed=7).labels, 3).float()[:, None].expand(-1, factor**2, -1)
+    result = train_student(
+        distilled(soft_labels=soft, factor=factor),
+        toy_test,
+        arch="convnet3",
+        arch_options={"width": 8},
+        protocol=name,
+        epochs=4,
+        quiet=True,
+    )
+    assert np.isfinite(result.final_loss)
+    assert max(result.curve) == 3 + PROTOCOLS[name].passes_after
+    assert result.top5 == 100.0  # of three classes
+
+
+def test_hard_labels_mix_like_the_images(toy_test, monkeypatch):
+    from ddfast.training import student as module
+
+    seen = []
+    original = module.distillation_loss
+
+    def record(logits, targets, temperature):
+        seen.append((targets, temperature))
+        return original(logits, targets, temperature)
+
+    monkeypatch.setattr(module, "distillation_loss", record)
+    rules = replace(PROTOCOLS["igds"], geometry="none")
+    data = distilled(soft_labels=None)
+    train_student(
+        data, toy_test, arch="convnet3", protocol=rules, epochs=1, batch_size=30, seed=5, quiet=True
+    )
+    order = torch.randperm(30, generator=generator(5, "order", 0))
+    batch = StudentAugmentation(data, rules, seed=5, autoaugment=False, device=CPU)(order)
+    labels = data.labels[order]
+    expected = torch.zeros(30, 3)
+    for place in range(30):
+        expected[place, labels[place]] += 1 - batch.share
+        expected[place, labels[batch.partner[place]]] += batch.share
+    ((targets, temperature),) = seen
+    assert temperature == 1.0
+    torch.testing.assert_close(targets, expected)
+
+
+def test_a_loss_is_scaled_by_the_squared_temperature_where_the_protocol_says_so(toy_test):
+    plain = replace(PROTOCOLS["sre2l_tiny"], scale_by_temperature=False)
+    data = distilled(temperature=4.0)
+    first, second = (
+        train_student(
+            data, toy_test, arch="convnet3", protocol=rules, epochs=1, batch_size=30, quiet=True
+        ).final_loss
+        for rules in (plain, PROTOCOLS["sre2l_tiny"])
+    )
+    assert second == pytest.approx(16 * first, rel=1e-5)
+
+
+def test_mixup_blends_whole_images():
+    rules = replace(PROTOCOLS["sre2l"], geometry="none")
+    data = distilled()
+    batch = StudentAugmentation(data, rules, seed=3, autoaugment=False, device=CPU)(torch.arange(30))
+    plain = normalize(data.images, MEAN, STD)
+    expected = (1 - batch.share) * plain + batch.share * plain[batch.partner]
+    assert 0 < batch.share < 1
+    torch.testing.assert_close(batch.inputs, expected)
+
+
+def test_half_of_idcs_batches_are_mixed():
+    augmentation = StudentAugmentation(distilled(), PROTOCOLS["idc"], seed=0, autoaugment=False, device=CPU)
+    mixed = sum(augmentation(torch.arange(4)).share > 0 for _ in range(200))
+    assert 70 < mixed < 130
+
+
+def test_decoding_trains_on_the_tiles():
+    colours = torch.tensor([0, 60, 120, 240], dtype=torch.uint8)
+    image = colours.view(2, 2).repeat_interleave(8, 0).repeat_interleave(8, 1).expand(2, 3, 16, 16)
+    soft = torch.eye(4)[None].expand(2, 4, 4)
+    data = DistilledImages(
+        image.contiguous(),
+        torch.tensor([1, 2]),
+        list("abcd"),
+        (0, 0, 0),
+        (1, 1, 1),
+        factor=2,
+        soft_labels=soft,
+    )
+    tiles = data.decoded().checked()
+    assert tiles.factor == 1
+    assert tiles.labels.tolist() == [1, 1, 1, 1, 2, 2, 2, 2]
+    assert torch.equal(tiles.images, colours.repeat(2).view(8, 1, 1, 1).expand(8, 3, 16, 16))
+    assert torch.equal(tiles.soft_labels[:4, 0], torch.eye(4))
+
+
+def test_a_protocol_with_hard_labels_takes_no_teacher(toy_test):
+    with pytest.raises(UsageError, match="trains on hard labels: leave the teacher out"):
+        train_student(distilled(), toy_test, arch="convnet3", protocol="dc", teacher=a_teacher(), quiet=True)
