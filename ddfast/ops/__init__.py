@@ -9,9 +9,11 @@ from ddfast.ops._gradients import (
     grad_sq_norm_linear,
     grad_sq_norm_norm,
 )
+from ddfast.ops._locality import assemble_masked_features
 from ddfast.ops._philox import normal_quantiles
 
 __all__ = [
+    "assemble_masked_features",
     "crop_resize",
     "grad_sq_norm_conv2d",
     "grad_sq_norm_embedding",

@@ -311,3 +311,30 @@ def grad_sq_norm_embedding(indices: Tensor, grad_output: Tensor, padding_idx: in
         gradient = g.new_zeros((rows.numel(), g.shape[1])).index_add_(0, position, g)
         norms[b] = gradient[rows != padding_idx].square().sum()
     return norms
+
+
+# --- assemble_masked_features -------------------------------------------------------------------------------
+
+
+def assemble_masked_features(variants: Tensor, coalitions: Tensor, table: Tensor) -> Tensor:
+    """For every coalition and location, the variant that agrees with the coalition on what is seen there."""
+    batch, _, channels, height, width = variants.shape
+    count = coalitions.shape[-2]
+    which = variant_at_location(coalitions, table)  # [(B,) K, H, W]
+    which = which.expand(batch, count, height, width).unsqueeze(2)
+    assembled = torch.empty(
+        (batch * count, channels, height, width),
+        dtype=variants.dtype,
+        device=variants.device,
+        memory_format=torch.channels_last,
+    )
+    picked = variants.gather(1, which.expand(batch, count, channels, height, width))
+    assembled.unflatten(0, (batch, count)).copy_(picked)
+    return assembled
+
+
+def variant_at_location(coalitions: Tensor, table: Tensor) -> Tensor:
+    """int64 [(B,) K, H, W]: the bits of the players that table [H, W, M] names, -1 counting as absent."""
+    present = coalitions[..., table.long().clamp(min=0)] & (table >= 0)  # [(B,) K, H, W, M]
+    weight = 2 ** torch.arange(table.shape[-1], device=table.device)
+    return (present * weight).sum(-1)
