@@ -204,10 +204,26 @@ DDFAST_AVX512 inline void update_elementwise(
   }
 }
 
-// to[column][row] = from[row][column] for words, 16 by 16. The rows of `from` are `from_bytes` apart, of `to` to_stride
-// words.
-DDFAST_AVX512 inline void transpose(
-    const void* from, int64_t from_bytes, void* to, int64_t to_stride, int64_t rows, int64_t columns) {
+DDFAST_AVX512 inline __m512i load_word(__mmask16 mask, const float* at) { return _mm512_maskz_loadu_epi32(mask, at); }
+DDFAST_AVX512 inline __m512i load_word(__mmask16 mask, const Pair* at) { return _mm512_maskz_loadu_epi32(mask, at); }
+DDFAST_AVX512 inline __m512i load_word(__mmask16 mask, const uint16_t* at) {
+  return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, at));
+}
+
+DDFAST_AVX512 inline void store_word(float* at, __mmask16 mask, __m512i words) {
+  _mm512_mask_storeu_epi32(at, mask, words);
+}
+DDFAST_AVX512 inline void store_word(Pair* at, __mmask16 mask, __m512i words) {
+  _mm512_mask_storeu_epi32(at, mask, words);
+}
+DDFAST_AVX512 inline void store_word(uint16_t* at, __mmask16 mask, __m512i words) {
+  _mm256_mask_storeu_epi16(at, mask, _mm512_cvtepi32_epi16(words));
+}
+
+// to[column][row] = from[row][column] for elements of 16 or 32 bits, 16 by 16.
+template <typename Element>
+DDFAST_AVX512 void transpose(
+    const Element* from, int64_t from_stride, Element* to, int64_t to_stride, int64_t rows, int64_t columns) {
   for (int64_t r = 0; r < rows; r += kLanes) {
     const int64_t height = std::min<int64_t>(kLanes, rows - r);
     const __mmask16 row_mask = lanes(height);
@@ -217,8 +233,7 @@ DDFAST_AVX512 inline void transpose(
       __m512i in[kLanes], out[kLanes];
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) {
-        const char* row = static_cast<const char*>(from) + (r + i) * from_bytes;
-        in[i] = i < height ? _mm512_maskz_loadu_epi32(column_mask, row + 4 * c) : _mm512_setzero_si512();
+        in[i] = i < height ? load_word(column_mask, from + (r + i) * from_stride + c) : _mm512_setzero_si512();
       }
 #pragma GCC unroll 8
       for (int i = 0; i < kLanes; i += 2) {  // pairs of rows
@@ -245,8 +260,7 @@ DDFAST_AVX512 inline void transpose(
       }
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) {
-        char* row = static_cast<char*>(to) + 4 * ((c + i) * to_stride + r);
-        if (i < width) _mm512_mask_storeu_epi32(row, row_mask, out[i]);
+        if (i < width) store_word(to + (c + i) * to_stride + r, row_mask, out[i]);
       }
     }
   }

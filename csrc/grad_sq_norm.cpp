@@ -330,19 +330,21 @@ double bias_sq_norm(
 namespace avx512 = ddfast::avx512;
 using avx512::Pair;
 
-// One convolution for samples of float (Word float) or bfloat16 (Word Pair), both channels-last.
+// One convolution for samples of float (Word float) or bfloat16 (Word Pair), each channels-last [H, W, C] or planar
+// [C, H, W].
 //
-// The direct form multiplies runs: words that lie side by side in a row of the image, so they are one or more features
-// of the unfolded row. One operand's run is read into registers, the other's broadcast word by word; bfloat16 pairs are
-// those of two neighbouring positions. The Gram forms want the terms of their sums, the channels, as rows: the image
-// is transposed, and bfloat16 pairs are those of two neighbouring channels.
+// The direct form multiplies runs: words that lie side by side in a row of the channels-last image, so they are one or
+// more features of the unfolded row. One operand's run is read into registers, the other's broadcast word by word;
+// bfloat16 pairs are those of two neighbouring positions. The Gram forms want the terms of their sums, the channels, as
+// rows, which is how planes lie; bfloat16 pairs are those of two neighbouring channels.
 template <typename Word>
 class WideConvolution {
  public:
   using Element = std::conditional_t<std::is_same_v<Word, float>, float, uint16_t>;
   static constexpr int64_t kTerms = sizeof(Word) / sizeof(Element);
 
-  explicit WideConvolution(const Convolution& conv) : conv_(conv), form_(conv.form()) {
+  WideConvolution(const Convolution& conv, bool image_planar, bool grads_planar)
+      : conv_(conv), form_(conv.form()), image_planar_(image_planar), grads_planar_(grads_planar) {
     height_ = conv.height + 2 * conv.padding[0];
     width_ = conv.width + 2 * conv.padding[1];
     depthwise_ = conv.group_channels() == 1 && conv.group_outputs() == 1 && kTerms == 1;
@@ -369,23 +371,22 @@ class WideConvolution {
   // Floats of scratch memory that `sq_norm` uses.
   int64_t scratch() const {
     const int64_t image = height_ * width_ * conv_.channels, positions = conv_.positions();
+    const int64_t grads = conv_.out_height * steps_ * kTerms * conv_.out_channels;
     int64_t floats = 8 * 16;  // what `carve` skips
     if (form_ == Form::kDirect) {
       const int64_t columns = std::max(conv_.group_inputs(), conv_.group_outputs());
-      floats += std::max(columns * avx512::kChunk, conv_.channels);
-      if (conv_.padded() || kTerms > 1) floats += image;
-      if (kTerms > 1) floats += line() + conv_.out_height * steps_ * conv_.out_channels;
+      floats += 2 * image + 2 * grads + std::max(columns * avx512::kChunk, conv_.channels);
     } else {
       const bool by_pixel = form_ == Form::kPixels;
       const int64_t seen = by_pixel ? conv_.pixels() : positions;
       const int64_t terms = by_pixel ? conv_.group_channels() : conv_.group_inputs();
-      if (!by_pixel && conv_.padded()) floats += image;
+      floats += by_pixel ? 0 : image;
       floats += terms * seen + conv_.group_outputs() * positions + seen * seen + positions * positions;
     }
     return floats;
   }
 
-  // Squared norm of the weight's gradient. image [H, W, C], grads [H', W', O].
+  // Squared norm of the weight's gradient on one sample.
   double sq_norm(const Element* image, const Element* grads, float* scratch) const {
     return form_ == Form::kDirect ? direct(image, grads, scratch) : by_gram(image, grads, scratch);
   }
@@ -398,9 +399,15 @@ class WideConvolution {
   static constexpr int64_t kBlockWords = 1 << 15;  // of both operands that are multiplied before the sums are stored
 
   double direct(const Element* image, const Element* grads, float* scratch) const {
+    image = padded(image, scratch);
+    if (grads_planar_) {
+      Element* rows = carve<Element>(scratch, conv_.positions() * conv_.out_channels);
+      avx512::transpose(grads, conv_.positions(), rows, conv_.out_channels, conv_.out_channels, conv_.positions());
+      grads = rows;
+    }
     const Word *pixels, *grad_words;
     if constexpr (kTerms == 1) {
-      pixels = padded(image, scratch);
+      pixels = image;
       grad_words = grads;
     } else {
       pixels = pixel_pairs(image, scratch);
@@ -475,28 +482,30 @@ class WideConvolution {
       geometry.padding = {0, 0};
       image = padded(image, scratch);
     }
-    Word* x = carve<Word>(scratch, terms * seen);
-    Word* g = carve<Word>(scratch, outputs * positions);
+    Word* x_buffer = carve<Word>(scratch, terms * seen);
+    Word* g_buffer = carve<Word>(scratch, outputs * positions);
     float* x_gram = carve<float>(scratch, seen * seen);
     float* g_gram = carve<float>(scratch, positions * positions);
     double norm = 0;
     for (int64_t group = 0; group < conv_.groups; ++group) {
-      const Element* slice = image + group * conv_.group_channels();
+      const Word* x = x_buffer;
       if (by_pixel) {
-        transpose(slice, conv_.channels, x, seen, seen, channels);
+        x = channel_words(image, image_planar_, conv_.channels, seen, group * channels, channels, x_buffer);
       } else {
+        const Element* slice = image + group * conv_.group_channels();
         for (int64_t tap = 0; tap < conv_.taps(); ++tap) {
           const int64_t row = tap / conv_.kernel[1] * conv_.dilation[0];
           const int64_t column = tap % conv_.kernel[1] * conv_.dilation[1];
           for (int64_t i = 0; i < conv_.out_height; ++i) {
-            transpose(
+            transpose_words(
                 slice + ((row + i * conv_.stride[0]) * width_ + column) * conv_.channels,
-                conv_.stride[1] * conv_.channels, x + tap * channels * seen + i * conv_.out_width, seen,
+                conv_.stride[1] * conv_.channels, x_buffer + tap * channels * seen + i * conv_.out_width, seen,
                 conv_.out_width, channels);
           }
         }
       }
-      transpose(grads + group * conv_.group_outputs(), conv_.out_channels, g, positions, positions, outputs);
+      const Word* g =
+          channel_words(grads, grads_planar_, conv_.out_channels, positions, group * outputs, outputs, g_buffer);
       avx512::gram(x, terms, seen, x_gram);
       avx512::gram(g, outputs, positions, g_gram);
       norm += taps_dot(geometry, x_gram, g_gram, wide_rows_dot);
@@ -512,40 +521,58 @@ class WideConvolution {
   }
 
   // Words [columns, rows] of elements [rows, columns * kTerms].
-  static void transpose(
+  static void transpose_words(
       const Element* from, int64_t from_stride, Word* to, int64_t to_stride, int64_t rows, int64_t columns) {
-    avx512::transpose(from, from_stride * sizeof(Element), to, to_stride, rows, columns);
+    avx512::transpose(
+        reinterpret_cast<const Word*>(from), from_stride / kTerms, to, to_stride, rows, columns);
   }
 
-  // The image with zeros around it, in scratch memory; itself where the convolution has no padding.
+  // Words [count, positions] of the channels from kTerms * first on: planes, or pairs of planes side by side.
+  static const Word* channel_words(
+      const Element* elements, bool planar, int64_t channels, int64_t positions, int64_t first, int64_t count,
+      Word* buffer) {
+    if (!planar) {
+      transpose_words(elements + first * kTerms, channels, buffer, positions, positions, count);
+      return buffer;
+    }
+    elements += first * kTerms * positions;
+    if constexpr (kTerms == 1) {
+      return elements;
+    } else {
+      for (int64_t c = 0; c < count; ++c, elements += 2 * positions) {
+        avx512::interleave(elements, elements + positions, buffer + c * positions, positions);
+      }
+      return buffer;
+    }
+  }
+
+  // The channels-last image with zeros around it, in scratch memory; itself where it is that already.
   const Element* padded(const Element* image, float*& scratch) const {
-    if (!conv_.padded()) return image;
+    if (!conv_.padded() && !image_planar_) return image;
     const int64_t row = conv_.width * conv_.channels, padded_row = width_ * conv_.channels;
     Element* buffer = carve<Element>(scratch, height_ * padded_row);
-    std::fill_n(buffer, height_ * padded_row, Element(0));
+    if (conv_.padded()) std::fill_n(buffer, height_ * padded_row, Element(0));
     Element* to = buffer + conv_.padding[0] * padded_row + conv_.padding[1] * conv_.channels;
-    for (int64_t y = 0; y < conv_.height; ++y, to += padded_row, image += row) std::copy_n(image, row, to);
+    for (int64_t y = 0; y < conv_.height; ++y, to += padded_row) {
+      if (image_planar_) {
+        avx512::transpose(
+            image + y * conv_.width, conv_.pixels(), to, conv_.channels, conv_.channels, conv_.width);
+      } else {
+        std::copy_n(image + y * row, row, to);
+      }
+    }
     return buffer;
   }
 
   // The padded image in pairs: each pixel beside the one that the next position sees through the same tap.
-  const Pair* pixel_pairs(const uint16_t* image, float*& scratch) const {
-    const int64_t row = conv_.width * conv_.channels, padded_row = width_ * conv_.channels;
-    const int64_t next = conv_.stride[1] * conv_.channels, above = conv_.padding[0] * padded_row;
-    Pair* pairs = carve<Pair>(scratch, height_ * padded_row);
-    uint16_t* padded = carve<uint16_t>(scratch, line());
-    std::fill_n(padded, line(), uint16_t(0));
-    std::fill_n(pairs, above, Pair(0));
-    std::fill_n(pairs + height_ * padded_row - above, above, Pair(0));
-    for (int64_t y = 0; y < conv_.height; ++y) {
-      std::copy_n(image + y * row, row, padded + conv_.padding[1] * conv_.channels);
-      avx512::interleave(padded, padded + next, pairs + above + y * padded_row, padded_row);
-    }
+  const Pair* pixel_pairs(const uint16_t* padded, float*& scratch) const {
+    const int64_t count = height_ * width_ * conv_.channels;
+    const int64_t next = std::min(conv_.stride[1] * conv_.channels, count);
+    Pair* pairs = carve<Pair>(scratch, count);
+    avx512::interleave(padded, padded + next, pairs, count - next);
+    avx512::interleave(padded + count - next, nullptr, pairs + count - next, next);
     return pairs;
   }
-
-  // Elements of a row of the padded image and of the pixels that its last pixels are paired with.
-  int64_t line() const { return (width_ + conv_.stride[1]) * conv_.channels; }
 
   // The gradient in pairs of neighbouring positions of a row, the last beside zeros where they are odd.
   const Pair* grad_pairs(const uint16_t* grads, float*& scratch) const {
@@ -581,32 +608,50 @@ class WideConvolution {
 
   Convolution conv_;
   Form form_;
-  bool depthwise_;
+  bool image_planar_, grads_planar_, depthwise_;
   int64_t height_, width_;  // of the padded image
   int64_t steps_;           // of kTerms positions, in a row of the output
   std::vector<Run> runs_, grad_runs_;
 };
 
-// Squared norm of the bias's gradient: of the sums over the rows of grads [positions, outputs].
+// Squared norm of the bias's gradient: of the sums over the positions of grads [positions, outputs], or, planar,
+// [outputs, positions].
 template <typename Element>
-double rows_sum_sq_norm(const Element* grads, int64_t positions, int64_t outputs) {
+double sum_sq_norm(const Element* grads, int64_t positions, int64_t outputs, bool planar) {
+  const auto value = [](Element element) {
+    if constexpr (std::is_same_v<Element, float>) {
+      return static_cast<double>(element);
+    } else {
+      return static_cast<double>(std::bit_cast<float>(static_cast<uint32_t>(element) << 16));
+    }
+  };
   std::vector<double> sums(outputs);
-  for (int64_t t = 0; t < positions; ++t, grads += outputs) {
+  if (planar) {
     for (int64_t o = 0; o < outputs; ++o) {
-      if constexpr (std::is_same_v<Element, float>) {
-        sums[o] += static_cast<double>(grads[o]);
-      } else {
-        sums[o] += static_cast<double>(std::bit_cast<float>(static_cast<uint32_t>(grads[o]) << 16));
-      }
+      for (int64_t t = 0; t < positions; ++t) sums[o] += value(grads[o * positions + t]);
+    }
+  } else {
+    for (int64_t t = 0; t < positions; ++t) {
+      for (int64_t o = 0; o < outputs; ++o) sums[o] += value(grads[t * outputs + o]);
     }
   }
   return dot(sums.data(), sums.data(), outputs);
 }
 
+// Whether a batch [B, C, H, W] lies in memory as [B, H, W, C].
+bool channels_last(const Tensor& batch) {
+  int64_t stride = 1;
+  for (const int64_t dim : {1, 3, 2, 0}) {
+    if (batch.size(dim) > 1 && batch.stride(dim) != stride) return false;
+    stride *= batch.size(dim);
+  }
+  return true;
+}
+
 template <typename Word>
 void wide_sq_norms(
-    const WideConvolution<Word>& wide, const Convolution& conv, const Tensor& input, const Tensor& grad_output,
-    bool bias, Tensor& norms) {
+    const WideConvolution<Word>& wide, const Convolution& conv, bool grads_planar, const Tensor& input,
+    const Tensor& grad_output, bool bias, Tensor& norms) {
   using Element = typename WideConvolution<Word>::Element;
   const int64_t image = conv.pixels() * conv.channels, grad = conv.positions() * conv.out_channels;
   const auto* images = static_cast<const Element*>(input.const_data_ptr());
@@ -616,33 +661,35 @@ void wide_sq_norms(
     Tensor scratch = torch::stable::new_empty(grad_output, {wide.scratch()}, ScalarType::Float);
     for (int64_t b = begin; b < end; ++b) {
       double norm = wide.sq_norm(images + b * image, grads + b * grad, scratch.mutable_data_ptr<float>());
-      if (bias) norm += rows_sum_sq_norm(grads + b * grad, conv.positions(), conv.out_channels);
+      if (bias) norm += sum_sq_norm(grads + b * grad, conv.positions(), conv.out_channels, grads_planar);
       result[b] = static_cast<float>(norm);
     }
   });
 }
 
-// Fills the norms and returns true where this CPU and the dtype allow. `rows` brings a batch into the order
-// [B, positions, channels]. Not for empty samples.
-template <typename Rows>
-bool wide_sq_norms(
-    const Convolution& conv, Tensor input, Tensor grad_output, bool bias, const Rows& rows, Tensor& norms) {
+// Fills the norms and returns true where this CPU and the dtype allow it. Not for empty samples.
+bool wide_sq_norms(const Convolution& conv, Tensor input, Tensor grad_output, bool bias, Tensor& norms) {
   if (!avx512::supported() || grad_output.scalar_type() == ScalarType::Double) return false;
-  const WideConvolution<Pair> pairs(conv);
+  // [B, C, H, W] is taken channels-last or planar; [B, positions, C] is the former.
+  const bool last = input.dim() != 4;
+  const bool image_planar = !last && !channels_last(input), grads_planar = !last && !channels_last(grad_output);
+  if (last || image_planar) input = torch::stable::contiguous(input);
+  if (last || grads_planar) grad_output = torch::stable::contiguous(grad_output);
+  const WideConvolution<Pair> pairs(conv, image_planar, grads_planar);
   if (grad_output.scalar_type() == ScalarType::BFloat16 && pairs.serves()) {
-    wide_sq_norms(pairs, conv, rows(input), rows(grad_output), bias, norms);
+    wide_sq_norms(pairs, conv, grads_planar, input, grad_output, bias, norms);
     return true;
   }
   if (grad_output.scalar_type() != ScalarType::Float) {
     input = torch::stable::to(input, ScalarType::Float);
     grad_output = torch::stable::to(grad_output, ScalarType::Float);
   }
-  wide_sq_norms(WideConvolution<float>(conv), conv, rows(input), rows(grad_output), bias, norms);
+  const WideConvolution<float> floats(conv, image_planar, grads_planar);
+  wide_sq_norms(floats, conv, grads_planar, input, grad_output, bias, norms);
   return true;
 }
 #else
-template <typename Rows>
-bool wide_sq_norms(const Convolution&, const Tensor&, const Tensor&, bool, const Rows&, Tensor&) {
+bool wide_sq_norms(const Convolution&, const Tensor&, const Tensor&, bool, Tensor&) {
   return false;
 }
 #endif
@@ -654,9 +701,8 @@ Tensor grad_sq_norm_linear(const Tensor& input, const Tensor& grad_output, bool 
   return per_sample(grad_output, [&]<typename Sum>(std::type_identity<Sum>, ScalarType dtype, Tensor& norms) {
     if (positions > 1 && inputs > 0) {  // the convolution of a row of pixels with kernels of one pixel
       const Convolution conv{inputs, 1, positions, outputs, 1, positions, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 1};
-      const auto rows = [](const Tensor& batch) { return torch::stable::contiguous(batch); };
       const bool striped = conv.form() == Form::kDirect && gram_is_cheaper(positions, inputs, outputs);
-      if (!striped && wide_sq_norms(conv, input, grad_output, bias, rows, norms)) return;
+      if (!striped && wide_sq_norms(conv, input, grad_output, bias, norms)) return;
     }
     for_each_sample<Sum>(samples, norms, [&](int64_t b) -> double {
       if (positions == 0) return 0;
@@ -680,10 +726,7 @@ Tensor grad_sq_norm_conv2d(
       pair(dilation),      groups};
   const bool weightless = conv.channels == 0 || conv.out_channels == 0 || conv.positions() == 0;
   return per_sample(grad_output, [&]<typename Sum>(std::type_identity<Sum>, ScalarType dtype, Tensor& norms) {
-    const auto rows = [](const Tensor& batch) {
-      return torch::stable::contiguous(batch, torch::headeronly::MemoryFormat::ChannelsLast);
-    };
-    if (!weightless && wide_sq_norms(conv, input, grad_output, bias, rows, norms)) return;
+    if (!weightless && wide_sq_norms(conv, input, grad_output, bias, norms)) return;
     const Form form = conv.form();
     for_each_sample<Sum>(grad_output.size(0), norms, [&](int64_t b) -> double {
       if (weightless) return 0;
