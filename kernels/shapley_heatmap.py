@@ -63,6 +63,41 @@ def _values(
 
 
 @triton.jit
+def _heatmap(
+    outputs,
+    label,
+    projection,
+    count,
+    players,
+    CLASS_COUNT: tl.constexpr,
+    VALUE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """phi [BLOCK_D] of one image, 0 beyond `players`: values of BLOCK_K coalitions in parallel, then their
+    share of phi in order.
+
+    The projection is not a matrix product: sums run over k in ascending order, in float64, where the product
+    of two float32 is exact, so that phi has the bits of the reference whatever is fused.
+    """
+    player = tl.arange(0, BLOCK_D)
+    weights = projection + player
+    total = tl.zeros([BLOCK_D], tl.float64)
+    lane = tl.arange(0, BLOCK_K)
+    for start in range(0, count, BLOCK_K):
+        logits = outputs + (start + lane).to(tl.int64) * CLASS_COUNT
+        values = _values(logits, label, start + lane < count, CLASS_COUNT, VALUE, COMPUTE, BLOCK_C)
+        for k in tl.static_range(BLOCK_K):
+            value = tl.gather(values, tl.full([BLOCK_D], k, tl.int32), 0).to(tl.float64)
+            known = player < tl.where(start + k < count, players, 0)
+            total += tl.load(weights, mask=known, other=0.0).to(tl.float64) * value
+            weights += players
+    return total.to(COMPUTE)
+
+
+@triton.jit
 def _shapley_heatmap(
     outputs,
     labels,
@@ -78,34 +113,32 @@ def _shapley_heatmap(
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program an image: values of BLOCK_K coalitions in parallel, then their share of phi in order.
+    """One program an image.
 
     Bytes moved an image: K C e read for a softmax (e bytes a logit), or K sectors of 32 bytes for plain
     logits, and K d 4 of the projection, which all images share in L2. Operations: two exponentials and about
     six others a logit, 2 K d in float64 for the projection. For a softmax the reads bind; for logits the
     latency of the launch.
 
-    The projection is not a matrix product: sums run over k in ascending order, in float64, where the product
-    of two float32 is exact, so that phi has the bits of the reference whatever is fused. One lane of
-    `values` is taken out by adding zeros to it. The number of classes is a constant, because Triton sees the
-    alignment of rows only in a divisor it knows: 1000 is a multiple of 8, and not of the 16 it looks for in
-    a variable.
+    The number of classes is a constant, because Triton sees the alignment of rows only in a divisor it knows:
+    1000 is a multiple of 8, and not of the 16 it looks for in a variable.
     """
     image = tl.program_id(0).to(tl.int64)
-    label = tl.load(labels + image)
     player = tl.arange(0, BLOCK_D)
-    weights = projection + image * projection_image_stride + player
-    total = tl.zeros([BLOCK_D], tl.float64)
-    lane = tl.arange(0, BLOCK_K)
-    for start in range(0, count, BLOCK_K):
-        logits = outputs + (image * count + start + lane) * CLASS_COUNT
-        values = _values(logits, label, start + lane < count, CLASS_COUNT, VALUE, COMPUTE, BLOCK_C)
-        for k in tl.static_range(BLOCK_K):
-            value = tl.sum(tl.where(lane == k, values, 0.0), 0).to(tl.float64)
-            known = player < tl.where(start + k < count, players, 0)
-            total += tl.load(weights, mask=known, other=0.0).to(tl.float64) * value
-            weights += players
-    tl.store(phi + image * players + player, total.to(COMPUTE), mask=player < players)
+    cells = _heatmap(
+        outputs + image * count * CLASS_COUNT,
+        tl.load(labels + image),
+        projection + image * projection_image_stride,
+        count,
+        players,
+        CLASS_COUNT,
+        VALUE,
+        COMPUTE,
+        BLOCK_K,
+        BLOCK_C,
+        BLOCK_D,
+    )
+    tl.store(phi + image * players + player, cells, mask=player < players)
 
 
 def shapley_heatmap(

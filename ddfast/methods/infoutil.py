@@ -96,6 +96,10 @@ class InfoUtilOptions:
         object.__setattr__(self, "crop_frac", str(self.crop_frac))  # a number is welcome from Python
         if self.crop_frac not in ("auto", "adaptive") and not 0 < _number(self.crop_frac) <= 1:
             raise ValueError(f"crop_frac must be auto, adaptive or a number in (0, 1], got {self.crop_frac}")
+        if self.crop_frac == "adaptive" and self.crop_rule == "patch":
+            raise ValueError(
+                "crop_frac adaptive grows a window, which crop_rule patch has not: give a number"
+            )
         if self.crops < 1:
             raise ValueError(f"crops must be at least 1, got {self.crops}")
         if self.grid < 2:
@@ -139,8 +143,9 @@ class InfoUtil(Method):
 
     def resolved(self, factor: int) -> InfoUtil:
         """Fix the options left at `auto` for this factor."""
+        values = _AUTO[factor] if self.options.crop_rule == "window" else {**_AUTO[factor], "crop_frac": 0.5}
         automatic = {
-            name: str(value) for name, value in _AUTO[factor].items() if getattr(self.options, name) == "auto"
+            name: str(value) for name, value in values.items() if getattr(self.options, name) == "auto"
         }
         return InfoUtil(dataclasses.replace(self.options, **automatic))
 
@@ -148,7 +153,9 @@ class InfoUtil(Method):
         """Both stages' measurements of one micro-batch: attribution, crops, gradient norms (Algorithm 1)."""
         # Stage 1. phi_f(x_i) by f_D (Eqs. 4 and 5); its average pooling, noised, gives the crops xi_i.
         phi = self._attribution(batch, context)
-        boxes = self._crop_boxes(phi, batch.ids, context)
+        boxes = noisy_crop_boxes(
+            phi, batch.ids, grid=self.options.grid, image_size=context.image_size, **self._crops(context)
+        )
         tiles = crop_resize(batch.images, boxes, context.tile)
         # Stage 2. g_i = || grad_theta l(f_D(xi_i), y_i) ||.
         norm = "auto" if self.options.norm == "full" else "last_layer"
@@ -185,42 +192,23 @@ class InfoUtil(Method):
             chunk_size=context.forward_batch,
         )
 
-    def _crop_boxes(self, phi: Tensor, ids: Tensor, context: Context) -> Tensor:
-        """Crop boxes int32 [M, K, 4] by the options' rule."""
-        if self.options.crop_frac == "adaptive":
-            return self._adaptive_boxes(phi, ids, context)
-        return self._boxes_of_side(phi, ids, context, _number(self.options.crop_frac))
-
-    def _boxes_of_side(self, phi: Tensor, ids: Tensor, context: Context, fraction: float) -> Tensor:
-        grid, size = self.options.grid, context.image_size
+    def _crops(self, context: Context) -> dict[str, Any]:
+        """What decides the crops of a heatmap: sizes of window and crop, number and noise."""
+        grid, size, rule = self.options.grid, context.image_size, self.options.crop_frac
+        if rule == "adaptive":  # whole cells, from half the side up
+            sides = [cells / grid for cells in range((grid + 1) // 2, grid + 1)]
+        else:
+            sides = [_number(rule)]
         # The paper's pooling is the crop's own size in cells: 2x2 of 4x4 for a half-side crop.
-        pool = 1 if self.options.crop_rule == "patch" else min(grid, max(1, int(fraction * grid + 0.5)))
-        return noisy_crop_boxes(
-            phi,
-            ids,
-            seed=stream(context.seed, "crops"),
-            grid=grid,
-            image_size=size,
-            crop_size=max(1, int(fraction * size + 0.5)),
-            pool=pool,
-            # All windows of the whole image are one.
-            crops=1 if fraction == 1 and self.options.crop_frac != "adaptive" else self.options.crops,
-            alpha=self.options.alpha,
-        )
-
-    def _adaptive_boxes(self, phi: Tensor, ids: Tensor, context: Context) -> Tensor:
-        """Per image the smallest window, from half the side up, whose best place holds `coverage` of the
-        positive phi."""
-        grid = self.options.grid
-        positive = phi.clamp(min=0).view(-1, 1, grid, grid)
-        total = positive.sum(dim=(1, 2, 3))
-        chosen = self._boxes_of_side(phi, ids, context, 1.0)
-        for cells in range(grid - 1, (grid + 1) // 2 - 1, -1):
-            held = torch.nn.functional.avg_pool2d(positive, cells, stride=1).amax(dim=(1, 2, 3)) * cells**2
-            enough = (total > 0) & (held >= self.options.coverage * total)
-            boxes = self._boxes_of_side(phi, ids, context, cells / grid)
-            chosen = torch.where(enough[:, None, None], boxes, chosen)
-        return chosen
+        pools = [min(grid, max(1, int(side * grid + 0.5))) for side in sides]
+        return {
+            "seed": stream(context.seed, "crops"),
+            "pool": [1] if self.options.crop_rule == "patch" else pools,
+            "crop_size": [max(1, int(side * size + 0.5)) for side in sides],
+            "coverage": self.options.coverage,
+            "crops": 1 if sides == [1.0] else self.options.crops,  # all windows of the whole image are one
+            "alpha": self.options.alpha,
+        }
 
     def rank(self, table: Table, needed: int) -> tuple[dict[int, np.ndarray], np.ndarray]:
         """Stage 2: one crop an image by `within`, then images of a class by `rank_by` and `order`."""

@@ -11,6 +11,7 @@ from ddfast.ops._gradients import (
 )
 from ddfast.ops._locality import assemble_masked_features
 from ddfast.ops._philox import normal_quantiles
+from ddfast.ops._tail import shapley_crop_boxes
 
 __all__ = [
     "assemble_masked_features",
@@ -23,5 +24,6 @@ __all__ = [
     "noisy_crop_boxes",
     "normal_quantiles",
     "paths",
+    "shapley_crop_boxes",
     "shapley_heatmap",
 ]

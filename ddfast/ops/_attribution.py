@@ -20,6 +20,13 @@ VALUES = ("logit", "prob", "logprob")
 
 ChannelStatistic: TypeAlias = Tensor | Sequence[float] | None
 
+# What noisy_crop_boxes takes behind phi, and shapley_crop_boxes at its end.
+CROP_BOX_SCHEMA = (
+    "Tensor sample_ids, Tensor quantiles, int seed, int rows, int cols, int[] pools, int crops, "
+    "bool clean_last, float alpha, int image_height, int image_width, int[] crop_heights, int[] crop_widths, "
+    "float coverage"
+)
+
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -247,6 +254,12 @@ def shapley_heatmap(outputs: Tensor, labels: Tensor, projection: Tensor, value: 
         ValueError: shapes that do not fit, an unknown value, on the CPU also a label outside [0, C). A GPU
             is not asked, because reading labels back would stall it: there such a label makes phi NaN.
     """
+    check_coalitions(outputs, labels, projection, value)
+    return torch.ops.ddfast.shapley_heatmap(outputs, labels, projection, value)
+
+
+def check_coalitions(outputs: Tensor, labels: Tensor, projection: Tensor, value: str) -> None:
+    """Raise TypeError or ValueError where shapley_heatmap cannot take these arguments."""
     if value not in VALUES:
         raise ValueError(f"value must be one of {', '.join(VALUES)}, got {value!r}")
     if not isinstance(outputs, Tensor) or outputs.ndim != 3:
@@ -268,7 +281,6 @@ def shapley_heatmap(outputs: Tensor, labels: Tensor, projection: Tensor, value: 
             f"projection must be [{count}, d] or [{batch}, {count}, d] for outputs {list(outputs.shape)}, "
             f"got {list(projection.shape)}"
         )
-    return torch.ops.ddfast.shapley_heatmap(outputs, labels, projection, value)
 
 
 def _check_labels(outputs: Tensor, labels: Tensor, projection: Tensor, value: str) -> None:
@@ -334,18 +346,22 @@ def _shapley_heatmap_vmap(
 # -----------------------------------------------------------------------------------------
 
 
+Size: TypeAlias = int | tuple[int, int]
+
+
 def noisy_crop_boxes(
     phi: Tensor,
     sample_ids: Tensor,
     *,
     seed: int,
-    grid: int | tuple[int, int],
-    image_size: int | tuple[int, int],
-    crop_size: int | tuple[int, int],
-    pool: int = 2,
+    grid: Size,
+    image_size: Size,
+    crop_size: Size | Sequence[Size],
+    pool: int | Sequence[int] = 2,
     crops: int = 5,
     alpha: float = 2.0,
     clean_last: bool = True,
+    coverage: float = 1.0,
 ) -> Tensor:
     """Crop boxes around the most informative windows of a heatmap, made diverse by noise.
 
@@ -354,17 +370,21 @@ def noisy_crop_boxes(
     window. The noise of a crop is a function of (seed, sample id, crop, window), so that it depends neither
     on the batch nor on the device, and the boxes have the same bits everywhere for the same bits of phi.
 
+    With a list of pools the size of the window follows the image: it takes the smallest one whose best place
+    holds `coverage` of the positive phi, and the largest where none does.
+
     Args:
         phi: [B, rows * cols] float32, the heatmap, along its rows.
         sample_ids: [B] int64, any 64 bits that name the sample.
         seed: any 64-bit integer.
         grid: cells a side of the heatmap, or (rows, cols).
         image_size: pixels a side of the image, or (height, width).
-        crop_size: pixels a side of the crop, or (height, width).
-        pool: cells a side of a window.
+        crop_size: pixels a side of the crop, or (height, width); with a list of pools, a list of as many.
+        pool: cells a side of a window, or an ascending list of them.
         crops: number of crops K.
         alpha: noise, in standard deviations of the pooled map.
         clean_last: the last crop has no noise: it is the most informative window itself.
+        coverage: with a list of pools, the share of the sum of positive phi that a window must hold.
 
     Returns:
         [B, K, 4] int32 boxes (x0, y0, x1, y1) in pixels, x1 and y1 exclusive, inside the image. Where a
@@ -373,50 +393,104 @@ def noisy_crop_boxes(
 
     Raises:
         TypeError: phi that is not float32 or sample_ids that are not int64.
-        ValueError: shapes or sizes that do not fit, a seed of more than 64 bits, alpha below 0.
+        ValueError: shapes or sizes that do not fit, a seed of more than 64 bits, alpha below 0, coverage
+            outside [0, 1].
+    """
+    if phi.dtype != torch.float32:
+        raise TypeError(f"phi must be float32, got {phi.dtype}")
+    rows, cols = _pair(grid, "grid")
+    if phi.ndim != 2 or phi.shape[1] != rows * cols:
+        raise ValueError(f"phi must be [B, {rows * cols}] for a {rows} x {cols} grid, got {list(phi.shape)}")
+    arguments = crop_box_arguments(
+        sample_ids,
+        phi,
+        seed=seed,
+        grid=grid,
+        image_size=image_size,
+        crop_size=crop_size,
+        pool=pool,
+        crops=crops,
+        alpha=alpha,
+        clean_last=clean_last,
+        coverage=coverage,
+    )
+    return torch.ops.ddfast.noisy_crop_boxes(phi, *arguments)
+
+
+def crop_box_arguments(
+    sample_ids: Tensor,
+    samples: Tensor,
+    *,
+    seed: int,
+    grid: Size,
+    image_size: Size,
+    crop_size: Size | Sequence[Size],
+    pool: int | Sequence[int],
+    crops: int,
+    alpha: float,
+    clean_last: bool,
+    coverage: float,
+) -> tuple[Any, ...]:
+    """The arguments of the op noisy_crop_boxes behind phi, checked, for the samples of a tensor [B, ...].
+
+    Raises:
+        TypeError, ValueError: as noisy_crop_boxes.
     """
     rows, cols = _pair(grid, "grid")
     image_height, image_width = _pair(image_size, "image_size")
-    crop_height, crop_width = _pair(crop_size, "crop_size")
-    if phi.dtype != torch.float32:
-        raise TypeError(f"phi must be float32, got {phi.dtype}")
-    if phi.ndim != 2 or phi.shape[1] != rows * cols:
-        raise ValueError(f"phi must be [B, {rows * cols}] for a {rows} x {cols} grid, got {list(phi.shape)}")
+    if isinstance(pool, int):
+        pools, crop_sizes = [pool], [_pair(crop_size, "crop_size")]
+    else:
+        sizes = list(crop_size) if isinstance(crop_size, Sequence) else []
+        pools, crop_sizes = list(pool), [_pair(size, "crop_size") for size in sizes]
+        if not pools or len(pools) != len(crop_sizes):
+            raise ValueError(
+                f"a list of pools needs as many crop sizes, at least one, got {pool!r} and {crop_size!r}"
+            )
+        if sorted(set(pools)) != pools:
+            raise ValueError(f"a list of pools must ascend, got {pools}")
     if sample_ids.dtype != torch.int64:
         raise TypeError(f"sample_ids must be int64, got {sample_ids.dtype}")
-    if sample_ids.shape != phi.shape[:1]:
-        raise ValueError(f"sample_ids must be [{phi.shape[0]}], one a heatmap, got {list(sample_ids.shape)}")
+    if sample_ids.shape != samples.shape[:1]:
+        raise ValueError(
+            f"sample_ids must be [{samples.shape[0]}], one a heatmap, got {list(sample_ids.shape)}"
+        )
     if not (1 <= rows <= image_height and 1 <= cols <= image_width):
         raise ValueError(
             f"grid must be no finer than the image, got {rows} x {cols} cells "
             f"for {image_height} x {image_width} pixels"
         )
-    if not 1 <= pool <= min(rows, cols):
-        raise ValueError(f"pool must be 1 to {min(rows, cols)} cells for a {rows} x {cols} grid, got {pool}")
-    if not (1 <= crop_height <= image_height and 1 <= crop_width <= image_width):
-        raise ValueError(
-            f"crop_size must lie within the image, got {crop_height} x {crop_width} "
-            f"for {image_height} x {image_width} pixels"
-        )
+    for size, (crop_height, crop_width) in zip(pools, crop_sizes, strict=True):
+        if not 1 <= size <= min(rows, cols):
+            raise ValueError(
+                f"pool must be 1 to {min(rows, cols)} cells for a {rows} x {cols} grid, got {size}"
+            )
+        if not (1 <= crop_height <= image_height and 1 <= crop_width <= image_width):
+            raise ValueError(
+                f"crop_size must lie within the image, got {crop_height} x {crop_width} "
+                f"for {image_height} x {image_width} pixels"
+            )
     if crops < 0:
         raise ValueError(f"crops must not be negative, got {crops}")
     if not 0 <= alpha < float("inf"):
         raise ValueError(f"alpha must be a finite number of standard deviations, at least 0, got {alpha}")
-    return torch.ops.ddfast.noisy_crop_boxes(
-        phi,
+    if not 0 <= coverage <= 1:
+        raise ValueError(f"coverage must be a share in [0, 1], got {coverage}")
+    return (
         sample_ids,
-        quantile_table(phi.device),
+        quantile_table(samples.device),
         as_signed_64_bit(seed),
         rows,
         cols,
-        pool,
+        pools,
         crops,
         clean_last,
         float(alpha),
         image_height,
         image_width,
-        crop_height,
-        crop_width,
+        [height for height, _ in crop_sizes],
+        [width for _, width in crop_sizes],
+        float(coverage),
     )
 
 
@@ -427,7 +501,7 @@ def _noisy_crop_boxes_fake(
     seed: int,
     rows: int,
     cols: int,
-    pool: int,
+    pools: Sequence[int],
     crops: int,
     *rest: Any,
 ) -> Tensor:
@@ -450,7 +524,7 @@ def _noisy_crop_boxes_vmap(
 # ---------------------------------------------------------------------------------------------------
 
 
-def _pair(size: int | tuple[int, int], name: str) -> tuple[int, int]:
+def _pair(size: Any, name: str) -> tuple[int, int]:
     """(rows, columns) of a size given as one integer or as two."""
     pair = (size, size) if isinstance(size, int) else size
     if not isinstance(pair, Sequence) or len(pair) != 2 or not all(isinstance(side, int) for side in pair):
@@ -491,9 +565,7 @@ define(
 )
 define(
     "noisy_crop_boxes",
-    "(Tensor phi, Tensor sample_ids, Tensor quantiles, int seed, int rows, int cols, int pool, int crops, "
-    "bool clean_last, float alpha, int image_height, int image_width, int crop_height, int crop_width) "
-    "-> Tensor",
+    f"(Tensor phi, {CROP_BOX_SCHEMA}) -> Tensor",
     reference=reference.noisy_crop_boxes,
     fake=_noisy_crop_boxes_fake,
     triton="noisy_crop_boxes",

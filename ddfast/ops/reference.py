@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# --- masked_batch, shapley_heatmap and noisy_crop_boxes -----------------------------------------------------
+# --- masked_batch, shapley_heatmap, noisy_crop_boxes and shapley_crop_boxes ---------------------------------
 
 
 def masked_batch(
@@ -117,36 +118,71 @@ def noisy_crop_boxes(
     seed: int,
     rows: int,
     cols: int,
-    pool: int,
+    pools: Sequence[int],
     crops: int,
     clean_last: bool,
     alpha: float,
     image_height: int,
     image_width: int,
-    crop_height: int,
-    crop_width: int,
+    crop_heights: Sequence[int],
+    crop_widths: Sequence[int],
+    coverage: float,
 ) -> Tensor:
     """Boxes of the windows that win once scaled normal noise is added to the pooled heatmap.
 
-    Written out one IEEE operation at a time, in a fixed order, so that every body of this op gives the same
-    bits.
+    Of several sizes of window an image takes the first whose best place holds `coverage` of the positive phi,
+    and the last where none does. Written out one IEEE operation at a time, in a fixed order, so that every
+    body of this op gives the same bits.
     """
-    images, device = phi.shape[0], phi.device
-    down, across = rows - pool + 1, cols - pool + 1
-    windows = down * across
-
     heatmap = phi.unflatten(1, (rows, cols))
-    pooled = torch.zeros(images, down, across, dtype=phi.dtype, device=device)
+    positive = torch.where(heatmap > 0, heatmap, torch.zeros_like(heatmap))
+    total = _sum_in_order(positive.flatten(1))
+    wanted = torch.full_like(total, coverage) * total
+    boxes = torch.empty(phi.shape[0], crops, 4, dtype=torch.int32, device=phi.device)
+    undecided = torch.ones(phi.shape[0], dtype=torch.bool, device=phi.device)
+    for size, (pool, crop_height, crop_width) in enumerate(
+        zip(pools, crop_heights, crop_widths, strict=True), start=1
+    ):
+        held = _window_sums(positive, pool).flatten(1).amax(1)
+        takes = undecided if size == len(pools) else undecided & (total > 0) & (held >= wanted)
+        pooled = (_window_sums(heatmap, pool) / _divisor(pool * pool, phi)).flatten(1)  # [B, windows]
+        best = _noisy_argmax(pooled, sample_ids, quantiles, seed, crops, clean_last, alpha)
+        across = cols - pool + 1
+        y0 = _crop_starts(best // across, pool, rows, image_height, crop_height)
+        x0 = _crop_starts(best % across, pool, cols, image_width, crop_width)
+        placed = torch.stack((x0, y0, x0 + crop_width, y0 + crop_height), dim=-1).to(torch.int32)
+        boxes = torch.where(takes[:, None, None], placed, boxes)
+        undecided = undecided & ~takes
+    return boxes
+
+
+def _window_sums(cells: Tensor, pool: int) -> Tensor:
+    """Sums over the pool x pool windows of [B, rows, cols], stride 1, each added up row by row."""
+    down, across = cells.shape[1] - pool + 1, cells.shape[2] - pool + 1
+    sums = torch.zeros_like(cells[:, :down, :across])
     for row in range(pool):
         for col in range(pool):
-            pooled = pooled + heatmap[:, row : row + down, col : col + across]
-    pooled = (pooled / _divisor(pool * pool, phi)).flatten(1)  # [B, windows]
+            sums = sums + cells[:, row : row + down, col : col + across]
+    return sums
 
-    mean = _sum_in_order(pooled) / _divisor(windows, phi)
+
+def _noisy_argmax(
+    pooled: Tensor,
+    sample_ids: Tensor,
+    quantiles: Tensor,
+    seed: int,
+    crops: int,
+    clean_last: bool,
+    alpha: float,
+) -> Tensor:
+    """[B, crops] int64: the first largest of the windows pooled [B, windows], to which each crop adds noise
+    of alpha standard deviations of them."""
+    (images, windows), device = pooled.shape, pooled.device
+    mean = _sum_in_order(pooled) / _divisor(windows, pooled)
     deviations = pooled - mean[:, None]
-    variance = _sum_in_order(deviations * deviations) / _divisor(windows, phi)
+    variance = _sum_in_order(deviations * deviations) / _divisor(windows, pooled)
     # A float32 square root by way of float64 is correctly rounded whatever library computes it.
-    scale = torch.full_like(variance, alpha) * variance.to(torch.float64).sqrt().to(phi.dtype)
+    scale = torch.full_like(variance, alpha) * variance.to(torch.float64).sqrt().to(pooled.dtype)
 
     # One Philox counter for each image, crop and window.
     counters = torch.empty(images, crops, windows, 4, dtype=torch.int64, device=device)
@@ -158,11 +194,7 @@ def noisy_crop_boxes(
     noisy = pooled[:, None] + scale[:, None, None] * quantiles[words >> 32 - QUANTILE_BITS]
     if clean_last and crops > 0:
         noisy[:, -1] = pooled
-    best = noisy.masked_fill(noisy.isnan(), -torch.inf).argmax(-1)  # [B, crops], the first of equal values
-
-    y0 = _crop_starts(best // across, pool, rows, image_height, crop_height)
-    x0 = _crop_starts(best % across, pool, cols, image_width, crop_width)
-    return torch.stack((x0, y0, x0 + crop_width, y0 + crop_height), dim=-1).to(torch.int32)
+    return noisy.masked_fill(noisy.isnan(), -torch.inf).argmax(-1)  # the first of equal values
 
 
 def _sum_in_order(values: Tensor) -> Tensor:
@@ -181,6 +213,21 @@ def _crop_starts(first_part: Tensor, pool: int, parts: int, length: int, crop: i
     ]  # twice the centre of each window
     doubled = torch.tensor(centres, device=first_part.device)[first_part]
     return ((doubled - crop) // 2).clamp(0, length - crop)
+
+
+def shapley_crop_boxes(
+    outputs: Tensor,
+    labels: Tensor,
+    projection: Tensor,
+    partial: Tensor | None,
+    value: str,
+    *crop_box_arguments: Any,
+) -> tuple[Tensor, Tensor]:
+    """shapley_heatmap, whose result is added to `partial` in float64, then noisy_crop_boxes of it in float32."""
+    phi = shapley_heatmap(outputs, labels, projection, value)
+    if partial is not None:
+        phi = (partial + phi.to(torch.float64)).to(phi.dtype)
+    return phi, noisy_crop_boxes(phi.to(torch.float32), *crop_box_arguments)
 
 
 # --- crop_resize and grad_sq_norm_*

@@ -16,46 +16,64 @@ DEVICES = [
 ]
 NATIVE = pytest.mark.skipif(not native_status()[0], reason=native_status()[1])
 
-# rows, cols, pool, crops, clean_last, alpha, image height and width, crop height and width
+# rows, cols, pools, crops, clean_last, alpha, image height and width, crop heights and widths, coverage
 GEOMETRIES = [
-    (4, 4, 2, 5, True, 2.0, 32, 32, 16, 16),
-    (4, 4, 2, 5, False, 0.1, 224, 224, 112, 112),
-    (3, 5, 1, 2, True, 1.0, 31, 17, 31, 1),
-    (7, 3, 3, 1, True, 2.0, 50, 40, 20, 30),
-    (1, 1, 1, 3, False, 2.0, 5, 6, 4, 6),
-    (6, 6, 6, 4, False, 2.0, 65, 63, 33, 32),
-    (14, 14, 4, 3, True, 1 / 3, 229, 229, 80, 81),
+    (4, 4, [2], 5, True, 2.0, 32, 32, [16], [16], 1.0),
+    (4, 4, [2], 5, False, 0.1, 224, 224, [112], [112], 1.0),
+    (3, 5, [1], 2, True, 1.0, 31, 17, [31], [1], 1.0),
+    (7, 3, [3], 1, True, 2.0, 50, 40, [20], [30], 1.0),
+    (1, 1, [1], 3, False, 2.0, 5, 6, [4], [6], 1.0),
+    (6, 6, [6], 4, False, 2.0, 65, 63, [33], [32], 1.0),
+    (14, 14, [4], 3, True, 1 / 3, 229, 229, [80], [81], 1.0),
+    (4, 4, [2, 3, 4], 5, True, 2.0, 32, 32, [16, 24, 32], [16, 24, 32], 0.8),
+    (7, 5, [1, 4, 5], 3, False, 1.0, 50, 40, [9, 30, 41], [8, 33, 20], 0.55),
 ]
 SEEDS = [0, 7, 2**32 + 1, 2**64 - 1]
 
 
 def faced(phi, ids, seed, geometry, device="cpu"):
-    rows, cols, pool, crops, clean_last, alpha, *sizes = geometry
+    rows, cols, pools, crops, clean_last, alpha, height, width, crop_heights, crop_widths, coverage = geometry
     return noisy_crop_boxes(
         phi.to(device),
         ids.to(device),
         seed=seed,
         grid=(rows, cols),
-        image_size=tuple(sizes[:2]),
-        crop_size=tuple(sizes[2:]),
-        pool=pool,
+        image_size=(height, width),
+        crop_size=list(zip(crop_heights, crop_widths, strict=True)),
+        pool=pools,
         crops=crops,
         alpha=alpha,
         clean_last=clean_last,
+        coverage=coverage,
     )
 
 
 def one_float_at_a_time(phi, sample, seed, geometry):
     """The op for one heatmap, in NumPy float32 scalars: each operation rounds by itself."""
-    rows, cols, pool, crops, clean_last, alpha, height, width, crop_height, crop_width = geometry
+    rows, cols, pools, crops, clean_last, alpha, height, width, crop_heights, crop_widths, coverage = geometry
     f32, phi, quantiles = np.float32, phi.numpy().reshape(rows, cols), normal_quantiles().numpy()
+
+    def window_sums(cells, pool):
+        sums, across = [], cols - pool + 1
+        for window in range((rows - pool + 1) * across):
+            total = f32(0)
+            for cell in range(pool * pool):
+                total = total + cells[window // across + cell // pool, window % across + cell % pool]
+            sums.append(total)
+        return sums
+
+    positive = np.where(phi > 0, phi, f32(0))
+    total = f32(0)
+    for cell in positive.flat:
+        total = total + cell
+    chosen = len(pools) - 1
+    for size in reversed(range(len(pools) - 1)):
+        if total > 0 and max(window_sums(positive, pools[size])) >= f32(coverage) * total:
+            chosen = size
+    pool, crop_height, crop_width = pools[chosen], crop_heights[chosen], crop_widths[chosen]
+
     across = cols - pool + 1
-    pooled = []
-    for window in range((rows - pool + 1) * across):
-        total = f32(0)
-        for cell in range(pool * pool):
-            total = total + phi[window // across + cell // pool, window % across + cell % pool]
-        pooled.append(total / f32(pool * pool))
+    pooled = [total / f32(pool * pool) for total in window_sums(phi, pool)]
     mean = f32(0)
     for value in pooled:
         mean = mean + value
@@ -82,7 +100,7 @@ def one_float_at_a_time(phi, sample, seed, geometry):
     return boxes
 
 
-@pytest.mark.parametrize("geometry", GEOMETRIES[:5])
+@pytest.mark.parametrize("geometry", GEOMETRIES[:5] + GEOMETRIES[7:])
 def test_reference_is_the_op_one_float_at_a_time(geometry):
     phi, ids = awkward_heatmaps(20, geometry[0] * geometry[1]), awkward_ids(20)
     seed = 2**40 + 3
@@ -117,11 +135,14 @@ def test_gpu_has_the_bits_of_the_cpu(geometry):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_boxes_have_their_size_and_lie_inside(geometry, device):
-    *_, height, width, crop_height, crop_width = geometry
+    *_, height, width, crop_heights, crop_widths, _ = geometry
     boxes = faced(awkward_heatmaps(200, geometry[0] * geometry[1]), awkward_ids(200), 5, geometry, device)
     x0, y0, x1, y1 = boxes.unbind(-1)
     assert boxes.shape == (200, geometry[3], 4)
-    assert ((x1 - x0 == crop_width) & (y1 - y0 == crop_height)).all()
+    sizes = torch.stack((y1 - y0, x1 - x0), dim=-1)
+    assert (sizes == sizes[:, :1]).all()  # the crops of an image are of one size
+    wanted = list(zip(crop_heights, crop_widths, strict=True))
+    assert set(map(tuple, sizes[:, 0].tolist())) <= set(wanted)
     assert ((x0 >= 0) & (y0 >= 0) & (x1 <= width) & (y1 <= height)).all()
 
 
@@ -135,6 +156,45 @@ def test_the_clean_crop_is_centred_on_the_largest_window(device):
     boxes = noisy_crop_boxes(phi, ids, seed=0, grid=4, image_size=32, crop_size=16)[:, -1]
     expected = [[8 * col, 8 * row, 8 * col + 16, 8 * row + 16] for row in range(3) for col in range(3)]
     assert boxes.tolist() == expected
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_image_takes_the_smallest_window_that_holds_enough(device):
+    phi = torch.zeros(6, 4, 4, device=device)
+    phi[0, 1:3, 2:4] = 1.0  # all of it in one 2x2 window
+    phi[1, 1:4, 1:4] = 1.0  # 4 of 9 in the best 2x2 window, all in a 3x3 one
+    phi[2, 0, 0] = phi[2, 3, 3] = 1.0  # at most half in anything but the whole image
+    phi[3] = -1.0  # nothing positive
+    phi[4, 0, 0], phi[4, 3, 3] = 4.0, 1.0  # exactly the coverage in a 2x2 window
+    phi[5, 0, 0], phi[5, 1, 1], phi[5, 3, 3] = 5.0, -4.0, 1.0  # what is negative takes nothing away
+    boxes = noisy_crop_boxes(
+        phi.flatten(1),
+        torch.arange(6, device=device),
+        seed=0,
+        grid=4,
+        image_size=32,
+        crop_size=[16, 24, 32],
+        pool=[2, 3, 4],
+        coverage=0.8,
+    )
+    sides = (boxes[..., 2] - boxes[..., 0]).cpu()
+    assert sides.tolist() == [[side] * 5 for side in (16, 24, 32, 32, 16, 16)]
+    clean = [[16, 8, 32, 24], [8, 8, 32, 32], [0, 0, 32, 32], [0, 0, 32, 32], [0, 0, 16, 16]]
+    assert boxes[:5, -1].tolist() == clean
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_several_windows_are_each_alone(device):
+    *_, several = GEOMETRIES[:8]
+    phi, ids = awkward_heatmaps(300, 16), awkward_ids(300)
+    together = faced(phi, ids, 4, several, device)
+    sides, found = together[:, 0, 2] - together[:, 0, 0], 0
+    for i, side in enumerate(several[9]):
+        of_size = (sides == side).cpu()
+        found += int(of_size.any())
+        alone = (4, 4, [several[2][i]], *several[3:8], [side], [side], 1.0)
+        assert torch.equal(faced(phi, ids, 4, alone, device).cpu()[of_size], together.cpu()[of_size])
+    assert found == 3
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -193,7 +253,7 @@ def test_a_sample_owes_nothing_to_its_batch(device):
 
 def test_seed_sample_and_crop_each_change_the_noise():
     phi = torch.randn(1, 196, generator=torch.Generator().manual_seed(0)).expand(50, 196)
-    geometry = (14, 14, 2, 4, False, 2.0, 224, 224, 112, 112)
+    geometry = (14, 14, [2], 4, False, 2.0, 224, 224, [112], [112], 1.0)
     ids = torch.arange(50)
     boxes = faced(phi, ids, 1, geometry)
     assert not torch.equal(boxes, faced(phi, ids, 1 + 2**32, geometry))
@@ -281,6 +341,12 @@ GOOD = {"seed": 0, "grid": 4, "image_size": 32, "crop_size": 16}
             "alpha must be a finite number of standard deviations, at least 0, got -1.0",
         ),
         ({"alpha": math.nan}, ValueError, "alpha must be a finite number"),
+        ({"coverage": 1.5}, ValueError, r"coverage must be a share in \[0, 1\], got 1.5"),
+        ({"pool": [2, 3]}, ValueError, "a list of pools needs as many crop sizes"),
+        ({"pool": [], "crop_size": []}, ValueError, "a list of pools needs as many crop sizes, at least one"),
+        ({"pool": [3, 2], "crop_size": [24, 16]}, ValueError, r"must ascend, got \[3, 2\]"),
+        ({"pool": [2, 5], "crop_size": [16, 32]}, ValueError, "pool must be 1 to 4 cells .* got 5"),
+        ({"pool": [2, 3], "crop_size": [16, 33]}, ValueError, "got 33 x 33 for 32 x 32 pixels"),
     ],
 )
 def test_errors(change, error, message):
@@ -296,7 +362,10 @@ def test_errors(change, error, message):
         ({0: torch.zeros(2, 15)}, "phi must be"),
         ({1: torch.arange(3)}, "sample_ids must be"),
         ({2: torch.zeros(4095)}, "quantiles must be"),
-        ({6: 5}, "pool must"),
+        ({6: [5]}, "pool must"),
+        ({6: [2, 3]}, "equally many"),
+        ({6: [], 12: [], 13: []}, "must be a window"),
+        ({12: [33]}, "crop must fit"),
     ],
 )
 def test_cpp_does_not_read_outside_arguments_that_skipped_the_face(change, message):
