@@ -31,6 +31,8 @@ def distill(
     device: str = "auto",
     batch_size: str | int = "auto",
     workers: int | None = None,
+    threads: str | int = "auto",
+    label_top_k: str | int = "auto",
     scores: str | Path | None = None,
     resume: bool = False,
     preflight: bool = True,
@@ -39,6 +41,9 @@ def distill(
     **options: Any,
 ) -> Path:
     """Distil a labelled image set into `ipc` images a class.
+
+    Processes started by torchrun, or by a program that has set up `torch.distributed`, share one run: all of them
+    make the same call, with `out` on storage that all of them see. The result has the bytes of one process's.
 
     Args:
         method: "infoutil", "rded" or "random"; `options` are the fields of its options dataclass.
@@ -57,6 +62,10 @@ def distill(
         device: "auto", "cpu" or "cuda".
         batch_size: images in flight; never changes the result.
         workers: decoding threads; default one a core.
+        threads: CPU threads of one process, part of the arithmetic; "auto" is `DDFAST_THREADS` or every usable core
+            (16 at most, 4 beside a GPU), for one process and for many, and on resumption what the run began with.
+        label_top_k: probabilities stored of each soft label: a number, "all", or "auto", all of up to 2048 classes
+            and else 256.
         scores: folder of an earlier run whose score table has the same settings; it is copied, not computed.
         resume: continue an unfinished run, start a missing one, leave a finished one.
         preflight: try the teacher on 64 training images first.
@@ -92,21 +101,30 @@ def distill(
         preflight=preflight,
         quiet=quiet,
         options=options,
+        threads=threads,
+        label_top_k=label_top_k,
     )
-    if run.complete:
-        say(f"{run.out} is finished", quiet=quiet)
-        return run.out
-    for stage in (score, select, synthesize, relabel):
-        stage(run)
-        if stage.__name__ == until != "relabel":
+    try:
+        if run.complete:
+            say(f"{run.out} is finished", quiet=run.quiet)
             return run.out
-    finish(run)
+        for stage in (score, select, synthesize, relabel):
+            stage(run)
+            if stage.__name__ == until != "relabel":
+                return run.out
+        finish(run)
+    finally:
+        run.ranks.leave()
     return run.out
 
 
 def finish(run: Run) -> None:
     """Write `report.html` and `mosaic.png`, then mark the run complete: the manifest is the last file to change."""
-    started = time.monotonic()
-    write_report(run.out, source=run.source)
-    run.plan["complete"] = True
-    clock(run, "report", started)
+
+    def close() -> None:
+        started = time.monotonic()
+        write_report(run.out, source=run.source)
+        run.plan["complete"] = True
+        clock(run, "report", started)
+
+    run.ranks.on_main("report", close)

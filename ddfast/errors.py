@@ -4,9 +4,13 @@ from __future__ import annotations
 
 
 class DDFastError(Exception):
-    """A failure with a one-line message meant for a person. The command line exits with `exit_code`."""
+    """A failure with a one-line message meant for a person. The command line exits with `exit_code`.
+
+    `shared` is set where every process of a run stops for the same reason, so that only one of them need print it.
+    """
 
     exit_code = 1
+    shared = False
 
 
 class UsageError(DDFastError):

@@ -7,3 +7,4 @@ in a test and a run in a process of its own the same arithmetic.
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+os.environ.setdefault("DDFAST_THREADS", "1")

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ddfast.data.decoding import decode
-from ddfast.data.files import atomic_write_bytes, atomic_write_text, make_folder
+from ddfast.data.files import atomic_path, atomic_write_bytes, make_folder
 from ddfast.data.sources import is_image, one_line, shown
 from ddfast.errors import BadImage, UsageError
 
@@ -142,9 +142,10 @@ def write_metadata(root: str | Path, rows: Iterable[dict[str, Any]]) -> None:
         ValueError: a number is NaN or infinite, which JSON has not.
         UsageError: no space, no permission.
     """
-    lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
     make_folder(Path(root) / "train")
-    atomic_write_text(Path(root) / METADATA, "".join(lines))
+    with atomic_path(Path(root) / METADATA) as temporary, open(temporary, "wb") as file:
+        for row in rows:
+            file.write((json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8"))
 
 
 def write_soft_labels(

@@ -290,8 +290,8 @@ def read_table(
         raise UsageError(f"{path} is damaged ({one_line(error)}): delete it and resume") from error
 
 
-def iter_table(path: str | Path, schema: pa.Schema, rows: int) -> Iterator[pa.Table]:
-    """A file's rows in blocks of at most `rows`, in order, one block in memory. Raises as `read_table` does."""
+def iter_table(path: str | Path, schema: pa.Schema = SCORE_SCHEMA) -> Iterator[pa.Table]:
+    """A file's row groups in order, one in memory: the blocks it was written in. Raises as `read_table` does."""
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"no such table: {path}")
@@ -299,8 +299,8 @@ def iter_table(path: str | Path, schema: pa.Schema, rows: int) -> Iterator[pa.Ta
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             if file.schema_arrow.remove_metadata() != schema:
                 raise UsageError(f"{path} has other columns than wanted; delete it and resume")
-            for batch in file.iter_batches(batch_size=rows):
-                yield pa.Table.from_batches([batch]).replace_schema_metadata()
+            for index in range(file.num_row_groups):
+                yield file.read_row_group(index).replace_schema_metadata()
     except _READ_ERRORS as error:
         raise UsageError(f"{path} is damaged ({one_line(error)}): delete it and resume") from error
 

@@ -151,7 +151,7 @@ class Method(ABC):
         row.
 
         Args:
-            table: the whole score table.
+            table: all rows of some classes; a class is ranked by its own rows alone.
             needed: crops that each class needs (IPC x tiles); a class may rank more.
         """
 

@@ -3,14 +3,20 @@
 Two passes over the data and a table between them. The score pass keeps rows, not pixels; selection sorts the
 rows; the synthesis pass decodes only the sources that were selected. Every stage writes whole files by atomic
 rename and skips what already stands, so that a run killed at any moment continues to the same bytes.
+
+Several processes share a stage by number: rank r of n scores shards r, r + n, ... and writes images and labels in
+the same way. What is one file (selection, metadata, manifest, report) is rank 0's.
 """
 
 from __future__ import annotations
 
+import heapq
 import json
+import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,32 +26,33 @@ from torch import Tensor
 
 from ddfast.data.decoding import decode
 from ddfast.data.distilled import (
-    METADATA,
     SOFT_LABELS,
     Tile,
     image_path,
     metadata_row,
     write_image,
     write_metadata,
-    write_soft_labels,
 )
-from ddfast.data.files import atomic_write_text, make_folder
+from ddfast.data.files import atomic_path, make_folder
+from ddfast.data.label_parts import (
+    is_whole_part,
+    join_label_parts,
+    largest_probabilities,
+    write_label_part,
+)
 from ddfast.data.loading import load
 from ddfast.data.sources import Sample, open_source
 from ddfast.data.table import (
     SCORE_SCHEMA,
-    SELECTION_SCHEMA,
     is_readable,
     make_table,
     part_path,
-    read_table,
-    read_tables,
-    to_numpy,
+    read_facts,
     write_table,
 )
 from ddfast.errors import BadImage, UsageError
 from ddfast.methods import get_method
-from ddfast.methods.base import Batch, Candidates, Table
+from ddfast.methods.base import Batch, Candidates
 from ddfast.methods.run import (
     LABEL_TEMPERATURE,
     RUN,
@@ -53,24 +60,35 @@ from ddfast.methods.run import (
     check_teacher,
     checked_device,
     command_line,
+    decoding_workers,
+    first_difference,
     host_facts,
+    ids_and_labels,
     images_in_flight,
     make_plan,
+    rank_device,
     read_plan,
     score_identity,
     start,
+    threads_of,
+    top_k_of,
 )
+from ddfast.methods.selection import SELECTION, iter_selection, write_selection
 from ddfast.models import Teacher, load_teacher
 from ddfast.ops import crop_resize
-from ddfast.progress import Progress
-from ddfast.training.device import resolve_device
+from ddfast.progress import Progress, say
+from ddfast.ranks import join, usable_cores
 
 SCORES = "scores"
-SELECTION = "selection.parquet"
+QUARANTINED = "quarantined.jsonl"
+_LISTED_QUARANTINED = 1000  # files that the manifest names; the table beside it names all
 _LABEL_PARTS = ".soft-labels"
 _PREFLIGHT_IMAGES = 64
 _LABEL_BATCH = 64  # tiles labelled together; fixed, because it decides the last bits
-_LABEL_PART = 2048  # images of one part of the soft labels, the unit of resumption
+_LABEL_PART = (
+    2048  # most images in one part of the soft labels, the unit of resumption and of work for a rank
+)
+_LABEL_PART_BYTES = 8 << 20  # of logits, which bounds a part where there are many classes
 
 
 def open_run(
@@ -96,81 +114,142 @@ def open_run(
     preflight: bool,
     quiet: bool,
     options: dict[str, Any],
+    threads: str | int = "auto",
+    label_top_k: str | int = "auto",
 ) -> Run:
-    """Check everything that can be checked, then claim the output folder. Arguments as `distill`."""
-    chosen = get_method(method).from_options(options, preset)
-    if ipc < 1:
-        raise UsageError(f"--ipc must be at least 1, got {ipc}")
-    if images_per_class < 1:
-        raise UsageError(f"--images-per-class must be at least 1, got {images_per_class}")
-    if not 0 <= seed < 2**63:
-        raise UsageError(f"--seed must be in [0, 2^63), got {seed}")
-    if image_format not in ("png", "jpeg"):
-        raise UsageError(f"--format must be png or jpeg, got {image_format!r}")
-    if precision not in ("float32", "auto"):
-        raise UsageError(f"--precision must be float32 or auto, got {precision!r}")
-    flight, found_device = images_in_flight(batch_size), resolve_device(device)
+    """Check everything that can be checked, then claim the output folder. Arguments as `distill`.
+
+    Of several processes rank 0 claims the folder, and the others see that it is the same one and the same data.
+    """
+    ranks = join()
     out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file; --out must be a folder")
-    source = open_source(data, "train")
-    main = _teacher(teacher)
-    labels = main if label_teacher is None else _teacher(label_teacher)
-    for held, role in ((main, "teacher"), (labels, "label teacher")):
-        check_teacher(held, source, role=role)
-    if (labels.image_size, labels.mean, labels.std) != (main.image_size, main.mean, main.std):
-        raise UsageError("the label teacher must share the teacher's image size and normalisation")
-    size = image_size or main.image_size
-    tiles_per_side = (1 if size <= 64 else 2) if factor == "auto" else int(factor)
-    if tiles_per_side not in (1, 2) or size % tiles_per_side:
-        raise UsageError(f"--factor must be auto, 1 or 2 and divide the image size {size}, got {factor}")
-    plan = make_plan(
-        chosen.resolved(tiles_per_side),
-        source,
-        main,
-        labels,
-        preset=preset,
-        ipc=ipc,
-        factor=tiles_per_side,
-        image_size=size,
-        images_per_class=images_per_class,
-        image_format=image_format,
-        seed=seed,
-        precision=precision,
-        device=found_device,
-    )
-    run = Run(
-        out=out,
-        plan=plan,
-        source=source,
-        teacher=main,
-        label_teacher=labels,
-        method=chosen.resolved(tiles_per_side),
-        device=found_device,
-        in_flight=flight,
-        workers=workers,
-        quiet=quiet,
-    )
-    if read_plan(out) is None:
+
+    def check_settings() -> None:
+        get_method(method).from_options(options, preset)
+        if ipc < 1:
+            raise UsageError(f"--ipc must be at least 1, got {ipc}")
+        if images_per_class < 1:
+            raise UsageError(f"--images-per-class must be at least 1, got {images_per_class}")
+        if not 0 <= seed < 2**63:
+            raise UsageError(f"--seed must be in [0, 2^63), got {seed}")
+        if image_format not in ("png", "jpeg"):
+            raise UsageError(f"--format must be png or jpeg, got {image_format!r}")
+        if precision not in ("float32", "auto"):
+            raise UsageError(f"--precision must be float32 or auto, got {precision!r}")
+        if out.exists() and not out.is_dir():
+            raise UsageError(f"{out} is a file; --out must be a folder")
+
+    def plan_run() -> Run:
+        main = _teacher(teacher)
+        labels = main if label_teacher is None else _teacher(label_teacher)
+        for held, role in ((main, "teacher"), (labels, "label teacher")):
+            check_teacher(held, source, role=role)
+        if (labels.image_size, labels.mean, labels.std) != (main.image_size, main.mean, main.std):
+            raise UsageError("the label teacher must share the teacher's image size and normalisation")
+        size = image_size or main.image_size
+        tiles_per_side = (1 if size <= 64 else 2) if factor == "auto" else int(factor)
+        if tiles_per_side not in (1, 2) or size % tiles_per_side:
+            raise UsageError(f"--factor must be auto, 1 or 2 and divide the image size {size}, got {factor}")
+        chosen = get_method(method).from_options(options, preset).resolved(tiles_per_side)
+        found_device = rank_device(device, ranks)
+        plan = make_plan(
+            chosen,
+            source,
+            main,
+            labels,
+            preset=preset,
+            ipc=ipc,
+            factor=tiles_per_side,
+            image_size=size,
+            images_per_class=images_per_class,
+            image_format=image_format,
+            seed=seed,
+            precision=precision,
+            device=found_device,
+            threads=threads_of(threads, found_device),
+            label_top_k=top_k_of(label_top_k, len(source.class_names)),
+        )
+        return Run(
+            out=out,
+            plan=plan,
+            source=source,
+            teacher=main,
+            label_teacher=labels,
+            method=chosen,
+            device=found_device,
+            in_flight=images_in_flight(batch_size),
+            workers=decoding_workers(workers, ranks),
+            quiet=quiet or not ranks.main,
+            ranks=ranks,
+            facts={
+                **host_facts(),
+                "command": command_line(),
+                "data": str(data),
+                "teacher": main.path,
+                "label_teacher": None if label_teacher is None else labels.path,
+                "seconds": _earlier_seconds(out),
+                "ranks": ranks.size,
+            },
+        )
+
+    ranks.together("settings", check_settings)
+    source = ranks.main_first("data", lambda: open_source(data, "train"))
+    run = ranks.together("plan", plan_run)
+    ranks.on_main("start", lambda: _claim(run, scores, resume, preflight, threads))
+    ranks.together("folder", lambda: _follow(run, device))
+    run.set_arithmetic()
+    _warn_of_crowding(run)
+    return run
+
+
+def _claim(run: Run, scores: str | Path | None, resume: bool, preflight: bool, threads: str | int) -> None:
+    """Rank 0: the checks that need data and teachers, then the folder with its manifest."""
+    wanted = run.plan
+    held = read_plan(run.out)
+    if held is None:
+        run.set_arithmetic()
         _check_counts(run)
         if preflight:
             _preflight(run)
-    shared = _shared_scores(Path(scores), plan) if scores is not None else None
-    run.plan = start(out, plan, resume)
-    checked_device(run.plan, device)
-    run.facts = {
-        **host_facts(),
-        "command": command_line(),
-        "data": str(data),
-        "teacher": main.path,
-        "label_teacher": None if label_teacher is None else labels.path,
-        "seconds": _earlier_seconds(out),
-    }
+    elif threads != "auto" and held["arithmetic"]["threads"] != wanted["arithmetic"]["threads"]:
+        raise UsageError(
+            f"{run.out} was started with --threads {held['arithmetic']['threads']}, which decides its last bits: "
+            "resume it with that number or without the option"
+        )
+    shared = _shared_scores(Path(scores), wanted) if scores is not None else None
+    run.plan = start(run.out, wanted, resume)
+    checked_device(run.plan, str(run.device), run.ranks)
     if not run.complete:
         run.save()
         if shared is not None:
-            _copy_scores(shared, out)
-    return run
+            _copy_scores(shared, run.out)
+
+
+def _follow(run: Run, device: str) -> None:
+    """The other ranks: take rank 0's plan, which must be what they would have made."""
+    if run.ranks.main:
+        return
+    held = read_plan(run.out)
+    if held is None:
+        raise UsageError(
+            f"rank {run.ranks.rank} does not see the manifest that rank 0 wrote to {run.out}: "
+            "--out must be one folder for all ranks"
+        )
+    difference = first_difference(held, run.plan)
+    if difference is not None:
+        raise UsageError(f"rank {run.ranks.rank} sees another run than rank 0 ({difference})")
+    run.plan = held
+    checked_device(held, device, run.ranks)
+
+
+def _warn_of_crowding(run: Run) -> None:
+    threads, ranks, cores = run.plan["arithmetic"]["threads"], run.ranks.local_size, usable_cores()
+    if run.device.type == "cpu" and ranks > 1 and ranks * threads > cores:
+        say(
+            f"{ranks} ranks of {threads} threads share {cores} cores: a new run is faster with "
+            f"--threads {max(1, cores // ranks)}",
+            quiet=run.quiet,
+        )
 
 
 def _teacher(given: str | Path | Teacher) -> Teacher:
@@ -186,31 +265,41 @@ def _earlier_seconds(out: Path) -> dict[str, float]:
 
 def _check_counts(run: Run) -> None:
     """Refuse a class that cannot give IPC x tiles crops; where it would be close, decode to be sure."""
-    needed, pool = run.needed, run.plan["images_per_class"]
-    if needed > pool:
+    needed, most = run.needed, run.plan["images_per_class"]
+    if needed > most:
         raise UsageError(
             f"IPC {run.plan['ipc']} x {run.plan['tiles']} tiles needs {needed} images a class, "
-            f"--images-per-class is {pool}: raise it"
+            f"--images-per-class is {most}: raise it"
         )
-    for name, samples in zip(run.source.class_names, run.shuffled(), strict=True):
-        usable = len(samples)
-        if usable < 2 * needed:
-            loaded = load(
-                run.source, samples, run.plan["image_size"], workers=run.workers, ahead=run.in_flight
-            )
-            usable = sum(not isinstance(image, BadImage) for _, image in loaded)
+    pool = run.pool()
+    labels = ids_and_labels(run.source)[1][pool]
+    counts = np.bincount(labels, minlength=len(run.source.class_names))
+    for label in np.flatnonzero(counts < 2 * needed).tolist():
+        samples = _samples(run, pool[labels == label])
+        usable = 0
+        loaded = load(run.source, samples, run.plan["image_size"], workers=run.workers, ahead=run.in_flight)
+        for _, image in loaded:
+            usable += not isinstance(image, BadImage)
+            if usable == needed:
+                break
+        loaded.close()
         if usable < needed:
             raise UsageError(
-                f"class {name!r} has {usable} usable images, IPC {run.plan['ipc']} x {run.plan['tiles']} tiles "
-                f"needs {needed}"
+                f"class {run.source.class_names[label]!r} has {usable} usable images, "
+                f"IPC {run.plan['ipc']} x {run.plan['tiles']} tiles needs {needed}"
             )
+
+
+def _samples(run: Run, places: Iterable[int]) -> Iterator[Sample]:
+    """The samples at these places of the source, one after the other."""
+    return (run.source.samples[int(place)] for place in places)
 
 
 def _preflight(run: Run) -> None:
     """Try the teachers on 64 training images: near chance means a class-order mismatch, the usual cause of
     failures."""
     size, classes = run.plan["image_size"], len(run.source.class_names)
-    loaded = load(run.source, run.pool()[: 2 * _PREFLIGHT_IMAGES], size, workers=run.workers)
+    loaded = load(run.source, _samples(run, run.pool()[: 2 * _PREFLIGHT_IMAGES]), size, workers=run.workers)
     pairs = [(image, s.label) for s, image in loaded if not isinstance(image, BadImage)][:_PREFLIGHT_IMAGES]
     if not pairs:
         return
@@ -262,32 +351,70 @@ def score(run: Run) -> None:
     started = time.monotonic()
     run.set_arithmetic()
     make_folder(run.out / SCORES)
-    pool = run.pool()
-    size = run.plan["arithmetic"]["shard_sources"]
-    shards = [pool[first : first + size] for first in range(0, len(pool), size)]
-    missing = [i for i in range(len(shards)) if not is_readable(part_path(run.out / SCORES, i), SCORE_SCHEMA)]
-    if not missing:
-        return
-    wanted = sum(len(shards[i]) for i in missing)
-    for teacher in (run.teacher, run.label_teacher):
-        teacher.model.to(device=run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    loaded = load(
-        run.source,
-        [sample for i in missing for sample in shards[i]],
-        run.plan["image_size"],
-        workers=run.workers,
-        ahead=run.in_flight,
-    )
-    with Progress("score", len(pool), "images", done=len(pool) - wanted, quiet=run.quiet) as progress:
-        for index in missing:
-            _score_shard(run, index, len(shards[index]), loaded, progress)
+    pool, size = run.pool(), run.plan["arithmetic"]["shard_sources"]
+    mine = run.ranks.share(_shards(run))
+    missing = [i for i in mine if not is_readable(part_path(run.out / SCORES, i), SCORE_SCHEMA)]
+    if missing:
+        for teacher in (run.teacher, run.label_teacher):
+            teacher.model.to(device=run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        shards = [pool[i * size : (i + 1) * size] for i in missing]
+        sources = sum(len(pool[i * size : (i + 1) * size]) for i in mine)
+        wanted = sum(len(shard) for shard in shards)
+        loaded = _Awaited(
+            load(
+                run.source,
+                (sample for shard in shards for sample in _samples(run, shard)),
+                run.plan["image_size"],
+                workers=run.workers,
+                ahead=run.in_flight,
+            )
+        )
+        label = "score" if run.ranks.size == 1 else f"score, rank 0 of {run.ranks.size}"
+        with Progress(label, sources, "images", done=sources - wanted, quiet=run.quiet) as progress:
+            for index, shard in zip(missing, shards, strict=True):
+                _score_shard(run, index, len(shard), loaded, progress)
+        _note_rate(run, wanted, time.monotonic() - started, loaded.seconds)
+    run.ranks.meet("score")
     clock(run, "score", started)
+
+
+def _shards(run: Run) -> int:
+    """Shards of the score table."""
+    return -(-len(run.pool()) // int(run.plan["arithmetic"]["shard_sources"]))
+
+
+class _Awaited:
+    """An iterator over loaded images that counts the seconds for which its consumer, the model, had to wait."""
+
+    def __init__(self, loaded: Iterator[tuple[Sample, Tensor | BadImage]]) -> None:
+        self._loaded = loaded
+        self.seconds = 0.0
+
+    def __iter__(self) -> _Awaited:
+        return self
+
+    def __next__(self) -> tuple[Sample, Tensor | BadImage]:
+        started = time.monotonic()
+        try:
+            return next(self._loaded)
+        finally:
+            self.seconds += time.monotonic() - started
+
+
+def _note_rate(run: Run, sources: int, seconds: float, waited: float) -> None:
+    """Keep in `run.json` how fast this pass of this rank was, and the share of it in which the model was busy."""
+    run.facts["score"] = {
+        "sources": sources,
+        "seconds": round(seconds, 3),
+        "waited_for_images": round(waited, 3),
+        "busy": round(1 - waited / seconds, 4) if seconds > 0 else None,
+    }
 
 
 def _score_shard(
     run: Run, index: int, sources: int, loaded: Iterator[tuple[Sample, Tensor | BadImage]], progress: Progress
 ) -> None:
-    """Score the next `sources` loaded images and commit them as one shard, quarantined files beside it."""
+    """Score the next `sources` loaded images and commit them as one shard, quarantined files in its footer."""
     micro_batch = run.plan["arithmetic"]["micro_batch"]
     columns: dict[str, list[Any]] = {}
     bad: list[dict[str, str]] = []
@@ -302,11 +429,9 @@ def _score_shard(
                 raise UsageError(f"cannot score with this teacher: {error}") from error
             _append_rows(columns, [pairs[i][0] for i in good], good, candidates)
         progress.advance(len(pairs))
-    if bad:
-        text = json.dumps(bad, ensure_ascii=False, indent=1) + "\n"
-        atomic_write_text(_quarantine_path(run.out, index), text)
     rows = {name: np.concatenate(parts) for name, parts in columns.items()}
-    write_table(part_path(run.out / SCORES, index), make_table(rows) if rows else SCORE_SCHEMA.empty_table())
+    table = make_table(rows) if rows else SCORE_SCHEMA.empty_table()
+    write_table(part_path(run.out / SCORES, index), table, {"quarantined": bad})
 
 
 def _micro_batch(run: Run, pairs: list[tuple[Sample, Tensor | BadImage]], size: int) -> Batch:
@@ -342,14 +467,10 @@ def _append_rows(
         columns.setdefault(name, []).append(values)
 
 
-def _quarantine_path(out: Path, index: int) -> Path:
-    return part_path(out / SCORES, index).with_suffix(".quarantine.json")
-
-
-def quarantined(out: Path) -> list[dict[str, str]]:
-    """Files that could not be decoded, {path, reason} in the order of their paths."""
-    found = [json.loads(path.read_text("utf-8")) for path in (out / SCORES).glob("part-*.quarantine.json")]
-    return sorted((row for rows in found for row in rows), key=lambda row: row["path"])
+def iter_quarantined(run: Run) -> Iterator[dict[str, str]]:
+    """Files of the pool that could not be decoded, as {path, reason}, shard by shard."""
+    for index in range(_shards(run)):
+        yield from read_facts(part_path(run.out / SCORES, index)).get("quarantined", ())
 
 
 def _shared_scores(folder: Path, plan: dict[str, Any]) -> Path:
@@ -379,31 +500,9 @@ def _copy_scores(folder: Path, out: Path) -> None:
 
 def select(run: Run) -> None:
     """Rank the candidates and write `selection.parquet`: which crop fills which tile of which image."""
-    table = to_numpy(read_tables(run.out / SCORES))
-    ranked, values = run.method.rank(Table(table), run.needed)
-    ipc, tiles = run.plan["ipc"], run.plan["tiles"]
-    rank = np.arange(run.needed)
-    if run.method.layout == "contiguous":
-        image, tile = rank // tiles, rank % tiles
-    else:
-        image, tile = rank % ipc, rank // ipc
-    order = np.lexsort((tile, image))
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in SELECTION_SCHEMA.names}
-    for label, name in enumerate(run.source.class_names):
-        rows = ranked.get(label, np.empty(0, dtype=int))
-        if len(rows) < run.needed:
-            raise UsageError(
-                f"class {name!r} has {len(rows)} usable images, IPC {ipc} x {tiles} tiles needs {run.needed}"
-            )
-        rows = rows[: run.needed][order]
-        parts["label"].append(np.full(run.needed, label))
-        parts["image"].append(image[order])
-        parts["tile"].append(tile[order])
-        for column in ("sample_id", "key", "box"):
-            parts[column].append(table[column][rows])
-        parts["score"].append(values[rows].astype(np.float32))
-    columns = {name: np.concatenate(arrays) for name, arrays in parts.items()}
-    write_table(run.out / SELECTION, make_table(columns, SELECTION_SCHEMA))
+    started = time.monotonic()
+    run.ranks.on_main("select", lambda: write_selection(run, run.out / SCORES, _shards(run)))
+    clock(run, "select", started)
 
 
 def change_ipc(run: Run, ipc: int) -> None:
@@ -417,11 +516,16 @@ def change_ipc(run: Run, ipc: int) -> None:
     if ipc < 1:
         raise UsageError(f"--ipc must be at least 1, got {ipc}")
     run.plan["ipc"] = ipc
-    _check_counts(run)
     run.plan.update(complete=False, counts=None, quarantined=None)
+    run.ranks.on_main("ipc", lambda: _drop_selected(run))
+
+
+def _drop_selected(run: Run) -> None:
+    _check_counts(run)
     run.save()
-    shutil.rmtree(run.out / "train", ignore_errors=True)
-    for name in (SELECTION, SOFT_LABELS, "report.html", "mosaic.png"):
+    for folder in ("train", _LABEL_PARTS):
+        shutil.rmtree(run.out / folder, ignore_errors=True)
+    for name in (SELECTION, SOFT_LABELS, QUARANTINED, "report.html", "mosaic.png"):
         (run.out / name).unlink(missing_ok=True)
 
 
@@ -429,38 +533,96 @@ def change_ipc(run: Run, ipc: int) -> None:
 # -----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Chosen:
+    """One image of the selection: its label, its number in its class, and its tiles in row-major order."""
+
+    label: int
+    index: int
+    path: str
+    ids: list[int]
+    keys: list[str]
+    boxes: np.ndarray
+    scores: list[float]
+
+
+def _chosen_images(run: Run) -> Iterator[_Chosen]:
+    """The images of the selection in their order."""
+    tiles, names = run.plan["tiles"], run.source.class_names
+    for block in iter_selection(run.out):
+        for first in range(0, len(block["label"]), tiles):
+            rows = slice(first, first + tiles)
+            label, index = int(block["label"][first]), int(block["image"][first])
+            yield _Chosen(
+                label=label,
+                index=index,
+                path=image_path(label, names[label], index, run.plan["format"]),
+                ids=block["sample_id"][rows].tolist(),
+                keys=[str(key) for key in block["key"][rows]],
+                boxes=block["box"][rows],
+                scores=[float(score) for score in block["score"][rows]],
+            )
+
+
 def synthesize(run: Run) -> None:
     """Synthesis pass: decode only the selected sources, cut and tile their crops, write the images."""
     started = time.monotonic()
     run.set_arithmetic()
-    chosen = to_numpy(read_table(run.out / SELECTION, SELECTION_SCHEMA))
-    plan, tiles = run.plan, run.plan["tiles"]
-    names, images = run.source.class_names, len(chosen["label"]) // tiles
-    first = chosen["label"][::tiles]
-    index = chosen["image"][::tiles]
-    paths = [image_path(int(first[i]), names[first[i]], int(index[i]), plan["format"]) for i in range(images)]
-    missing = [i for i in range(images) if not (run.out / paths[i]).exists()]
-    samples = [
-        run.source.by_id(int(chosen["sample_id"][i * tiles + t])) for i in missing for t in range(tiles)
-    ]
-    loaded = load(run.source, samples, plan["image_size"], workers=run.workers, ahead=run.in_flight)
-    side = plan["image_size"] // plan["factor"]
-    with Progress("synthesize", images, "images", done=images - len(missing), quiet=run.quiet) as progress:
-        for i in missing:
+    tiles, factor = run.plan["tiles"], run.plan["factor"]
+    mine = run.ranks.share(len(run.source.class_names) * run.plan["ipc"])
+    missing = _missing_images(run)
+    samples = (run.source.by_id(i) for image in _picked(run, missing) for i in image.ids)
+    loaded = load(run.source, samples, run.plan["image_size"], workers=run.workers, ahead=run.in_flight)
+    side = run.plan["image_size"] // factor
+    done = len(mine) - int(missing.sum())
+    with Progress("synthesize", len(mine), "images", done=done, quiet=run.quiet) as progress:
+        for image in _picked(run, missing):
             sources = torch.stack([_decoded(*next(loaded)) for _ in range(tiles)])
-            boxes = torch.from_numpy(chosen["box"][i * tiles : (i + 1) * tiles].copy())
-            mosaic = crop_resize(sources, boxes, side, source=torch.arange(tiles), factor=plan["factor"])
-            write_image(run.out / paths[i], mosaic[0])
+            boxes = torch.from_numpy(image.boxes.copy())
+            mosaic = crop_resize(sources, boxes, side, source=torch.arange(tiles), factor=factor)
+            write_image(run.out / image.path, mosaic[0])
             progress.advance()
-    rows = []
-    for i in range(images):
-        cut = [
-            Tile(str(chosen["key"][r]), chosen["box"][r].tolist(), float(chosen["score"][r]))
-            for r in range(i * tiles, (i + 1) * tiles)
-        ]
-        rows.append(metadata_row(int(first[i]), names[first[i]], int(index[i]), cut, plan["format"]))
-    write_metadata(run.out, rows)
+    loaded.close()
+    run.ranks.meet("synthesize")
+    run.ranks.on_main("metadata", lambda: write_metadata(run.out, _metadata_rows(run)))
     clock(run, "synthesize", started)
+
+
+def _missing_images(run: Run) -> np.ndarray:
+    """Which images are this rank's and not yet written whole, bool [images]."""
+    missing = np.zeros(len(run.source.class_names) * run.plan["ipc"], dtype=bool)
+    for number, image in enumerate(_chosen_images(run)):
+        if number % run.ranks.size == run.ranks.rank:
+            missing[number] = not _is_whole_image(run.out / image.path)
+    return missing
+
+
+def _picked(run: Run, wanted: np.ndarray) -> Iterator[_Chosen]:
+    return (image for image, picked in zip(_chosen_images(run), wanted, strict=True) if picked)
+
+
+def _is_whole_image(path: Path) -> bool:
+    """Whether an image that an earlier run wrote has kept its end (and, as a PNG, its checksums)."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            picture.verify()
+        with open(path, "rb") as file:
+            file.seek(-2, os.SEEK_END)
+            return path.suffix != ".jpg" or file.read() == b"\xff\xd9"
+    except (OSError, SyntaxError, ValueError):
+        return False
+
+
+def _metadata_rows(run: Run) -> Iterator[dict[str, Any]]:
+    for image in _chosen_images(run):
+        cut = [
+            Tile(key, box.tolist(), score)
+            for key, box, score in zip(image.keys, image.boxes, image.scores, strict=True)
+        ]
+        name = run.source.class_names[image.label]
+        yield metadata_row(image.label, name, image.index, cut, run.plan["format"])
 
 
 def _decoded(sample: Sample, image: Tensor | BadImage) -> Tensor:
@@ -479,46 +641,69 @@ def relabel(run: Run) -> None:
     run.set_arithmetic()
     if not (run.out / SOFT_LABELS).exists():
         _write_labels(run)
-    shutil.rmtree(run.out / _LABEL_PARTS, ignore_errors=True)
-    bad = quarantined(run.out)
-    rows = len((run.out / METADATA).read_text("utf-8").splitlines())
-    run.plan["counts"] = {"images": rows, "sources": len(run.pool()) - len(bad), "quarantined": len(bad)}
-    run.plan["quarantined"] = {"count": len(bad), "files": bad}
+    run.ranks.on_main("counts", lambda: _count(run))
     clock(run, "relabel", started)
 
 
+def _count(run: Run) -> None:
+    """Count images, sources and quarantined files, and list these."""
+    shutil.rmtree(run.out / _LABEL_PARTS, ignore_errors=True)
+    bad = sum(1 for _ in iter_quarantined(run))
+    if bad:
+        with atomic_path(run.out / QUARANTINED) as temporary, open(temporary, "wb") as file:
+            for row in iter_quarantined(run):
+                file.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8"))
+    listed = heapq.nsmallest(_LISTED_QUARANTINED, iter_quarantined(run), key=lambda row: row["path"])
+    images = len(run.source.class_names) * run.plan["ipc"]
+    run.plan["counts"] = {"images": images, "sources": len(run.pool()) - bad, "quarantined": bad}
+    run.plan["quarantined"] = {"count": bad, "files": listed}
+
+
 def _write_labels(run: Run) -> None:
-    """`soft_labels.safetensors` from the written images; finished parts survive a kill."""
-    rows = [json.loads(line) for line in (run.out / METADATA).read_text("utf-8").splitlines()]
-    parts = make_folder(run.out / _LABEL_PARTS)
-    labels = []
-    with Progress("relabel", len(rows), "images", quiet=run.quiet) as progress:
-        for first in range(0, len(rows), _LABEL_PART):
-            path = parts / f"{first:08d}"
-            names = [row["file_name"] for row in rows[first : first + _LABEL_PART]]
-            if not (path / SOFT_LABELS).exists():
-                write_soft_labels(make_folder(path), _label_part(run, names, progress), LABEL_TEMPERATURE)
-            else:
+    """`soft_labels.safetensors` from the written images, part by part; finished parts survive a kill."""
+    classes, tiles, top_k = len(run.source.class_names), run.plan["tiles"], run.plan["label_top_k"]
+    images = classes * run.plan["ipc"]
+    folder = make_folder(run.out / _LABEL_PARTS)
+    size = _part_images(classes, tiles)
+    parts = [folder / f"part-{index:06d}" for index in range(-(-images // size))]
+    mine = run.ranks.share(len(parts))
+    total = sum(min(size, images - index * size) for index in mine)
+    with Progress("relabel", total, "images", quiet=run.quiet) as progress:
+        for index in mine:
+            names = [
+                _image_path(run, number) for number in range(index * size, min((index + 1) * size, images))
+            ]
+            if is_whole_part(parts[index]):
                 progress.advance(len(names))
-            labels.append(_read_part(path, len(run.source.class_names)))
-    write_soft_labels(run.out, torch.cat(labels), LABEL_TEMPERATURE)
+            else:
+                _label_part(run, parts[index], names, progress)
+    run.ranks.meet("relabel")
+    shape = (images, tiles, classes if top_k is None else top_k)
+    run.ranks.on_main(
+        "labels",
+        lambda: join_label_parts(run.out, parts, shape, LABEL_TEMPERATURE, indexed=top_k is not None),
+    )
 
 
-def _read_part(path: Path, classes: int) -> Tensor:
-    from ddfast.data.distilled import read_soft_labels
+def _image_path(run: Run, number: int) -> Path:
+    """Path of image `number` of all, classes in label order."""
+    label, index = divmod(number, run.plan["ipc"])
+    return run.out / image_path(label, run.source.class_names[label], index, run.plan["format"])
 
-    return read_soft_labels(path, classes).values.float()
+
+def _part_images(classes: int, tiles: int) -> int:
+    """Images of one part of the soft labels: whole batches, few where there are many classes."""
+    images = _LABEL_BATCH // tiles
+    return images * max(1, min(_LABEL_PART // images, _LABEL_PART_BYTES // (4 * classes * _LABEL_BATCH)))
 
 
-def _label_part(run: Run, names: list[str], progress: Progress) -> Tensor:
-    """softmax(logits / T) of every tile of the named images, float32 [n, tiles, C]; a tile is enlarged to the image."""
+def _label_part(run: Run, path: Path, names: list[Path], progress: Progress) -> None:
+    """Write softmax(logits / T) of every tile of the named images; a tile is enlarged to the image."""
     size, factor = run.plan["image_size"], run.plan["factor"]
     per_batch = _LABEL_BATCH // factor**2
     found = []
     for first in range(0, len(names), per_batch):
-        images = torch.stack(
-            [decode((run.out / "train" / n).read_bytes()) for n in names[first : first + per_batch]]
-        )
+        images = torch.stack([_written_image(name) for name in names[first : first + per_batch]])
         tiles = _tiles(images, factor)
         if factor > 1:
             tiles = crop_resize(
@@ -526,9 +711,23 @@ def _label_part(run: Run, names: list[str], progress: Progress) -> Tensor:
             )[:, 0]
         full = torch.zeros(_LABEL_BATCH, 3, size, size, dtype=torch.uint8)
         full[: len(tiles)] = tiles
-        found.append(_logits(run.label_teacher, full, run)[: len(tiles)])
+        logits = _logits(run.label_teacher, full, run)[: len(tiles)]
+        probabilities = torch.softmax(logits / LABEL_TEMPERATURE, dim=1)
+        stored = largest_probabilities(
+            probabilities.view(len(images), factor**2, -1), run.plan["label_top_k"]
+        )
+        found.append(stored)
         progress.advance(len(images))
-    return torch.softmax(torch.cat(found) / LABEL_TEMPERATURE, dim=1).view(len(names), factor**2, -1)
+    values = torch.cat([values for values, _ in found])
+    indices = [indices for _, indices in found if indices is not None]
+    write_label_part(path, values, torch.cat(indices) if indices else None)
+
+
+def _written_image(path: Path) -> Tensor:
+    try:
+        return decode(path.read_bytes())
+    except (OSError, BadImage) as error:
+        raise UsageError(f"{path} cannot be read ({error}): delete it and resume") from error
 
 
 def _tiles(images: Tensor, factor: int) -> Tensor:

@@ -12,6 +12,7 @@ import os
 import platform
 import sys
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ import torch
 from ddfast import __version__
 from ddfast.data.distilled import FORMAT_VERSION, MANIFEST
 from ddfast.data.files import atomic_write_text, make_folder, sweep_temporary
-from ddfast.data.sources import Sample, Source, open_source
+from ddfast.data.sources import Source, open_source
 from ddfast.errors import UsageError
 from ddfast.methods import get_method
 from ddfast.methods.base import Context, Method, stream
 from ddfast.models import Teacher, load_teacher
 from ddfast.ops._philox import philox4x32
+from ddfast.ranks import Ranks, join, usable_cores
 from ddfast.training.device import resolve_device
 
 RUN = "run.json"
@@ -35,6 +37,10 @@ SHARD_SOURCES = 256  # sources in one score shard, the unit of commit and of wor
 MICRO_BATCH = 16  # sources scored together; fixed, because it decides the last bits
 # What may change between the start of a run and its resumption without changing the result.
 _RESULTS = ("complete", "counts", "quarantined")
+_MOST_THREADS = {"cpu": 16, "cuda": 4}  # of a process by default; a GPU's process has little to do on the CPU
+_MOST_FULL_LABELS = 2048  # classes up to which a soft label is stored whole by default
+_LABEL_TOP_K = 256  # probabilities stored of a soft label above that
+_DRAWS = 1 << 16  # ids whose shuffle keys are drawn at once, which bounds the memory
 
 
 @dataclass
@@ -51,7 +57,9 @@ class Run:
     in_flight: int
     workers: int | None
     quiet: bool
+    ranks: Ranks = field(default_factory=Ranks)
     facts: dict[str, Any] = field(default_factory=dict)
+    _pool: np.ndarray | None = field(default=None, repr=False)
 
     @property
     def context(self) -> Context:
@@ -78,33 +86,51 @@ class Run:
         return bool(self.plan["complete"])
 
     def save(self) -> None:
-        """Write the manifest and `run.json` atomically."""
-        atomic_write_text(self.out / MANIFEST, json.dumps(self.plan, indent=2, ensure_ascii=False) + "\n")
-        atomic_write_text(self.out / RUN, json.dumps(self.facts, indent=2, ensure_ascii=False) + "\n")
+        """Write the manifest and `run.json` atomically; rank 0 alone does."""
+        if self.ranks.main:
+            atomic_write_text(self.out / MANIFEST, json.dumps(self.plan, indent=2, ensure_ascii=False) + "\n")
+            atomic_write_text(self.out / RUN, json.dumps(self.facts, indent=2, ensure_ascii=False) + "\n")
 
-    def pool(self) -> list[Sample]:
-        """The sources to score, in id order: of each class the first `images_per_class` of a seeded
-        shuffle."""
-        return sorted(
-            (s for rows in self.shuffled() for s in rows[: self.plan["images_per_class"]]), key=lambda s: s.id
-        )
+    def pool(self) -> np.ndarray:
+        """Places in `source.samples` of the sources to score, int64 in the order of their ids.
 
-    def shuffled(self) -> list[list[Sample]]:
-        """Samples of every class in the order of a seeded shuffle that depends on their ids alone."""
-        samples = self.source.samples
-        ids = torch.tensor([s.id for s in samples], dtype=torch.int64)
-        counters = torch.stack((ids & 0xFFFFFFFF, (ids >> 32) & 0xFFFFFFFF, ids * 0, ids * 0), dim=1)
-        words = philox4x32(counters, stream(self.plan["seed"], "pool")).numpy()
-        labels = np.array([s.label for s in samples])
-        order = np.lexsort((ids.numpy(), words[:, 1], words[:, 0], labels))
-        classes: list[list[Sample]] = [[] for _ in self.source.class_names]
-        for index in order:
-            classes[samples[index].label].append(samples[index])
-        return classes
+        Of each class they are the first `images_per_class` of a seeded shuffle that depends on their ids alone.
+        """
+        if self._pool is None:
+            ids, labels = ids_and_labels(self.source)
+            bounds = np.searchsorted(labels, np.arange(len(self.source.class_names) + 1))
+            kept = [
+                first + self._shuffled(ids[first:last])[: self.plan["images_per_class"]]
+                for first, last in pairwise(bounds.tolist())
+            ]
+            pool = np.concatenate(kept)
+            self._pool = pool[np.argsort(ids[pool], kind="stable")]
+        return self._pool
+
+    def _shuffled(self, ids: np.ndarray) -> np.ndarray:
+        """Places of a class's `ids` in the order of their draws, ties in the order of the ids."""
+        keys = [self._draws(ids[first : first + _DRAWS]) for first in range(0, len(ids), _DRAWS)]
+        return np.lexsort((ids, np.concatenate(keys))) if keys else np.empty(0, dtype=np.int64)
+
+    def _draws(self, ids: np.ndarray) -> np.ndarray:
+        """A 64-bit draw of each id: the first two words of Philox under the seed's stream `pool`."""
+        given = torch.from_numpy(np.ascontiguousarray(ids, dtype=np.int64))
+        counters = torch.stack((given & 0xFFFFFFFF, (given >> 32) & 0xFFFFFFFF, given * 0, given * 0), dim=1)
+        words = philox4x32(counters, stream(self.plan["seed"], "pool")).numpy().astype(np.uint64)
+        return words[:, 0] << np.uint64(32) | words[:, 1]
 
     def set_arithmetic(self) -> None:
         """Fix the number of threads that the plan names: it changes the order of sums."""
         torch.set_num_threads(self.plan["arithmetic"]["threads"])
+
+
+def ids_and_labels(source: Source) -> tuple[np.ndarray, np.ndarray]:
+    """Ids int64 [N] and labels int32 [N] of a source's samples, in their order."""
+    ids, labels = getattr(source, "ids", None), getattr(source, "labels", None)
+    if ids is None or labels is None:
+        ids = np.array([sample.id for sample in source.samples], dtype=np.int64)
+        labels = np.array([sample.label for sample in source.samples], dtype=np.int32)
+    return ids, labels
 
 
 def make_plan(
@@ -122,6 +148,8 @@ def make_plan(
     seed: int,
     precision: str,
     device: torch.device,
+    threads: int,
+    label_top_k: int | None,
 ) -> dict[str, Any]:
     """The manifest of a run before its first result."""
     return {
@@ -146,12 +174,13 @@ def make_plan(
         "teacher": _identity(teacher),
         "label_teacher": _identity(label_teacher),
         "label_temperature": LABEL_TEMPERATURE,
+        "label_top_k": label_top_k,
         "data": {"fingerprint": source.fingerprint(), "images": len(source.samples)},
         "arithmetic": {
             "micro_batch": MICRO_BATCH,
             "forward_batch": _forward_batch(image_size, device),
             "shard_sources": SHARD_SOURCES,
-            "threads": torch.get_num_threads(),
+            "threads": threads,
             "precision": precision,
             "device": device.type,
             "loader": "pillow",
@@ -171,6 +200,48 @@ def _forward_batch(image_size: int, device: torch.device) -> int:
     if device.type == "cuda":
         return 2048 if image_size <= 64 else 512
     return 128 if image_size <= 64 else 32
+
+
+def threads_of(given: str | int, device: torch.device) -> int:
+    """Threads of one process.
+
+    `auto` is DDFAST_THREADS where that is set, else every core that the process may use, 16 at most, on a GPU 4. It
+    depends neither on the number of processes nor on OMP_NUM_THREADS, which torchrun sets to 1 for several: the
+    number stands in the manifest, since it may change the order of sums, and one process and many must agree.
+
+    Raises:
+        UsageError: neither `auto` nor a positive number.
+    """
+    if given == "auto":
+        given = os.environ.get("DDFAST_THREADS") or min(usable_cores(), _MOST_THREADS[device.type])
+    try:
+        count = int(given)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise UsageError(f"--threads must be auto or a positive number, got {given}")
+    return count
+
+
+def top_k_of(given: str | int, classes: int) -> int | None:
+    """Probabilities stored of each soft label, None for all: `auto` is all of up to 2048 classes, else 256.
+
+    A whole row of 21,000 classes is 42 kB in fp16, so that 10 images a class of 4 tiles would take 35 GB.
+
+    Raises:
+        UsageError: not `auto`, `all` or a positive number.
+    """
+    if given == "auto":
+        return None if classes <= _MOST_FULL_LABELS else _LABEL_TOP_K
+    if given == "all":
+        return None
+    try:
+        count = int(given)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise UsageError(f"--label-top-k must be auto, all or a positive number, got {given}")
+    return None if count >= classes else count
 
 
 def score_identity(plan: dict[str, Any]) -> dict[str, Any]:
@@ -297,7 +368,40 @@ def reopen(
     Raises:
         UsageError: no run there, or data or teachers are not those of the run.
     """
-    out = Path(out)
+    ranks = join()
+    run = ranks.together(
+        "run",
+        lambda: _reopened(
+            Path(out),
+            ranks,
+            data,
+            teacher,
+            label_teacher,
+            device,
+            batch_size,
+            workers,
+            quiet or not ranks.main,
+        ),
+    )
+    ranks.on_main("sweep", lambda: _swept(run.out))
+    return run
+
+
+def _swept(out: Path) -> None:
+    sweep_temporary(out)
+
+
+def _reopened(
+    out: Path,
+    ranks: Ranks,
+    data: str | Path | None,
+    teacher: str | Path | None,
+    label_teacher: str | Path | None,
+    device: str,
+    batch_size: str | int,
+    workers: int | None,
+    quiet: bool,
+) -> Run:
     plan = read_plan(out)
     if plan is None:
         raise UsageError(f"{out} holds no ddfast run: start one with ddfast score or ddfast distill")
@@ -317,10 +421,11 @@ def reopen(
         method=get_method(plan["method"]).from_options(
             {**plan["options"]["score"], **plan["options"]["select"]}
         ),
-        device=checked_device(plan, device),
+        device=checked_device(plan, device, ranks),
         in_flight=images_in_flight(batch_size),
-        workers=workers,
+        workers=decoding_workers(workers, ranks),
         quiet=quiet,
+        ranks=ranks,
         facts=facts,
     )
     for found, wanted, what in (
@@ -330,17 +435,36 @@ def reopen(
     ):
         if found != wanted:
             raise UsageError(f"{what} is not what {out} was started with: its content has changed")
-    sweep_temporary(out)
     return run
 
 
-def checked_device(plan: dict[str, Any], device: str) -> torch.device:
-    """The device, which must be of the type that the plan fixed.
+def rank_device(device: str, ranks: Ranks) -> torch.device:
+    """The device of this process: of several on a host each takes the GPU of its local rank.
+
+    Raises:
+        UsageError: no such device.
+    """
+    found = resolve_device(device)
+    if found.type == "cuda" and found.index is None and ranks.size > 1:
+        found = torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(found)
+    return found
+
+
+def decoding_workers(workers: int | None, ranks: Ranks) -> int | None:
+    """Decoding threads of this process: the number given, else its part of the host's cores."""
+    if workers is not None or ranks.size == 1:
+        return workers
+    return max(1, min(16, usable_cores() // ranks.local_size))
+
+
+def checked_device(plan: dict[str, Any], device: str, ranks: Ranks) -> torch.device:
+    """The device of this process, which must be of the type that the plan fixed.
 
     Raises:
         UsageError: another device type.
     """
-    found = resolve_device(device)
+    found = rank_device(device, ranks)
     wanted = plan["arithmetic"]["device"]
     if found.type != wanted:
         raise UsageError(

@@ -1,0 +1,170 @@
+"""Selection: rank the candidate crops of each class and say which fills which tile of which image.
+
+The score table is read once and never held whole. Its rows are dealt to groups of whole classes, in a scratch folder
+where there are several; each group is ranked on its own, which is what ranking the whole table would give, since no
+method compares crops of different classes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from ddfast.data.files import explained, make_folder, temporary_path
+from ddfast.data.table import (
+    SELECTION_SCHEMA,
+    iter_table,
+    make_table,
+    part_path,
+    read_table,
+    table_writer,
+    to_numpy,
+)
+from ddfast.errors import UsageError
+from ddfast.methods.base import Table
+from ddfast.methods.run import Run, ids_and_labels
+
+SELECTION = "selection.parquet"
+_GROUP_SOURCES = 8192  # sources of one group, unless a single class has more
+_BUFFERED_ROWS = 1 << 15  # rows held before they are dealt to the groups' files
+_ROW = np.dtype(
+    [
+        ("sample_id", np.int64),
+        ("label", np.int32),
+        ("crop", np.int16),
+        ("box", np.float32, 4),
+        ("score", np.float32),
+        ("grad_norm", np.float32),
+        ("loss", np.float32),
+        ("correct", np.bool_),
+    ]
+)
+"""What ranking needs of a row of the score table; the attribution, the most of its bytes, stays behind."""
+
+
+def write_selection(run: Run, scores: Path, parts: int) -> None:
+    """Write `selection.parquet` from the score table's `parts` files in the folder `scores`.
+
+    Raises:
+        UsageError: a part is missing or damaged, or a class has too few usable images.
+    """
+    labels = ids_and_labels(run.source)[1][run.pool()]
+    classes = class_groups(np.bincount(labels, minlength=len(run.source.class_names)))
+    scratch = temporary_path(run.out / "groups")
+    with explained(scratch):
+        try:
+            with table_writer(run.out / SELECTION, SELECTION_SCHEMA) as write:
+                rows = _score_rows(scores, parts)
+                for names, group in zip(classes, _by_group(rows, classes, scratch), strict=True):
+                    write(_selected(run, names, group))
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def class_groups(sources: np.ndarray) -> list[range]:
+    """Consecutive classes in groups of at most 8192 sources, from the number of sources of each class."""
+    groups: list[range] = []
+    first, held = 0, 0
+    for label, count in enumerate(sources.tolist()):
+        if held and held + count > _GROUP_SOURCES:
+            groups.append(range(first, label))
+            first, held = label, 0
+        held += count
+    return [*groups, range(first, len(sources))]
+
+
+def _score_rows(scores: Path, parts: int) -> Iterator[np.ndarray]:
+    """The rows of every part of the score table, as structured arrays [rows] of `_ROW`."""
+    for index in range(parts):
+        path = part_path(scores, index)
+        if not path.is_file():
+            raise UsageError(f"{path} is missing: the score stage is not finished; resume it")
+        assert _ROW.names is not None
+        columns = to_numpy(read_table(path, columns=_ROW.names))
+        rows = np.empty(len(columns["label"]), dtype=_ROW)
+        for name in _ROW.names:
+            rows[name] = columns[name]
+        yield rows
+
+
+def _by_group(rows: Iterable[np.ndarray], groups: list[range], scratch: Path) -> Iterator[np.ndarray]:
+    """Deal blocks of rows to the groups of classes; yields the rows of each group, in the order of the groups."""
+    if len(groups) == 1:
+        yield np.concatenate([np.empty(0, _ROW), *rows])
+        return
+    make_folder(scratch)
+    starts = np.array([group.start for group in groups])
+    waiting: list[np.ndarray] = []
+    held = 0
+    for block in rows:
+        waiting.append(block)
+        held += len(block)
+        if held >= _BUFFERED_ROWS:
+            _deal(np.concatenate(waiting), starts, scratch)
+            waiting, held = [], 0
+    if waiting:
+        _deal(np.concatenate(waiting), starts, scratch)
+    for index in range(len(groups)):
+        path = scratch / f"{index:06d}"
+        yield np.fromfile(path, dtype=_ROW) if path.exists() else np.empty(0, _ROW)
+        path.unlink(missing_ok=True)
+
+
+def _deal(rows: np.ndarray, starts: np.ndarray, scratch: Path) -> None:
+    """Append rows to their groups' files."""
+    group = np.searchsorted(starts, rows["label"], side="right") - 1
+    order = np.argsort(group, kind="stable")
+    numbers, first = np.unique(group[order], return_index=True)
+    for number, part in zip(numbers.tolist(), np.split(rows[order], first[1:]), strict=True):
+        with open(scratch / f"{number:06d}", "ab") as file:
+            file.write(part.tobytes())
+
+
+def _selected(run: Run, labels: range, rows: np.ndarray) -> pa.Table:
+    """The selection of some classes from all of their rows."""
+    ranked, values = run.method.rank(Table({name: rows[name] for name in _ROW.names or ()}), run.needed)
+    ipc, tiles = run.plan["ipc"], run.plan["tiles"]
+    rank = np.arange(run.needed)
+    if run.method.layout == "contiguous":
+        image, tile = rank // tiles, rank % tiles
+    else:
+        image, tile = rank % ipc, rank // ipc
+    order = np.lexsort((tile, image))
+    chosen = []
+    for label in labels:
+        found = ranked.get(label, np.empty(0, dtype=np.int64))
+        if len(found) < run.needed:
+            raise UsageError(
+                f"class {run.source.class_names[label]!r} has {len(found)} usable images, IPC {ipc} x {tiles} "
+                f"tiles needs {run.needed}"
+            )
+        chosen.append(found[: run.needed][order])
+    places = np.concatenate(chosen)
+    ids = rows["sample_id"][places]
+    columns = {
+        "label": rows["label"][places],
+        "image": np.tile(image[order], len(labels)),
+        "tile": np.tile(tile[order], len(labels)),
+        "sample_id": ids,
+        "key": [run.source.by_id(sample_id).key for sample_id in ids.tolist()],
+        "box": rows["box"][places],
+        "score": values[places].astype(np.float32),
+    }
+    return make_table(columns, SELECTION_SCHEMA)
+
+
+def iter_selection(out: Path) -> Iterator[dict[str, np.ndarray]]:
+    """The selection in blocks of whole classes, each as columns; see `SELECTION_SCHEMA`.
+
+    Raises:
+        UsageError: there is none, or it is damaged.
+    """
+    if not os.path.isfile(out / SELECTION):
+        raise UsageError(f"{out / SELECTION} is missing: run the select stage first")
+    for block in iter_table(out / SELECTION, SELECTION_SCHEMA):
+        yield to_numpy(block)
