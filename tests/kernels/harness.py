@@ -10,10 +10,8 @@ positional arguments, with CPU tensors. One call serves many cases, because ever
 `run` returns what the launcher returns, on the CPU, one entry a case. Memory that the launcher allocates
 holds NaN (or the largest integer) beforehand, so that an element it forgets to write shows.
 
-`compile_ahead` runs the launcher itself, with every kernel launch replaced by the compilation which that
-launch would cause. So the signature, the constants, the number of warps and the alignment of the pointers
-are those of a real launch, not a second description of them. It returns one `Binary` for each capability,
-case and kernel launched:
+`compile_ahead` compiles what the launcher would launch, see `ddfast.kernels.ahead_of_time`. It returns one
+`Binary` for each capability, case and kernel launched:
 
     for binary in binaries:
         assert binary.spilled_bytes == 0
@@ -31,17 +29,18 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ddfast.kernels.ahead_of_time import Binary, compile_launches
 
 WHERE = [
     "interpreter",
@@ -49,40 +48,6 @@ WHERE = [
 ]
 CAPABILITIES = (80, 90, 100)
 TIMEOUT_SECONDS = 600
-
-
-@dataclass(frozen=True)
-class Binary:
-    """One kernel, compiled as one launch would compile it."""
-
-    kernel: str
-    case: int
-    capability: int
-    ptx: str
-    registers: int
-    spilled_bytes: int
-
-    @property
-    def load_bytes(self) -> list[int]:
-        """Width of every load from global memory that a thread makes, in bytes."""
-        return global_access_bytes(self.ptx, "ld")
-
-    @property
-    def store_bytes(self) -> list[int]:
-        """Width of every store to global memory that a thread makes, in bytes."""
-        return global_access_bytes(self.ptx, "st")
-
-
-def global_access_bytes(ptx: str, instruction: str) -> list[int]:
-    """Bytes of each `ld.global` or `st.global` instruction in the text of a PTX module."""
-    found = re.findall(rf"\b{instruction}\.global(?:\.[a-zA-Z0-9_:]+)*? ", ptx)
-    widths = []
-    for text in found:
-        vector = re.search(r"\.v(\d)\.", text)
-        bits = re.search(r"\.[bfsu](\d+) $", text)
-        assert bits is not None, f"no width in the PTX instruction {text!r}"
-        widths.append(int(bits.group(1)) // 8 * (int(vector.group(1)) if vector else 1))
-    return widths
 
 
 def run(launcher: str, cases: Sequence[tuple], *, where: str = "interpreter") -> list[Any]:
@@ -155,62 +120,9 @@ def _interpret(request: dict[str, Any]) -> list[Any]:
 
 
 def _compile(request: dict[str, Any]) -> list[dict[str, Any]]:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.jit import JITFunction
-
-    class Target:
-        """Stands in for the GPU driver. The capability doubles as the device index, which keys the caches."""
-
-        def __init__(self, capability: int) -> None:
-            self.capability = capability
-
-        def get_current_device(self) -> int:
-            return self.capability
-
-        def get_current_stream(self, device: int) -> int:
-            return 0
-
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", self.capability, 32)
-
-    compiled = []
-    launch = JITFunction.run
-
-    def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
-        compiled.append(kernel)
-        return kernel
-
-    JITFunction.run = compile_instead
     launcher = _launcher(request["launcher"])
-    binaries = []
-    for capability in request["capabilities"]:
-        triton.runtime.driver.set_active(Target(capability))
-        for index, case in enumerate(request["cases"]):
-            compiled.clear()
-            launcher(*case)
-            for kernel in compiled:
-                registers, spilled = _resources(kernel.asm["cubin"])
-                binary = Binary(kernel.name, index, capability, kernel.asm["ptx"], registers, spilled)
-                binaries.append(asdict(binary))
-    return binaries
-
-
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers, and bytes of local memory (spilled registers), of a thread of the one kernel in a cubin."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    (found,) = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-    registers, stack, local = map(int, found)
-    return registers, stack + local
+    calls = [partial(launcher, *case) for case in request["cases"]]
+    return [asdict(binary) for binary in compile_launches(calls, request["capabilities"])]
 
 
 if __name__ == "__main__":
