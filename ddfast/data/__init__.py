@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 # Public name -> module that holds it. Loaded on first use, so that `import ddfast.data` stays cheap.
 _LAZY = {
-    "Sample": "sources",
+    "Sample": "samples",
     "Source": "sources",
     "open_source": "sources",
-    "sample_id": "sources",
+    "sample_id": "samples",
     "decode": "decoding",
     "decode_fit": "decoding",
     "fit": "decoding",
@@ -55,7 +55,8 @@ if TYPE_CHECKING:
     from ddfast.data.decoding import decode, decode_fit, fit
     from ddfast.data.distilled import DistilledSet
     from ddfast.data.loading import load, load_all
-    from ddfast.data.sources import Sample, Source, open_source, sample_id
+    from ddfast.data.samples import Sample, sample_id
+    from ddfast.data.sources import Source, open_source
     from ddfast.data.table import (
         SCORE_SCHEMA,
         SELECTION_SCHEMA,

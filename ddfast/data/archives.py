@@ -12,6 +12,7 @@ import tarfile
 import threading
 import zipfile
 import zlib
+from array import array
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,18 +20,19 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from ddfast.data.samples import Sample
 from ddfast.data.sources import (
-    MAX_FILE_BYTES,
     SPLIT_FOLDERS,
-    Sample,
     Source,
     checked_classes,
     is_hidden,
     is_image,
-    keys_of,
     one_line,
     pick_split,
     shown,
+    size_refused,
     utf8,
 )
 from ddfast.errors import BadImage, UsageError
@@ -59,13 +61,54 @@ class _Member:
     encrypted: bool = False
 
 
+class _Members:
+    """Members in columns, some 30 bytes each."""
+
+    _CODES = "iqqqiIb"  # archive, offset, stored, size, method (-1: none), crc, encrypted
+
+    def __init__(self) -> None:
+        self._columns = [array(code) for code in self._CODES]
+
+    def append(self, member: _Member) -> int:
+        """Keep a member; returns its row. Raises `OverflowError` for numbers that no archive can hold."""
+        method = -1 if member.method is None else member.method
+        values = (
+            member.archive,
+            member.offset,
+            member.stored,
+            member.size,
+            method,
+            member.crc,
+            member.encrypted,
+        )
+        for column, value in zip(self._columns, values, strict=True):
+            column.append(value)
+        return len(self._columns[0]) - 1
+
+    def take(self, rows: Iterable[int]) -> _Members:
+        """Some of them, in this order."""
+        taken, rows = _Members(), list(rows)
+        for column, source in zip(taken._columns, self._columns, strict=True):
+            column.extend(array(column.typecode, map(source.__getitem__, rows)))
+        return taken
+
+    def sizes(self) -> np.ndarray:
+        """Unpacked sizes in bytes, int64 [N]."""
+        return np.array(self._columns[3], np.int64)
+
+    def __getitem__(self, row: int) -> _Member:
+        archive, offset, stored, size, method, crc, encrypted = (column[row] for column in self._columns)
+        return _Member(archive, offset, stored, size, None if method < 0 else method, crc, bool(encrypted))
+
+
 @dataclass(frozen=True, slots=True)
 class _Layout:
     """What an archive holds of one split."""
 
-    files: dict[str, list[str]]  # class name -> relative paths of its images
+    keys: list[tuple[str, int]]  # (key, label) of every image
     class_names: list[str]  # in label order
-    members: dict[str, _Member]  # key -> where
+    rows: dict[str, int]  # key -> its row in `members`
+    members: _Members
 
 
 class _ArchiveSource(Source):
@@ -73,14 +116,18 @@ class _ArchiveSource(Source):
 
     def __init__(self, paths: Sequence[Path], split: str, name: str, layout: _Layout) -> None:
         self._paths = [path.absolute() for path in paths]
-        self._members = layout.members
         self._descriptors: dict[int, int] = {}
         self._lock = threading.Lock()
-        super().__init__(name, split, layout.class_names, keys_of(layout.files, layout.class_names))
+        super().__init__(name, split, layout.class_names, layout.keys)
+        self._members = layout.members.take(layout.rows[sample.key] for sample in self.samples)
 
     def size_of(self, sample: Sample) -> int:
         """Size of the file in bytes, unpacked."""
-        return self._members[sample.key].size
+        return self._members[self.samples.position(sample.id)].size
+
+    def sizes(self) -> np.ndarray:
+        """`size_of` every sample, int64 [N]."""
+        return self._members.sizes()
 
     def close(self) -> None:
         """Close the archives. No `read` may be under way."""
@@ -127,9 +174,8 @@ class _ArchiveSource(Source):
 
     def read(self, sample: Sample) -> bytes:
         """The file's bytes, unpacked. `BadImage` for a damaged one, `UsageError` if the archive is gone."""
-        member = self._members[sample.key]
-        if max(member.size, member.stored) > MAX_FILE_BYTES:
-            raise BadImage(f"file of {member.size} bytes, more than the limit of {MAX_FILE_BYTES}")
+        member = self._members[self.samples.position(sample.id)]
+        size_refused(max(member.size, member.stored))
         if member.encrypted:
             raise BadImage("encrypted in the archive")
         if member.method is None:
@@ -326,7 +372,8 @@ class _Tree:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._members: dict[str, _Member] = {}
+        self._table = _Members()
+        self._members: dict[str, int] = {}  # path -> row of the table
         self._folders: set[str] = set()  # those stored in their own right, which may be empty
         self._links: dict[str, str] = {}
 
@@ -346,7 +393,7 @@ class _Tree:
         inside = self.check(name)
         if once and inside in self._members:
             raise UsageError(f"{self.name} has {shown([inside])} twice; names must be unique over all shards")
-        self._members[inside] = member
+        self._members[inside] = self._table.append(member)
 
     def add_link(self, name: str, target: str, base: str | None = None) -> None:
         """A link, relative to `base` (default: the folder it stands in). `UsageError` if it leads outside."""
@@ -364,7 +411,7 @@ class _Tree:
             raise UsageError(f"{self.name} has a link that points outside of it: {shown([name])}; refused")
         self._links[inside] = "/".join(place)
 
-    def _visible(self) -> dict[str, _Member]:
+    def _visible(self) -> dict[str, int]:
         """Files and links to files, without those that are hidden or stand in a hidden folder."""
         members = dict(self._members)
         for link, target in self._links.items():
@@ -399,27 +446,32 @@ class _Tree:
             root = f"{common}/" if children[f"{common}/"] else ""
         folder = pick_split(children[root], split, self.name)
         prefix = f"{root}{folder}/" if folder else root
-        files: dict[str, list[str]] = {class_name: [] for class_name in children[prefix]}
-        members: dict[str, _Member] = {}
+        counts: dict[str, int] = dict.fromkeys(children[prefix], 0)
+        rows: dict[str, int] = {}
         loose_images = False
-        for path, member in visible.items():
+        for path, row in visible.items():
             if path.startswith(prefix) and is_image(path):
                 key = path[len(prefix) :]
-                class_name, slash, relative = key.partition("/")
+                class_name, slash, _ = key.partition("/")
                 if slash:
-                    files[class_name].append(relative)
-                    members[key] = member
+                    counts[class_name] += 1
+                    rows[key] = row
                 else:
                     loose_images = True
         class_names = checked_classes(
-            files,
+            counts,
             f"{self.name}/{prefix}".rstrip("/"),
             loose_images=loose_images,
             train_classes=children[f"{root}train/"]
             if folder != "train" and "train" in children[root]
             else None,
         )
-        return _Layout(files, class_names, members)
+        return self._layout(class_names, rows)
+
+    def _layout(self, class_names: list[str], rows: dict[str, int]) -> _Layout:
+        labels = {class_name: label for label, class_name in enumerate(class_names)}
+        keys = [(key, labels[key.partition("/")[0]]) for key in rows]
+        return _Layout(keys, class_names, rows, self._table)
 
     def is_paired(self, labels: Mapping[str, bytes]) -> bool:
         """Whether labels stand beside the images: some image has a .cls, or every image has a .json."""
@@ -449,20 +501,19 @@ class _Tree:
         folders = {path.partition("/")[0] for path in said if "/" in path} & _SPLIT_NAMES
         folder = pick_split(folders, split, self.name)
         prefix = f"{folder}/" if folder else ""
-        files: dict[str, list[str]] = defaultdict(list)
-        members: dict[str, _Member] = {}
+        counts: dict[str, int] = defaultdict(int)
+        rows: dict[str, int] = {}
         for path, label in said.items():
             if path.startswith(prefix):
-                relative = path[len(prefix) :]
-                files[names[label]].append(relative)
-                members[f"{names[label]}/{relative}"] = visible[path]
+                counts[names[label]] += 1
+                rows[f"{names[label]}/{path[len(prefix) :]}"] = visible[path]
         train_classes = {names[label] for path, label in said.items() if path.startswith("train/")}
         class_names = checked_classes(
-            files,
+            counts,
             f"{self.name}/{folder}" if folder else self.name,
             train_classes=train_classes if folder != "train" and train_classes else None,
         )
-        return _Layout(files, class_names, members)
+        return self._layout(class_names, rows)
 
 
 def _in_hidden(path: str) -> bool:

@@ -73,18 +73,16 @@ class NamedSource(Source):
         if not class_names:
             width = len(str(max(labels)))
             class_names = [f"{label:0{width}d}" for label in range(max(labels) + 1)]
-        self._indices: dict[str, int] = {}
-        keys: list[tuple[str, int]] = []
-        for index, label in enumerate(labels):
-            key = f"{class_names[label].replace('/', '-')}/{index:07d}.png"
-            self._indices[key] = index
-            keys.append((key, label))
+        keys = [
+            (f"{class_names[label].replace('/', '-')}/{index:07d}.png", label)
+            for index, label in enumerate(labels)
+        ]
         super().__init__(name, split, class_names, keys)
 
     def read(self, sample: Sample) -> bytes:
         """The image as PNG. Raises `BadImage` if torchvision cannot open it."""
         try:
-            image = self._set[self._indices[sample.key]][0]
+            image = self._set[int(sample.key.rpartition("/")[2].removesuffix(".png"))][0]
         except (OSError, SyntaxError, ValueError) as error:
             raise BadImage(f"cannot be read: {one_line(error)}") from error
         if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):

@@ -12,12 +12,14 @@ import os
 import re
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from ddfast.errors import UsageError
+import numpy as np
+
+from ddfast.data.samples import DuplicateId, Sample, SampleList
+from ddfast.errors import BadImage, UsageError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")
 """Endings that make a file in a class folder a sample, in any case. Other files are left alone."""
@@ -29,24 +31,6 @@ SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val")}
 """The folders that may hold a split; the first that exists is taken."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One labelled image file, known but not read.
-
-    `key` is "class/relative path" with forward slashes, `id` the signed 64-bit `sample_id(key)` that seeds
-    its noise, `label` the index of its class in `Source.class_names`.
-    """
-
-    id: int
-    key: str
-    label: int
-
-
-def sample_id(key: str) -> int:
-    """Stable signed 64-bit id of a sample: BLAKE2b with an 8-byte digest of the UTF-8 key, little endian."""
-    return int.from_bytes(hashlib.blake2b(key.encode("utf-8"), digest_size=8).digest(), "little", signed=True)
-
-
 class Source(ABC):
     """One split of a labelled image set.
 
@@ -54,28 +38,31 @@ class Source(ABC):
         name: what the user called it, for messages.
         split: "train" or "test".
         class_names: in label order: sorted as plain strings, save for torchvision's sets, which keep theirs.
-        samples: sorted by label, then key; keys and ids are unique.
+        samples: sorted by label, then key; keys and ids are unique. Their ids and labels are arrays as well:
+            `samples.ids` int64 [N] and `samples.labels` int32 [N].
 
     `read` may be called from many threads. A source holds at most one open file for each archive; `close`, or
     the end of a `with` block, closes it, the next `read` opens it again. A source can be pickled.
     """
 
     def __init__(
-        self, name: str, split: str, class_names: Sequence[str], keys: Iterable[tuple[str, int]]
+        self,
+        name: str,
+        split: str,
+        class_names: Sequence[str],
+        keys: Iterable[tuple[str, int]] | SampleList,
     ) -> None:
-        """`keys` are (key, label) pairs in any order. Raises `UsageError` where two keys share an id."""
+        """`keys` are (key, label) pairs in any order, or samples already sorted by label, then key.
+
+        Raises `UsageError` where two keys share an id.
+        """
         self.name = name
         self.split = split
         self.class_names = list(class_names)
-        ordered = sorted(keys, key=lambda pair: (pair[1], pair[0]))
-        self.samples: list[Sample] = [Sample(sample_id(key), key, label) for key, label in ordered]
-        self._by_id: dict[int, Sample] = {}
-        for sample in self.samples:
-            other = self._by_id.setdefault(sample.id, sample)
-            if other is not sample:
-                raise UsageError(
-                    f"{name}: {shown([other.key, sample.key])} share one 64-bit id; rename one of them"
-                )
+        try:
+            self.samples = keys if isinstance(keys, SampleList) else SampleList.of(keys)
+        except DuplicateId as error:
+            raise twins_refused(name, error) from error
 
     @abstractmethod
     def read(self, sample: Sample) -> bytes:
@@ -91,21 +78,25 @@ class Source(ABC):
 
     def by_id(self, sample_id: int) -> Sample:
         """The sample with this id. Raises `KeyError` if there is none."""
-        return self._by_id[sample_id]
+        return self.samples[self.samples.position(sample_id)]
 
     def counts(self) -> list[int]:
         """Samples in each class, in label order."""
-        counts = [0] * len(self.class_names)
-        for sample in self.samples:
-            counts[sample.label] += 1
-        return counts
+        return np.bincount(self.samples.labels, minlength=len(self.class_names)).tolist()
+
+    def sizes(self) -> np.ndarray:
+        """`size_of` every sample, int64 [N]."""
+        return np.fromiter((self.size_of(sample) for sample in self.samples), np.int64, len(self.samples))
 
     def fingerprint(self) -> str:
         """32 hex digits over class names, keys and file sizes; equal for a folder and a zip of it."""
         digest = hashlib.blake2b(digest_size=16)
-        digest.update(json.dumps(self.class_names).encode())
-        for sample in self.samples:
-            digest.update(json.dumps([sample.key, sample.label, self.size_of(sample)]).encode())
+        names = json.dumps(self.class_names).encode()
+        digest.update(f"{len(names)} {len(self.samples)} ".encode())
+        digest.update(names)
+        digest.update(self.samples.keys)
+        digest.update(self.samples.labels.astype("<i4").tobytes())
+        digest.update(self.sizes().astype("<i8").tobytes())
         return digest.hexdigest()
 
     def __enter__(self) -> Source:
@@ -190,7 +181,18 @@ def shown(names: Iterable[str], limit: int = 5) -> str:
     return ", ".join(clean) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
+def size_refused(size: int) -> None:
+    """Raise `BadImage` for a file larger than `MAX_FILE_BYTES`."""
+    if size > MAX_FILE_BYTES:
+        raise BadImage(f"file of {size} bytes, more than the limit of {MAX_FILE_BYTES}")
+
+
 # What every layout has in common: files by class, checked and named
+
+
+def twins_refused(name: str, error: DuplicateId) -> UsageError:
+    """What to say of two keys with one id."""
+    return UsageError(f"{name}: {shown(error.keys)} share one 64-bit id; rename one of them")
 
 
 def is_hidden(name: str) -> bool:
@@ -220,7 +222,7 @@ def pick_split(folders: Collection[str], split: str, name: str) -> str:
 
 
 def checked_classes(
-    files: dict[str, list[str]],
+    files: Mapping[str, object],
     place: str,
     *,
     loose_images: bool = False,
@@ -229,7 +231,7 @@ def checked_classes(
     """Check what was found and fix the label order.
 
     Args:
-        files: class name -> relative paths of its images.
+        files: class name -> its images, or how many there are.
         place: the folder they were found in, for messages.
         loose_images: whether images stand beside the class folders; said where there are no others.
         train_classes: the classes of the train split, when this is another.

@@ -170,7 +170,7 @@ def test_archives_are_read_by_many_threads_at_once(tmp_path: Path, kind: str) ->
     files = {f"train/c{n % 2}/{n}.png": random.Random(n).randbytes(500 + 37 * n) for n in range(80)}
     source = open_source(WRITERS[kind](tmp_path / f"set.{kind}", files))
     with ThreadPoolExecutor(8) as pool:
-        read = list(pool.map(source.read, source.samples * 10))
+        read = list(pool.map(source.read, list(source.samples) * 10))
     expected = [files[f"train/{sample.key}"] for sample in source.samples]
     assert read == expected * 10
 

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddfast.data import sources
+from ddfast.data import samples
 from ddfast.data.folders import FolderSource
-from ddfast.data.sources import EXTENSIONS, open_source, sample_id, shown
+from ddfast.data.samples import sample_id
+from ddfast.data.sources import EXTENSIONS, open_source, shown
 from ddfast.errors import BadImage, UsageError
 from tests.data.rendering import png, small_set, write_folder
 
@@ -48,7 +49,7 @@ def test_ids_are_signed_64_bit_and_repeatable(key: str) -> None:
 
 
 def test_two_keys_with_one_id_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "sample_id", lambda key: len(key))
+    monkeypatch.setattr(samples, "digest_of", lambda key: bytes([len(key)] * 8))
     assert "c0/0.png, c0/1.png share one 64-bit id" in refusal(write_folder(tmp_path, small_set()))
 
 
@@ -79,7 +80,7 @@ def test_a_folder_with_train_and_test(tmp_path: Path) -> None:
         assert sample.id == sample_id(sample.key)
         assert train.read(sample) == files[f"train/{sample.key}"]
         assert train.size_of(sample) == len(files[f"train/{sample.key}"])
-        assert train.by_id(sample.id) is sample
+        assert train.by_id(sample.id) == sample
     test = open_source(str(tmp_path), "test")
     assert [s.key for s in test.samples] == ["cat/t.png", "dog/t.png"]
     assert test.read(test.samples[1]) == files["test/dog/t.png"]
