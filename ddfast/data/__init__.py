@@ -19,6 +19,7 @@ _LAZY = {
     "fit": "decoding",
     "load": "loading",
     "load_all": "loading",
+    "resolve_loader": "loaders",
     "SCORE_SCHEMA": "table",
     "SELECTION_SCHEMA": "table",
     "is_readable": "table",
@@ -46,6 +47,7 @@ __all__ = [
     "open_source",
     "read_table",
     "read_tables",
+    "resolve_loader",
     "sample_id",
     "to_numpy",
     "write_table",
@@ -54,6 +56,7 @@ __all__ = [
 if TYPE_CHECKING:
     from ddfast.data.decoding import decode, decode_fit, fit
     from ddfast.data.distilled import DistilledSet
+    from ddfast.data.loaders import resolve_loader
     from ddfast.data.loading import load, load_all
     from ddfast.data.samples import Sample, sample_id
     from ddfast.data.sources import Source, open_source

@@ -42,13 +42,17 @@ from PIL import (
 )
 from torch import Tensor
 
+from ddfast.data.sources import limit_from
 from ddfast.errors import BadImage
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
 """Pillow's names of what is opened, whatever the file is called. EPS, which starts a program, is none."""
 
 MAX_PIXELS = 178_956_970
-"""Pixels above which an image is refused as a decompression bomb: 2^29 bytes of RGB, Pillow's own refusal."""
+"""Pixels above which an image is refused as a decompression bomb: 2^29 bytes of RGB, Pillow's own refusal.
+
+`DDFAST_MAX_PIXELS` in the environment sets another limit, see `pixel_limit`.
+"""
 
 _EXIF_ORIENTATION = 0x0112
 _TRANSPOSE = {
@@ -60,7 +64,9 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_MAX_ASPECT = 16  # a longer strip is first cropped to 16:1, so that resizing cannot blow it up
+MAX_ASPECT = 16
+"""A strip longer than 16:1 is first cropped to that, so that resizing cannot blow it up."""
+
 
 # What Pillow's parsers let out on malformed files; its documentation promises OSError and SyntaxError only.
 # RuntimeError stands for NotImplementedError and RecursionError as well, ArithmeticError for overflow and
@@ -86,12 +92,22 @@ _PILLOW_ERRORS = (
 )
 
 
-def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Tensor:
+def pixel_limit() -> int:
+    """Pixels above which an image is refused: `DDFAST_MAX_PIXELS`, else `MAX_PIXELS`.
+
+    Raises:
+        UsageError: the variable is not a positive whole number.
+    """
+    return limit_from("DDFAST_MAX_PIXELS", MAX_PIXELS)
+
+
+def decode(data: bytes, *, max_pixels: int | None = None) -> Tensor:
     """Decode an image file to RGB.
 
     Args:
         data: the file's bytes: JPEG, PNG, BMP, WebP, GIF, TIFF or PPM.
-        max_pixels: width times height above which the image is refused before any pixel is decoded.
+        max_pixels: width times height above which the image is refused before any pixel is decoded;
+            `pixel_limit()` by default.
 
     Returns:
         uint8 tensor [3, H, W], contiguous, its own memory.
@@ -104,7 +120,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Tensor:
     return _to_tensor(_open_rgb(data, max_pixels))
 
 
-def decode_fit(data: bytes, size: int, resize: int | None = None, *, max_pixels: int = MAX_PIXELS) -> Tensor:
+def decode_fit(data: bytes, size: int, resize: int | None = None, *, max_pixels: int | None = None) -> Tensor:
     """`fit(decode(data), size, resize)` without the tensor between: bytes to uint8 [3, size, size].
 
     Raises:
@@ -149,17 +165,20 @@ def _fit_image(image: Image.Image, size: int, resize: int | None) -> Image.Image
             f"size must be at least 1 and resize at least size, got size={size}, resize={resize}"
         )
     width, height = image.size
-    if max(width, height) > _MAX_ASPECT * min(width, height):
-        longest = _MAX_ASPECT * min(width, height)
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        longest = MAX_ASPECT * min(width, height)
         image = _centre_crop(image, min(width, longest), min(height, longest))
         width, height = image.size
     if min(width, height) != shorter:
-        if width <= height:
-            target = (shorter, int(shorter * height / width))
-        else:
-            target = (int(shorter * width / height), shorter)
-        image = image.resize(target, Image.Resampling.BILINEAR)
+        image = image.resize(fitted_size(width, height, shorter), Image.Resampling.BILINEAR)
     return _centre_crop(image, size, size)
+
+
+def fitted_size(width: int, height: int, shorter: int) -> tuple[int, int]:
+    """Width and height after the shorter side is resized to `shorter`, rounded as torchvision does."""
+    if width <= height:
+        return shorter, int(shorter * height / width)
+    return int(shorter * width / height), shorter
 
 
 def _centre_crop(image: Image.Image, width: int, height: int) -> Image.Image:
@@ -175,8 +194,9 @@ def _to_tensor(image: Image.Image) -> Tensor:
     return pixels.view(image.height, image.width, 3).permute(2, 0, 1).contiguous()
 
 
-def _open_rgb(data: bytes, max_pixels: int) -> Image.Image:
+def _open_rgb(data: bytes, max_pixels: int | None) -> Image.Image:
     """Decode to an RGB Pillow image; every failure becomes `BadImage`."""
+    max_pixels = pixel_limit() if max_pixels is None else max_pixels
     if not data:
         raise BadImage("empty file")
     if max_pixels > MAX_PIXELS and Image.MAX_IMAGE_PIXELS is not None:
@@ -195,7 +215,10 @@ def _open_rgb(data: bytes, max_pixels: int) -> Image.Image:
             if width < 1 or height < 1:
                 raise BadImage(f"no pixels ({width}x{height})")
             if width * height > max_pixels:
-                raise BadImage(f"too large: {width}x{height} is more than the limit of {max_pixels} pixels")
+                raise BadImage(
+                    f"too large: {width}x{height} is more than the limit of {max_pixels} pixels, which "
+                    "DDFAST_MAX_PIXELS can raise"
+                )
             try:
                 image.load()
                 transpose = _TRANSPOSE.get(_orientation(image))

@@ -7,18 +7,20 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
-from ddfast.data.decoding import MAX_PIXELS, decode_fit
+from ddfast.data.decoding import decode_fit, pixel_limit
 from ddfast.errors import BadImage, UsageError
 
 if TYPE_CHECKING:
-    from ddfast.data.sources import Sample, Source
+    from ddfast.data.samples import Sample
+    from ddfast.data.sources import Source
 
 Loaded = tuple["Sample", "Tensor | BadImage"]
+Result = TypeVar("Result")
 
 
 def default_workers() -> int:
@@ -35,7 +37,7 @@ def load(
     resize: int | None = None,
     workers: int | None = None,
     ahead: int = 64,
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int | None = None,
 ) -> Generator[Loaded, None, None]:
     """Read, decode and fit samples, in the order given.
 
@@ -45,7 +47,7 @@ def load(
         size: side of the square that comes out, in pixels; see `ddfast.data.fit` for `resize`.
         workers: decoding threads; 0 decodes in the calling thread. The result does not depend on it.
         ahead: how many decoded images may wait, which bounds the memory.
-        max_pixels: refuse larger images; see `ddfast.data.decode`.
+        max_pixels: refuse larger images; `ddfast.data.decoding.pixel_limit()` by default.
 
     Yields:
         (sample, image): image is uint8 [3, size, size], or the `BadImage` that says why there is none.
@@ -56,6 +58,20 @@ def load(
 
     Closing the generator, or an exception in the consumer, ends the threads before control returns.
     """
+    workers = checked_workers(size, resize, workers, ahead)
+    limit = pixel_limit() if max_pixels is None else max_pixels
+
+    def load_one(sample: Sample) -> Loaded:
+        try:
+            return sample, decode_fit(source.read(sample), size, resize, max_pixels=limit)
+        except BadImage as error:
+            return sample, error
+
+    return in_order(load_one, samples, workers, ahead)
+
+
+def checked_workers(size: int, resize: int | None, workers: int | None, ahead: int) -> int:
+    """The number of threads; `ValueError` for arguments of `load` that make no sense."""
     workers = default_workers() if workers is None else workers
     if size < 1 or (resize is not None and resize < size):
         raise ValueError(
@@ -65,16 +81,7 @@ def load(
         raise ValueError(
             f"workers must be at least 0 and ahead at least 1, got workers={workers}, ahead={ahead}"
         )
-
-    def load_one(sample: Sample) -> Loaded:
-        try:
-            return sample, decode_fit(source.read(sample), size, resize, max_pixels=max_pixels)
-        except BadImage as error:
-            return sample, error
-
-    if workers == 0:
-        return (load_one(sample) for sample in samples)
-    return _in_order(load_one, samples, workers, ahead)
+    return workers
 
 
 def load_all(
@@ -84,7 +91,7 @@ def load_all(
     samples: Sequence[Sample] | None = None,
     resize: int | None = None,
     workers: int | None = None,
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Tensor, Tensor, list[tuple[Sample, str]]]:
     """Load a split into memory.
@@ -127,16 +134,27 @@ def load_all(
     return images[:good], labels[:good], bad
 
 
-def _in_order(
-    load_one: Callable[[Sample], Loaded], samples: Iterable[Sample], workers: int, ahead: int
-) -> Generator[Loaded, None, None]:
-    """Map over a thread pool, in order, `ahead` results at most in flight; small groups share a hand-over."""
+def in_order(
+    load_one: Callable[[Sample], Result], samples: Iterable[Sample], workers: int, ahead: int
+) -> Generator[Result, None, None]:
+    """Map over a thread pool, in order, `ahead` results at most in flight; small groups share a hand-over.
+
+    With 0 workers the calling thread does it all.
+    """
+    if workers == 0:
+        return (load_one(sample) for sample in samples)
+    return _threaded(load_one, samples, workers, ahead)
+
+
+def _threaded(
+    load_one: Callable[[Sample], Result], samples: Iterable[Sample], workers: int, ahead: int
+) -> Generator[Result, None, None]:
     group = max(1, min(8, ahead // (2 * workers)))
     remaining = iter(samples)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="ddfast-decode")
-    waiting: deque[Future[list[Loaded]]] = deque()
+    waiting: deque[Future[list[Result]]] = deque()
 
-    def load_group(batch: list[Sample]) -> list[Loaded]:
+    def load_group(batch: list[Sample]) -> list[Result]:
         return [load_one(sample) for sample in batch]
 
     try:

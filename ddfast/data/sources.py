@@ -25,7 +25,10 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff",
 """Endings that make a file in a class folder a sample, in any case. Other files are left alone."""
 
 MAX_FILE_BYTES = 1 << 30
-"""A larger image file is not read: it is no photograph, and an archive may lie about sizes."""
+"""A larger image file is not read: it is no photograph, and an archive may lie about sizes.
+
+`DDFAST_MAX_FILE_BYTES` in the environment sets another limit.
+"""
 
 SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val")}
 """The folders that may hold a split; the first that exists is taken."""
@@ -182,9 +185,22 @@ def shown(names: Iterable[str], limit: int = 5) -> str:
 
 
 def size_refused(size: int) -> None:
-    """Raise `BadImage` for a file larger than `MAX_FILE_BYTES`."""
-    if size > MAX_FILE_BYTES:
-        raise BadImage(f"file of {size} bytes, more than the limit of {MAX_FILE_BYTES}")
+    """Raise `BadImage` for a file of more bytes than `DDFAST_MAX_FILE_BYTES`, else `MAX_FILE_BYTES`."""
+    limit = limit_from("DDFAST_MAX_FILE_BYTES", MAX_FILE_BYTES)
+    if size > limit:
+        raise BadImage(
+            f"file of {size} bytes, more than the limit of {limit}, which DDFAST_MAX_FILE_BYTES can raise"
+        )
+
+
+def limit_from(variable: str, default: int) -> int:
+    """A limit that an environment variable may replace. `UsageError` unless it is a positive whole number."""
+    given = os.environ.get(variable)
+    if given is None:
+        return default
+    if not re.fullmatch(r"0*[1-9][0-9]{0,17}", given):
+        raise UsageError(f"{variable} must be a positive whole number, got {given!r}")
+    return int(given)
 
 
 # What every layout has in common: files by class, checked and named

@@ -1,0 +1,101 @@
+"""What a JPEG's markers tell without decoding it: its size, and whether every decoder will see the same image.
+
+JPEG is a chain of segments, each FF, a marker byte and a length, and of entropy-coded data in which FF is
+followed by 00 or by a restart marker (ITU-T T.81, annex B).
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from dataclasses import dataclass
+
+_FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended and progressive Huffman coding
+_TABLES = {0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)}  # Huffman, quantisation, restart, comment, application
+_START_OF_SCAN, _END_OF_IMAGE, _EXIF, _ADOBE = 0xDA, 0xD9, 0xE1, 0xEE
+_YCC = 1  # the colour transform in Adobe's segment that three components usually have
+_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # the next one behind entropy-coded data
+_UPRIGHT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class PlainJpeg:
+    """A JPEG that holds nothing unusual: size in pixels."""
+
+    width: int
+    height: int
+
+
+def plain_jpeg(data: bytes) -> PlainJpeg | None:
+    """The size of a JPEG that needs no judgement; None for every other file.
+
+    Plain is: 8 bits, one component or three in YCbCr, Huffman-coded, upright by its EXIF data, its chain of
+    markers unbroken up to an end-of-image marker. Truncated files, unknown markers in the data, CMYK, RGB and
+    turned photographs are not plain. Damaged entropy-coded data is not looked for.
+    """
+    if data[:3] != b"\xff\xd8\xff":
+        return None
+    try:
+        return _walk(data)
+    except (IndexError, struct.error):
+        return None
+
+
+def _walk(data: bytes) -> PlainJpeg | None:
+    place, size, scanned = 2, None, False
+    while True:
+        if data[place] != 0xFF:
+            return None
+        while data[place + 1] == 0xFF:  # fill bytes
+            place += 1
+        marker = data[place + 1]
+        place += 2
+        if marker == _END_OF_IMAGE:
+            return size if scanned else None
+        if marker not in _TABLES and marker not in _FRAMES and marker != _START_OF_SCAN:
+            return None
+        (length,) = struct.unpack_from(">H", data, place)
+        content = data[place + 2 : place + length]
+        if length < 2 or len(content) != length - 2:
+            return None
+        place += length
+        if marker in _FRAMES:
+            if size is not None or (size := _frame(content)) is None:
+                return None
+        elif (marker == _EXIF and content[:6] == b"Exif\0\0" and _orientation(content[6:]) != _UPRIGHT) or (
+            marker == _ADOBE and content[:5] == b"Adobe" and content[11] != _YCC
+        ):
+            return None
+        elif marker == _START_OF_SCAN:
+            scanned = True
+            found = _MARKER.search(data, place)
+            if found is None:
+                return None
+            place = found.start()
+
+
+def _frame(content: bytes) -> PlainJpeg | None:
+    precision, height, width, components = struct.unpack_from(">BHHB", content)
+    names = content[6::3]
+    if (
+        precision != 8
+        or 0 in (height, width)
+        or components not in (1, 3)
+        or len(content) != 6 + 3 * components
+    ):
+        return None
+    return None if names == b"RGB" else PlainJpeg(width, height)
+
+
+def _orientation(tiff: bytes) -> int:
+    """The orientation in EXIF data; 1 where it has none, 0 where it makes no sense."""
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
+    if order is None:
+        return 0
+    (start,) = struct.unpack_from(order + "I", tiff, 4)
+    (entries,) = struct.unpack_from(order + "H", tiff, start)
+    for entry in range(entries):
+        tag, kind, count, value = struct.unpack_from(order + "HHIH", tiff, start + 2 + 12 * entry)
+        if tag == 0x0112:
+            return value if (kind, count) == (3, 1) else 0
+    return _UPRIGHT
