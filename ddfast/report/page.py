@@ -94,16 +94,17 @@ def _heading(folder: Folder) -> str:
 
 
 def _lead(folder: Folder) -> str:
-    if folder.manifest["method"] == "infoutil":
+    method = folder.manifest["method"]
+    if method == "infoutil":
         return (
             "Each image was asked where its class shows (Shapley values of a grid of cells under the teacher) and "
             f"cropped there; each class kept {_kept(folder.manifest['options']['select'])} (InfoUtil)."
         )
-    said = {
-        "rded": "Random crops on which the teacher is most certain were kept (RDED).",
-        "random": "Whole images, drawn uniformly from each class: the baseline that every method has to beat.",
-    }
-    return said.get(folder.manifest["method"], f"Distilled with the method {folder.manifest['method']}.")
+    if method == "rded":
+        return "Random crops on which the teacher is most certain were kept (RDED)."
+    if method == "random":
+        return "Whole images, drawn uniformly from each class: the baseline that every method has to beat."
+    return f"Distilled with the method {method}."
 
 
 def _kept(select: dict[str, Any]) -> str:

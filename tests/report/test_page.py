@@ -1,3 +1,4 @@
+import json
 import re
 import subprocess
 import sys
@@ -140,3 +141,15 @@ def test_the_package_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("method", "said"), [("rded", "(RDED)"), ("random", "drawn uniformly"), ("own", "method own")]
+)
+def test_every_method_has_its_lead(tmp_path, source, method, said):
+    root = tmp_path / "run"
+    write_run(root, source, method=method)
+    manifest = json.loads((root / "manifest.json").read_text("utf-8"))
+    manifest["options"]["select"] = {}
+    (root / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+    assert said in page_of(root)
