@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -22,6 +23,10 @@ from ddfast.data.sources import (
     utf8,
 )
 from ddfast.errors import BadImage, UsageError
+
+_GONE = {errno.ENOENT, errno.ENOTDIR}
+# Failures of the machine or the network, which say nothing of the file: quarantining it would change the result.
+_NOT_THE_FILE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT, errno.ENETDOWN}
 
 
 class FilesOnDisk(Source):
@@ -50,8 +55,8 @@ class FilesOnDisk(Source):
 
         Raises:
             BadImage: it is unreadable or too large.
-            UsageError: the whole folder is gone, or the file's size is not the one that was listed and that
-                the fingerprint tells of.
+            UsageError: the folder or the file is gone, the file's size is not the one that was listed and that
+                the fingerprint tells of, or this machine cannot read any file now.
         """
         try:
             with open(self.path_of(sample), "rb") as file:
@@ -69,6 +74,13 @@ class FilesOnDisk(Source):
             reason = os.strerror(error.errno or 0).lower()
             if not self._root.is_dir():
                 raise UsageError(f"{self.name} has gone away: {reason}") from error
+            if error.errno in _GONE and self.size_of(sample) >= 0:
+                forget(self._root)
+                raise UsageError(
+                    f"{self.name} changed since it was listed: {sample.key} is gone; put it back, or start again"
+                ) from error
+            if error.errno in _NOT_THE_FILE:
+                raise UsageError(f"cannot read {self.name}: {reason}; resume when that is mended") from error
             raise BadImage(f"cannot be read: {reason}") from error
 
     def size_of(self, sample: Sample) -> int:

@@ -40,8 +40,9 @@ from ddfast.data.label_parts import (
     largest_probabilities,
     write_label_part,
 )
-from ddfast.data.loading import load
-from ddfast.data.sources import Sample, open_source
+from ddfast.data.loaders import resolve_loader
+from ddfast.data.samples import Sample
+from ddfast.data.sources import open_source
 from ddfast.data.table import (
     SCORE_SCHEMA,
     is_readable,
@@ -63,11 +64,11 @@ from ddfast.methods.run import (
     decoding_workers,
     first_difference,
     host_facts,
-    ids_and_labels,
     images_in_flight,
     make_plan,
     rank_device,
     read_plan,
+    score_digest,
     score_identity,
     start,
     threads_of,
@@ -114,6 +115,7 @@ def open_run(
     preflight: bool,
     quiet: bool,
     options: dict[str, Any],
+    loader: str = "auto",
     threads: str | int = "auto",
     label_top_k: str | int = "auto",
 ) -> Run:
@@ -152,6 +154,9 @@ def open_run(
             raise UsageError(f"--factor must be auto, 1 or 2 and divide the image size {size}, got {factor}")
         chosen = get_method(method).from_options(options, preset).resolved(tiles_per_side)
         found_device = rank_device(device, ranks)
+        before = read_plan(out)
+        name = before["arithmetic"]["loader"] if before is not None and loader == "auto" else loader
+        found_loader = resolve_loader(name, found_device)
         plan = make_plan(
             chosen,
             source,
@@ -166,6 +171,7 @@ def open_run(
             seed=seed,
             precision=precision,
             device=found_device,
+            loader=found_loader.name,
             threads=threads_of(threads, found_device),
             label_top_k=top_k_of(label_top_k, len(source.class_names)),
         )
@@ -177,6 +183,7 @@ def open_run(
             label_teacher=labels,
             method=chosen,
             device=found_device,
+            loader=found_loader,
             in_flight=images_in_flight(batch_size),
             workers=decoding_workers(workers, ranks),
             quiet=quiet or not ranks.main,
@@ -198,6 +205,7 @@ def open_run(
     ranks.on_main("start", lambda: _claim(run, scores, resume, preflight, threads))
     ranks.together("folder", lambda: _follow(run, device))
     run.set_arithmetic()
+    say(f"loader: {run.loader.name} ({run.loader.reason})", quiet=run.quiet or run.complete)
     _warn_of_crowding(run)
     return run
 
@@ -244,10 +252,11 @@ def _follow(run: Run, device: str) -> None:
 
 def _warn_of_crowding(run: Run) -> None:
     threads, ranks, cores = run.plan["arithmetic"]["threads"], run.ranks.local_size, usable_cores()
-    if run.device.type == "cpu" and ranks > 1 and ranks * threads > cores:
+    fitting = max(1, cores // ranks)
+    if run.device.type == "cpu" and ranks > 1 and threads > fitting:
         say(
-            f"{ranks} ranks of {threads} threads share {cores} cores: a new run is faster with "
-            f"--threads {max(1, cores // ranks)}",
+            f"{ranks} ranks of {threads} threads share {cores} cores: a new run would be faster with "
+            f"--threads {fitting}",
             quiet=run.quiet,
         )
 
@@ -272,12 +281,12 @@ def _check_counts(run: Run) -> None:
             f"--images-per-class is {most}: raise it"
         )
     pool = run.pool()
-    labels = ids_and_labels(run.source)[1][pool]
+    labels = run.source.samples.labels[pool]
     counts = np.bincount(labels, minlength=len(run.source.class_names))
     for label in np.flatnonzero(counts < 2 * needed).tolist():
         samples = _samples(run, pool[labels == label])
         usable = 0
-        loaded = load(run.source, samples, run.plan["image_size"], workers=run.workers, ahead=run.in_flight)
+        loaded = run.load(samples)
         for _, image in loaded:
             usable += not isinstance(image, BadImage)
             if usable == needed:
@@ -298,8 +307,8 @@ def _samples(run: Run, places: Iterable[int]) -> Iterator[Sample]:
 def _preflight(run: Run) -> None:
     """Try the teachers on 64 training images: near chance means a class-order mismatch, the usual cause of
     failures."""
-    size, classes = run.plan["image_size"], len(run.source.class_names)
-    loaded = load(run.source, _samples(run, run.pool()[: 2 * _PREFLIGHT_IMAGES]), size, workers=run.workers)
+    classes = len(run.source.class_names)
+    loaded = run.load(_samples(run, run.pool()[: 2 * _PREFLIGHT_IMAGES]))
     pairs = [(image, s.label) for s, image in loaded if not isinstance(image, BadImage)][:_PREFLIGHT_IMAGES]
     if not pairs:
         return
@@ -353,29 +362,30 @@ def score(run: Run) -> None:
     make_folder(run.out / SCORES)
     pool, size = run.pool(), run.plan["arithmetic"]["shard_sources"]
     mine = run.ranks.share(_shards(run))
-    missing = [i for i in mine if not is_readable(part_path(run.out / SCORES, i), SCORE_SCHEMA)]
+    digest = score_digest(run.plan)
+    missing = [i for i in mine if not _is_committed(part_path(run.out / SCORES, i), i, digest)]
     if missing:
         for teacher in (run.teacher, run.label_teacher):
             teacher.model.to(device=run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         shards = [pool[i * size : (i + 1) * size] for i in missing]
         sources = sum(len(pool[i * size : (i + 1) * size]) for i in mine)
         wanted = sum(len(shard) for shard in shards)
-        loaded = _Awaited(
-            load(
-                run.source,
-                (sample for shard in shards for sample in _samples(run, shard)),
-                run.plan["image_size"],
-                workers=run.workers,
-                ahead=run.in_flight,
-            )
-        )
+        loaded = _Awaited(run.load(sample for shard in shards for sample in _samples(run, shard)))
         label = "score" if run.ranks.size == 1 else f"score, rank 0 of {run.ranks.size}"
         with Progress(label, sources, "images", done=sources - wanted, quiet=run.quiet) as progress:
             for index, shard in zip(missing, shards, strict=True):
-                _score_shard(run, index, len(shard), loaded, progress)
+                _score_shard(run, index, len(shard), loaded, progress, digest)
         _note_rate(run, wanted, time.monotonic() - started, loaded.seconds)
     run.ranks.meet("score")
     clock(run, "score", started)
+
+
+def _is_committed(path: Path, index: int, digest: str) -> bool:
+    """Whether a file is shard `index` of this score table, every byte of it as it was written."""
+    if not is_readable(path, SCORE_SCHEMA):
+        return False
+    facts = read_facts(path)
+    return facts.get("shard") == index and facts.get("scores") == digest
 
 
 def _shards(run: Run) -> int:
@@ -412,7 +422,12 @@ def _note_rate(run: Run, sources: int, seconds: float, waited: float) -> None:
 
 
 def _score_shard(
-    run: Run, index: int, sources: int, loaded: Iterator[tuple[Sample, Tensor | BadImage]], progress: Progress
+    run: Run,
+    index: int,
+    sources: int,
+    loaded: Iterator[tuple[Sample, Tensor | BadImage]],
+    progress: Progress,
+    digest: str,
 ) -> None:
     """Score the next `sources` loaded images and commit them as one shard, quarantined files in its footer."""
     micro_batch = run.plan["arithmetic"]["micro_batch"]
@@ -431,7 +446,8 @@ def _score_shard(
         progress.advance(len(pairs))
     rows = {name: np.concatenate(parts) for name, parts in columns.items()}
     table = make_table(rows) if rows else SCORE_SCHEMA.empty_table()
-    write_table(part_path(run.out / SCORES, index), table, {"quarantined": bad})
+    facts = {"shard": index, "scores": digest, "quarantined": bad}
+    write_table(part_path(run.out / SCORES, index), table, facts)
 
 
 def _micro_batch(run: Run, pairs: list[tuple[Sample, Tensor | BadImage]], size: int) -> Batch:
@@ -572,7 +588,7 @@ def synthesize(run: Run) -> None:
     mine = run.ranks.share(len(run.source.class_names) * run.plan["ipc"])
     missing = _missing_images(run)
     samples = (run.source.by_id(i) for image in _picked(run, missing) for i in image.ids)
-    loaded = load(run.source, samples, run.plan["image_size"], workers=run.workers, ahead=run.in_flight)
+    loaded = run.load(samples)
     side = run.plan["image_size"] // factor
     done = len(mine) - int(missing.sum())
     with Progress("synthesize", len(mine), "images", done=done, quiet=run.quiet) as progress:

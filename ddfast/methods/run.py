@@ -7,10 +7,12 @@ refuses. What may differ between two equal runs (paths, host, timings) stands in
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 import sys
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +24,9 @@ import torch
 from ddfast import __version__
 from ddfast.data.distilled import FORMAT_VERSION, MANIFEST
 from ddfast.data.files import atomic_write_text, make_folder, sweep_temporary
+from ddfast.data.loaders import Loader, resolve_loader
+from ddfast.data.loading import Loaded
+from ddfast.data.samples import Sample
 from ddfast.data.sources import Source, open_source
 from ddfast.errors import UsageError
 from ddfast.methods import get_method
@@ -54,6 +59,7 @@ class Run:
     label_teacher: Teacher
     method: Method
     device: torch.device
+    loader: Loader
     in_flight: int
     workers: int | None
     quiet: bool
@@ -97,7 +103,7 @@ class Run:
         Of each class they are the first `images_per_class` of a seeded shuffle that depends on their ids alone.
         """
         if self._pool is None:
-            ids, labels = ids_and_labels(self.source)
+            ids, labels = self.source.samples.ids, self.source.samples.labels
             bounds = np.searchsorted(labels, np.arange(len(self.source.class_names) + 1))
             kept = [
                 first + self._shuffled(ids[first:last])[: self.plan["images_per_class"]]
@@ -114,23 +120,20 @@ class Run:
 
     def _draws(self, ids: np.ndarray) -> np.ndarray:
         """A 64-bit draw of each id: the first two words of Philox under the seed's stream `pool`."""
-        given = torch.from_numpy(np.ascontiguousarray(ids, dtype=np.int64))
+        given = torch.from_numpy(np.array(ids, dtype=np.int64))
         counters = torch.stack((given & 0xFFFFFFFF, (given >> 32) & 0xFFFFFFFF, given * 0, given * 0), dim=1)
         words = philox4x32(counters, stream(self.plan["seed"], "pool")).numpy().astype(np.uint64)
         return words[:, 0] << np.uint64(32) | words[:, 1]
 
+    def load(self, samples: Iterable[Sample]) -> Generator[Loaded, None, None]:
+        """Decode samples at the run's size with its loader, in order; see `ddfast.data.load`."""
+        return self.loader(
+            self.source, samples, self.plan["image_size"], workers=self.workers, ahead=self.in_flight
+        )
+
     def set_arithmetic(self) -> None:
         """Fix the number of threads that the plan names: it changes the order of sums."""
         torch.set_num_threads(self.plan["arithmetic"]["threads"])
-
-
-def ids_and_labels(source: Source) -> tuple[np.ndarray, np.ndarray]:
-    """Ids int64 [N] and labels int32 [N] of a source's samples, in their order."""
-    ids, labels = getattr(source, "ids", None), getattr(source, "labels", None)
-    if ids is None or labels is None:
-        ids = np.array([sample.id for sample in source.samples], dtype=np.int64)
-        labels = np.array([sample.label for sample in source.samples], dtype=np.int32)
-    return ids, labels
 
 
 def make_plan(
@@ -148,6 +151,7 @@ def make_plan(
     seed: int,
     precision: str,
     device: torch.device,
+    loader: str,
     threads: int,
     label_top_k: int | None,
 ) -> dict[str, Any]:
@@ -183,7 +187,7 @@ def make_plan(
             "threads": threads,
             "precision": precision,
             "device": device.type,
-            "loader": "pillow",
+            "loader": loader,
         },
         "versions": {"ddfast": __version__, "torch": torch.__version__},
         "counts": None,
@@ -249,6 +253,12 @@ def score_identity(plan: dict[str, Any]) -> dict[str, Any]:
     keys = ("method", "seed", "factor", "image_size", "images_per_class", "class_names", "data", "arithmetic")
     teacher = plan["teacher"] if get_method(plan["method"]).needs_teacher else None
     return {**{key: plan[key] for key in keys}, "options": plan["options"]["score"], "teacher": teacher}
+
+
+def score_digest(plan: dict[str, Any]) -> str:
+    """32 hex digits of what decides the score table; they stand in every shard."""
+    text = json.dumps(score_identity(plan), sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def start(out: Path, plan: dict[str, Any], resume: bool) -> dict[str, Any]:
@@ -409,6 +419,7 @@ def _reopened(
         facts = json.loads((out / RUN).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{out / RUN} is missing or damaged: give --data and --teacher") from error
+    found_device = checked_device(plan, device, ranks)
     source = open_source(data or facts["data"], "train")
     main = load_teacher(str(teacher or facts["teacher"]), class_names=plan["class_names"])
     labels = label_teacher or facts["label_teacher"]
@@ -421,7 +432,8 @@ def _reopened(
         method=get_method(plan["method"]).from_options(
             {**plan["options"]["score"], **plan["options"]["select"]}
         ),
-        device=checked_device(plan, device, ranks),
+        device=found_device,
+        loader=resolve_loader(plan["arithmetic"]["loader"], found_device),
         in_flight=images_in_flight(batch_size),
         workers=decoding_workers(workers, ranks),
         quiet=quiet,

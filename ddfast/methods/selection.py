@@ -27,7 +27,7 @@ from ddfast.data.table import (
 )
 from ddfast.errors import UsageError
 from ddfast.methods.base import Table
-from ddfast.methods.run import Run, ids_and_labels
+from ddfast.methods.run import Run
 
 SELECTION = "selection.parquet"
 _GROUP_SOURCES = 8192  # sources of one group, unless a single class has more
@@ -53,7 +53,7 @@ def write_selection(run: Run, scores: Path, parts: int) -> None:
     Raises:
         UsageError: a part is missing or damaged, or a class has too few usable images.
     """
-    labels = ids_and_labels(run.source)[1][run.pool()]
+    labels = run.source.samples.labels[run.pool()]
     classes = class_groups(np.bincount(labels, minlength=len(run.source.class_names)))
     scratch = temporary_path(run.out / "groups")
     with explained(scratch):
