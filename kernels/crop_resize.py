@@ -1,10 +1,12 @@
-"""Antialiased bilinear resize of many boxes into the tiles of mosaics, and its transpose."""
+"""Antialiased bilinear resize of many boxes into the tiles of mosaics, its transpose, and its fusion with what a
+forward pass wants: normalised, padded, cast, channels last."""
 
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
+from ddfast.kernels.masked_batch import _rounded
 
 ROWS = 8  # rows and columns of a tile, or of an image, that a program computes
 COLS = 64  # 4 pixels a thread, so that a thread stores 16 bytes of float32
@@ -71,6 +73,62 @@ def _weight(pixel, centre, inverse, pixels):
 
 
 @triton.jit
+def _resized(
+    image,
+    channel_offset,
+    box,
+    y,
+    x,
+    inside_y,
+    inside_x,
+    height,
+    width,
+    image_height,
+    image_width,
+    row_stride,
+    col_stride,
+    BYTES: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """Rows `y` and columns `x` of the tile that a box of an image becomes, where they are `inside`.
+
+    The weights of a tap are a column vector times a row vector, so they cost little; each tap is one load of
+    a pixel in its own dtype and one multiply-add. `channel_offset` is that of each column, so that columns
+    may take turns among the channels. BYTES: rounded half up to 0 .. 255.
+    """
+    top, rows, shift_y, scale_y = _axis(box, 1, height, image_height, COMPUTE)
+    left, cols, shift_x, scale_x = _axis(box, 0, width, image_width, COMPUTE)
+    inverse_y = _inverse(tl.maximum(scale_y, 1.0))
+    inverse_x = _inverse(tl.maximum(scale_x, 1.0))
+    centre_y = shift_y + scale_y * (y.to(COMPUTE) + 0.5)
+    centre_x = shift_x + scale_x * (x.to(COMPUTE) + 0.5)
+    first_y = _first_tap(centre_y, scale_y)
+    first_x = _first_tap(centre_x, scale_x)
+    rows = tl.where(inside_y, rows, 0)
+    cols = tl.where(inside_x, cols, 0)
+    crop = image + top.to(tl.int64) * row_stride + left.to(tl.int64) * col_stride
+
+    sums = tl.zeros([y.shape[0], x.shape[0]], COMPUTE)
+    total_y = tl.zeros(y.shape, COMPUTE)
+    total_x = tl.zeros(x.shape, COMPUTE)
+    for tap_x in range(_taps(scale_x)):
+        total_x += _weight(first_x + tap_x, centre_x, inverse_x, cols)
+    for tap_y in range(_taps(scale_y)):
+        weight_y = _weight(first_y + tap_y, centre_y, inverse_y, rows)
+        total_y += weight_y
+        line = crop + (first_y + tap_y).to(tl.int64)[:, None] * row_stride
+        for tap_x in range(_taps(scale_x)):
+            weight_x = _weight(first_x + tap_x, centre_x, inverse_x, cols)
+            weight = weight_y[:, None] * weight_x[None, :]
+            pixels = line + (channel_offset + (first_x + tap_x).to(tl.int64) * col_stride)[None, :]
+            sums += weight * tl.load(pixels, mask=weight > 0, other=0).to(COMPUTE)
+    sums *= _inverse(total_y)[:, None] * _inverse(total_x)[None, :]
+    if BYTES:
+        sums = tl.minimum(tl.maximum(tl.floor(sums + 0.5), 0.0), 255.0)
+    return sums
+
+
+@triton.jit
 def _crop_resize(
     images,
     boxes,
@@ -93,9 +151,6 @@ def _crop_resize(
 ):
     """A program computes BLOCK_Y x BLOCK_X pixels of one channel of one tile, where they lie in the mosaic.
 
-    The weights of a tap are a column vector times a row vector, so they cost nothing; each tap is one load of
-    a pixel in its own dtype and one multiply-add.
-
     Bytes moved: M C h w e written once (e bytes an element), and the pixels under the boxes read once from
     memory and ceil(2 sy) ceil(2 sx) times from L1, with s = max(1, crop / tile): 4 loads an output pixel when
     a crop is enlarged. Operations: 2 a load. The loads from L1 bind, then the writes; nothing else is stored,
@@ -110,42 +165,111 @@ def _crop_resize(
 
     y = block // across * BLOCK_Y + tl.arange(0, BLOCK_Y)
     x = block % across * BLOCK_X + tl.arange(0, BLOCK_X)
-    top, rows, shift_y, scale_y = _axis(boxes + 4 * tile, 1, height, image_height, COMPUTE)
-    left, cols, shift_x, scale_x = _axis(boxes + 4 * tile, 0, width, image_width, COMPUTE)
-    inverse_y = _inverse(tl.maximum(scale_y, 1.0))
-    inverse_x = _inverse(tl.maximum(scale_x, 1.0))
-    centre_y = shift_y + scale_y * (y.to(COMPUTE) + 0.5)
-    centre_x = shift_x + scale_x * (x.to(COMPUTE) + 0.5)
-    first_y = _first_tap(centre_y, scale_y)
-    first_x = _first_tap(centre_x, scale_x)
-
     image = tl.load(source + tile)
-    rows = tl.where((image >= 0) & (image < batch), rows, 0)
-    crop = images + image * image_stride + channel * channel_stride
-    crop += top.to(tl.int64) * row_stride + left.to(tl.int64) * col_stride
-
-    sums = tl.zeros([BLOCK_Y, BLOCK_X], COMPUTE)
-    total_y = tl.zeros([BLOCK_Y], COMPUTE)
-    total_x = tl.zeros([BLOCK_X], COMPUTE)
-    for tap_x in range(_taps(scale_x)):
-        total_x += _weight(first_x + tap_x, centre_x, inverse_x, cols)
-    for tap_y in range(_taps(scale_y)):
-        weight_y = _weight(first_y + tap_y, centre_y, inverse_y, rows)
-        total_y += weight_y
-        line = crop + (first_y + tap_y).to(tl.int64)[:, None] * row_stride
-        for tap_x in range(_taps(scale_x)):
-            weight_x = _weight(first_x + tap_x, centre_x, inverse_x, cols)
-            weight = weight_y[:, None] * weight_x[None, :]
-            pixels = line + (first_x + tap_x).to(tl.int64)[None, :] * col_stride
-            sums += weight * tl.load(pixels, mask=weight > 0, other=0).to(COMPUTE)
-    sums *= _inverse(total_y)[:, None] * _inverse(total_x)[None, :]
-
+    sums = _resized(
+        images + image * image_stride + channel * channel_stride,
+        tl.zeros([BLOCK_X], tl.int64),
+        boxes + 4 * tile,
+        y,
+        x,
+        (y < height) & (image >= 0) & (image < batch),
+        x < width,
+        height,
+        width,
+        image_height,
+        image_width,
+        row_stride,
+        col_stride,
+        mosaics.dtype.element_ty == tl.uint8,
+        COMPUTE,
+    )
     if mosaics.dtype.element_ty == tl.uint8:
-        sums = tl.minimum(tl.maximum(tl.floor(sums + 0.5), 0.0), 255.0).to(tl.int32)
+        sums = sums.to(tl.int32)
     place = (tile % (factor * factor)).to(tl.int32)
     row = (tile // (factor * factor) * channels + channel) * factor * height + place // factor * height + y
     target = mosaics + row[:, None] * (factor * width) + (place % factor * width + x)[None, :]
     tl.store(target, sums.to(mosaics.dtype.element_ty), mask=(y < height)[:, None] & (x < width)[None, :])
+
+
+@triton.jit
+def _crop_batch(
+    images,
+    boxes,
+    source,
+    mean,
+    std,
+    result,
+    batch,
+    image_height,
+    image_width,
+    height,
+    width,
+    top,
+    left,
+    padded_height,
+    padded_width,
+    image_stride,
+    channel_stride,
+    row_stride,
+    col_stride,
+    CHANNELS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK_Y: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+):
+    """A program computes BLOCK_Y rows of BLOCK_X numbers, which take turns among the channels, of one tile.
+
+    Bytes moved: M C H W e written once for the padded size (e bytes an element), and the pixels under the
+    boxes read once from memory, from L1 as often as _crop_resize reads them. Operations: about 20 for each
+    tap of an element inside the tile, 4 taps where a crop is enlarged, and 20 more; a program that meets
+    padding alone stores zeros and does nothing else. Where half a side or more is padding the writes bind;
+    a tile without padding is bound by the instructions of its taps. Rows of C W e bytes that are a multiple
+    of 16 are stored 16 bytes a thread.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    elements = padded_width * CHANNELS
+    across = tl.cdiv(elements, BLOCK_X)
+    blocks = tl.cdiv(padded_height, BLOCK_Y) * across
+    block = (program % blocks).to(tl.int32)
+    tile = program // blocks
+
+    row = block // across * BLOCK_Y + tl.arange(0, BLOCK_Y)
+    element = block % across * BLOCK_X + tl.arange(0, BLOCK_X)
+    y = row - top
+    x = element // CHANNELS - left
+    channel = element % CHANNELS
+    inside_y = (y >= 0) & (y < height)
+    inside_x = (x >= 0) & (x < width)
+    value = tl.zeros([BLOCK_Y, BLOCK_X], COMPUTE)
+    if (tl.max(inside_y.to(tl.int32), 0) > 0) & (tl.max(inside_x.to(tl.int32), 0) > 0):
+        image = tl.load(source + tile)
+        value = _resized(
+            images + image * image_stride,
+            channel.to(tl.int64) * channel_stride,
+            boxes + 4 * tile,
+            y,
+            x,
+            inside_y & (image >= 0) & (image < batch),
+            inside_x,
+            height,
+            width,
+            image_height,
+            image_width,
+            row_stride,
+            col_stride,
+            images.dtype.element_ty == tl.uint8,
+            COMPUTE,
+        )
+        if images.dtype.element_ty == tl.uint8:
+            value = _divide(value, tl.full([BLOCK_Y, BLOCK_X], 255, COMPUTE))
+        if mean is not None:
+            value -= tl.load(mean + channel)[None, :]
+        if std is not None:
+            value = _divide(value, tl.load(std + channel)[None, :] + tl.zeros([BLOCK_Y, BLOCK_X], COMPUTE))
+        value = tl.where(inside_y[:, None] & inside_x[None, :], value, 0.0)
+    target = result + (tile * padded_height + row)[:, None] * elements + element[None, :]
+    within = (row < padded_height)[:, None] & (element < elements)[None, :]
+    tl.store(target, _rounded(value, result.dtype.element_ty), mask=within)
 
 
 @triton.jit
@@ -293,6 +417,60 @@ def crop_resize(
         num_warps=4,
     )
     return mosaics
+
+
+def crop_batch(
+    images: torch.Tensor,
+    boxes: torch.Tensor,
+    source: torch.Tensor,
+    mean: torch.Tensor | None,
+    std: torch.Tensor | None,
+    height: int,
+    width: int,
+    padded_height: int,
+    padded_width: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Launch the kernel; arguments and result are those of the op `ddfast::crop_batch`."""
+    batch, channels, image_height, image_width = images.shape
+    tiles = boxes.shape[0]
+    result = torch.empty(
+        (tiles, channels, padded_height, padded_width),
+        dtype=dtype,
+        device=images.device,
+        memory_format=torch.channels_last,
+    )
+    if result.numel() == 0:
+        return result
+    # As many columns as let each of 128 threads store 16 bytes.
+    columns = min(2048 // (ROWS * result.element_size()), triton.next_power_of_2(padded_width * channels))
+    block_y = min(ROWS, triton.next_power_of_2(padded_height))
+    blocks = triton.cdiv(padded_height, block_y) * triton.cdiv(padded_width * channels, columns)
+    wide = torch.float64 in (images.dtype, dtype)
+    _crop_batch[(tiles * blocks,)](
+        images,
+        boxes.contiguous(),
+        source.contiguous(),
+        None if mean is None else mean.contiguous(),
+        None if std is None else std.contiguous(),
+        result,
+        batch,
+        image_height,
+        image_width,
+        height,
+        width,
+        (padded_height - height) // 2,
+        (padded_width - width) // 2,
+        padded_height,
+        padded_width,
+        *images.stride(),
+        CHANNELS=channels,
+        COMPUTE=tl.float64 if wide else tl.float32,
+        BLOCK_Y=block_y,
+        BLOCK_X=columns,
+        num_warps=4,
+    )
+    return result
 
 
 def crop_resize_backward(

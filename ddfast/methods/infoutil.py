@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ddfast.methods.base import Batch, Candidates, Context, Method, Table, option, stream
 from ddfast.methods.scoring import judge
-from ddfast.ops import crop_resize, noisy_crop_boxes
+from ddfast.ops import noisy_crop_boxes
 
 # Defaults of the options left at "auto", by tiles per side: what the pilots in bench/results support.
 #
@@ -156,10 +156,11 @@ class InfoUtil(Method):
         boxes = noisy_crop_boxes(
             phi, batch.ids, grid=self.options.grid, image_size=context.image_size, **self._crops(context)
         )
-        tiles = crop_resize(batch.images, boxes, context.tile)
         # Stage 2. g_i = || grad_theta l(f_D(xi_i), y_i) ||.
         norm = "auto" if self.options.norm == "full" else "last_layer"
-        verdict = judge(tiles, batch.labels, context, scoring_input=self.options.scoring_input, norm=norm)
+        verdict = judge(
+            batch.images, boxes, batch.labels, context, scoring_input=self.options.scoring_input, norm=norm
+        )
         return Candidates(boxes, None, verdict.grad_norm, verdict.loss, verdict.correct, phi)
 
     def _attribution(self, batch: Batch, context: Context) -> Tensor:

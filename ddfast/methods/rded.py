@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ddfast.methods.base import Batch, Candidates, Context, Method, Table, option, stream
 from ddfast.methods.scoring import judge
-from ddfast.ops import crop_resize
 from ddfast.ops._philox import philox4x32
 
 
@@ -54,8 +53,13 @@ class RDED(Method):
             self.options.min_area,
             context.image_size,
         )
-        tiles = crop_resize(batch.images, boxes.to(batch.images.device), context.tile)
-        verdict = judge(tiles, batch.labels, context, scoring_input=self.options.scoring_input)
+        verdict = judge(
+            batch.images,
+            boxes.to(batch.images.device),
+            batch.labels,
+            context,
+            scoring_input=self.options.scoring_input,
+        )
         return Candidates(boxes=boxes, loss=verdict.loss, correct=verdict.correct)
 
     def rank(self, table: Table, needed: int) -> tuple[dict[int, np.ndarray], np.ndarray]:

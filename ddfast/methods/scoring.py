@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ddfast.errors import UsageError
 from ddfast.methods.base import Context
+from ddfast.ops import crop_batch, crop_resize
 from ddfast.ops.precision import autocast
 
 
@@ -22,36 +23,57 @@ class Verdict:
     grad_norm: Tensor | None
 
 
-def teacher_input(tiles: Tensor, context: Context, scoring_input: str) -> Tensor:
-    """Normalise tiles uint8 [N, 3, t, t] and bring them to the teacher's size, float32 channels-last [N, 3, S, S].
+def teacher_input(
+    images: Tensor, boxes: Tensor, source: Tensor, context: Context, scoring_input: str
+) -> Tensor:
+    """Crops as the teacher meets them: cut, resized to a tile, normalised and brought to the teacher's size.
 
     `pad` surrounds a smaller tile with zeros in normalised space, centred (RDED); `resize` enlarges it bilinearly.
+
+    Args:
+        images: uint8 [M, 3, S, S].
+        boxes: [N, 4] in pixels.
+        source: int64 [N], the image of each box.
+        context: teacher and sizes.
+        scoring_input: "pad" or "resize".
+
+    Returns:
+        float32 [N, 3, S, S], channels last.
     """
     teacher = context.teacher
     assert teacher is not None
-    mean = torch.tensor(teacher.mean, device=tiles.device).view(1, 3, 1, 1)
-    std = torch.tensor(teacher.std, device=tiles.device).view(1, 3, 1, 1)
-    size, tile = context.image_size, tiles.shape[-1]
-    images = tiles.float().div_(255)
-    if tile < size and scoring_input == "resize":
-        images = F.interpolate(
-            images, size=(size, size), mode="bilinear", antialias=True, align_corners=False
-        )
-    images = (images - mean) / std
-    if images.shape[-1] < size:
-        before = (size - tile) // 2
-        images = F.pad(images, (before, size - tile - before, before, size - tile - before))
-    return images.contiguous(memory_format=torch.channels_last)
+    size, tile = context.image_size, context.tile
+    if tile < size and scoring_input == "resize":  # the tile itself is enlarged, rounded as it is stored
+        images = crop_resize(images, boxes, tile, source=source)
+        boxes = torch.tensor([0, 0, tile, tile], device=images.device).expand(len(images), 4)
+        source, tile = torch.arange(len(images), device=images.device), size
+    return crop_batch(
+        images,
+        boxes,
+        tile,
+        source=source,
+        padded=size,
+        mean=teacher.mean,
+        std=teacher.std,
+        dtype=torch.float32,
+    )
 
 
 def judge(
-    tiles: Tensor, labels: Tensor, context: Context, *, scoring_input: str, norm: str | None = None
+    images: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    context: Context,
+    *,
+    scoring_input: str,
+    norm: str | None = None,
 ) -> Verdict:
-    """Score tiles uint8 [M, K, 3, t, t] against labels int64 [M].
+    """Score the crops of images against their labels.
 
     Args:
-        tiles: crops at tile size.
-        labels: class of each source.
+        images: uint8 [M, 3, S, S].
+        boxes: [M, K, 4], the crops of each image, in pixels.
+        labels: int64 [M], class of each image.
         context: teacher, sizes, precision and the fixed number of images a forward pass.
         scoring_input: "pad" or "resize", see `teacher_input`.
         norm: None for no gradient norm, else a method of `ddfast.grad_norm`.
@@ -63,32 +85,35 @@ def judge(
 
     teacher = context.teacher
     assert teacher is not None
-    count, crops = tiles.shape[:2]
-    flat, repeated = tiles.flatten(0, 1), labels.repeat_interleave(crops)
-    losses, corrects, norms = [], [], []
-    for part, target in zip(
-        flat.split(context.forward_batch), repeated.split(context.forward_batch), strict=True
-    ):
-        images = teacher_input(part, context, scoring_input)
+    count, crops = boxes.shape[:2]
+    source = torch.arange(count, device=images.device).repeat_interleave(crops)
+    targets = labels.repeat_interleave(crops)
+    outputs, norms = [], []
+    for first in range(0, count * crops, context.forward_batch):
+        which = slice(first, first + context.forward_batch)
+        tiles = teacher_input(images, boxes.flatten(0, 1)[which], source[which], context, scoring_input)
         if norm is None:
             with torch.no_grad(), autocast(context.precision, images.device):
-                logits = teacher.model(images)
+                outputs.append(teacher.model(tiles))
         else:
             with autocast(context.precision, images.device):
                 found, logits = grad_norm(
-                    teacher.model, images, target, method=norm, chunk_size=len(images), return_logits=True
+                    teacher.model,
+                    tiles,
+                    targets[which],
+                    method=norm,
+                    chunk_size=len(tiles),
+                    return_logits=True,
                 )
+            outputs.append(logits)
             norms.append(found)
-        logits = logits.float()
-        if not bool(torch.isfinite(logits).all()):
-            raise UsageError(
-                "the teacher returns NaN or infinity on real crops: its weights are damaged, train it again"
-            )
-        losses.append(F.cross_entropy(logits, target, reduction="none"))
-        corrects.append(logits.argmax(dim=1) == target)
-    shape = (count, crops)
+    logits = torch.cat(outputs).float()
+    if not bool(torch.isfinite(logits).all()):
+        raise UsageError(
+            "the teacher returns NaN or infinity on real crops: its weights are damaged, train it again"
+        )
     return Verdict(
-        loss=torch.cat(losses).view(shape),
-        correct=torch.cat(corrects).view(shape),
-        grad_norm=torch.cat(norms).view(shape) if norms else None,
+        loss=F.cross_entropy(logits, targets, reduction="none").view(count, crops),
+        correct=(logits.argmax(dim=1) == targets).view(count, crops),
+        grad_norm=torch.cat(norms).view(count, crops) if norms else None,
     )

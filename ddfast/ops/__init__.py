@@ -1,7 +1,7 @@
 """The op layer: one documented face for each fused op `ddfast::<name>`."""
 
 from ddfast.ops._attribution import masked_batch, noisy_crop_boxes, shapley_heatmap
-from ddfast.ops._crops import crop_resize
+from ddfast.ops._crops import crop_batch, crop_resize
 from ddfast.ops._dispatch import paths
 from ddfast.ops._gradients import (
     grad_sq_norm_conv2d,
@@ -15,6 +15,7 @@ from ddfast.ops._tail import shapley_crop_boxes
 
 __all__ = [
     "assemble_masked_features",
+    "crop_batch",
     "crop_resize",
     "grad_sq_norm_conv2d",
     "grad_sq_norm_embedding",

@@ -270,6 +270,33 @@ def crop_resize(
     return mosaics.to(images.dtype)
 
 
+def crop_batch(
+    images: Tensor,
+    boxes: Tensor,
+    source: Tensor,
+    mean: Tensor | None,
+    std: Tensor | None,
+    height: int,
+    width: int,
+    padded_height: int,
+    padded_width: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """crop_resize, normalised, in the middle of zeros, in `dtype` and channels last."""
+    compute = torch.float64 if torch.float64 in (images.dtype, dtype) else torch.float32
+    pixels = images if images.dtype == torch.uint8 else images.to(compute)
+    tiles = normalise(crop_resize(pixels, boxes, source, height, width, 1), mean, std, compute)
+    batch = torch.empty(
+        (boxes.shape[0], images.shape[1], padded_height, padded_width),
+        dtype=dtype,
+        device=images.device,
+        memory_format=torch.channels_last,
+    ).zero_()
+    top, left = (padded_height - height) // 2, (padded_width - width) // 2
+    batch[:, :, top : top + height, left : left + width] = tiles
+    return batch
+
+
 def crop_resize_backward(
     grad_output: Tensor,
     boxes: Tensor,
@@ -385,3 +412,41 @@ def variant_at_location(coalitions: Tensor, table: Tensor) -> Tensor:
     present = coalitions[..., table.long().clamp(min=0)] & (table >= 0)  # [(B,) K, H, W, M]
     weight = 2 ** torch.arange(table.shape[-1], device=table.device)
     return (present * weight).sum(-1)
+
+
+# --- normalization_backward
+# -----------------------------------------------------------------------------------
+
+
+def normalization_backward(
+    input: Tensor,
+    grad_output: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    weight_norm: bool,
+    bias_norm: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradient at the input of a normalisation, and the squared norm per sample of its parameters' gradient."""
+    dtype = accumulation_dtype(grad_output.dtype)
+    of_sample = mean.ndim == 2  # [B, groups]
+    groups = mean.shape[1] if of_sample else input.shape[1]
+    x, g = (t.to(dtype)[..., None].flatten(2).unflatten(1, (groups, -1)) for t in (input, grad_output))
+    centre, scale = (
+        s.to(dtype)[(..., None, None)] for s in (mean, rstd)
+    )  # x and g are [B, groups, C', positions]
+    normalized = (x - centre) * scale
+    factor = 1 if weight is None else weight.to(dtype).unflatten(0, (groups, -1))[..., None]
+    norms = input.new_zeros(input.shape[0], dtype=dtype)
+    for wanted, gradient in ((weight_norm, normalized * g), (bias_norm, g)):
+        if wanted:
+            norms += gradient.sum(3).square().sum((1, 2))
+    grad_input = factor * g
+    if of_sample and x.numel() > 0:
+        slope = (grad_input * normalized).mean((2, 3), keepdim=True)
+        grad_input = grad_input - grad_input.mean((2, 3), keepdim=True) - slope * normalized
+    grad_input = (grad_input * scale).reshape(input.shape)
+    last = input.ndim == 4 and not input.is_contiguous()
+    last = last and input.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if last else torch.contiguous_format
+    return grad_input.to(grad_output.dtype).contiguous(memory_format=layout), norms

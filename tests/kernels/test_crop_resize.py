@@ -7,6 +7,7 @@ from tests.ops.boxes import random_boxes
 
 FORWARD = "crop_resize.crop_resize"
 BACKWARD = "crop_resize.crop_resize_backward"
+BATCH = "crop_resize.crop_batch"
 DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TOLERANCE = {
     torch.float16: {"rtol": 2**-10, "atol": 2**-10},
@@ -80,6 +81,42 @@ def test_backward_agrees_with_the_reference(where):
         torch.testing.assert_close(grads, expected, **TOLERANCE[grads.dtype])
 
 
+def batch_case(dtype, out, size, padded, *, shape=(3, 3, 9, 11), tiles=4, statistics=True, **options):
+    images, boxes, source, height, width, _ = forward_case(dtype, tiles, *size, 1, shape=shape, **options)
+    wide = torch.float64 if torch.float64 in (dtype, out) else torch.float32
+    mean, std = torch.linspace(0.4, 0.5, shape[1]).to(wide), torch.linspace(0.2, 0.3, shape[1]).to(wide)
+    return images, boxes, source, *((mean, std) if statistics else (None, None)), height, width, *padded, out
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_batch_agrees_with_the_reference(where):
+    cases = [
+        *(batch_case(torch.uint8, out, (5, 7), (9, 10)) for out in DTYPES[1:]),
+        *(batch_case(dtype, torch.float32, (5, 7), (9, 10), whole_pixels=False) for dtype in DTYPES[1:]),
+        batch_case(torch.float16, torch.bfloat16, (4, 4), (4, 4), statistics=False),
+        # More than one block of rows and of columns, blocks of padding alone, enlarged and reduced.
+        batch_case(torch.uint8, torch.float32, (12, 14), (40, 70), tiles=2),
+        batch_case(torch.uint8, torch.float32, (17, 40), (17, 40), tiles=2, layout=torch.channels_last),
+        batch_case(torch.float32, torch.float32, (2, 2), (3, 3), shape=(2, 1, 9, 8)),
+        batch_case(torch.float32, torch.float32, (1, 1), (1, 2), shape=(2, 2, 3, 3), tiles=1),
+        batch_case(torch.uint8, torch.float32, (4, 4), (6, 6), tiles=0),
+    ]
+    for arguments, batch in zip(cases, run(BATCH, cases, where=where), strict=True):
+        expected = reference.crop_batch(*arguments)
+        assert (batch.dtype, batch.shape, batch.stride()) == (
+            expected.dtype,
+            expected.shape,
+            expected.stride(),
+        )
+        if arguments[0].dtype == torch.uint8:  # a sum within rounding of one half is a byte apart
+            apart = (batch.double() - expected.double()).abs() > 2 * torch.finfo(batch.dtype).eps * 4
+            assert apart.double().mean() < 0.01 or batch.numel() == 0
+            assert ((batch.double() - expected.double()).abs() < 1.1 / 255 / 0.2 + 0.02).all()
+        else:
+            coarser = arguments[0].dtype if batch.dtype == torch.float32 else batch.dtype
+            torch.testing.assert_close(batch, expected, **TOLERANCE[coarser])
+
+
 @pytest.mark.parametrize("where", WHERE)
 def test_boxes_and_sources_outside_read_nothing_outside(where):
     images = torch.full((2, 1, 6, 6), 1.0)
@@ -104,3 +141,15 @@ def test_compiles_for_every_gpu_with_wide_stores_and_no_spills():
         assert binary.spilled_bytes == 0
         if binary.kernel == "_crop_resize_backward":
             assert max(binary.store_bytes) == 16
+
+
+def test_batch_compiles_for_every_gpu_with_wide_stores_and_no_spills():
+    cases = [
+        batch_case(torch.uint8, torch.float32, (112, 112), (224, 224), shape=(2, 3, 224, 224)),
+        batch_case(torch.uint8, torch.bfloat16, (112, 112), (224, 224), shape=(2, 3, 224, 224)),
+        batch_case(torch.uint8, torch.float32, (32, 32), (32, 32), shape=(2, 3, 32, 32)),
+        batch_case(torch.float32, torch.float16, (224, 224), (224, 224), shape=(2, 3, 224, 224)),
+    ]
+    for binary in compile_ahead(BATCH, cases):
+        assert binary.spilled_bytes == 0
+        assert set(binary.store_bytes) == {16}
