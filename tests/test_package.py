@@ -8,7 +8,7 @@ import pytest
 import ddfast
 
 ROOT = Path(__file__).parent.parent
-BOTTOM = ("errors", "progress")  # modules below every floor
+BOTTOM = ("errors", "progress", "ranks")  # modules below every floor
 
 
 def python(code, **kwargs):
