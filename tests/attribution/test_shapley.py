@@ -96,7 +96,7 @@ def test_exact_is_brute_force(height, width, grid, value):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("estimator", ["exact", "paired", "permutation"])
+@pytest.mark.parametrize("estimator", sorted({*list_estimators()} - {"kernel"}))
 @pytest.mark.parametrize("seed", [3, torch.tensor([3, 4, -5])], ids=["shared", "per-image"])
 def test_efficiency(estimator, seed):
     net = small_net()
@@ -190,7 +190,7 @@ def test_uint8_with_normalisation_is_the_normalised_float_image():
     assert not torch.allclose(shapley(net, pixels, labels), expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("estimator", ["kernel", "paired", "permutation"])
+@pytest.mark.parametrize("estimator", sorted({*list_estimators()} - {"exact"}))
 def test_with_a_stream_an_image_the_neighbours_do_not_matter(estimator):
     net = small_net()
     images, labels = batch(5)
@@ -206,7 +206,7 @@ def test_with_a_stream_an_image_the_neighbours_do_not_matter(estimator):
     assert torch.equal(shuffled, together[order])
 
 
-@pytest.mark.parametrize("estimator", ["kernel", "paired", "permutation"])
+@pytest.mark.parametrize("estimator", sorted({*list_estimators()} - {"exact"}))
 def test_a_seed_is_the_same_stream_shared_or_per_image(estimator):
     net = small_net(dtype=torch.float64)
     images, labels = batch(3, dtype=torch.float64)
@@ -366,7 +366,7 @@ def test_training_mode_is_refused_by_name():
         ({"n_samples": 16}, "n_samples >= 17"),
         (
             {"estimator": "captum"},
-            "estimator must be one of exact, kernel, paired, permutation, got 'captum'",
+            r"estimator must be one of designed, enumerated, exact, .*permutation, ramc, got 'captum'",
         ),
         ({"estimator": "exact", "grid": 5}, "at most 20 players"),
         ({"value": "loss"}, "value must be one of logit, prob, logprob, got 'loss'"),
