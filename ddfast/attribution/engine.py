@@ -61,9 +61,11 @@ def shapley(
             possible.
         n_samples: model evaluations an image, the empty and the full image included. `exact` takes 2^d
             instead.
-        estimator: "permutation" (antithetic pairs of orders), "paired" (constrained regression on complement
-            pairs), "kernel" (Captum's KernelShap, whose own budget is n_samples=25) or "exact" (d <= 20).
-            Formulas and smallest budgets stand in `ddfast.attribution.estimators`.
+        estimator: "permutation" (antithetic pairs of orders), "designed" (the coalitions that tell the most under a
+            prior over games, and what it expects of them), "gp" (the same prior on coalitions drawn at random),
+            "paired", "leverage" and "enumerated" (constrained regression on complement pairs), "ramc" (unbiased
+            regression-adjusted Monte Carlo), "kernel" (Captum's KernelShap, whose own budget is n_samples=25) or
+            "exact" (d <= 20). Formulas and smallest budgets stand in `ddfast.attribution.estimators`.
         value: the score, "logit" (the model's output), "prob" (its softmax) or "logprob".
         baseline: what absent cells show, after normalisation: a number, one a channel [C], an image [C, H,
             W], or an image for each image [B, C, H, W].
@@ -91,7 +93,7 @@ def shapley(
         raise ValueError(f"value must be one of {', '.join(VALUES)}, got {value!r}")
     chunk = check_chunk_size(DEFAULT_CHUNK_SIZE if chunk_size is None else chunk_size)
     baseline = check_baseline(baseline, images)
-    plan = make_plan(estimator, rows * cols, n_samples, check_seed(seed, len(images)))
+    plan = make_plan(estimator, (rows, cols), n_samples, check_seed(seed, len(images)))
 
     game = _ImageGame(
         model, images, labels.to(images.device), (rows, cols), value, baseline, mean, std, precision
