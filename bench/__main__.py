@@ -1,28 +1,157 @@
-"""`python -m bench NAME [...]` and `ddfast bench NAME [...]`: run one benchmark; without a name, list them."""
+"""`python -m bench NAME` and `ddfast bench NAME`: run one benchmark or `all`; without a name, list them."""
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
-BENCHES = {
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # before torch: its profiler reports a missing GPU as an error
+
+import torch
+
+from bench import facts
+from bench.registry import ENTRIES, Entry, GateFailed, Settings, Unavailable
+from bench.results import RESULTS, plot, read_csv, rows_of, summary, write_csv
+from ddfast.data.files import atomic_write_text
+from ddfast.errors import UsageError
+
+# What needs data, a teacher or a GPU, or measures no speed: module and what it does.
+COMMANDS = {
     "compare": "students trained on the sets of several methods, side by side",
     "kill": "kill a distillation at random moments, resume, compare bytes",
+    "faults": "break a distillation in every way that a long run breaks, and compare what is left",
+    "captum_suite": "Captum's own tests of the attribution classes, with ddfast's in their place",
+    "loading": "images a second from archive to model input: DALI, torchvision and Pillow",
+    "static": "compile every Triton kernel ahead of time: registers, spills, widths, matrix instructions",
+    "gpu": "everything that needs a GPU, within eight minutes",
 }
+SPEED_MODULES = ("attribution", "norms", "op_cases", "score_pass")
+
+
+def load_entries() -> dict[str, Entry]:
+    """The registered speed entries, by name in the order they run in."""
+    modules = [importlib.import_module(f"bench.{module}").__name__ for module in SPEED_MODULES]
+    return {
+        name: entry
+        for module in modules
+        for name, entry in ENTRIES.items()
+        if entry.contests.__module__ == module
+    }
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the benchmark named first with the arguments behind it."""
+    entries = load_entries()
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: ddfast bench NAME [...]\n")
-        for name, what in BENCHES.items():
-            print(f"  {name:<10} {what}")
+        print("usage: ddfast bench NAME [...]\n\nspeed, against peers (--help for options):")
+        for entry in entries.values():
+            print(f"  {entry.name:<18} {entry.what}")
+        print(
+            f"  {'all':<18} all of these, about {_minutes(entries.values()):.0f} minutes on two cores\n\nothers:"
+        )
+        for name, what in COMMANDS.items():
+            print(f"  {name:<18} {what}")
         return 0
-    if argv[0] not in BENCHES:
-        print(f"ddfast bench: unknown benchmark {argv[0]!r}; known: {', '.join(BENCHES)}", file=sys.stderr)
+    name, rest = argv[0], argv[1:]
+    if name in COMMANDS:
+        return int(importlib.import_module(f"bench.{name}").main(rest))
+    if name != "all" and name not in entries:
+        known = ", ".join((*entries, "all", *COMMANDS))
+        print(f"ddfast bench: unknown benchmark {name!r}; known: {known}", file=sys.stderr)
         return 2
-    return int(importlib.import_module(f"bench.{argv[0]}").main(argv[1:]))
+    chosen = list(entries.values()) if name == "all" else [entries[name]]
+    try:
+        return run(chosen, parse(rest, name))
+    except UsageError as error:
+        print(f"ddfast bench {name}: {error}", file=sys.stderr)
+        return 2
+
+
+def parse(argv: Sequence[str], name: str) -> argparse.Namespace:
+    """Options of the speed entries."""
+    parser = argparse.ArgumentParser(prog=f"ddfast bench {name}")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    parser.add_argument("--rounds", type=int, default=None, help="timed rounds; default each entry's own")
+    parser.add_argument("--threads", type=int, default=facts.usable_cores(), help="default all usable cores")
+    parser.add_argument("--teacher", type=Path, default=None, help="a trained network; with --data")
+    parser.add_argument("--data", default=None, help="its images, as for distill; the test split is used")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: tries the path, measures nothing")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="folder of the results, bench/results by default"
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.out is None:
+        if arguments.quick:
+            parser.error("--quick measures nothing, so it needs a folder of its own: give --out")
+        arguments.out = RESULTS
+    return arguments
+
+
+def run(entries: Sequence[Entry], arguments: argparse.Namespace) -> int:
+    """Run speed entries, write a CSV for each and the summary of all in the folder. 1 where a gate failed."""
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda, but torch finds no CUDA device")
+    torch.set_num_threads(arguments.threads)
+    settings = Settings(device, arguments.rounds, arguments.quick, arguments.teacher, arguments.data)
+    cost = "seconds" if arguments.quick else f"about {_minutes(entries):.0f} minutes on two cores"
+    print(
+        f"{facts.device_name(device)}, {arguments.threads} threads; {cost}; results in {arguments.out}",
+        flush=True,
+    )
+    failed = False
+    for entry in entries:
+        started = time.monotonic()
+        print(f"{entry.name}: {entry.what}", flush=True)
+        try:
+            rows = rows_of(entry, entry.run(settings), device)
+        except Unavailable as error:
+            print(f"  not measured: {error}")
+            continue
+        except GateFailed as error:
+            print(f"  {error}")
+            failed = True
+            continue
+        write_csv(arguments.out / f"{entry.name}.csv", rows)
+        for row in rows:
+            print(f"  {_line(row)}")
+        print(f"  {time.monotonic() - started:.0f} s", flush=True)
+    write_summary(arguments.out, device.type)
+    return int(failed)
+
+
+def write_summary(folder: Path, device: str) -> None:
+    """Write speed_<device>.md and .png from the CSVs of the folder, whenever they were measured."""
+    files = [folder / f"{name}.csv" for name in load_entries()]
+    rows = [row for path in files if path.exists() for row in read_csv(path) if row["device"] == device]
+    if rows:
+        atomic_write_text(folder / f"speed_{device}.md", summary(rows))
+        plot(folder / f"speed_{device}.png", rows)
+
+
+def _minutes(entries: Iterable[Entry]) -> float:
+    return max(1.0, sum(entry.minutes for entry in entries))
+
+
+def _line(row: dict[str, str]) -> str:
+    """One row of a CSV for the terminal."""
+    if row["share_p50"]:
+        return f"{row['case']}, {row['contender']}: {100 * float(row['share_p50']):.2f} %"
+    each = f"{1 / float(row['seconds_p50']):,.4g} {row['unit']} a second"
+    if not row["ratio_p50"]:
+        return f"{row['case']}, {row['contender']}: {each}"
+    spread = " to ".join(f"{float(row[f'ratio_p{level}']):.3g}" for level in (20, 80))
+    target = f", target {float(row['target_ratio']):g}" if row["target_ratio"] else ""
+    met = {"true": " (met)", "false": " (missed)", "": ""}[row["met"]]
+    return (
+        f"{row['case']}, {row['contender']}: {float(row['ratio_p50']):.3g} times {row['peer']} ({spread}), {each}"
+        f"{target}{met}"
+    )
 
 
 if __name__ == "__main__":

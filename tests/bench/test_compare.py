@@ -51,8 +51,3 @@ def test_compare_writes_a_row_a_student_and_keeps_what_is_finished(toy_folder, t
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work").glob("*.json")} == stamps
     assert (tmp_path / "table.md").read_text() == table
     assert "| spread |" in capsys.readouterr().out
-
-
-def test_an_unknown_bench_lists_the_known_ones(capsys):
-    assert main(["speed"]) == 2
-    assert "known: compare, kill" in capsys.readouterr().err
