@@ -27,6 +27,7 @@
 #include <vector>
 
 #include "avx512_products.h"
+#include "layout.h"
 
 namespace {
 
@@ -638,16 +639,6 @@ double sum_sq_norm(const Element* grads, int64_t positions, int64_t outputs, boo
   return dot(sums.data(), sums.data(), outputs);
 }
 
-// Whether a batch [B, C, H, W] lies in memory as [B, H, W, C].
-bool channels_last(const Tensor& batch) {
-  int64_t stride = 1;
-  for (const int64_t dim : {1, 3, 2, 0}) {
-    if (batch.size(dim) > 1 && batch.stride(dim) != stride) return false;
-    stride *= batch.size(dim);
-  }
-  return true;
-}
-
 template <typename Word>
 void wide_sq_norms(
     const WideConvolution<Word>& wide, const Convolution& conv, bool grads_planar, const Tensor& input,
@@ -672,7 +663,7 @@ bool wide_sq_norms(const Convolution& conv, Tensor input, Tensor grad_output, bo
   if (!avx512::supported() || grad_output.scalar_type() == ScalarType::Double) return false;
   // [B, C, H, W] is taken channels-last or planar; [B, positions, C] is the former.
   const bool last = input.dim() != 4;
-  const bool image_planar = !last && !channels_last(input), grads_planar = !last && !channels_last(grad_output);
+  const bool image_planar = !last && !ddfast::channels_last(input), grads_planar = !last && !ddfast::channels_last(grad_output);
   if (last || image_planar) input = torch::stable::contiguous(input);
   if (last || grads_planar) grad_output = torch::stable::contiguous(grad_output);
   const WideConvolution<Pair> pairs(conv, image_planar, grads_planar);

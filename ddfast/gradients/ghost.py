@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from ddfast.gradients.layers import LAYERS, Layer
+from ddfast.gradients.layers import LAYERS, FusedNormalization, Layer
 from ddfast.ops.reference import accumulation_dtype
 
 
@@ -104,34 +104,48 @@ class _ParameterUses(TorchFunctionMode):
             raise UnservedModel(
                 f"{self._named(parameters[0])} is used in {resolve_name(func)}, which {refusal}"
             )
-        output = func(
-            *(self._detached(value) for value in args),
-            **{name: self._detached(value) for name, value in kwargs.items()},
-        )
-        return self._watched(layer, output)
 
-    def _watched(self, layer: Layer, output: Tensor) -> Tensor:
-        """The output of a layer, tapped for its gradient."""
+        def call() -> Tensor:
+            return func(
+                *(self._detached(value) for value in args),
+                **{name: self._detached(value) for name, value in kwargs.items()},
+            )
+
+        take = self._taker(layer)
+        if isinstance(layer, FusedNormalization) and layer.fused:
+            return _Fused.apply(args[0] if args else kwargs["input"], self.anchor, layer, call, take)
+        return _Tap.apply(call(), self.anchor, take)
+
+    def _taker(self, layer: Layer) -> Callable[[Tensor], Tensor | None]:
+        """What the backward pass is to call with the gradient at a layer's output.
+
+        It returns the gradient at the input of a FusedNormalization, and None for other layers.
+        """
         weight = layer.weight if id(layer.weight) in self.owners else None
         bias = layer.bias if id(layer.bias) in self.owners else None
         self.count.update(id(parameter) for parameter in (weight, bias) if parameter is not None)
         version = layer.input._version
 
-        def take(grad: Tensor) -> None:
+        def take(grad: Tensor) -> Tensor | None:
             if layer.input._version != version:
                 first = weight if weight is not None else bias
                 raise UnservedModel(f"the input of {self._named(first)} is modified in place after its use")
             with torch.no_grad():
-                self._add(layer, weight, bias, grad)
+                grad_input = self._add(layer, weight, bias, grad)
             del layer.input
+            return grad_input
 
-        return _Tap.apply(output, self.anchor, take)
+        return take
 
-    def _add(self, layer: Layer, weight: Tensor | None, bias: Tensor | None, grad: Tensor) -> None:
+    def _add(self, layer: Layer, weight: Tensor | None, bias: Tensor | None, grad: Tensor) -> Tensor | None:
         """Add one call's share, to the squares or to the gradient of a parameter that other calls use too."""
         own_weight = weight is not None and self.count[id(weight)] == 1
         own_bias = bias is not None and self.count[id(bias)] == 1
-        if own_weight:
+        grad_input = None
+        if isinstance(layer, FusedNormalization) and layer.fused:
+            grad_input, squares = layer.backward(grad, weight=own_weight, bias=own_bias)
+            self.squares += squares
+        elif own_weight:
             self.squares += layer.sq_norm(grad, bias=own_bias)
         elif own_bias:
             self.squares += _squared(layer.bias_gradient(grad))
@@ -139,6 +153,7 @@ class _ParameterUses(TorchFunctionMode):
             self._add_shared(weight, layer.weight_gradient(grad))
         if bias is not None and not own_bias:
             self._add_shared(bias, layer.bias_gradient(grad))
+        return grad_input
 
     def _add_shared(self, parameter: Tensor, gradient: Tensor) -> None:
         if id(parameter) in self.shared:
@@ -163,7 +178,7 @@ class _Tap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, anchor: Tensor, take: Callable[[Tensor], None]) -> Tensor:
+    def forward(ctx: Any, output: Tensor, anchor: Tensor, take: Callable[[Tensor], Any]) -> Tensor:
         ctx.take = take
         return output.new_empty(0).set_(
             output.untyped_storage(), output.storage_offset(), output.size(), output.stride()
@@ -174,6 +189,27 @@ class _Tap(torch.autograd.Function):
         (grad,) = grads
         ctx.take(grad)
         return grad, None, None
+
+
+class _Fused(torch.autograd.Function):
+    """A normalisation as `layer` computes it, whose whole backward pass is `take`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        anchor: Tensor,
+        layer: FusedNormalization,
+        call: Callable[[], Tensor],
+        take: Callable[[Tensor], Tensor | None],
+    ) -> Tensor:
+        ctx.take = take
+        return layer.forward(call)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+        (grad,) = grads
+        return ctx.take(grad), None, None, None, None
 
 
 def _squared(gradient: Tensor) -> Tensor:

@@ -191,7 +191,34 @@ class Normalization(Layer):
         return gradient.sum(others) if others else gradient
 
 
-class BatchNorm(Normalization):
+class FusedNormalization(Normalization):
+    """A normalisation whose whole backward pass is ours: it needs the sums that the norm needs.
+
+    Attributes:
+        fused: whether it is for this call; where not, the backward pass is left to autograd.
+        statistics: the mean and the inverse of the standard deviation, [C] or [B, groups]; known after `forward`.
+    """
+
+    fused: bool
+    statistics: tuple[Tensor, Tensor]
+
+    @abstractmethod
+    def forward(self, call: Callable[[], Tensor]) -> Tensor:
+        """The layer's output, which `call` computes too."""
+
+    def backward(self, grad: Tensor, *, weight: bool, bias: bool) -> tuple[Tensor, Tensor]:
+        """The gradient at the input, and the squared norm [B] of the gradients of the parameters asked for."""
+        return ops.normalization_backward(
+            self.input.to(grad.dtype),
+            grad,
+            *self.statistics,
+            None if self.weight is None else self.weight.detach(),
+            weight_norm=weight,
+            bias_norm=bias,
+        )
+
+
+class BatchNorm(FusedNormalization):
     """`functional.batch_norm` in eval mode, on [B, C, ...]."""
 
     def __init__(
@@ -206,18 +233,22 @@ class BatchNorm(Normalization):
         eps: float = 1e-5,
     ) -> None:
         super().__init__(input, weight, bias)
-        self.running_mean, self.running_var, self.training, self.eps = (
-            running_mean,
-            running_var,
-            training,
-            eps,
-        )
+        self.running_mean, self.running_var = running_mean, running_var
+        self.training, self.eps = training, eps
+        self.fused = running_mean is not None and running_var is not None
 
     @override
     def refusal(self, batch: int) -> str | None:
         if self.training:
             return "takes its statistics from the batch"
         return super().refusal(batch)
+
+    @override
+    def forward(self, call: Callable[[], Tensor]) -> Tensor:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        self.statistics = self.running_mean, (self.running_var + self.eps).rsqrt()
+        return call()
 
     @override
     def normalized(self) -> Tensor:
@@ -249,7 +280,7 @@ class InstanceNorm(Normalization):
         )
 
 
-class GroupNorm(Normalization):
+class GroupNorm(FusedNormalization):
     """`functional.group_norm` on [B, C, ...]."""
 
     def __init__(
@@ -262,6 +293,29 @@ class GroupNorm(Normalization):
     ) -> None:
         super().__init__(input, weight, bias)
         self.num_groups, self.eps = num_groups, eps
+        dtypes = {tensor.dtype for tensor in (input, weight, bias) if tensor is not None}
+        # In lower precision the statistics would be rounded.
+        self.fused = dtypes in ({torch.float32}, {torch.float64}) and input.ndim > 1
+        self.fused = self.fused and not torch.is_autocast_enabled(input.device.type)
+
+    @override
+    def forward(self, call: Callable[[], Tensor]) -> Tensor:
+        """What `functional.group_norm` does, keeping the statistics."""
+        samples, channels = self.input.shape[:2]
+        last = self.input.device.type == "cpu" and self.input.ndim == 4
+        last = last and self.input.is_contiguous(memory_format=torch.channels_last)
+        output, *statistics = torch.native_group_norm(
+            self.input if last else self.input.contiguous(),
+            None if self.weight is None else self.weight.detach(),
+            None if self.bias is None else self.bias.detach(),
+            samples,
+            channels,
+            self.input.shape[2:].numel(),
+            self.num_groups,
+            self.eps,
+        )
+        self.statistics = statistics[0], statistics[1]
+        return output
 
     @override
     def normalized(self) -> Tensor:

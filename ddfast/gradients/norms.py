@@ -166,15 +166,15 @@ def autograd_norms(model: nn.Module, images: Tensor, labels: Tensor) -> NormsAnd
     """Gradient norms by plain autograd, one image at a time: slow, and the definition."""
     buffers = _detached(model.named_buffers())
     norms, outputs = [], []
-    for image, label in zip(images, labels, strict=True):
+    for image, label in zip(images.split(1), labels.split(1), strict=True):
         parameters = {name: p.requires_grad_() for name, p in _detached(model.named_parameters()).items()}
         with torch.enable_grad():
-            logits = functional_call(model, (parameters, buffers), (image[None],))
-            loss = _cross_entropy(logits, label[None])
+            logits = functional_call(model, (parameters, buffers), (image,))
+            loss = _cross_entropy(logits, label)
         gradients: Sequence[Tensor | None] = ()
         if loss.requires_grad:
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        norms.append(_norm((g[None] for g in gradients if g is not None), image[None]))
+        norms.append(_norm((g[None] for g in gradients if g is not None), image))
         outputs.append(logits.detach())
     return torch.cat(norms), torch.cat(outputs)
 

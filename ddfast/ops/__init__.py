@@ -8,6 +8,7 @@ from ddfast.ops._gradients import (
     grad_sq_norm_embedding,
     grad_sq_norm_linear,
     grad_sq_norm_norm,
+    normalization_backward,
 )
 from ddfast.ops._locality import assemble_masked_features
 from ddfast.ops._philox import normal_quantiles
@@ -24,6 +25,7 @@ __all__ = [
     "masked_batch",
     "noisy_crop_boxes",
     "normal_quantiles",
+    "normalization_backward",
     "paths",
     "shapley_crop_boxes",
     "shapley_heatmap",

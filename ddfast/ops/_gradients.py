@@ -1,4 +1,4 @@
-"""Registration and public faces of grad_sq_norm_*.
+"""Registration and public faces of grad_sq_norm_* and normalization_backward.
 
 The gradient of a layer's parameters on one sample is a product of what went into the layer and of the
 gradient that came back to its output. Its squared norm needs neither the gradients of all samples at once
@@ -169,6 +169,59 @@ def grad_sq_norm_embedding(indices: Tensor, grad_output: Tensor, *, padding_idx:
     return torch.ops.ddfast.grad_sq_norm_embedding(indices.to(torch.int64), grad_output, row)
 
 
+def normalization_backward(
+    input: Tensor,
+    grad_output: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None = None,
+    *,
+    weight_norm: bool = True,
+    bias_norm: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Backward pass of a normalisation and the squared norm, per sample, of its parameters' gradient.
+
+    The layer computes (input - mean) * rstd * weight + bias. The sums over positions that the norm needs are those
+    that the gradient at the input needs where the statistics are the sample's own, so one call makes both, and the
+    normalised input is never stored.
+
+    Args:
+        input: [B, C, ...] floating point, what went into the layer.
+        grad_output: the same shape and dtype, the loss's gradient at the layer's output.
+        mean, rstd: floating point; the mean and the inverse of the standard deviation. [C]: constants, as of
+            BatchNorm in eval mode. [B, groups]: taken from the sample's groups of channels, as in GroupNorm.
+        weight: [C] floating point, or None for ones.
+        weight_norm, bias_norm: which of the two parameters' gradients count in the norm.
+
+    Returns:
+        the gradient at the input, of its shape, dtype and layout (channels-last or contiguous), and the squared
+        norms [B] float32, float64 for float64.
+
+    Raises:
+        TypeError: input and grad_output in different dtypes or not floating point.
+        ValueError: shapes that do not belong together.
+    """
+    _check_dtypes(input, grad_output)
+    if input.ndim < 2 or input.shape != grad_output.shape:
+        raise ValueError(
+            "input and grad_output must have one shape [B, C, ...], "
+            f"got {tuple(input.shape)} and {tuple(grad_output.shape)}"
+        )
+    samples, channels = input.shape[:2]
+    fixed = mean.shape == (channels,)
+    grouped = mean.ndim == 2 and mean.shape[0] == samples and mean.shape[1] and channels % mean.shape[1] == 0
+    if not (fixed or grouped) or rstd.shape != mean.shape:
+        raise ValueError(
+            f"mean and rstd must be [{channels}] or [{samples}, groups] with groups that divide {channels}, "
+            f"got {tuple(mean.shape)} and {tuple(rstd.shape)}"
+        )
+    if weight is not None and weight.shape != (channels,):
+        raise ValueError(f"weight must be [{channels}], got {tuple(weight.shape)}")
+    return torch.ops.ddfast.normalization_backward(
+        input, grad_output, mean, rstd, weight, weight_norm, bias_norm
+    )
+
+
 def _pair(value: int | Sequence[int]) -> tuple[int, int]:
     vertical, horizontal = (value, value) if isinstance(value, int) else value
     return vertical, horizontal
@@ -225,10 +278,29 @@ define(
 )
 
 
+def _normalization_backward_fake(input: Tensor, grad_output: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    last = input.ndim == 4 and not input.is_contiguous()
+    last = last and input.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if last else torch.contiguous_format
+    grad_input = torch.empty_like(input, dtype=grad_output.dtype, memory_format=layout)
+    return grad_input, _per_sample_fake(input, grad_output)
+
+
+define(
+    "normalization_backward",
+    "(Tensor input, Tensor grad_output, Tensor mean, Tensor rstd, Tensor? weight, bool weight_norm, "
+    "bool bias_norm) -> (Tensor, Tensor)",
+    reference=reference.normalization_backward,
+    fake=_normalization_backward_fake,
+    triton="normalization_backward",
+    native_accepts=_native_accepts,
+)
+
+
 def _refuse_gradient(name: str) -> None:
     """A gradient through a gradient norm is a clear error, never a wrong number."""
 
-    def backward(ctx: Any, grad: Tensor) -> None:
+    def backward(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(
             f"ddfast::{name} cannot be differentiated; for a gradient of a gradient norm use "
             "torch.autograd.grad with create_graph=True, or call it under torch.no_grad()"
@@ -258,3 +330,19 @@ def _fold_vmap(name: str) -> None:
 for _name in ("grad_sq_norm_linear", "grad_sq_norm_conv2d", "grad_sq_norm_norm", "grad_sq_norm_embedding"):
     _refuse_gradient(_name)
     _fold_vmap(_name)
+_refuse_gradient("normalization_backward")
+
+
+@torch.library.register_vmap("ddfast::normalization_backward", lib=LIBRARY)
+def _normalization_backward_vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+    """vmap over a normalisation: one call for each element, whose statistics may be its own."""
+    results = [
+        torch.ops.ddfast.normalization_backward(
+            *(
+                value if dim is None else value.select(dim, i)
+                for value, dim in zip(arguments, in_dims, strict=True)
+            )
+        )
+        for i in range(info.batch_size)
+    ]
+    return tuple(torch.stack(outputs) for outputs in zip(*results, strict=True)), (0, 0)
