@@ -27,10 +27,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddfast.data.decoding import MAX_ASPECT, decode_fit, fitted_size, pixel_limit
+from ddfast.data.decoding import centre_offsets, decode_fit, fitted_size, pixel_limit
 from ddfast.data.distilled import encode_image
 from ddfast.data.jpeg import PlainJpeg, plain_jpeg
 from ddfast.data.loading import Loaded, checked_workers, in_order
+from ddfast.data.native_jpeg import suits
 from ddfast.data.sources import one_line
 from ddfast.errors import BadImage, DDFastError
 
@@ -76,7 +77,7 @@ def dali_load(device: int | None) -> Load:
             try:
                 data = source.read(sample)
                 jpeg = plain_jpeg(data)
-                if jpeg is not None and _suits(jpeg, limit):
+                if jpeg is not None and suits(jpeg, limit):
                     return sample, _Encoded(data, jpeg)
                 return sample, decode_fit(data, size, resize, max_pixels=limit)
             except BadImage as error:
@@ -87,11 +88,6 @@ def dali_load(device: int | None) -> Load:
         return _batches(decoder, reads, batch_size)
 
     return load
-
-
-def _suits(jpeg: PlainJpeg, max_pixels: int) -> bool:
-    longer, shorter = max(jpeg.width, jpeg.height), min(jpeg.width, jpeg.height)
-    return longer <= MAX_ASPECT * shorter and longer * shorter <= max_pixels
 
 
 def _batches(
@@ -180,7 +176,7 @@ class _Decoder:
         width, height = fitted_size(
             jpeg.width, jpeg.height, self.size if self.resize is None else self.resize
         )
-        left, top = round((width - self.size) / 2.0), round((height - self.size) / 2.0)
+        left, top = centre_offsets(width, height, self.size)
         down, across = jpeg.height / height, jpeg.width / width
         return [[top * down, left * across], [(top + self.size) * down, (left + self.size) * across]]
 

@@ -181,11 +181,15 @@ def fitted_size(width: int, height: int, shorter: int) -> tuple[int, int]:
     return int(shorter * width / height), shorter
 
 
+def centre_offsets(width: int, height: int, size: int) -> tuple[int, int]:
+    """Left and top of the central square of `size` pixels, rounded as torchvision does."""
+    return round((width - size) / 2.0), round((height - size) / 2.0)
+
+
 def _centre_crop(image: Image.Image, width: int, height: int) -> Image.Image:
     if image.size == (width, height):
         return image
-    left = round((image.width - width) / 2.0)
-    top = round((image.height - height) / 2.0)
+    left, top = round((image.width - width) / 2.0), round((image.height - height) / 2.0)
     return image.crop((left, top, left + width, top + height))
 
 

@@ -1,12 +1,14 @@
-"""Which decoder feeds a run: Pillow, or NVIDIA DALI where it pays, behind one call.
+"""What decodes for a run: NVIDIA DALI, torchvision with Pillow, or Pillow alone, behind one call.
 
-On a GPU DALI is taken where it is installed: the GPU decodes, and the host's cores are left to the rest. On a
-CPU Pillow is taken even where DALI is installed. Both decode with libjpeg-turbo, to the same bits; DALI
-resizes only what the crop keeps and is some 1.2 times faster (`bench/results/loading.md`), but the score
-pass waits for the model, not for either, and Pillow's verdict on a damaged file is the one that counts.
+- On a GPU DALI is taken where it is installed: the GPU decodes, and the host's cores are left to the rest.
+- On a CPU torchvision is taken even where DALI is installed: it is twice as fast as DALI's CPU pipeline and
+  nearer to Pillow's pixels (`bench/results/loading.md`).
+- Pillow alone is taken where torchvision was built without a JPEG decoder.
 
-The choice depends on the device and on what is installed, never on a measurement at run time: a machine
-always makes the same one. It decides bits, so it stands in the manifest.
+Whatever is chosen, only plain JPEGs go its way; other formats and damaged files go to Pillow, whose image or
+reason counts, so that all three quarantine the same files. The choice depends on the device and on what is
+installed, never on a measurement at run time: a machine always makes the same one. It decides bits, so it
+stands in the manifest.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from ddfast.errors import UsageError
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
     from ddfast.data.samples import Sample
     from ddfast.data.sources import Source
 
-LOADERS = ("auto", "dali", "pillow")
+LOADERS = ("auto", "dali", "torchvision", "pillow")
 """What `resolve_loader` takes."""
 
 _INSTALL = "pip install nvidia-dali-cuda130, or nvidia-dali-cuda120 with an older driver"
@@ -54,7 +57,7 @@ class Loader:
     """A chosen decoder: `loader(source, samples, size, ...)` is `load(...)`.
 
     Attributes:
-        name: "pillow" or "dali", for the manifest.
+        name: "dali", "torchvision" or "pillow", for the manifest.
         reason: why it was chosen, in a few words.
         load: the call itself.
     """
@@ -84,29 +87,35 @@ def resolve_loader(name: str = "auto", device: str | torch.device = "cpu") -> Lo
     """The loader for a device.
 
     Args:
-        name: "auto", "dali" or "pillow".
+        name: one of `LOADERS`.
         device: where the model runs, "cpu" or "cuda" with or without an index. On a GPU DALI decodes there.
 
     Raises:
-        UsageError: an unknown name, or DALI is asked for and not installed.
+        UsageError: an unknown name, or what is asked for is not installed.
     """
     from ddfast.data.loading import load
+    from ddfast.data.native_jpeg import decode_fit_native, torchvision_decodes
 
     if name not in LOADERS:
         raise UsageError(f"--loader must be one of {', '.join(LOADERS)}, got {name!r}")
     on_gpu = str(device).startswith("cuda")
     missing = dali_missing()
+    if name == "dali" or (name == "auto" and on_gpu and missing is None):
+        if missing is not None:
+            raise UsageError(f"the DALI loader is not available: {missing}; {_INSTALL}")
+        where = "GPU" if on_gpu else "CPU"
+        return Loader("dali", f"DALI decodes JPEGs on the {where}", _dali(str(device) if on_gpu else None))
+    wish = f"; for the GPU to decode, {_INSTALL}" if name == "auto" and on_gpu else ""
     if name == "pillow":
         return Loader("pillow", "asked for", load)
-    if name == "auto" and not on_gpu:
-        return Loader("pillow", "it keeps ahead of a model on a CPU", load)
-    if missing is not None:
-        if name == "dali":
-            raise UsageError(f"the DALI loader is not available: {missing}; {_INSTALL}")
-        return Loader("pillow", f"{missing}: {_INSTALL}", load)
-    return Loader(
-        "dali", f"decodes on the {'GPU' if on_gpu else 'CPU'}", _dali(str(device) if on_gpu else None)
-    )
+    if torchvision_decodes():
+        native = partial(load, decode=decode_fit_native)
+        return Loader("torchvision", f"torchvision decodes JPEGs, Pillow the rest{wish}", native)
+    if name == "torchvision":
+        raise UsageError(
+            "this torchvision was built without JPEG: install another build, or use --loader pillow"
+        )
+    return Loader("pillow", f"this torchvision was built without JPEG{wish}", load)
 
 
 def dali_missing() -> str | None:

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 
 Loaded = tuple["Sample", "Tensor | BadImage"]
 Result = TypeVar("Result")
+
+
+class Decode(Protocol):
+    """`decode_fit` and its like: a file's bytes to uint8 [3, size, size], or `BadImage`."""
+
+    def __call__(self, data: bytes, size: int, resize: int | None = None, *, max_pixels: int) -> Tensor:
+        """Decode and fit."""
+        ...
 
 
 def default_workers() -> int:
@@ -38,6 +46,7 @@ def load(
     workers: int | None = None,
     ahead: int = 64,
     max_pixels: int | None = None,
+    decode: Decode = decode_fit,
 ) -> Generator[Loaded, None, None]:
     """Read, decode and fit samples, in the order given.
 
@@ -48,6 +57,7 @@ def load(
         workers: decoding threads; 0 decodes in the calling thread. The result does not depend on it.
         ahead: how many decoded images may wait, which bounds the memory.
         max_pixels: refuse larger images; `ddfast.data.decoding.pixel_limit()` by default.
+        decode: what makes the image of a file's bytes: `decode_fit`, or what keeps its promises.
 
     Yields:
         (sample, image): image is uint8 [3, size, size], or the `BadImage` that says why there is none.
@@ -63,7 +73,7 @@ def load(
 
     def load_one(sample: Sample) -> Loaded:
         try:
-            return sample, decode_fit(source.read(sample), size, resize, max_pixels=limit)
+            return sample, decode(source.read(sample), size, resize, max_pixels=limit)
         except BadImage as error:
             return sample, error
 

@@ -1,0 +1,166 @@
+"""Images a second from archive to model input: DALI, torchvision and Pillow side by side.
+
+    python -m bench.loading --data clothing10.zip --size 224 --out bench/results/loading
+
+Every contender reads, decodes, resizes the shorter side with an antialiasing filter and cuts the centre, for the
+same images, in the same order, in rounds that alternate. Before anything is timed, its images are compared with
+Pillow's. Writes OUT.csv and OUT.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import facts
+from bench.measuring import Spread
+from ddfast.data.files import atomic_write_text
+from ddfast.data.loaders import dali_missing, resolve_loader
+from ddfast.data.samples import Sample
+from ddfast.data.sources import Source, open_source
+from ddfast.errors import BadImage
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "clothing10.zip"
+MAX_MEAN_DIFFERENCE = 1.0  # grey levels, over all images: a contender that differs more does other work
+HEADER = (
+    "data",
+    "size",
+    "loader",
+    "threads",
+    "images",
+    "mean_difference",
+    "max_difference",
+    "p20",
+    "p50",
+    "p80",
+)
+
+Load = Callable[..., Generator[tuple[Sample, Any], None, None]]
+
+
+def contenders(device: str) -> dict[str, Load]:
+    """Name -> what loads."""
+    names = ["pillow", "torchvision", *(["dali"] if dali_missing() is None else [])]
+    return {name: resolve_loader(name, device) for name in names}
+
+
+def difference(load: Load, source: Source, samples: Sequence[Sample], size: int) -> tuple[float, int]:
+    """Mean and largest difference from Pillow's images, in grey levels."""
+    total, largest = 0.0, 0
+    pillow = resolve_loader("pillow")(source, samples, size)
+    for (_, a), (_, b) in zip(pillow, load(source, samples, size, workers=1), strict=True):
+        if isinstance(a, BadImage) or isinstance(b, BadImage):
+            raise SystemExit(f"{source.name} holds damaged images: give a set without")
+        gap = (a.int() - b.int()).abs()
+        total += gap.float().mean().item()
+        largest = max(largest, int(gap.max()))
+    return total / len(samples), largest
+
+
+def rate(load: Load, source: Source, samples: Sequence[Sample], size: int, threads: int) -> float:
+    """Images a second over one pass."""
+    started = time.perf_counter()
+    count = sum(1 for _ in load(source, samples, size, workers=threads))
+    return count / (time.perf_counter() - started)
+
+
+def measured(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One row for each contender and number of threads."""
+    source = open_source(arguments.data)
+    step = max(1, len(source) // arguments.images)
+    samples = source.samples.take(range(0, len(source), step))[: arguments.images]
+    loads = contenders(arguments.device)
+    gaps = {name: difference(load, source, samples[:128], arguments.size) for name, load in loads.items()}
+    for name, (mean, _) in gaps.items():
+        if mean > MAX_MEAN_DIFFERENCE:
+            raise SystemExit(f"{name} differs from Pillow by {mean:.2f} grey levels: not timed")
+    for threads in arguments.threads:
+        rates: dict[str, list[float]] = {name: [] for name in loads}
+        for _ in range(arguments.rounds):
+            for name, load in loads.items():
+                rates[name].append(rate(load, source, samples, arguments.size, threads))
+        for name, values in rates.items():
+            spread = Spread.of(values)
+            yield {
+                "data": Path(arguments.data).name,
+                "size": arguments.size,
+                "loader": name,
+                "threads": threads,
+                "images": len(samples),
+                "mean_difference": f"{gaps[name][0]:.3f}",
+                "max_difference": gaps[name][1],
+                **{level: f"{getattr(spread, level):.1f}" for level in ("p20", "p50", "p80")},
+            }
+
+
+def report(rows: Sequence[dict[str, Any]], device: str) -> str:
+    """The rows as a page."""
+    base = {(row["data"], row["size"], row["threads"]): row for row in rows if row["loader"] == "pillow"}
+    dirty = " with changes" if facts.commit()[1] else ""
+    lines = [
+        "# Loading: images a second",
+        "",
+        "`python -m bench.loading`: read, decode, resize and crop; medians over rounds that alternate, with the 20th",
+        "and the 80th percentile. Differences are from Pillow's images, in grey levels of 255.",
+        "",
+        f"{facts.device_name(torch.device(device))}, {facts.usable_cores()} cores; "
+        f"Pillow {facts.version('pillow')}, DALI {_dali_version()}, torchvision {facts.version('torchvision')}, "
+        f"torch {torch.__version__}; commit {facts.commit()[0]}{dirty}.",
+        "",
+        "| data | px | loader | threads | images/s | p20 to p80 | of Pillow | difference mean / max |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        times = float(row["p50"]) / float(base[row["data"], row["size"], row["threads"]]["p50"])
+        lines.append(
+            f"| {row['data']} | {row['size']} | {row['loader']} | {row['threads']} | {float(row['p50']):.0f} | "
+            f"{float(row['p20']):.0f} to {float(row['p80']):.0f} | {times:.2f} | "
+            f"{row['mean_difference']} / {row['max_difference']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _dali_version() -> str:
+    versions = [facts.version(f"nvidia-dali-cuda{cuda}") for cuda in (130, 120)]
+    return next((version for version in versions if version != "not installed"), "not installed")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and write the results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", nargs="+", default=[str(DATA)], help="image sets, as --data of ddfast distill"
+    )
+    parser.add_argument("--size", nargs="+", type=int, default=[224], help="side in pixels, one for each set")
+    parser.add_argument("--images", type=int, default=512, help="of each set, evenly spread")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda for DALI to decode on the GPU")
+    parser.add_argument("--out", type=Path, help="write OUT.csv and OUT.md")
+    arguments = parser.parse_args(argv)
+    rows: list[dict[str, Any]] = []
+    for data, size in zip(arguments.data, arguments.size, strict=True):
+        rows += measured(argparse.Namespace(**{**vars(arguments), "data": data, "size": size}))
+    page = report(rows, arguments.device)
+    print(page)
+    if arguments.out is not None:
+        table = io.StringIO()
+        writer = csv.DictWriter(table, HEADER, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        atomic_write_text(arguments.out.with_suffix(".csv"), table.getvalue())
+        atomic_write_text(arguments.out.with_suffix(".md"), page)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
