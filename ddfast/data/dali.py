@@ -55,8 +55,8 @@ class _Encoded:
 _Read = tuple["Sample", "Tensor | BadImage | _Encoded"]
 
 
-def dali_load(device: int | None) -> Load:
-    """`load` through DALI on the CPU, or on the GPU with this index."""
+def dali_load(device: str | None) -> Load:
+    """`load` through DALI, decoding on a GPU, "cuda" or "cuda:1", or on the CPU where it is None."""
 
     def load(
         source: Source,
@@ -83,11 +83,18 @@ def dali_load(device: int | None) -> Load:
             except BadImage as error:
                 return sample, error
 
-        decoder = _Decoder(size, resize, batch_size, max(workers, 1), device, limit)
+        decoder = _Decoder(size, resize, batch_size, max(workers, 1), _index(device), limit)
         reads = in_order(read, samples, workers, max(ahead - (_IN_FLIGHT + 1) * batch_size, 1))
         return _batches(decoder, reads, batch_size)
 
     return load
+
+
+def _index(device: str | None) -> int | None:
+    if device is None:
+        return None
+    number = device.partition(":")[2]
+    return int(number) if number else torch.cuda.current_device()
 
 
 def _batches(

@@ -103,8 +103,12 @@ def resolve_loader(name: str = "auto", device: str | torch.device = "cpu") -> Lo
     if name == "dali" or (name == "auto" and on_gpu and missing is None):
         if missing is not None:
             raise UsageError(f"the DALI loader is not available: {missing}; {_INSTALL}")
+        from ddfast.data.dali import dali_load
+
         where = "GPU" if on_gpu else "CPU"
-        return Loader("dali", f"DALI decodes JPEGs on the {where}", _dali(str(device) if on_gpu else None))
+        return Loader(
+            "dali", f"DALI decodes JPEGs on the {where}", dali_load(str(device) if on_gpu else None)
+        )
     wish = f"; for the GPU to decode, {_INSTALL}" if name == "auto" and on_gpu else ""
     if name == "pillow":
         return Loader("pillow", "asked for", load)
@@ -125,16 +129,3 @@ def dali_missing() -> str | None:
     except ModuleNotFoundError:
         found = None
     return None if found else "DALI is not installed"
-
-
-def _dali(device: str | None) -> Load:
-    from ddfast.data.dali import dali_load
-
-    index = None if device is None else int(device.partition(":")[2] or _current_device())
-    return dali_load(index)
-
-
-def _current_device() -> int:
-    import torch
-
-    return torch.cuda.current_device()

@@ -38,7 +38,7 @@ def describe_environment() -> str:
         ("cpu", _cpu()),
         ("gpu", _gpu(torch.version.cuda)),
         ("compiler", _compiler()),
-        ("loader", _loader()),
+        *_loaders(),
     ]
     return "\n".join([*_aligned(facts), "", *_aligned([("op", "cpu", "cuda"), *rows])])
 
@@ -85,12 +85,18 @@ def _compiler() -> str:
     return f"{name} found" if shutil.which(name) else f"no {name}: the C++ extension cannot be built here"
 
 
-def _loader() -> str:
+def _loaders() -> Iterable[tuple[str, str]]:
+    """Which loader feeds a CPU and a GPU, why, and what Pillow decodes with."""
     from PIL import features
 
+    from ddfast.data.loaders import resolve_loader
+
+    for device in ("cpu", "cuda"):
+        chosen = resolve_loader("auto", device)
+        yield f"loader on {device}", f"{chosen.name} ({chosen.reason})"
     jpeg = features.version("jpg")
     kind = "libjpeg-turbo" if features.check("libjpeg_turbo") else "libjpeg"
-    return f"pillow, {kind} {jpeg}" if jpeg else "pillow without JPEG: install another build of Pillow"
+    yield "pillow decodes with", f"{kind} {jpeg}" if jpeg else "no JPEG: install another build of Pillow"
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -1,0 +1,370 @@
+"""The three loaders: what each returns, how far apart their pixels and the crops chosen from them are."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddfast.data import dali, loaders
+from ddfast.data.decoding import decode_fit
+from ddfast.data.jpeg import PlainJpeg, plain_jpeg
+from ddfast.data.loaders import LOADERS, Loader, dali_missing, resolve_loader
+from ddfast.data.native_jpeg import torchvision_decodes
+from ddfast.data.samples import Sample
+from ddfast.data.sources import Source, open_source
+from ddfast.errors import BadImage, DDFastError, UsageError
+from tests.data.rendering import encoded, png, smooth
+
+PHOTOGRAPHS = Path(__file__).parents[2].parent / "shared" / "data" / "clothing10.zip"
+
+needs_dali = pytest.mark.skipif(dali_missing() is not None, reason="DALI is not installed")
+needs_native = pytest.mark.skipif(not torchvision_decodes(), reason="this torchvision has no JPEG decoder")
+FAST = [pytest.param("dali", marks=needs_dali), pytest.param("torchvision", marks=needs_native)]
+# Grey levels: mean over an image, largest inside, largest in the outermost two rows and columns.
+BOUNDS = {"dali": (0.5, 4, 24), "torchvision": (0.05, 1, 1)}
+
+
+class MemorySource(Source):
+    """Images in memory, all of one class or another."""
+
+    def __init__(self, images: dict[str, bytes]) -> None:
+        super().__init__("memory", "train", ["a", "b"], [(key, int(key[0] == "b")) for key in images])
+        self.images = images
+
+    def read(self, sample: Sample) -> bytes:
+        if self.images[sample.key] == b"gone":
+            raise UsageError("the source has gone away")
+        return self.images[sample.key]
+
+    def size_of(self, sample: Sample) -> int:
+        return len(self.images[sample.key])
+
+    def close(self) -> None:
+        self.images = {}
+
+
+def jpeg(seed: int = 0, width: int = 60, height: int = 45, **options: object) -> bytes:
+    return encoded(Image.fromarray(smooth(width, height, seed)), "JPEG", **{"quality": 92, **options})
+
+
+def with_orientation(value: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = value
+    return jpeg(exif=exif)
+
+
+def every_kind() -> dict[str, bytes]:
+    """Files of every kind that is a sample, most of which only Pillow reads."""
+    picture = Image.fromarray(smooth(40, 30))
+    deep = np.asarray(picture.convert("L")).astype(np.uint16) * 257
+    return {
+        "a/plain.jpg": jpeg(),
+        "a/progressive.jpg": jpeg(progressive=True),
+        "a/optimised.jpg": jpeg(optimize=True, restart_marker_blocks=2),
+        "a/full-colour.jpg": jpeg(subsampling=0),
+        "a/half-colour.jpg": jpeg(subsampling=1),
+        "a/gray.jpg": encoded(picture.convert("L"), "JPEG"),
+        "a/cmyk.jpg": encoded(picture.convert("CMYK"), "JPEG"),
+        "a/rgb.jpg": encoded(picture, "JPEG", keep_rgb=True),
+        "a/trailing.jpg": jpeg() + b"\0\0rubbish",
+        "a/strip.jpg": encoded(Image.fromarray(smooth(400, 10)), "JPEG"),
+        "a/small.jpg": encoded(Image.fromarray(smooth(9, 7)), "JPEG"),
+        **{f"a/turned{value}.jpg": with_orientation(value) for value in range(1, 9)},
+        "b/palette.gif": encoded(picture.convert("P"), "GIF"),
+        "b/palette.png": encoded(picture.convert("P"), "PNG"),
+        "b/sixteen.png": encoded(Image.fromarray(deep), "PNG"),
+        "b/alpha.png": encoded(picture.convert("RGBA"), "PNG"),
+        "b/x.webp": encoded(picture, "WEBP"),
+        "b/x.tiff": encoded(picture, "TIFF"),
+        "b/x.bmp": encoded(picture, "BMP"),
+        "b/x.ppm": encoded(picture, "PPM"),
+        "b/jpeg-called.png": jpeg(3),
+    }
+
+
+def damaged() -> dict[str, bytes]:
+    """Files that cannot be decoded, each in another way."""
+    whole = jpeg(1, 200, 150)
+    marker_inside = bytearray(whole)
+    marker_inside[-400:-398] = b"\xff\x3a"
+    no_tables = whole.replace(b"\xff\xdb", b"\xff\xfe")  # quantisation tables turned into comments
+    return {
+        "a/empty.jpg": b"",
+        "a/text.jpg": b"not an image",
+        "a/cut.jpg": whole[: len(whole) // 2],
+        "a/header.jpg": whole[:100],
+        "a/marker.jpg": bytes(marker_inside),
+        "b/tables.jpg": no_tables,
+        "b/cut.png": png(9)[:60],
+    }
+
+
+def results(name: str, images: dict[str, bytes], size: int = 24, **options: int) -> dict[str, object]:
+    source = MemorySource(images)
+    return {
+        sample.key: image for sample, image in resolve_loader(name)(source, source.samples, size, **options)
+    }
+
+
+def decoding_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("ddfast-decode")]
+
+
+def assert_near(found: torch.Tensor, wanted: torch.Tensor, name: str) -> None:
+    mean, inside, border = BOUNDS[name]
+    assert found.dtype == torch.uint8
+    assert found.shape == wanted.shape
+    assert found.is_contiguous()
+    gap = (found.int() - wanted.int()).abs()
+    assert gap.float().mean() <= mean
+    assert gap[:, 2:-2, 2:-2].max() <= inside
+    assert gap.max() <= border
+
+
+# Choosing
+
+
+def test_auto_on_a_cpu_is_the_same_with_and_without_dali(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = resolve_loader("auto", "cpu")
+    monkeypatch.setattr(loaders, "dali_missing", lambda: "DALI is not installed")
+    assert resolve_loader("auto", "cpu") == chosen or resolve_loader("auto", "cpu").name == chosen.name
+    assert chosen.name == ("torchvision" if torchvision_decodes() else "pillow")
+    assert chosen.reason
+
+
+def test_auto_on_a_gpu_is_dali_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loaders, "dali_missing", lambda: None)
+    chosen = resolve_loader("auto", "cuda:1")
+    assert (chosen.name, "GPU" in chosen.reason) == ("dali", True)
+    monkeypatch.setattr(loaders, "dali_missing", lambda: "DALI is not installed")
+    chosen = resolve_loader("auto", torch.device("cuda", 0))
+    assert chosen.name in ("torchvision", "pillow")
+    assert "nvidia-dali-cuda130" in chosen.reason
+
+
+def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loaders, "dali_missing", lambda: "DALI is not installed")
+    with pytest.raises(UsageError, match=r"DALI is not installed; pip install nvidia-dali-cuda130"):
+        resolve_loader("dali")
+    with pytest.raises(
+        UsageError, match="--loader must be one of auto, dali, torchvision, pillow, got 'ffmpeg'"
+    ):
+        resolve_loader("ffmpeg")
+
+
+def test_without_a_jpeg_decoder_pillow_does_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ddfast.data import native_jpeg
+
+    monkeypatch.setattr(native_jpeg, "torchvision_decodes", lambda: False)
+    assert resolve_loader("auto").name == "pillow"
+    with pytest.raises(UsageError, match="built without JPEG"):
+        resolve_loader("torchvision")
+
+
+def test_every_name_resolves_to_a_loader() -> None:
+    for name in LOADERS:
+        if name == "dali" and dali_missing():
+            continue
+        assert isinstance(resolve_loader(name), Loader)
+
+
+# Same images
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_kind_of_file_gives_pillows_image(name: str, workers: int) -> None:
+    images = every_kind()
+    found = results(name, images, workers=workers)
+    assert found.keys() == images.keys()
+    plain = 0
+    for key, image in found.items():
+        assert isinstance(image, torch.Tensor), key
+        wanted = decode_fit(images[key], 24)
+        if plain_jpeg(images[key]) is None:
+            assert torch.equal(image, wanted), key
+        else:
+            plain += 1
+            assert_near(image, wanted, name)
+    assert plain >= 8
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_an_image_of_the_right_size_is_exact(name: str) -> None:
+    images = {f"a/{n}.jpg": jpeg(n, 24, 24) for n in range(4)}
+    for key, image in results(name, images).items():
+        assert torch.equal(image, decode_fit(images[key], 24))
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("resize", [None, 30])
+def test_resizing_then_cutting_agrees(name: str, resize: int | None) -> None:
+    images = {
+        f"a/{n}.jpg": jpeg(n, *shape) for n, shape in enumerate([(61, 47), (33, 90), (50, 50), (25, 31)])
+    }
+    for key, image in results(name, images, resize=resize).items():
+        assert_near(image, decode_fit(images[key], 24, resize), name)
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_damaged_files_take_their_place_with_pillows_reasons(name: str) -> None:
+    images = every_kind() | damaged()
+    found, wanted = results(name, images), results("pillow", images)
+    assert [key for key, image in found.items() if isinstance(image, BadImage)] == sorted(damaged())
+    for key in damaged():
+        assert str(found[key]) == str(wanted[key])
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_an_image_does_not_depend_on_its_neighbours(name: str) -> None:
+    images = every_kind() | damaged()
+    together = results(name, images, ahead=256)
+    for ahead in (1, 9):
+        apart = results(name, images, ahead=ahead)
+        for key, image in together.items():
+            if isinstance(image, torch.Tensor):
+                assert torch.equal(image, apart[key])  # type: ignore[arg-type]
+            else:
+                assert str(image) == str(apart[key])
+
+
+@needs_dali
+def test_a_file_that_breaks_the_pipeline_costs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the check of markers, DALI itself meets the damaged files."""
+    images = {f"a/{n:02d}.jpg": jpeg(n) for n in range(20)}
+    images |= {f"b/{n:02d}.jpg": jpeg(n, 200, 150)[:1500] for n in range(3)}
+    monkeypatch.setattr(dali, "plain_jpeg", lambda data: PlainJpeg(60, 45))
+    for key, image in results("dali", images, ahead=64).items():
+        if key.startswith("a"):
+            assert isinstance(image, torch.Tensor)
+            assert_near(image, decode_fit(images[key], 24), "dali")
+        else:
+            assert str(image) == "truncated"
+
+
+@needs_dali
+def test_dali_failing_on_good_images_is_no_fault_of_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> list[torch.Tensor]:
+        raise RuntimeError("CUDA out of memory\non a second line")
+
+    monkeypatch.setattr(dali._Decoder, "_run", broken)
+    with pytest.raises(DDFastError, match=r"DALI fails on a good image .* use --loader pillow") as caught:
+        results("dali", {"a/0.jpg": jpeg()})
+    assert not isinstance(caught.value, UsageError)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_the_pixel_limit_holds(name: str) -> None:
+    images = {"a/big.jpg": jpeg(0, 80, 60), "b/small.jpg": jpeg(0, 40, 30)}
+    found = results(name, images, max_pixels=4000)
+    assert str(found["a/big.jpg"]).startswith("too large: 80x60 is more than the limit of 4000 pixels")
+    assert isinstance(found["b/small.jpg"], torch.Tensor)
+
+
+# As a generator
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_order_closing_and_endless_samples(name: str) -> None:
+    source = MemorySource({f"a/{n}.jpg": jpeg(n) for n in range(5)})
+    drawn = 0
+
+    def endless() -> Iterator[Sample]:
+        nonlocal drawn
+        while True:
+            drawn += 1
+            yield source.samples[drawn % 5]
+
+    running = resolve_loader(name)(source, endless(), 16, workers=2, ahead=16)
+    keys = [next(running)[0].key for _ in range(33)]
+    assert keys == [source.samples[n % 5].key for n in range(1, 34)]
+    running.close()
+    assert drawn <= 33 + 2 * 16
+    assert decoding_threads() == []
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_a_source_that_goes_ends_it(name: str) -> None:
+    images = {f"a/{n:02d}.jpg": jpeg(n) for n in range(20)} | {"b/0.jpg": b"gone"}
+    with pytest.raises(UsageError, match="the source has gone away"):
+        results(name, images)
+    assert decoding_threads() == []
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("options", [{"size": 0}, {"size": 4, "resize": 3}, {"size": 4, "workers": -1}])
+def test_arguments_are_checked_first(name: str, options: dict[str, int]) -> None:
+    source = MemorySource({"a/0.jpg": jpeg(), "b/0.jpg": jpeg()})
+    with pytest.raises(ValueError, match="must be at least"):
+        resolve_loader(name)(source, source.samples, **options)
+
+
+# Plain JPEGs
+
+
+def test_what_is_plain() -> None:
+    plain = {key for key, data in every_kind().items() if plain_jpeg(data) is not None}
+    assert plain == {
+        *(f"a/{kind}.jpg" for kind in ("plain", "progressive", "optimised", "full-colour", "half-colour")),
+        *("a/gray.jpg", "a/trailing.jpg", "a/strip.jpg", "a/small.jpg", "a/turned1.jpg", "b/jpeg-called.png"),
+    }
+    assert plain_jpeg(jpeg(0, 60, 45)) == PlainJpeg(60, 45)
+    assert not any(plain_jpeg(data) for key, data in damaged().items() if key != "b/tables.jpg")
+
+
+@pytest.mark.parametrize("part", [0.02, 0.3, 0.7, 0.99])
+def test_a_truncated_file_is_never_plain(part: float) -> None:
+    for data in (jpeg(), jpeg(progressive=True)):
+        assert plain_jpeg(data[: int(len(data) * part)]) is None
+
+
+def test_any_prefix_or_flip_is_answered() -> None:
+    data = bytearray(with_orientation(6))
+    for place in range(min(len(data), 700)):
+        flipped = data.copy()
+        flipped[place] ^= 0xFF
+        assert plain_jpeg(bytes(flipped)) is None or isinstance(plain_jpeg(bytes(flipped)), PlainJpeg)
+        assert plain_jpeg(bytes(data[:place])) is None
+
+
+# Crops chosen
+
+
+@pytest.mark.skipif(not PHOTOGRAPHS.is_file(), reason="no ../shared/data/clothing10.zip beside the checkout")
+@pytest.mark.parametrize("name", FAST)
+def test_photographs_and_the_crops_chosen_from_them_agree(name: str) -> None:
+    """Pixels stay within the bounds, and noisy crops by Shapley values of a network almost all stay in place."""
+    import ddfast
+    from ddfast.ops import noisy_crop_boxes
+
+    source = open_source(PHOTOGRAPHS)
+    samples = source.samples.take(range(0, len(source), len(source) // 48))[:48]
+    images = {}
+    for loader in ("pillow", name):
+        found = [image for _, image in resolve_loader(loader)(source, samples, 64)]
+        images[loader] = torch.stack(found)  # type: ignore[arg-type]
+    for found, wanted in zip(images[name], images["pillow"], strict=True):
+        assert_near(found, wanted, name)
+    torch.manual_seed(0)
+    model = ddfast.create_model("convnet3", num_classes=10, image_size=64).eval()
+    labels = torch.tensor([sample.label for sample in samples])
+    ids = torch.tensor([sample.id for sample in samples])
+    boxes = {}
+    for loader, batch in images.items():
+        phi = ddfast.shapley(model, batch, labels, grid=4, n_samples=32, mean=(0.5,) * 3, std=(0.25,) * 3)
+        boxes[loader] = noisy_crop_boxes(phi, ids, seed=0, grid=4, image_size=64, crop_size=32, crops=5)
+    same = (boxes[name] == boxes["pillow"]).all(dim=2).float().mean()
+    assert same >= 0.97
+
+
+def test_pictures_in_the_tests_are_what_they_say() -> None:
+    assert Image.open(io.BytesIO(every_kind()["a/cmyk.jpg"])).mode == "CMYK"
+    assert Image.open(io.BytesIO(every_kind()["b/sixteen.png"])).mode.startswith("I;16")
