@@ -30,9 +30,10 @@ namespace ddfast::avx512 {
 
 using Pair = uint32_t;  // two bfloat16, the first in the low half
 
-constexpr int64_t kLanes = 16;   // words of a register
-constexpr int64_t kPanel = 14;   // columns of A that are multiplied at a time, each with ...
-constexpr int64_t kChunk = 32;   // ... this many columns of B: 28 registers of sums
+constexpr int64_t kLanes = 16;      // words of a register
+constexpr int64_t kPanel = 14;      // columns of A that are multiplied at a time, each with ...
+constexpr int64_t kChunk = 32;      // ... this many columns of B: 28 registers of sums
+constexpr int64_t kTermBlock = 64;  // of squares, whose sums grow, that are added up before they join a longer sum
 
 inline bool supported() {
   static const bool found = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -82,7 +83,8 @@ DDFAST_AVX512 inline __m512d add_products(__m512 a, __m512 b, __m512d sum) {
       _mm512_cvtps_pd(_mm512_extractf32x8_ps(a, 1)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(b, 1)), sum);
 }
 
-// c[m][n] (+)= sum over rows of a[row][m] * b[row][n], for M columns of a and the lanes of N registers of b.
+// c[m][n] (+)= sum over rows of a[row][m] * b[row][n], for M columns of a and the lanes of N registers of b. The sum is
+// complete before it is added, so that many short calls round less than one long one.
 template <typename Word, int M, int N>
 DDFAST_AVX512 void update(
     Rows<Word> a, Rows<Word> b, int64_t outer, int64_t inner, int64_t width, float* c, int64_t c_stride, bool add) {
@@ -91,10 +93,7 @@ DDFAST_AVX512 void update(
 #pragma GCC unroll 14
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 2
-    for (int n = 0; n < N; ++n) {
-      sums[m][n] = add ? _mm512_maskz_loadu_ps(n == N - 1 ? last : 0xffff, c + m * c_stride + n * kLanes)
-                       : _mm512_setzero_ps();
-    }
+    for (int n = 0; n < N; ++n) sums[m][n] = _mm512_setzero_ps();
   }
   for (int64_t i = 0; i < outer; ++i) {
     const Word* left = a.words + i * a.outer;
@@ -115,7 +114,9 @@ DDFAST_AVX512 void update(
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 2
     for (int n = 0; n < N; ++n) {
-      _mm512_mask_storeu_ps(c + m * c_stride + n * kLanes, n == N - 1 ? last : 0xffff, sums[m][n]);
+      const __mmask16 mask = n == N - 1 ? last : 0xffff;
+      float* to = c + m * c_stride + n * kLanes;
+      _mm512_mask_storeu_ps(to, mask, add ? _mm512_add_ps(load(mask, to), sums[m][n]) : sums[m][n]);
     }
   }
 }
@@ -166,8 +167,11 @@ void gram(const Word* a, int64_t terms, int64_t columns, float* c) {
   for (int64_t n = 0; n < columns; n += kChunk) {
     const int64_t width = std::min(kChunk, columns - n);
     for_each_panel(n + width, [&](int64_t m, int64_t panel) {
-      update_of<Word>(panel, width)(
-          rows.at(0, 0, m), rows.at(0, 0, n), 1, terms, width, c + m * columns + n, columns, false);
+      for (int64_t k = 0; k < terms; k += kTermBlock) {
+        update_of<Word>(panel, width)(
+            rows.at(0, k, m), rows.at(0, k, n), 1, std::min(kTermBlock, terms - k), width, c + m * columns + n, columns,
+            k > 0);
+      }
     });
   }
 }

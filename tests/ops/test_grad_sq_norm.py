@@ -1,3 +1,5 @@
+from itertools import product
+
 import pytest
 import torch
 from torch.library import opcheck
@@ -30,6 +32,15 @@ CONVOLUTIONS = [
     ((5, 5), (3, 3), (4, 4), (2, 2), 1, 5, 3, 9, 8),  # padding wider than the kernel's reach
     ((2, 2), (1, 1), (0, 0), (3, 3), 1, 4, 4, 4, 4),  # one position
     ((3, 3), (2, 2), (5, 0), (1, 1), 1, 2, 3, 3, 8),  # rows that see nothing but padding
+    ((3, 3), (2, 2), (1, 1), (1, 1), 1, 64, 66, 7, 6),  # Gram of pixels, every other one in the middle
+    ((3, 2), (1, 1), (2, 1), (2, 1), 2, 130, 66, 5, 4),  # Gram of pixels, group by group
+    ((3, 3), (1, 2), (0, 3), (1, 2), 1, 48, 80, 4, 19),  # Gram of pixels, some seen by no position
+    ((4, 4), (4, 4), (0, 0), (1, 1), 1, 6, 70, 12, 12),  # patches: Gram of positions
+    ((3, 3), (3, 4), (1, 2), (2, 1), 2, 40, 80, 8, 11),  # the same with padding and groups
+    ((7, 7), (2, 2), (3, 3), (1, 1), 1, 3, 32, 30, 33),  # as in a stem
+    ((3, 3), (1, 1), (1, 1), (2, 2), 20, 20, 40, 9, 9),  # one input and two outputs a group
+    ((3, 3), (1, 2), (1, 1), (1, 1), 40, 40, 40, 10, 9),  # depthwise
+    ((3, 3), (1, 1), (1, 1), (1, 1), 1, 17, 50, 31, 33),  # several blocks of positions
 ]
 
 
@@ -91,6 +102,77 @@ def test_conv2d_takes_ints_for_pairs():
     square = grad_sq_norm_conv2d(images, grads, 3, stride=2, padding=1)
     pairs = grad_sq_norm_conv2d(images, grads, (3, 3), stride=(2, 2), padding=(1, 1), dilation=(1, 1))
     assert torch.equal(square, pairs)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("convolution", CONVOLUTIONS)
+def test_conv2d_in_every_layout_errs_as_plain_pytorch(convolution, dtype, device):
+    kernel, stride, padding, dilation, groups, channels, outputs, height, width = convolution
+    images = random(3, channels, height, width).to(dtype)
+    made = functional.conv2d(
+        images.double(), random(outputs, channels // groups, *kernel), None, stride, padding, dilation, groups
+    )
+    grads = random(*made.shape, seed=1).to(dtype)
+    geometry = (kernel, stride, padding, dilation, groups, True)
+    exact = reference.grad_sq_norm_conv2d(images.double(), grads.double(), *geometry)
+    plain = reference.grad_sq_norm_conv2d(images, grads, *geometry).double()
+    allowed = max(2 * (plain - exact).norm(), 2 * torch.finfo(torch.float32).eps * exact.norm())
+    layouts = (torch.contiguous_format, torch.channels_last)
+    for image_layout, grad_layout in product(layouts, layouts):
+        norms = OPS.grad_sq_norm_conv2d(
+            images.to(device).contiguous(memory_format=image_layout),
+            grads.to(device).contiguous(memory_format=grad_layout),
+            *geometry,
+        )
+        assert norms.dtype == torch.float32
+        assert (norms.cpu().double() - exact).norm() <= allowed
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("lead", [(2, 5), (2, 301)])
+def test_linear_errs_as_plain_pytorch(lead, dtype, device):
+    for inputs, outputs in [(70, 90), (65, 33)]:
+        x, g = random(*lead, inputs).to(dtype), random(*lead, outputs, seed=1).to(dtype)
+        exact = reference.grad_sq_norm_linear(x.double(), g.double(), True)
+        plain = reference.grad_sq_norm_linear(x, g, True).double()
+        norms = grad_sq_norm_linear(x.to(device), g.to(device)).cpu().double()
+        allowed = max(2 * (plain - exact).norm(), 2 * torch.finfo(torch.float32).eps * exact.norm())
+        assert (norms - exact).norm() <= allowed
+
+
+@NATIVE
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_bytes_do_not_depend_on_the_batch_or_the_threads(threads, dtype):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        calls = []
+        for kernel, stride, padding, dilation, groups, channels, outputs, height, width in CONVOLUTIONS[8:13]:
+            images = random(5, channels, height, width, dtype=dtype)
+            made = functional.conv2d(
+                images.float(),
+                torch.zeros(outputs, channels // groups, *kernel),
+                None,
+                stride,
+                padding,
+                dilation,
+                groups,
+            )
+            grads = random(*made.shape, dtype=dtype, seed=1)
+            geometry = (kernel, stride, padding, dilation, groups, True)
+            calls.append((OPS.grad_sq_norm_conv2d, images, grads, geometry))
+        for positions in (3, 200):
+            x, g = random(5, positions, 30, dtype=dtype), random(5, positions, 40, dtype=dtype, seed=1)
+            calls.append((OPS.grad_sq_norm_linear, x, g, (True,)))
+        for op, first, second, rest in calls:
+            together = op(first, second, *rest)
+            for b in range(5):
+                assert torch.equal(op(first[b : b + 1], second[b : b + 1], *rest)[0], together[b])
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("device", DEVICES)
