@@ -29,13 +29,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from bench.kill import digests
 
+T = TypeVar("T")
 Hook = Callable[[int], None]  # called in each forked process with its rank, before the command
 
 CLASSES = ("across", "down", "rising")
@@ -283,7 +285,14 @@ class Suite:
     teacher: Path = field(init=False)
     wanted: dict[str, str] = field(init=False)
     seconds: float = field(init=False)
+    each: int | None = None
     results: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def some(self, faults: Sequence[T]) -> Sequence[T]:
+        """All faults of a family, or as many of them, drawn at random, as were asked for of each."""
+        if self.each is None or len(faults) <= self.each:
+            return faults
+        return self.draws.sample(list(faults), self.each)
 
     def __post_init__(self) -> None:
         from ddfast.methods import run
@@ -342,6 +351,7 @@ class Suite:
     def writes(self) -> list[str]:
         """Names of the files that the undisturbed run commits, in order."""
         log = self.work / "writes"
+        log.unlink(missing_ok=True)
 
         def hook(rank: int) -> None:
             rename = os.replace
@@ -360,16 +370,16 @@ class Suite:
 
 def kills_at_writes(suite: Suite) -> None:
     """SIGKILL around every file that a single process commits."""
-    for number, name in enumerate(suite.writes()):
-        for when in ("before", "torn", "after"):
-            with suite.folder() as out:
-                broken = launch(suite.command(out), hook=at_write(number, when))
-                suite.judge("kill at a write", f"{when} write {number}, {name}", out, broken)
+    moments = product(enumerate(suite.writes()), ("before", "torn", "after"))
+    for (number, name), when in suite.some(list(moments)):
+        with suite.folder() as out:
+            broken = launch(suite.command(out), hook=at_write(number, when))
+            suite.judge("kill at a write", f"{when} write {number}, {name}", out, broken)
 
 
 def kills_of_ranks(suite: Suite) -> None:
     """SIGKILL one of several ranks at a random moment or write; resume with another number of ranks."""
-    for number in range(36):
+    for number in suite.some(range(36)):
         ranks, resumed = suite.draws.choice(((2, 1), (2, 3), (3, 1), (3, 2), (1, 3), (2, 2)))
         victim = suite.draws.randrange(ranks)
         with suite.folder() as out:
@@ -387,7 +397,7 @@ def kills_of_ranks(suite: Suite) -> None:
 
 def changes_of_world_size(suite: Suite) -> None:
     """Score with n ranks, go on with m, and change again in the middle."""
-    for ranks, then in ((1, 2), (1, 3), (2, 1), (2, 3), (3, 1), (3, 2)):
+    for ranks, then in suite.some(((1, 2), (1, 3), (2, 1), (2, 3), (3, 1), (3, 2))):
         with suite.folder() as out:
             broken = launch(suite.command(out), ranks, at_write(3, "after"))
             again = launch(suite.command(out), then, at_write(2, "before", victim=then - 1))
@@ -401,15 +411,15 @@ def changes_of_world_size(suite: Suite) -> None:
 
 def full_disks(suite: Suite) -> None:
     """ENOSPC from every synced file on, file size limits, and small real file systems."""
-    for number in range(0, 2 * len(suite.writes()), 2):
+    for number in suite.some(range(0, 2 * len(suite.writes()), 2)):
         with suite.folder() as out:
             broken = launch(suite.command(out), hook=full_at_sync(number))
             suite.judge("full disk", f"from sync {number} on", out, broken)
-    for limit in (100, 700, 1500, 3000, 6000, 9000, 14000, 30000):
+    for limit in suite.some((300, 700, 1500, 3000, 6000, 9000, 14000, 30000)):
         with suite.folder() as out:
             broken = launch(suite.command(out), hook=file_size_limit(limit))
             suite.judge("full disk", f"no file above {limit} bytes", out, broken)
-    for kilobytes in (16, 32, 48, 64, 96, 128, 160, 192):
+    for kilobytes in suite.some((16, 32, 48, 64, 96, 128, 160, 192)):
         with suite.folder() as out:
             out.mkdir()
             mounted = subprocess.run(
@@ -431,7 +441,7 @@ def damaged_shards(suite: Suite) -> None:
     scored = suite.work / "scored"
     launch([*suite.command(scored)], hook=at_write(len(suite.writes()) - 4, "before"))
     shards = sorted((scored / "scores").glob("part-*.parquet"))
-    for number in range(30):
+    for number in suite.some(range(30)):
         with suite.folder() as out:
             shutil.copytree(scored, out)
             path = out / "scores" / suite.draws.choice(shards).name
@@ -452,7 +462,7 @@ def damaged_shards(suite: Suite) -> None:
                 path.unlink()
             ranks = suite.draws.choice((1, 2, 3))
             suite.judge("damaged shard", f"{kind} {path.name}, {ranks} ranks", out, None, ranks=ranks)
-    for name in ("selection.parquet", "train/metadata.jsonl", "train/00001_down/000000.png"):
+    for name in suite.some(("selection.parquet", "train/metadata.jsonl", "train/00001_down/000000.png")):
         with suite.folder() as out:
             shutil.copytree(scored, out)
             (out / name).write_bytes((out / name).read_bytes()[:-9])
@@ -461,7 +471,7 @@ def damaged_shards(suite: Suite) -> None:
 
 def corrupt_sources(suite: Suite) -> None:
     """Damage 5% of the image files; killed, resumed and shared runs must agree with an undisturbed one on them."""
-    for number in range(6):
+    for number in suite.some(range(6)):
         data = suite.work / f"corrupt-{number}"
         shutil.copytree(suite.data, data)
         files = sorted((data / "train").rglob("*.png"))
@@ -481,7 +491,7 @@ def corrupt_sources(suite: Suite) -> None:
             continue
         wanted = digests(alone)
         bad = json.loads((alone / "manifest.json").read_text())["quarantined"]["count"]
-        for ranks in (1, 2, 3):
+        for ranks in suite.some((1, 2, 3)):
             with suite.folder() as out:
                 broken = launch(
                     suite.command(out, data=data), ranks, at_write(suite.draws.randrange(2, 7), "before")
@@ -500,7 +510,7 @@ def corrupt_sources(suite: Suite) -> None:
 
 def removed_data(suite: Suite) -> None:
     """Take away the data, a class or a file in the middle of a run; put it back and resume."""
-    for number, what in enumerate(("train", "train/down", "train/across/0007.png", ".") * 3):
+    for number, what in suite.some(list(enumerate(("train", "train/down", "train/across", ".") * 3))):
         data = suite.work / "vanishing"
         shutil.rmtree(data, ignore_errors=True)
         shutil.copytree(suite.data, data)
@@ -538,16 +548,15 @@ def refusals(suite: Suite) -> None:
         ("another precision", suite.command(started, "--precision", "auto"), None),
         ("another image size", suite.command(started, "--image-size", "32"), None),
     ]
-    for what, arguments, hook in swaps:
-        for ranks in (1, 2):
-            outcome = launch(arguments, ranks, hook)
-            clear = outcome.refused and not outcome.tracebacks
-            end = "one clear error" if clear else f"lost: {outcome.codes} {outcome.lines[:2]}"
-            suite.note("swap in the middle of a run", f"{what}, {ranks} ranks", end)
+    for (what, arguments, hook), ranks in suite.some(list(product(swaps, (1, 2)))):
+        outcome = launch(arguments, ranks, hook)
+        clear = outcome.refused and not outcome.tracebacks
+        end = "one clear error" if clear else f"lost: {outcome.codes} {outcome.lines[:2]}"
+        suite.note("swap in the middle of a run", f"{what}, {ranks} ranks", end)
     with suite.folder() as out:
         shutil.copytree(started, out)
         suite.judge("swap in the middle of a run", "swapped back", out, None)
-    for cut in (0, 1, 100, -2):
+    for cut in suite.some((0, 1, 100, -2)):
         with suite.folder() as out:
             shutil.copytree(started, out)
             text = (out / "manifest.json").read_bytes()
@@ -563,7 +572,7 @@ def refusals(suite: Suite) -> None:
 
 def torchrun(suite: Suite) -> None:
     """The real torchrun: it restarts the ranks when one is killed, here by itself at a write."""
-    for ranks, write in ((1, 3), (2, 2), (2, 4), (3, 2), (3, 3)):
+    for ranks, write in suite.some(((1, 3), (2, 2), (2, 4), (3, 2), (3, 3))):
         with suite.folder() as out:
             marker = suite.work / "died"
             marker.unlink(missing_ok=True)
@@ -572,7 +581,7 @@ def torchrun(suite: Suite) -> None:
             process = subprocess.run(
                 [
                     *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)),
-                    *("--max-restarts", "2", "--master-port", "0", str(script), str(marker), str(write)),
+                    *("--max-restarts", "2", "--standalone", str(script), str(marker), str(write)),
                     *suite.command(out),
                 ],
                 capture_output=True,
@@ -635,6 +644,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--only", default=",".join(FAMILIES), help="families, with commas between")
     parser.add_argument("--seed", type=int, default=0, help="of moments, victims and damage")
+    parser.add_argument("--each", type=int, default=None, help="faults of each kind; default all")
     parser.add_argument("--work", type=Path, default=Path("runs/faults"))
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "faults.md")
     arguments = parser.parse_args(argv)
@@ -645,7 +655,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import ddfast.distillation  # noqa: F401 - imported here, so that every forked process has it
 
     shutil.rmtree(arguments.work, ignore_errors=True)
-    suite = Suite(arguments.work, random.Random(arguments.seed))
+    suite = Suite(arguments.work, random.Random(arguments.seed), arguments.each)
     started = time.monotonic()
     for name in arguments.only.split(","):
         before = len(suite.results)
@@ -654,7 +664,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name}: {dict(ends)}, {time.monotonic() - started:.0f} s", flush=True)
     table = summary(suite.results)
     print(table)
-    if arguments.only == ",".join(FAMILIES):
+    if arguments.only == ",".join(FAMILIES) and arguments.each is None:
         text = (
             f"Output of `python -m bench.faults --seed {arguments.seed}` (three classes of 100 images, ConvNet-3 of "
             f"width 8, {len(suite.wanted)} files compared, torch {torch.__version__}, pyarrow "

@@ -159,6 +159,10 @@ def join() -> Ranks:
     running = dist.is_available() and dist.is_initialized()
     if not running and size == 1:
         return Ranks()
+    if not running and os.environ.get("MASTER_PORT") == "0":
+        raise UsageError(
+            "torchrun was given port 0, which its processes cannot find: use --standalone or a port"
+        )
     try:
         if not running:
             backend = (

@@ -1,0 +1,164 @@
+"""Several processes on one run: torchrun, restarts with another number of them, and how they stop together."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ddfast.errors import UsageError
+from ddfast.ranks import Ranks, join
+from tests.methods.conftest import digests
+from tests.methods.test_pipeline import distil
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def torchrun(ranks, toy_folder, toy_teacher, out, *extra):
+    """Exit code and error output of a distillation by `ranks` processes."""
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)),
+        *("-m", "ddfast", "distill", "infoutil", "--data", str(toy_folder), "--teacher", str(toy_teacher)),
+        *("--ipc", "2", "--images-per-class", "100", "--factor", "2", "--out", str(out), "--quiet", *extra),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=300)
+    return done.returncode, done.stderr
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Several shards in a small set; `run.py` takes the number from there in every process that is forked."""
+    monkeypatch.setattr("ddfast.methods.run.SHARD_SOURCES", 32)
+
+
+def test_two_ranks_give_the_bytes_of_one_process(toy_folder, toy_teacher, tmp_path):
+    alone = distil(toy_folder, toy_teacher, tmp_path / "alone", images_per_class=100)
+    code, said = torchrun(2, toy_folder, toy_teacher, tmp_path / "two")
+    assert code == 0, said
+    assert digests(tmp_path / "two") == digests(alone)
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["ranks"] == 2
+
+
+def test_an_error_of_all_ranks_is_said_and_nothing_is_written(toy_folder, toy_teacher, tmp_path):
+    code, said = torchrun(2, toy_folder, toy_teacher, tmp_path / "run", "--images-per-class", "3")
+    assert code != 0
+    assert "ddfast: IPC 2 x 4 tiles needs 8 images a class, --images-per-class is 3: raise it" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_rank_s_share_is_done_by_somebody_once(small_shards, toy_folder, toy_teacher, tmp_path):
+    settings = {"images_per_class": 100, "until": "score"}
+    whole = distil(toy_folder, toy_teacher, tmp_path / "whole", **settings)
+    shards = sorted(path.name for path in (whole / "scores").iterdir())
+    assert len(shards) == 6
+    shares = [list(Ranks(rank=rank, size=3).share(len(shards))) for rank in range(3)]
+    assert sorted(number for share in shares for number in share) == list(range(6))
+
+
+SCRIPT = """
+import os, sys, time
+from ddfast.errors import UsageError
+from ddfast.ranks import PeerError, join
+ranks = join()
+assert (ranks.size, ranks.main) == (2, ranks.rank == 0)
+assert ranks.together("plain", lambda: ranks.rank) == ranks.rank
+order = []
+ranks.main_first("first", lambda: time.sleep(0.2 if ranks.main else 0))
+def fail():
+    raise UsageError("no such data: wanted a folder \\u00fc" + "x" * 5000)
+for blamed in (0, 1):
+    try:
+        ranks.together("failing", fail if ranks.rank == blamed else lambda: None)
+    except PeerError as error:
+        assert ranks.rank != blamed and error.shared
+        assert str(error).startswith(f"rank {blamed} stopped: no such data: wanted a folder \\u00fc")
+    except UsageError as error:
+        assert ranks.rank == blamed and error.shared
+    else:
+        raise AssertionError("both must fail")
+try:
+    ranks.meet("here" if ranks.main else "there")
+except UsageError as error:
+    assert "met at here and there" in str(error)
+if ranks.rank == 1:
+    os._exit(0)
+try:
+    ranks.meet("alone")
+except PeerError as error:
+    print(error)
+"""
+
+
+def test_ranks_stop_together_with_the_reason_of_the_one_that_failed():
+    processes = []
+    port = str(20000 + os.getpid() % 20000)
+    for rank in range(2):
+        environment = {
+            **os.environ,
+            "RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-c", SCRIPT], env=environment, stdout=subprocess.PIPE, text=True, cwd=ROOT
+            )
+        )
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert said[0].startswith("lost another rank: it was killed")
+    assert "--resume" in said[0]
+
+
+def test_one_process_is_alone(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    ranks = join()
+    assert (ranks.size, ranks.main, list(ranks.share(3))) == (1, True, [0, 1, 2])
+    ranks.meet("anywhere")
+    with pytest.raises(UsageError, match="its own"):
+        ranks.on_main("here", fail)
+
+
+def fail():
+    raise UsageError("its own")
+
+
+def test_processes_that_do_not_find_each_other_say_so(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UsageError, match=r"2 processes of this run do not find each other .*torchrun"):
+        join()
+
+
+def test_the_number_of_threads_does_not_depend_on_torchrun(monkeypatch):
+    import torch
+
+    from ddfast.methods.run import threads_of
+
+    monkeypatch.delenv("DDFAST_THREADS")
+    monkeypatch.setattr("ddfast.methods.run.usable_cores", lambda: 6)
+    for value in ("1", "6"):
+        monkeypatch.setenv("OMP_NUM_THREADS", value)
+        assert threads_of("auto", torch.device("cpu")) == 6
+    assert threads_of("auto", torch.device("cuda")) == 4
+    assert threads_of("3", torch.device("cpu")) == 3
+    monkeypatch.setenv("DDFAST_THREADS", "2")
+    assert threads_of("auto", torch.device("cpu")) == 2
+    with pytest.raises(UsageError, match="--threads must be auto or a positive number, got 0"):
+        threads_of(0, torch.device("cpu"))
+
+
+def test_a_run_keeps_its_threads_and_its_loader(toy_folder, toy_teacher, tmp_path):
+    out = distil(toy_folder, toy_teacher, tmp_path / "run", threads=1, until="score")
+    with pytest.raises(UsageError, match="was started with --threads 1"):
+        distil(toy_folder, toy_teacher, out, threads=2, resume=True)
+    plan = json.loads((out / "manifest.json").read_text())
+    assert plan["arithmetic"]["loader"] == "pillow"
+    plan["arithmetic"]["loader"] = "dali"
+    (out / "manifest.json").write_text(json.dumps(plan))
+    with pytest.raises(UsageError, match=r'different run \(arithmetic.loader: it has "dali"'):
+        distil(toy_folder, toy_teacher, out, loader="pillow", resume=True)
