@@ -17,6 +17,7 @@ _LAZY = {
     "decode": "decoding",
     "decode_fit": "decoding",
     "fit": "decoding",
+    "export_webdataset": "webdataset_export",
     "load": "loading",
     "load_all": "loading",
     "resolve_loader": "loaders",
@@ -39,6 +40,7 @@ __all__ = [
     "Source",
     "decode",
     "decode_fit",
+    "export_webdataset",
     "fit",
     "is_readable",
     "load",
@@ -70,6 +72,7 @@ if TYPE_CHECKING:
         to_numpy,
         write_table,
     )
+    from ddfast.data.webdataset_export import export_webdataset
 
 
 def __getattr__(name: str) -> Any:

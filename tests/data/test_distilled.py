@@ -337,8 +337,11 @@ def test_torchvision_opens_it_with_the_same_labels(root: Path) -> None:
         assert torch.equal(torch.from_numpy(np.array(picture)).permute(2, 0, 1), opened[index][0])
 
 
-def test_hugging_face_opens_it_with_labels(root: Path, tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
+def test_hugging_face_opens_it_with_labels(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")  # read when the library is imported
+    datasets = pytest.importorskip("datasets", reason="Hugging Face datasets is not installed")
     loaded = datasets.load_dataset(
         "imagefolder", data_dir=str(root), split="train", cache_dir=str(tmp_path / "cache")
     )
