@@ -8,8 +8,11 @@ import triton
 import triton.language as tl
 from ddfast.kernels.masked_batch import _rounded
 
-ROWS = 8  # rows and columns of a tile, or of an image, that a program computes
-COLS = 64  # 4 pixels a thread, so that a thread stores 16 bytes of float32
+# Rows and columns of a tile that a program computes: 4 columns a thread, so that it stores 16 bytes of float32, and 4
+# rows, which share what is computed once a column.
+ROWS = 32
+COLS = 64
+IMAGE_ROWS = 8  # of an image, in the backward pass
 
 
 @triton.jit
@@ -29,6 +32,14 @@ def _divide(x, y):
 def _inverse(x):
     """1 / x, rounded as `_divide` does."""
     return _divide(tl.full(x.shape, 1, x.dtype), x)
+
+
+@triton.jit
+def _quotient(x, y, inverse):
+    """x / y for blocks, as `_divide` rounds it, from `inverse`, which is 1 / y."""
+    y = tl.broadcast_to(y, x.shape)
+    quotient = x * inverse
+    return quotient + tl.fma(-quotient, y, x) * inverse
 
 
 @triton.jit
@@ -92,9 +103,9 @@ def _resized(
 ):
     """Rows `y` and columns `x` of the tile that a box of an image becomes, where they are `inside`.
 
-    The weights of a tap are a column vector times a row vector, so they cost little; each tap is one load of
-    a pixel in its own dtype and one multiply-add. `channel_offset` is that of each column, so that columns
-    may take turns among the channels. BYTES: rounded half up to 0 .. 255.
+    The weights of a tap are a column vector times a row vector; each tap is one load of a pixel in its own
+    dtype and one multiply-add. `channel_offset` is that of each column, so that columns may take turns among
+    the channels. BYTES: rounded half up to 0 .. 255.
     """
     top, rows, shift_y, scale_y = _axis(box, 1, height, image_height, COMPUTE)
     left, cols, shift_x, scale_x = _axis(box, 0, width, image_width, COMPUTE)
@@ -106,21 +117,23 @@ def _resized(
     first_x = _first_tap(centre_x, scale_x)
     rows = tl.where(inside_y, rows, 0)
     cols = tl.where(inside_x, cols, 0)
-    crop = image + top.to(tl.int64) * row_stride + left.to(tl.int64) * col_stride
+    crop = image + channel_offset + top.to(tl.int64) * row_stride + left.to(tl.int64) * col_stride
 
+    # Taps along x outside, along y inside: a thread has as many columns as rows, or more, so that the weights
+    # which are computed again for every tap of the other axis are the fewer ones.
     sums = tl.zeros([y.shape[0], x.shape[0]], COMPUTE)
     total_y = tl.zeros(y.shape, COMPUTE)
     total_x = tl.zeros(x.shape, COMPUTE)
-    for tap_x in range(_taps(scale_x)):
-        total_x += _weight(first_x + tap_x, centre_x, inverse_x, cols)
     for tap_y in range(_taps(scale_y)):
-        weight_y = _weight(first_y + tap_y, centre_y, inverse_y, rows)
-        total_y += weight_y
-        line = crop + (first_y + tap_y).to(tl.int64)[:, None] * row_stride
-        for tap_x in range(_taps(scale_x)):
-            weight_x = _weight(first_x + tap_x, centre_x, inverse_x, cols)
+        total_y += _weight(first_y + tap_y, centre_y, inverse_y, rows)
+    for tap_x in range(_taps(scale_x)):
+        weight_x = _weight(first_x + tap_x, centre_x, inverse_x, cols)
+        total_x += weight_x
+        column = crop + (first_x + tap_x).to(tl.int64) * col_stride
+        for tap_y in range(_taps(scale_y)):
+            weight_y = _weight(first_y + tap_y, centre_y, inverse_y, rows)
             weight = weight_y[:, None] * weight_x[None, :]
-            pixels = line + (channel_offset + (first_x + tap_x).to(tl.int64) * col_stride)[None, :]
+            pixels = column[None, :] + ((first_y + tap_y).to(tl.int64) * row_stride)[:, None]
             sums += weight * tl.load(pixels, mask=weight > 0, other=0).to(COMPUTE)
     sums *= _inverse(total_y)[:, None] * _inverse(total_x)[None, :]
     if BYTES:
@@ -153,8 +166,9 @@ def _crop_resize(
 
     Bytes moved: M C h w e written once (e bytes an element), and the pixels under the boxes read once from
     memory and ceil(2 sy) ceil(2 sx) times from L1, with s = max(1, crop / tile): 4 loads an output pixel when
-    a crop is enlarged. Operations: 2 a load. The loads from L1 bind, then the writes; nothing else is stored,
-    not the crop, not the tile before it is laid into its mosaic.
+    a crop is enlarged. Instructions (sm_90): about 13 a load and 40 an output pixel besides, shared by the 16
+    pixels of a thread. Their issue binds, then the writes; nothing else is stored, not the crop, not the tile
+    before it is laid into its mosaic.
     """
     program = tl.program_id(0).to(tl.int64)
     across = tl.cdiv(width, BLOCK_X)
@@ -220,11 +234,12 @@ def _crop_batch(
     """A program computes BLOCK_Y rows of BLOCK_X numbers, which take turns among the channels, of one tile.
 
     Bytes moved: M C H W e written once for the padded size (e bytes an element), and the pixels under the
-    boxes read once from memory, from L1 as often as _crop_resize reads them. Operations: about 20 for each
-    tap of an element inside the tile, 4 taps where a crop is enlarged, and 20 more; a program that meets
-    padding alone stores zeros and does nothing else. Where half a side or more is padding the writes bind;
-    a tile without padding is bound by the instructions of its taps. Rows of C W e bytes that are a multiple
-    of 16 are stored 16 bytes a thread.
+    boxes read once from memory, from L1 as often as _crop_resize reads them. Instructions (sm_90): about 13 for
+    each tap of an element inside the tile, 4 taps where a crop is enlarged, and 50 besides; a program that
+    meets padding alone stores zeros and does nothing else. Counted for an H200 and float32, tiles of half the
+    side take their writes and their instructions equally long; a tile without padding is bound by the issue
+    of instructions, at a quarter of the bandwidth. Rows of C W e bytes that are a multiple of 16 are stored
+    16 bytes a thread.
     """
     program = tl.program_id(0).to(tl.int64)
     elements = padded_width * CHANNELS
@@ -261,11 +276,13 @@ def _crop_batch(
             COMPUTE,
         )
         if images.dtype.element_ty == tl.uint8:
-            value = _divide(value, tl.full([BLOCK_Y, BLOCK_X], 255, COMPUTE))
+            whole = tl.full([1, BLOCK_X], 255, COMPUTE)
+            value = _quotient(value, whole, _inverse(whole))
         if mean is not None:
             value -= tl.load(mean + channel)[None, :]
         if std is not None:
-            value = _divide(value, tl.load(std + channel)[None, :] + tl.zeros([BLOCK_Y, BLOCK_X], COMPUTE))
+            scale = tl.load(std + channel)[None, :]
+            value = _quotient(value, scale, _inverse(scale))
         value = tl.where(inside_y[:, None] & inside_x[None, :], value, 0.0)
     target = result + (tile * padded_height + row)[:, None] * elements + element[None, :]
     within = (row < padded_height)[:, None] & (element < elements)[None, :]
@@ -396,7 +413,7 @@ def crop_resize(
     mosaics = images.new_empty((tiles // factor**2, channels, factor * height, factor * width))
     if mosaics.numel() == 0:
         return mosaics
-    block_y, block_x = _block(height, width)
+    block_y, block_x = _block(height, width, ROWS)
     blocks = triton.cdiv(height, block_y) * triton.cdiv(width, block_x)
     _crop_resize[(tiles * channels * blocks,)](
         images,
@@ -442,9 +459,10 @@ def crop_batch(
     )
     if result.numel() == 0:
         return result
-    # As many columns as let each of 128 threads store 16 bytes.
-    columns = min(2048 // (ROWS * result.element_size()), triton.next_power_of_2(padded_width * channels))
-    block_y = min(ROWS, triton.next_power_of_2(padded_height))
+    # 16 threads side by side store 16 bytes each, and every thread computes 16 numbers.
+    columns = 16 * 16 // result.element_size()
+    block_y = min(ROWS * COLS // columns, triton.next_power_of_2(padded_height))
+    columns = min(columns, triton.next_power_of_2(padded_width * channels))
     blocks = triton.cdiv(padded_height, block_y) * triton.cdiv(padded_width * channels, columns)
     wide = torch.float64 in (images.dtype, dtype)
     _crop_batch[(tiles * blocks,)](
@@ -501,7 +519,7 @@ def crop_resize_backward(
         block = min(256, triton.next_power_of_2(size))
         _inverse_totals[(tiles,)](boxes, table, low, size, length, COMPUTE=compute, BLOCK=block, num_warps=1)
         inverse_totals.append(table)
-    block_y, block_x = _block(image_height, image_width)
+    block_y, block_x = _block(image_height, image_width, IMAGE_ROWS)
     blocks = triton.cdiv(image_height, block_y) * triton.cdiv(image_width, block_x)
     _crop_resize_backward[(images * channels * blocks,)](
         grad_output.contiguous(),
@@ -524,8 +542,8 @@ def crop_resize_backward(
     return grad_images
 
 
-def _block(height: int, width: int) -> tuple[int, int]:
-    return min(ROWS, triton.next_power_of_2(height)), min(COLS, triton.next_power_of_2(width))
+def _block(height: int, width: int, rows: int) -> tuple[int, int]:
+    return min(rows, triton.next_power_of_2(height)), min(COLS, triton.next_power_of_2(width))
 
 
 def _compute(dtype: torch.dtype) -> tl.dtype:
