@@ -2,6 +2,8 @@
 
 from ddfast.attribution.engine import VALUES, shapley
 from ddfast.attribution.estimators import ESTIMATORS, list_estimators
+from ddfast.attribution.forward import locality_of
 from ddfast.attribution.grad_cam import grad_cam
+from ddfast.attribution.locality import Locality
 
-__all__ = ["ESTIMATORS", "VALUES", "grad_cam", "list_estimators", "shapley"]
+__all__ = ["ESTIMATORS", "VALUES", "Locality", "grad_cam", "list_estimators", "locality_of", "shapley"]

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ddfast.attribution.estimators import make_plan
+from ddfast.attribution.estimators import Plan, make_plan
+from ddfast.attribution.forward import Forward, prepare
 from ddfast.attribution.validation import (
     check_baseline,
     check_chunk_size,
@@ -22,7 +23,7 @@ from ddfast.attribution.validation import (
 )
 from ddfast.ops import masked_batch, shapley_heatmap
 from ddfast.ops._attribution import VALUES
-from ddfast.ops.precision import autocast, resolve_precision
+from ddfast.ops.precision import resolve_precision
 
 DEFAULT_CHUNK_SIZE = 128
 
@@ -85,6 +86,49 @@ def shapley(
             mode, or NaN or infinity from the model.
         TypeError: a baseline tensor that is not floating point.
     """
+    game, plan, chunk = start(
+        model,
+        images,
+        labels,
+        grid=grid,
+        n_samples=n_samples,
+        estimator=estimator,
+        value=value,
+        baseline=baseline,
+        precision=precision,
+        seed=seed,
+        mean=mean,
+        std=std,
+        chunk_size=chunk_size,
+    )
+    phi = game.nothing()
+    for which, scores, projection, _ in evaluations(game, plan, chunk):
+        phi[which] += game.project(which, scores, projection)
+    return phi if game.dtype == torch.float64 else phi.float()
+
+
+def start(
+    model: Callable[[Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    *,
+    grid: int | tuple[int, int],
+    n_samples: int,
+    estimator: str,
+    value: str,
+    baseline: float | Tensor,
+    precision: str,
+    seed: int | Tensor,
+    mean: Channels,
+    std: Channels,
+    chunk_size: int | None,
+) -> tuple[_ImageGame, Plan, int]:
+    """Check the arguments of `shapley`: the games of the images, the plan of their evaluation, and how many
+    masked images a forward pass takes.
+
+    Raises:
+        ValueError, TypeError: as `shapley`.
+    """
     check_images(images, labels)
     check_model(model, images)
     rows, cols = check_grid(grid, images)
@@ -96,22 +140,44 @@ def shapley(
     plan = make_plan(estimator, (rows, cols), n_samples, check_seed(seed, len(images)))
 
     game = _ImageGame(
-        model, images, labels.to(images.device), (rows, cols), value, baseline, mean, std, precision
+        model,
+        images,
+        labels.to(images.device),
+        (rows, cols),
+        value,
+        baseline,
+        mean,
+        std,
+        precision,
+        evaluations=plan.size,
+        chunk=chunk,
     )
-    phi = torch.zeros(len(images), rows * cols, dtype=torch.float64, device=images.device)
-    first = 0
-    if len(images) and not game.baseline_per_image:
+    return game, plan, chunk
+
+
+def evaluations(game: _ImageGame, plan: Plan, chunk: int) -> Iterator[tuple[slice, Tensor, Tensor, bool]]:
+    """Run the plan, one forward pass after another.
+
+    Yields:
+        (which, scores, projection, last): class scores [b, k, classes] of the images `which` under k coalitions,
+        the rows [k, d] or [b, k, d] of the estimator's projection that belong to them, and whether these were the
+        last coalitions of those images.
+
+    Raises:
+        ValueError: at its end, NaN or infinity from the model.
+    """
+    images, first = len(game.images), 0
+    if images and not game.baseline_per_image:
         # Nothing of an image shows in the empty coalition: one evaluation serves all.
         coalitions, projection = plan.rows(0, 1)
         scores = game.scores(slice(0, 1), _of(slice(0, 1), coalitions))
-        phi += game.project(slice(None), scores.expand(len(images), -1, -1), projection)
+        yield slice(None), scores.expand(images, -1, -1), projection, False
         first = 1
-    for which, start, stop in _chunks(len(images), first, plan.size, chunk):
-        coalitions, projection = plan.rows(start, stop)
+    for which, begin, end in _chunks(images, first, plan.size, chunk):
+        coalitions, projection = plan.rows(begin, end)
         scores = game.scores(which, _of(which, coalitions))
-        phi[which] += game.project(which, scores, _of(which, projection))
+        yield which, scores, _of(which, projection), end == plan.size
     game.check_finite()
-    return phi if game.dtype == torch.float64 else phi.float()
 
 
 @dataclass
@@ -127,46 +193,96 @@ class _ImageGame:
     mean: Channels
     std: Channels
     precision: str
+    evaluations: int = 0  # an image, of the whole game; 0: a call's own count tells
+    chunk: int = DEFAULT_CHUNK_SIZE
     evaluated: int = 0
     not_finite: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.dtype = compute_dtype(self.model, self.images)
         self.baseline_per_image = isinstance(self.baseline, Tensor) and self.baseline.dim() == 4
+        self.forward: Forward | None = None
+        self._planned = 0
+        self._variants: tuple[slice, tuple[Tensor, ...]] | None = None
 
     def scores(self, which: slice, coalitions: Tensor) -> Tensor:
         """Class scores [b, k, classes] of the images `which` under coalitions bool [k, d] or [b, k, d]."""
+        count = coalitions.shape[-2]
+        if self.forward is None or (not self.evaluations and count > self._planned):
+            self._planned = self.evaluations or count
+            self.forward = prepare(
+                self.model,
+                (self.images.shape[1], self.images.shape[2], self.images.shape[3]),
+                self.grid,
+                self._planned,
+                dtype=self.dtype,
+                device=self.images.device,
+                precision=self.precision,
+            )
+        maps = self._maps(which) if count > 1 and self.forward.cuts else None
+        if maps is None:
+            scores = self.forward.direct(self._masked(which, coalitions))
+        else:
+            scores = self.forward.assembled(maps, coalitions)
+        images = len(self.images[which]) * count
+        check_scores(scores, images)
+        if self.evaluated == 0:
+            check_labels(self.labels, scores.shape[1])
+        self.evaluated += images
+        self.not_finite.append((~scores.isfinite()).any(dim=1).sum())
+        return scores.unflatten(0, (-1, count))
+
+    def _masked(self, which: slice, coalitions: Tensor) -> Tensor:
+        """The images `which` under coalitions, normalised, [b k, C, H, W] channels-last."""
+        assert self.forward is not None
         baseline = self.baseline
         if isinstance(baseline, Tensor) and self.baseline_per_image:
             baseline = baseline[which]
-        masked = masked_batch(
+        return masked_batch(
             self.images[which],
             coalitions.to(self.images.device),
             grid=self.grid,
             baseline=baseline,
             mean=self.mean,
             std=self.std,
-            dtype=self.dtype,
+            dtype=self.forward.dtype,
         )
-        with autocast(self.precision, masked.device):
-            scores = self.model(masked)
-        check_scores(scores, len(masked))
-        if self.evaluated == 0:
-            check_labels(self.labels, scores.shape[1])
-        self.evaluated += len(masked)
-        self.not_finite.append((~scores.isfinite()).any(dim=1).sum())
-        return scores.unflatten(0, (-1, coalitions.shape[-2]))
+
+    def _maps(self, which: slice) -> tuple[Tensor, ...] | None:
+        """Features of the variants of the images `which`, kept until others are asked for; None: no reuse."""
+        assert self.forward is not None
+        if self._variants is None or self._variants[0] != which:
+            self._variants = None
+            images = len(self.images[which])
+            maps = self.forward.variants(lambda patterns: self._masked(which, patterns), images, self.chunk)
+            if not self.forward.checked:
+                first = slice(which.start, which.start + 1)
+                if not self.forward.agrees(
+                    lambda s: self._masked(first, s), maps, self.grid[0] * self.grid[1]
+                ):
+                    return None
+            self._variants = which, maps
+        return self._variants[1]
+
+    def nothing(self) -> Tensor:
+        """phi [B, d] before the first evaluation, float64: what the evaluations bring is added to it."""
+        rows, cols = self.grid
+        return torch.zeros(len(self.images), rows * cols, dtype=torch.float64, device=self.images.device)
 
     def project(self, which: slice, scores: Tensor, projection: Tensor) -> Tensor:
         """What these scores bring to phi [b, d] of the images `which`: sum_k projection[k, i] v(scores_k)."""
-        dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
-        projection = projection.to(scores.device, dtype)
-        return shapley_heatmap(scores, self.labels[which], projection, value=self.value)
+        return shapley_heatmap(scores, self.labels[which], weights(projection, scores), value=self.value)
 
     def check_finite(self) -> None:
         """Raise where a score was NaN or infinite. Read once, at the end: on a GPU every read waits."""
         bad = int(torch.stack(self.not_finite).sum()) if self.not_finite else 0
         check_finite(bad, self.evaluated, "masked images")
+
+
+def weights(projection: Tensor, scores: Tensor) -> Tensor:
+    """Rows of a projection on the device of the scores, in the dtype that `shapley_heatmap` takes with theirs."""
+    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    return projection.to(scores.device, dtype)
 
 
 def _chunks(images: int, first: int, size: int, chunk: int) -> Iterator[tuple[slice, int, int]]:

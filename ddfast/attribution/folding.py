@@ -1,0 +1,264 @@
+"""A traced model made fast: batch norms inside convolutions, weights laid out and cast once, fused epilogues.
+
+Folding multiplies a convolution's weight by its batch norm's scale, so float32 results keep float32's accuracy
+but not the same last bits as the model's. Everything else here at float32 leaves the bits as they are.
+
+`precision="auto"` casts weights and activations to the low precision once, where autocast would cast the
+weights on every call. It is done where every layer of the graph is known to keep float32 sums inside
+(convolutions, linear layers, poolings, activations); the last linear layer, which gives the scores, stays in
+float32. Other graphs run under autocast.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+_LOW_PRECISION_MODULES = (
+    nn.Conv2d,
+    nn.BatchNorm2d,
+    nn.GroupNorm,
+    nn.Linear,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.Hardtanh,
+    nn.LeakyReLU,
+    nn.SiLU,
+    nn.Hardswish,
+    nn.Hardsigmoid,
+    nn.Sigmoid,
+    nn.GELU,
+    nn.Identity,
+    nn.Dropout,
+    nn.Dropout2d,
+    nn.Flatten,
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool2d,
+)
+_LOW_PRECISION_FUNCTIONS = (
+    operator.add,
+    operator.mul,
+    operator.getitem,
+    torch.add,
+    torch.mul,
+    torch.cat,
+    torch.flatten,
+    torch.relu,
+    torch.sigmoid,
+    F.relu,
+    F.relu6,
+    F.silu,
+    F.gelu,
+    F.hardswish,
+    F.dropout,
+    F.avg_pool2d,
+    F.max_pool2d,
+    F.adaptive_avg_pool2d,
+    getattr,
+)
+_LOW_PRECISION_METHODS = ("add", "mul", "relu", "flatten", "view", "reshape", "size", "mean", "contiguous")
+_RELU_FUNCTIONS = (F.relu, torch.relu)
+_ADD_FUNCTIONS = (operator.add, torch.add)
+
+
+def fold_batch_norms(traced: fx.GraphModule) -> int:
+    """Move every batch norm that alone reads a convolution into that convolution's weight and bias.
+
+    Changes the graph module, whose convolutions become copies. Returns how many were folded.
+    """
+    modules = dict(traced.named_modules())
+    calls = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    folded = 0
+    for node in list(traced.graph.nodes):
+        if node.op != "call_module" or type(modules[node.target]) is not nn.BatchNorm2d:
+            continue
+        source = node.args[0]
+        if (
+            source.op != "call_module"
+            or type(modules[source.target]) is not nn.Conv2d
+            or len(source.users) != 1
+        ):
+            continue
+        if calls.count(node.target) != 1 or calls.count(source.target) != 1:
+            continue
+        norm = modules[node.target]
+        if norm.running_mean is None or norm.running_var is None:
+            continue
+        _set_module(traced, source.target, folded_convolution(modules[source.target], norm))
+        node.replace_all_uses_with(source)
+        traced.graph.erase_node(node)
+        folded += 1
+    traced.recompile()
+    return folded
+
+
+def folded_convolution(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+    """A convolution that gives norm(conv(x)) of a batch norm in eval mode."""
+    mean, variance = norm.running_mean, norm.running_var
+    assert mean is not None
+    assert variance is not None
+    exact = torch.float64 if conv.weight.dtype == torch.float64 else torch.float32
+    scale = (variance.to(exact) + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach().to(exact)
+    shift = -mean.to(exact) if conv.bias is None else conv.bias.detach().to(exact) - mean.to(exact)
+    bias = shift * scale if norm.bias is None else shift * scale + norm.bias.detach().to(exact)
+    weight = conv.weight.detach().to(exact) * scale[:, None, None, None]
+    return _with_weights(conv, weight.to(conv.weight.dtype), bias.to(conv.weight.dtype))
+
+
+def _with_weights(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
+    """The same convolution with other weights, without a copy of its own."""
+    new = copy.copy(conv)
+    new._parameters = {
+        "weight": nn.Parameter(weight, requires_grad=False),
+        "bias": None if bias is None else nn.Parameter(bias, requires_grad=False),
+    }
+    return new.eval()
+
+
+def _set_module(traced: fx.GraphModule, target: str, module: nn.Module) -> None:
+    parent, _, name = target.rpartition(".")
+    setattr(traced.get_submodule(parent), name, module)
+
+
+def low_precision_reason(traced: fx.GraphModule) -> str:
+    """Why the graph is not cast as a whole to a low precision; empty where it can be."""
+    modules = dict(traced.named_modules())
+    for node in traced.graph.nodes:
+        if node.op == "get_attr":
+            return f"it reads the bare tensor {node.target}"
+        if node.op == "call_module" and type(modules[node.target]) not in _LOW_PRECISION_MODULES:
+            return f"it has a {type(modules[node.target]).__name__}"
+        if node.op == "call_function" and node.target not in _LOW_PRECISION_FUNCTIONS:
+            return f"it calls {getattr(node.target, '__name__', node.target)}"
+        if node.op == "call_method" and node.target not in _LOW_PRECISION_METHODS:
+            return f"it calls {node.target}"
+    return ""
+
+
+def cast(traced: fx.GraphModule, dtype: torch.dtype) -> None:
+    """Bring weights to `dtype`, convolutions' in channels-last layout, the last linear layer's to float32.
+
+    The modules that change become copies, the model's own stay as they are.
+    """
+    modules = dict(traced.named_modules())
+    (result,) = (node for node in traced.graph.nodes if node.op == "output")
+    last = result.args[0]
+    for node in list(traced.graph.nodes):
+        if node.op != "call_module":
+            continue
+        module = modules[node.target]
+        if type(module) is nn.Conv2d:
+            weight = module.weight.detach().to(dtype).contiguous(memory_format=torch.channels_last)
+            bias = None if module.bias is None else module.bias.detach().to(dtype)
+            _set_module(traced, node.target, _with_weights(module, weight, bias))
+        elif node is last and type(module) is nn.Linear and dtype.itemsize == 2:
+            with traced.graph.inserting_before(node):
+                wide = traced.graph.call_method("float", (node.args[0],))
+            node.args = (wide,)
+            _set_module(traced, node.target, copy.deepcopy(module).float())
+        elif any(t.is_floating_point() and t.dtype != dtype for t in _tensors(module)):
+            _set_module(traced, node.target, copy.deepcopy(module).to(dtype))
+    traced.recompile()
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def fuse_epilogues(traced: fx.GraphModule, device: torch.device, dtype: torch.dtype) -> int:
+    """Let oneDNN apply the ReLU and the sum of a residual block while it writes a convolution's output.
+
+    conv -> relu, conv -> add -> relu and conv -> add, on the CPU in float32 and bfloat16: one pass over memory
+    where there were two or three, with the same bits. Returns how many convolutions took one.
+    """
+    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16) or not _has_onednn_fusions():
+        return 0
+    modules = dict(traced.named_modules())
+    fused = 0
+    for node in list(traced.graph.nodes):
+        if node.op != "call_module" or type(modules[node.target]) is not nn.Conv2d:
+            continue
+        conv = modules[node.target]
+        if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+            continue
+        end, other = node, None
+        follower = _only_user(end)
+        if follower is not None and _is_sum(follower) and follower.args[0] is not follower.args[1]:
+            candidate = next(arg for arg in follower.args if arg is not end)
+            # The convolution moves to the place of the sum, where both terms are there.
+            if isinstance(candidate, fx.Node) and _same_shape(candidate, end):
+                end, other = follower, candidate
+                follower = _only_user(end)
+        relu = follower is not None and _is_relu(follower, modules)
+        if relu:
+            assert follower is not None
+            end = follower
+        if end is node:
+            continue
+        with traced.graph.inserting_before(end):
+            weight = traced.graph.get_attr(f"{node.target}.weight")
+            bias = None if conv.bias is None else traced.graph.get_attr(f"{node.target}.bias")
+            geometry = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
+            fusion = _conv_relu if other is None else (_conv_add_relu if relu else _conv_add)
+            inputs = (node.args[0],) if other is None else (node.args[0], other)
+            new = traced.graph.call_function(fusion, (*inputs, weight, bias, *geometry))
+        new.meta.update(end.meta)
+        end.replace_all_uses_with(new)
+        fused += 1
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    return fused
+
+
+def _has_onednn_fusions() -> bool:
+    return bool(torch.backends.mkldnn.is_available()) and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+
+
+def _conv_relu(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+    return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *geometry, "relu", [], "")
+
+
+def _conv_add(x: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+    return torch.ops.mkldnn._convolution_pointwise.binary(
+        x, other, weight, bias, *geometry, "add", 1.0, None, [], None
+    )
+
+
+def _conv_add_relu(x: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+    return torch.ops.mkldnn._convolution_pointwise.binary(
+        x, other, weight, bias, *geometry, "add", 1.0, "relu", [], ""
+    )
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _is_sum(node: fx.Node) -> bool:
+    if node.kwargs or len(node.args) != 2:
+        return False
+    return (node.op == "call_function" and node.target in _ADD_FUNCTIONS) or (
+        node.op == "call_method" and node.target == "add"
+    )
+
+
+def _same_shape(a: fx.Node, b: fx.Node) -> bool:
+    """Shapes were recorded by the analysis; unknown ones do not fit."""
+    return a.meta.get("shape") is not None and a.meta.get("shape") == b.meta.get("shape")
+
+
+def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        return type(modules[str(node.target)]) is nn.ReLU
+    if node.op == "call_function":
+        return node.target in _RELU_FUNCTIONS
+    return node.op == "call_method" and node.target == "relu"

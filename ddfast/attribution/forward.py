@@ -1,0 +1,438 @@
+"""The forward passes of the Shapley engine: a model prepared once, then run on masked images at full speed.
+
+`prepare` traces the model, folds its batch norms, casts its weights where a low precision was asked for, fuses
+what the CPU's convolutions can take in while they write, and cuts it where locality reuse pays. What cannot be
+done is left out, with the reason in `Forward.reason`; what cannot be traced runs as it is. The choice depends on
+the model, the size of the images, the grid, the precision and the number of evaluations an image, and on nothing
+that happened before, so equal arguments give equal bits.
+
+A model is prepared again when its structure or its weights change. Graphs and measurements are kept as long as
+the model lives.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, fx, nn
+
+from ddfast.attribution import folding, locality, tracing
+from ddfast.attribution.locality import Cut, Locality
+from ddfast.ops import assemble_masked_features
+from ddfast.ops.precision import autocast, resolve_precision
+
+log = logging.getLogger(__name__)
+
+Stage = Callable[..., tuple[Tensor, ...]]
+Masked = Callable[[Tensor], Tensor]
+"""Coalitions bool [k, d] -> the masked images [b k, C, H, W] of a group of b images."""
+
+# The largest difference between assembled and computed features, as a share of the largest feature. Both come from the
+# same layers, and mostly agree to the bit; but a convolution may take another algorithm at another batch size.
+_AGREEMENT = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-5, torch.float16: 2**-8}
+_AGREEMENT_TF32 = 2e-3
+_CHECKED_COALITIONS = 16
+
+
+@dataclass
+class Forward:
+    """A model as a chain of stages from masked images to class scores, with assemblies between them.
+
+    Attributes:
+        stages: functions of the tensors that the stage before gives, the first one of masked images.
+        cuts: the assembly behind each stage but the last; empty without reuse.
+        dtype: what masked images are given as.
+        precision: what the stages run under, "float32" where they are cast already.
+        reason: why nothing is reused, or what is; why weights are not folded or cast.
+    """
+
+    stages: Sequence[Stage]
+    cuts: Sequence[Cut]
+    dtype: torch.dtype
+    precision: str
+    reason: str
+    checked: bool = field(default=False, init=False)
+
+    def direct(self, masked: Tensor) -> Tensor:
+        """Scores [n, classes] of masked images [n, C, H, W]."""
+        with autocast(self.precision, masked.device):
+            values: tuple[Tensor, ...] = (masked,)
+            for stage in self.stages:
+                values = stage(*values)
+        return values[0]
+
+    def variants(self, masked: Masked, images: int, chunk: int) -> tuple[Tensor, ...]:
+        """The features [b, variants, C, h, w] from which every coalition's are assembled at the last cut.
+
+        Args:
+            masked: the masked images of a group of b images.
+            images: b.
+            chunk: masked images in one pass, at most.
+        """
+        maps: tuple[Tensor, ...] = ()
+        for stage, cut, before in zip(self.stages[:-1], self.cuts, (None, *self.cuts), strict=False):
+            together = max(1, chunk // images)
+            pieces = []
+            for patterns in cut.patterns.split(together):
+                inputs = (masked(patterns),) if before is None else assemble(before, maps, patterns)
+                with autocast(self.precision, inputs[0].device):
+                    pieces.append([_by_image(features, images) for features in stage(*inputs)])
+            maps = tuple(_join(piece) for piece in zip(*pieces, strict=True))
+        return maps
+
+    def assembled(self, maps: tuple[Tensor, ...], coalitions: Tensor) -> Tensor:
+        """Scores [b k, classes] under coalitions bool [k, d] or [b, k, d] from the variants' features."""
+        inputs = assemble(self.cuts[-1], maps, coalitions)
+        with autocast(self.precision, inputs[0].device):
+            return self.stages[-1](*inputs)[0]
+
+    def agrees(self, masked: Masked, maps: tuple[Tensor, ...], players: int) -> bool:
+        """Whether assembled features of an image are those that the model computes for it.
+
+        Compared once, under 16 coalitions drawn at random; where they differ, reuse is given up.
+
+        Args:
+            masked: the masked images of the first image of a group.
+            maps: the variants' features of the group.
+            players: d.
+        """
+        generator = torch.Generator().manual_seed(0)
+        coalitions = torch.rand(_CHECKED_COALITIONS, players, generator=generator) < 0.5
+        found = assemble(self.cuts[-1], tuple(features[:1] for features in maps), coalitions)
+        values: tuple[Tensor, ...] = (masked(coalitions),)
+        with autocast(self.precision, values[0].device):
+            for stage in self.stages[:-1]:
+                values = stage(*values)
+        self.checked = True
+        for wanted, features, table in zip(values, found, self.cuts[-1].tables, strict=True):
+            if table is None:
+                continue
+            allowed = _AGREEMENT.get(features.dtype, 0.0)
+            if features.is_cuda and features.dtype == torch.float32:
+                allowed = _AGREEMENT_TF32
+            difference = (wanted.double() - features.double()).abs().amax()
+            # Not finite: the caller counts such scores and raises.
+            if bool(difference > allowed * wanted.double().abs().amax()):
+                where = ", ".join(self.cuts[-1].frontier)
+                self.reason = f"features assembled at {where} differ from computed ones by {difference:.3g}"
+                log.warning("locality reuse is off: %s", self.reason)
+                self.cuts = ()
+                return False
+        return True
+
+
+def assemble(cut: Cut, maps: tuple[Tensor, ...], coalitions: Tensor) -> tuple[Tensor, ...]:
+    """The tensors of a cut [b k, C, h, w] under coalitions bool [k, d] or [b, k, d]."""
+    coalitions = coalitions.to(maps[0].device)
+    return tuple(
+        # Where only the shape is read, one number stands for all.
+        features.new_zeros(()).expand(len(features) * coalitions.shape[-2], *features.shape[2:])
+        if table is None
+        else assemble_masked_features(features, coalitions, table)
+        for features, table in zip(maps, cut.tables, strict=True)
+    )
+
+
+def _by_image(features: Tensor, images: int) -> Tensor:
+    """[b v, C, h, w] as [b, v, h, w, C]."""
+    return features.permute(0, 2, 3, 1).unflatten(0, (images, -1))
+
+
+def _join(pieces: Sequence[Tensor]) -> Tensor:
+    """Pieces [b, v, h, w, C] of the variants as [b, V, C, h, w], channels last in memory."""
+    joined = pieces[0] if len(pieces) == 1 else torch.cat(tuple(pieces), dim=1)
+    return joined.permute(0, 1, 4, 2, 3)
+
+
+# --- preparing a model
+
+
+@dataclass
+class _Prepared:
+    """What is kept of a model while it lives."""
+
+    structure: int
+    weights: tuple
+    probes: locality.Probes = field(default_factory=dict)
+    found: dict[tuple, Locality] = field(default_factory=dict)
+    forwards: dict[tuple, Forward] = field(default_factory=dict)
+
+
+_PREPARED: weakref.WeakKeyDictionary[nn.Module, _Prepared] = weakref.WeakKeyDictionary()
+
+
+def prepare(
+    model: Callable[[Tensor], Tensor],
+    image_size: tuple[int, int, int],
+    grid: tuple[int, int],
+    evaluations: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    precision: str = "float32",
+) -> Forward:
+    """The forward passes of a model over masked images.
+
+    Args:
+        model: module in eval mode, or function.
+        image_size: (channels, height, width).
+        grid: (rows, columns) of patches.
+        evaluations: coalitions an image.
+        dtype: dtype of the model's parameters.
+        device: where they are.
+        precision: "float32" or "auto"; the latter lowers float32 models only.
+    """
+    if not isinstance(model, nn.Module):
+        return _as_it_is(model, dtype, precision, "the model is a function, not a module")
+    kept, structure = _PREPARED.get(model), tracing.fingerprint(model)
+    if kept is None or kept.structure != structure:
+        kept = _PREPARED[model] = _Prepared(structure, ())
+    weights = _weights(model)
+    if kept.weights != weights:
+        kept.weights = weights
+        kept.forwards.clear()
+    settings = (image_size, grid, dtype, str(device), precision, _compiles())
+    found = kept.found.get((settings, evaluations))
+    if found is None or (settings, found.key) not in kept.forwards:
+        forward, found = _make(model, kept, image_size, grid, evaluations, dtype, device, precision)
+        kept.found[settings, evaluations] = found
+        kept.forwards[settings, found.key] = forward
+    return kept.forwards[settings, found.key]
+
+
+def locality_of(
+    model: Callable[[Tensor], Tensor],
+    image_size: int | tuple[int, int] | tuple[int, int, int],
+    grid: int | tuple[int, int] = 4,
+    evaluations: int = 64,
+) -> Locality:
+    """What `shapley` reuses between the coalitions of an image, and why not more.
+
+    Args:
+        model: module in eval mode; a function is never reused.
+        image_size: pixels a side, (height, width) or (channels, height, width); 3 channels by default.
+        grid: cells a side, or (rows, columns).
+        evaluations: coalitions an image.
+
+    Returns:
+        A `Locality`: `cut` names the tensors that are assembled (None: none), `reason` says why there or why
+        not, `share_of_work` is the share of a forward pass before the cut, `speedup` the gain to expect.
+    """
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    size = size if len(size) == 3 else (3, *size)
+    cells = (grid, grid) if isinstance(grid, int) else grid
+    try:
+        graph = _graph(model)
+        return _analysed(model, graph, size, cells, evaluations, {})
+    except (tracing.CannotTraceError, locality.NoReuseError) as error:
+        return Locality(reason=str(error))
+
+
+def _as_it_is(model: Callable[[Tensor], Tensor], dtype: torch.dtype, precision: str, reason: str) -> Forward:
+    log.debug("the model runs as it is: %s", reason)
+    # Autocast lowers float32 only.
+    return Forward(
+        [lambda masked: (model(masked),)],
+        (),
+        dtype,
+        precision if dtype == torch.float32 else "float32",
+        reason,
+    )
+
+
+@torch.no_grad()
+def _make(
+    model: nn.Module,
+    kept: _Prepared,
+    image_size: tuple[int, int, int],
+    grid: tuple[int, int],
+    evaluations: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    precision: str,
+) -> tuple[Forward, Locality]:
+    try:
+        graph = _graph(model)
+        found = _analysed(model, graph, image_size, grid, evaluations, kept.probes)
+    except (tracing.CannotTraceError, locality.NoReuseError) as error:
+        reference = weakref.ref(model)  # the cache must not keep the model alive
+
+        def run(masked: Tensor) -> Tensor:
+            alive = reference()
+            assert alive is not None
+            return alive(masked)
+
+        return _as_it_is(run, dtype, precision, str(error)), Locality(reason=str(error))
+    log.info("locality reuse: %s", found.reason)
+    reason = found.reason
+    low = resolve_precision(precision, device) if dtype == torch.float32 else None
+    under = "float32"
+    if low is not None:
+        refused = folding.low_precision_reason(graph)
+        if refused:
+            under, low = precision, None
+            reason += f"; autocast runs it: {refused}"
+    folding.cast(graph, low or dtype)
+    stages: list[Stage] = []
+    for part in _split(graph, found.cuts):
+        if under == "float32":
+            folding.fuse_epilogues(part, device, low or dtype)
+        stages.append(_accelerated(part, device))
+    tables = [
+        replace(cut, tables=tuple(None if t is None else t.to(device) for t in cut.tables))
+        for cut in found.cuts
+    ]
+    return Forward(stages, tables, low or dtype, under, reason), found
+
+
+def _graph(model: Callable[[Tensor], Tensor]) -> fx.GraphModule:
+    graph = tracing.trace(model)
+    folding.fold_batch_norms(graph)
+    return graph
+
+
+@torch.no_grad()
+def _analysed(
+    model: Callable[[Tensor], Tensor],
+    graph: fx.GraphModule,
+    image_size: tuple[int, int, int],
+    grid: tuple[int, int],
+    evaluations: int,
+    probes: locality.Probes,
+) -> Locality:
+    """Shapes and work of the graph's nodes, noted in them, and the cuts that pay.
+
+    Raises:
+        NoReuseError: the graph does not give what the model gives.
+    """
+    parameter = next((p for p in graph.parameters() if p.is_floating_point()), torch.empty(0))
+    # Any image will do; this one has no symmetry.
+    image = torch.linspace(-2, 2, image_size[0] * image_size[1] * image_size[2]).sin().view(1, *image_size)
+    image = image.to(parameter.device, parameter.dtype)
+    with autocast("float32", image.device):
+        locality.measure(graph, image)
+        wanted, given = model(image), graph(image)
+        if not _close(given, wanted):
+            raise locality.NoReuseError("the traced graph does not give what the model gives")
+        return locality.find(graph, image_size, grid, evaluations, probes)
+
+
+def _close(given: Tensor, wanted: Tensor) -> bool:
+    """Whether scores agree but for the rounding of folded weights."""
+    if not isinstance(wanted, Tensor) or given.shape != wanted.shape or given.dtype != wanted.dtype:
+        return False
+    low = wanted.dtype.itemsize == 2 or wanted.is_cuda
+    given, wanted = given.double(), wanted.double()
+    return bool(
+        (given - wanted).abs().amax() <= (0.05 if low else 1e-3) * wanted.abs().amax().clamp(min=1e-30)
+    )
+
+
+def _weights(model: nn.Module) -> tuple:
+    """Changes whenever a weight does: addresses, versions, and the values, as `tensor.data` counts no version."""
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    places = tuple((t.data_ptr(), t._version if not t.is_inference() else 0, t.shape) for t in tensors)
+    if not tensors:
+        return places
+    # The hash is an exclusive or of bits, which a change of an even number of signs leaves as it was.
+    hashes = torch.stack([torch.hash_tensor(t.detach()).view(torch.int64) for t in tensors]).tolist()
+    sums = torch.stack([t.detach().sum(dtype=torch.float64) for t in tensors]).tolist()
+    return (*places, *hashes, *sums)
+
+
+def _split(graph: fx.GraphModule, cuts: Sequence[Cut]) -> list[fx.GraphModule]:
+    """The graph in parts, one before each cut and one behind the last; each gives a tuple of tensors."""
+    done: set[str] = set()
+    given: tuple[str, ...] = tuple(n.name for n in graph.graph.nodes if n.op == "placeholder")
+    parts = []
+    everything = [node for node in graph.graph.nodes if node.op != "placeholder"]
+    for inside, wanted in [*((cut.inside, cut.frontier) for cut in cuts), (None, None)]:
+        part, copies = fx.Graph(), {}
+        originals = {node.name: node for node in graph.graph.nodes}
+        for name in given:
+            copies[originals[name]] = part.placeholder(name)
+            copies[originals[name]].meta.update(originals[name].meta)
+        for node in everything:
+            constant = not node.meta.get("depends", True)
+            here = (inside is None or node.name in inside) and node.name not in done
+            if node.op == "output" or not (here or constant):
+                continue
+            if node not in copies:
+                copies[node] = part.node_copy(node, copies.__getitem__)
+        names = wanted if wanted is not None else (everything[-1].args[0].name,)
+        part.output(tuple(copies[originals[name]] for name in names))
+        module = fx.GraphModule(graph, part)
+        module.graph.eliminate_dead_code()
+        module.recompile()
+        parts.append(module.eval())
+        done, given = set(inside or ()), names
+    return parts
+
+
+# --- what a GPU, or a compiler, adds
+
+
+def _compiles() -> bool:
+    """Whether stages go through torch.compile: where DDFAST_COMPILE=1.
+
+    It is not the default: it takes a minute at first, and on the CPU it gained less over folded and fused
+    convolutions than runs vary.
+    """
+    return os.environ.get("DDFAST_COMPILE", "0") == "1"
+
+
+def _accelerated(stage: fx.GraphModule, device: torch.device) -> Stage:
+    run: Stage = torch.compile(stage, dynamic=False) if _compiles() else stage
+    return CudaGraphs(run) if device.type == "cuda" else run
+
+
+class CudaGraphs:
+    """Calls of a function on a GPU, recorded where shapes repeat and then replayed without the host's work.
+
+    The first two calls of a shape run as they are, the third is recorded. Kernels and results are the same. What
+    cannot be recorded runs on without, with the reason in `reason`.
+    """
+
+    MAX_RECORDINGS = 4  # each holds the memory of a pass
+
+    def __init__(self, function: Stage) -> None:
+        self.function = function
+        self.reason = ""
+        self._calls: dict[tuple, int] = {}
+        self._recorded: dict[tuple, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], tuple[Tensor, ...]]] = {}
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The function of these tensors."""
+        if self.reason or not all(t.is_cuda for t in inputs) or torch.is_autocast_enabled("cuda"):
+            return self.function(*inputs)
+        key = tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs)
+        if key not in self._recorded:
+            self._calls[key] = self._calls.get(key, 0) + 1
+            if self._calls[key] < 3 or len(self._recorded) == self.MAX_RECORDINGS:
+                return self.function(*inputs)
+            try:
+                self._recorded[key] = self._record(inputs)
+            except RuntimeError as error:
+                self.reason = f"the pass cannot be recorded: {str(error).splitlines()[0]}"
+                log.info("CUDA graphs are off: %s", self.reason)
+                torch.cuda.synchronize()
+                return self.function(*inputs)
+        graph, places, outputs = self._recorded[key]
+        for place, tensor in zip(places, inputs, strict=True):
+            place.copy_(tensor)
+        graph.replay()
+        return tuple(output.clone() for output in outputs)
+
+    def _record(
+        self, inputs: tuple[Tensor, ...]
+    ) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        places = tuple(t.clone() for t in inputs)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = self.function(*places)
+        return graph, places, outputs
