@@ -68,10 +68,10 @@ def captum_error(settings: Settings) -> Iterator[Measurable]:
     it is from the exact values: a gate holds that to a tenth of Captum's error.
     """
     require("captum")
-    images = settings.size(6, quick=2, gpu=32)
+    images = settings.size(6, quick=2, gpu=16)
     found = subject(settings, images, settings.size(224, quick=32, gpu=224))
     explain = partial(_ours, found)
-    evaluations = settings.size(1024, quick=192, gpu=8192)
+    evaluations = settings.size(1024, quick=192, gpu=4096)
     halves = [
         explain("float32", evaluations, 1000 + half, estimator="permutation").double().cpu()
         for half in range(2)

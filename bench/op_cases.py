@@ -72,6 +72,7 @@ def op_cases(settings: Settings) -> Iterator[OpCase]:
     for channels, side in ((64, 28), (256, 7)):
         yield _conv2d(settings, channels, side)
     yield _norm(settings)
+    yield _normalization_backward(settings)
     yield _embedding(settings)
 
 
@@ -421,6 +422,43 @@ def _norm(settings: Settings) -> OpCase:
         plain,
         lambda: _close(ours, plain, "squared norms", 1e-5),
         bytes=_bytes(x, g),
+    )
+
+
+def _normalization_backward(settings: Settings) -> OpCase:
+    count, channels, side = settings.size((16, 64, 56), quick=(2, 8, 4), gpu=(128, 256, 56))
+    groups = channels // 4
+    x, g = (_normal(settings, count, channels, side, side) for _ in range(2))
+    weight = _normal(settings, channels)
+    flat = x.view(count, groups, -1)
+    mean, rstd = flat.mean(2), (flat.var(2, correction=0) + 1e-5).rsqrt()
+
+    def plain() -> Tensor:
+        """GroupNorm's backward pass, and the norm of its parameters' gradients from the normalised input."""
+        normal = ((flat - mean[..., None]) * rstd[..., None]).view_as(x)
+        squares = (normal * g).sum((2, 3)).square().sum(1) + g.sum((2, 3)).square().sum(1)
+        inner = (g * weight[:, None, None]).view(count, groups, -1)
+        along = (inner * normal.view_as(inner)).mean(2, keepdim=True)
+        grad = (inner - inner.mean(2, keepdim=True) - normal.view_as(inner) * along) * rstd[..., None]
+        return torch.cat((grad.flatten(), squares))
+
+    fused = partial(ops.normalization_backward, x, g, mean, rstd, weight)
+
+    def check() -> list[Check]:
+        grad, squares = fused()
+        wanted = plain()
+        return [
+            Check("gradient", relative_error(grad.flatten(), wanted[:-count]), 1e-5),
+            Check("squared norms", relative_error(squares, wanted[-count:]), 1e-5),
+        ]
+
+    return OpCase(
+        "normalization_backward",
+        f"GroupNorm, {count} x {channels} channels of {side} px",
+        lambda: fused()[0],
+        plain,
+        check,
+        bytes=3 * _bytes(x),
     )
 
 

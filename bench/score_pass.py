@@ -216,6 +216,11 @@ def score_pass(settings: Settings) -> Iterator[Measurable]:
     The stages are timed one after another by PyTorch's profiler, decoding included, so that they add up to one; a run
     decodes in other threads while it scores, which is the rate of "JPEG files".
     """
+    yield from passes(settings)
+
+
+def passes(settings: Settings) -> Iterator[Pass]:
+    """The score pass in every arithmetic, on one micro-batch of images."""
     batch = settings.size(MICRO_BATCH, quick=2, gpu=MICRO_BATCH)
     found = subject(settings, batch, settings.size(224, quick=32, gpu=224))
     found.model.to(memory_format=torch.channels_last)  # as the pipeline does

@@ -167,6 +167,12 @@ def _norm(dtype: torch.dtype, dims: tuple[int, int]) -> Tensor:
     return ops.grad_sq_norm_norm(_random(*shape, dtype=dtype), _random(*shape, dtype=dtype), dims)
 
 
+def _normalization(groups: int | None) -> Any:
+    x, g = _random(4, 64, 28, 28), _random(4, 64, 28, 28)
+    mean = _random(64) if groups is None else _random(4, groups)
+    return ops.normalization_backward(x, g, mean, mean.abs() + 1, _random(64))
+
+
 def _embedding() -> Tensor:
     return ops.grad_sq_norm_embedding(torch.randint(0, 50, (8, 64)), _random(8, 64, 256))
 
@@ -277,6 +283,15 @@ def cases() -> list[Case]:
                 main=("_affine",),
             )
             for what, dims in (("BatchNorm", (1, 1)), ("LayerNorm", (2, 2)))
+        ),
+        Case("normalization_backward", "BatchNorm", partial(_normalization, None), main=("_pass",)),
+        Case(
+            "normalization_backward",
+            "GroupNorm",
+            partial(_normalization, 32),
+            store=4,
+            why="the first of its two passes stores sums",
+            main=("_pass",),
         ),
         Case(
             "grad_sq_norm_embedding",
