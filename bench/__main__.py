@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import os
 import sys
@@ -20,16 +21,6 @@ from bench.results import RESULTS, plot, read_csv, rows_of, summary, write_csv
 from ddfast.data.files import atomic_write_text
 from ddfast.errors import UsageError
 
-# What needs data, a teacher or a GPU, or measures no speed: module and what it does.
-COMMANDS = {
-    "compare": "students trained on the sets of several methods, side by side",
-    "kill": "kill a distillation at random moments, resume, compare bytes",
-    "faults": "break a distillation in every way that a long run breaks, and compare what is left",
-    "captum_suite": "Captum's own tests of the attribution classes, with ddfast's in their place",
-    "loading": "images a second from archive to model input: DALI, torchvision and Pillow",
-    "static": "compile every Triton kernel ahead of time: registers, spills, widths, matrix instructions",
-    "gpu": "everything that needs a GPU, within eight minutes",
-}
 SPEED_MODULES = ("attribution", "norms", "op_cases", "score_pass")
 
 
@@ -44,6 +35,21 @@ def load_entries() -> dict[str, Entry]:
     }
 
 
+def commands() -> dict[str, str]:
+    """The modules beside this one with a `main`, and the first line of what each says it does.
+
+    They are what needs data, a teacher or a GPU, or measures no speed. Read, not imported.
+    """
+    found = {}
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        tree = ast.parse(path.read_text("utf-8"))
+        if path != Path(__file__) and any(
+            isinstance(part, ast.FunctionDef) and part.name == "main" for part in tree.body
+        ):
+            found[path.stem] = (ast.get_docstring(tree) or "").partition("\n")[0].rstrip(".:")
+    return found
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the benchmark named first with the arguments behind it."""
     entries = load_entries()
@@ -54,15 +60,15 @@ def main(argv: Sequence[str]) -> int:
         print(
             f"  {'all':<18} all of these, about {_minutes(entries.values()):.0f} minutes on two cores\n\nothers:"
         )
-        for name, what in COMMANDS.items():
+        for name, what in commands().items():
             print(f"  {name:<18} {what}")
         return 0
     name, rest = argv[0], argv[1:]
-    if name in COMMANDS:
+    if name in (known := commands()):
         return int(importlib.import_module(f"bench.{name}").main(rest))
     if name != "all" and name not in entries:
-        known = ", ".join((*entries, "all", *COMMANDS))
-        print(f"ddfast bench: unknown benchmark {name!r}; known: {known}", file=sys.stderr)
+        names = ", ".join((*entries, "all", *known))
+        print(f"ddfast bench: unknown benchmark {name!r}; known: {names}", file=sys.stderr)
         return 2
     chosen = list(entries.values()) if name == "all" else [entries[name]]
     try:
