@@ -283,6 +283,86 @@ DDFAST_AVX512 inline void interleave(const uint16_t* from, const uint16_t* next,
   }
 }
 
+// --- one element of 16 bits (bfloat16) or 32 (float) a lane
+
+DDFAST_AVX512 inline __m512 load_floats(__mmask16 mask, const float* at) { return _mm512_maskz_loadu_ps(mask, at); }
+DDFAST_AVX512 inline __m512 load_floats(__mmask16 mask, const uint16_t* at) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(load_word(mask, at), 16));
+}
+
+DDFAST_AVX512 inline void store_floats(float* at, __mmask16 mask, __m512 values) {
+  _mm512_mask_storeu_ps(at, mask, values);
+}
+DDFAST_AVX512 inline void store_floats(uint16_t* at, __mmask16 mask, __m512 values) {
+  _mm256_mask_storeu_epi16(at, mask, (__m256i)_mm512_cvtneps_pbh(values));
+}
+
+// A channel of a normalisation: normalised = (x - mean) * rstd, gradient = scale * g - offset - slope * normalised.
+struct Normalization {
+  __m512 mean, rstd, scale, offset, slope;
+};
+
+// Lanes of g into its sum, and of g * normalised into theirs; the gradient at the input is written where kWrite.
+template <bool kWrite, typename Element>
+DDFAST_AVX512 inline void normalize(
+    __mmask16 mask, const Element* x, const Element* g, Element* out, const Normalization& channel, __m512& grad_sum,
+    __m512& product_sum) {
+  const __m512 grad = load_floats(mask, g);
+  const __m512 normalized = _mm512_maskz_mul_ps(mask, _mm512_sub_ps(load_floats(mask, x), channel.mean), channel.rstd);
+  grad_sum = _mm512_add_ps(grad_sum, grad);
+  product_sum = _mm512_fmadd_ps(grad, normalized, product_sum);
+  if constexpr (kWrite) {
+    const __m512 less = _mm512_fmadd_ps(channel.slope, normalized, channel.offset);
+    store_floats(out, mask, _mm512_fmsub_ps(channel.scale, grad, less));
+  }
+}
+
+// A plane of one channel, whose five numbers are at `channel`. Adds to sums[0] and sums[1].
+template <bool kWrite, typename Element>
+DDFAST_AVX512 void normalize_plane(
+    const Element* x, const Element* g, Element* out, int64_t count, const float* channel, double* sums) {
+  const Normalization values{
+      _mm512_set1_ps(channel[0]), _mm512_set1_ps(channel[1]), _mm512_set1_ps(channel[2]), _mm512_set1_ps(channel[3]),
+      _mm512_set1_ps(channel[4])};
+  for (int64_t begin = 0; begin < count; begin += kTermBlock * kLanes) {
+    const int64_t end = std::min(begin + kTermBlock * kLanes, count);
+    __m512 grad_sum = _mm512_setzero_ps(), product_sum = _mm512_setzero_ps();
+    for (int64_t k = begin; k < end; k += kLanes) {
+      normalize<kWrite>(lanes(end - k), x + k, g + k, out + k, values, grad_sum, product_sum);
+    }
+    sums[0] += static_cast<double>(_mm512_reduce_add_ps(grad_sum));
+    sums[1] += static_cast<double>(_mm512_reduce_add_ps(product_sum));
+  }
+}
+
+// Rows [count, width] of `width` channels, whose five numbers are at `channels` [5, width]. Adds to sums [2, width].
+template <bool kWrite, typename Element>
+DDFAST_AVX512 void normalize_rows(
+    const Element* x, const Element* g, Element* out, int64_t count, int64_t width, const float* channels,
+    double* sums) {
+  for (int64_t begin = 0; begin < count; begin += kTermBlock) {
+    const int64_t end = std::min(begin + kTermBlock, count);
+    for (int64_t c = 0; c < width; c += kLanes) {
+      const __mmask16 mask = lanes(width - c);
+      const float* channel = channels + c;
+      const Normalization values{
+          load(mask, channel), load(mask, channel + width), load(mask, channel + 2 * width),
+          load(mask, channel + 3 * width), load(mask, channel + 4 * width)};
+      __m512 grad_sum = _mm512_setzero_ps(), product_sum = _mm512_setzero_ps();
+      for (int64_t at = begin * width + c; at < end * width; at += width) {
+        normalize<kWrite>(mask, x + at, g + at, out + at, values, grad_sum, product_sum);
+      }
+      float parts[2 * kLanes];
+      _mm512_storeu_ps(parts, grad_sum);
+      _mm512_storeu_ps(parts + kLanes, product_sum);
+      for (int64_t lane = 0; lane < std::min<int64_t>(kLanes, width - c); ++lane) {
+        sums[c + lane] += static_cast<double>(parts[lane]);
+        sums[width + c + lane] += static_cast<double>(parts[kLanes + lane]);
+      }
+    }
+  }
+}
+
 }  // namespace ddfast::avx512
 #else
 #define DDFAST_HAS_AVX512 0

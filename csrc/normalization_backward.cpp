@@ -11,12 +11,14 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <tuple>
 #include <type_traits>
 #include <vector>
 
+#include "avx512_products.h"
 #include "dispatch.h"
 #include "layout.h"
 
@@ -25,112 +27,98 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kLanes = 16;  // sums that are added to side by side
+// What each channel of a sample needs, one after another: [5, channels].
+template <typename Sum>
+struct Channels {
+  explicit Channels(int64_t count) : count(count), values(5 * count), sums(2 * count) {}
+
+  Sum* mean() { return values.data(); }
+  Sum* rstd() { return mean() + count; }
+  Sum* scale() { return mean() + 2 * count; }   // gradient = scale * g
+  Sum* offset() { return mean() + 3 * count; }  //            - offset
+  Sum* slope() { return mean() + 4 * count; }   //            - slope * (x - mean) * rstd
+  double* grad_sums() { return sums.data(); }            // of g
+  double* product_sums() { return sums.data() + count; }  // of g * (x - mean) * rstd
+
+  int64_t count;
+  std::vector<Sum> values;
+  std::vector<double> sums;
+};
+
 constexpr int64_t kBlock = 16;  // terms that are added up in float before they join a sum in double
 
-// What turns an element of one channel into its share of the sums, and into the gradient at the input:
-// normalised = (x - mean) * rstd; gradient = scale * g - offset - slope * normalised.
-template <typename Sum>
-struct Channel {
-  Sum mean, rstd, scale, offset, slope;
-};
-
-struct Sums {
-  double grad = 0, product = 0;  // of g, and of g * normalised
-};
-
-// One channel whose elements lie side by side.
-template <typename T, typename Sum>
-Sums sum_plane(const T* x, const T* g, int64_t count, const Channel<Sum>& channel) {
-  Sums sums;
-  for (int64_t begin = 0; begin < count; begin += kBlock * kLanes) {
-    const int64_t size = std::min(kBlock * kLanes, count - begin), whole = size / kLanes * kLanes;
-    Sum grad[kLanes] = {}, product[kLanes] = {};
-    const T* values = x + begin;
-    const T* grads = g + begin;
-    const auto add = [&](int64_t lane, int64_t k) {
-      const Sum value = static_cast<Sum>(grads[k]);
-      grad[lane] += value;
-      product[lane] += value * ((static_cast<Sum>(values[k]) - channel.mean) * channel.rstd);
-    };
-    for (int64_t k = 0; k < whole; k += kLanes) {
-      for (int64_t lane = 0; lane < kLanes; ++lane) add(lane, k + lane);
-    }
-    for (int64_t k = whole; k < size; ++k) add(k - whole, k);
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      sums.grad += static_cast<double>(grad[lane]);
-      sums.product += static_cast<double>(product[lane]);
+// Adds up a sample [channels, count] and, where kWrite, writes the gradient at the input.
+template <bool kWrite, typename T, typename Sum>
+void pass_planes(const T* x, const T* g, T* out, int64_t count, Channels<Sum>& channels) {
+  for (int64_t c = 0; c < channels.count; ++c, x += count, g += count, out += count) {
+    const Sum mean = channels.mean()[c], rstd = channels.rstd()[c], scale = channels.scale()[c];
+    const Sum offset = channels.offset()[c], slope = channels.slope()[c];
+    for (int64_t begin = 0; begin < count; begin += kBlock) {
+      Sum grad_sum = 0, product_sum = 0;
+      for (int64_t k = begin; k < std::min(begin + kBlock, count); ++k) {
+        const Sum grad = static_cast<Sum>(g[k]), normalized = (static_cast<Sum>(x[k]) - mean) * rstd;
+        grad_sum += grad;
+        product_sum += grad * normalized;
+        if (kWrite) out[k] = static_cast<T>(scale * grad - offset - slope * normalized);
+      }
+      channels.grad_sums()[c] += static_cast<double>(grad_sum);
+      channels.product_sums()[c] += static_cast<double>(product_sum);
     }
   }
-  return sums;
 }
 
-template <typename T, typename Sum>
-void write_plane(const T* x, const T* g, T* out, int64_t count, const Channel<Sum>& channel) {
-  if (channel.offset == 0 && channel.slope == 0) {
-    for (int64_t k = 0; k < count; ++k) out[k] = static_cast<T>(channel.scale * static_cast<Sum>(g[k]));
+// The same for a sample [count, channels].
+template <bool kWrite, typename T, typename Sum>
+void pass_rows(const T* x, const T* g, T* out, int64_t count, Channels<Sum>& channels) {
+  const int64_t width = channels.count;
+  const Sum *mean = channels.mean(), *rstd = channels.rstd(), *scale = channels.scale(), *offset = channels.offset(),
+            *slope = channels.slope();
+  std::vector<Sum> partial(2 * width);
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    std::fill(partial.begin(), partial.end(), Sum(0));
+    Sum *grad_sums = partial.data(), *product_sums = grad_sums + width;
+    for (int64_t row = begin; row < std::min(begin + kBlock, count); ++row, x += width, g += width, out += width) {
+      for (int64_t c = 0; c < width; ++c) {
+        const Sum grad = static_cast<Sum>(g[c]), normalized = (static_cast<Sum>(x[c]) - mean[c]) * rstd[c];
+        grad_sums[c] += grad;
+        product_sums[c] += grad * normalized;
+        if (kWrite) out[c] = static_cast<T>(scale[c] * grad - offset[c] - slope[c] * normalized);
+      }
+    }
+    for (int64_t k = 0; k < 2 * width; ++k) channels.sums[k] += static_cast<double>(partial[k]);
+  }
+}
+
+// Both with AVX-512, for float and bfloat16.
+template <bool kWrite, typename T>
+void wide_pass(const T* x, const T* g, T* out, int64_t count, bool planar, Channels<float>& channels) {
+#if DDFAST_HAS_AVX512
+  using Element = std::conditional_t<std::is_same_v<T, float>, float, uint16_t>;
+  const auto* values = reinterpret_cast<const Element*>(x);
+  const auto* grads = reinterpret_cast<const Element*>(g);
+  auto* to = reinterpret_cast<Element*>(out);
+  if (!planar) {
+    ddfast::avx512::normalize_rows<kWrite>(
+        values, grads, to, count, channels.count, channels.mean(), channels.grad_sums());
     return;
   }
-  for (int64_t k = 0; k < count; ++k) {
-    const Sum normalized = (static_cast<Sum>(x[k]) - channel.mean) * channel.rstd;
-    out[k] = static_cast<T>(channel.scale * static_cast<Sum>(g[k]) - channel.offset - channel.slope * normalized);
+  for (int64_t c = 0; c < channels.count; ++c, values += count, grads += count, to += count) {
+    const std::array<float, 5> channel{
+        channels.mean()[c], channels.rstd()[c], channels.scale()[c], channels.offset()[c], channels.slope()[c]};
+    std::array<double, 2> sums{};
+    ddfast::avx512::normalize_plane<kWrite>(values, grads, to, count, channel.data(), sums.data());
+    channels.grad_sums()[c] += sums[0];
+    channels.product_sums()[c] += sums[1];
   }
+#endif
 }
 
-// The same for rows [count, channels], a position's channels side by side.
-template <typename T, typename Sum>
-void sum_rows(const T* x, const T* g, int64_t count, const std::vector<Channel<Sum>>& channels, std::vector<Sums>& sums) {
-  const int64_t width = static_cast<int64_t>(channels.size());
-  std::vector<Sum> buffer(4 * width);
-  Sum *mean = buffer.data(), *rstd = mean + width, *grad = rstd + width, *product = grad + width;
-  for (int64_t c = 0; c < width; ++c) {
-    mean[c] = channels[c].mean;
-    rstd[c] = channels[c].rstd;
-  }
-  for (int64_t begin = 0; begin < count; begin += kBlock) {
-    std::fill(grad, grad + 2 * width, Sum(0));
-    for (int64_t row = begin; row < std::min(begin + kBlock, count); ++row) {
-      const T* values = x + row * width;
-      const T* grads = g + row * width;
-      for (int64_t c = 0; c < width; ++c) {
-        const Sum value = static_cast<Sum>(grads[c]);
-        grad[c] += value;
-        product[c] += value * ((static_cast<Sum>(values[c]) - mean[c]) * rstd[c]);
-      }
-    }
-    for (int64_t c = 0; c < width; ++c) {
-      sums[c].grad += static_cast<double>(grad[c]);
-      sums[c].product += static_cast<double>(product[c]);
-    }
-  }
-}
-
-template <typename T, typename Sum>
-void write_rows(const T* x, const T* g, T* out, int64_t count, const std::vector<Channel<Sum>>& channels) {
-  const int64_t width = static_cast<int64_t>(channels.size());
-  std::vector<Sum> buffer(5 * width);
-  Sum *mean = buffer.data(), *rstd = mean + width, *scale = rstd + width, *offset = scale + width,
-      *slope = offset + width;
-  bool plain = true;
-  for (int64_t c = 0; c < width; ++c) {
-    const Channel<Sum>& channel = channels[c];
-    mean[c] = channel.mean;
-    rstd[c] = channel.rstd;
-    scale[c] = channel.scale;
-    offset[c] = channel.offset;
-    slope[c] = channel.slope;
-    plain = plain && channel.offset == 0 && channel.slope == 0;
-  }
-  for (int64_t row = 0; row < count; ++row, x += width, g += width, out += width) {
-    if (plain) {
-      for (int64_t c = 0; c < width; ++c) out[c] = static_cast<T>(scale[c] * static_cast<Sum>(g[c]));
-    } else {
-      for (int64_t c = 0; c < width; ++c) {
-        const Sum normalized = (static_cast<Sum>(x[c]) - mean[c]) * rstd[c];
-        out[c] = static_cast<T>(scale[c] * static_cast<Sum>(g[c]) - offset[c] - slope[c] * normalized);
-      }
-    }
-  }
+bool wide_registers() {
+#if DDFAST_HAS_AVX512
+  return ddfast::avx512::supported();
+#else
+  return false;
+#endif
 }
 
 std::tuple<Tensor, Tensor> normalization_backward(
@@ -169,55 +157,52 @@ std::tuple<Tensor, Tensor> normalization_backward(
     const Sum* factors = weights ? weights->const_data_ptr<Sum>() : nullptr;
     Sum* norm = norms.mutable_data_ptr<Sum>();
     torch::stable::parallel_for(0, samples, /*grain_size=*/1, [&](int64_t begin, int64_t end) {
-      std::vector<Channel<Sum>> parameters(channels);
-      std::vector<Sums> sums(channels);
+      Channels<Sum> each(channels);
+      const auto go = [&](auto write, const T* values, const T* grads, T* out) {
+        if constexpr (std::is_same_v<T, float> || std::is_same_v<T, torch::headeronly::BFloat16>) {
+          if (wide_registers()) return wide_pass<decltype(write)::value>(values, grads, out, positions, !last, each);
+        }
+        if (last) return pass_rows<decltype(write)::value>(values, grads, out, positions, each);
+        pass_planes<decltype(write)::value>(values, grads, out, positions, each);
+      };
       for (int64_t b = begin; b < end; ++b) {
         const T* values = x.const_data_ptr<T>() + b * channels * positions;
         const T* grads = g.const_data_ptr<T>() + b * channels * positions;
         T* out = grad_input.mutable_data_ptr<T>() + b * channels * positions;
+        std::fill(each.values.begin(), each.values.end(), Sum(0));
+        std::fill(each.sums.begin(), each.sums.end(), 0.0);
         for (int64_t c = 0; c < channels; ++c) {
           const int64_t at = of_sample ? b * groups + c / group_channels : c;
-          const Sum factor = factors == nullptr ? Sum(1) : factors[c];
-          parameters[c] = {all_means[at], all_rstds[at], factor * all_rstds[at], 0, 0};
+          each.mean()[c] = all_means[at];
+          each.rstd()[c] = all_rstds[at];
+          each.scale()[c] = all_rstds[at] * (factors == nullptr ? Sum(1) : factors[c]);
         }
-        std::fill(sums.begin(), sums.end(), Sums{});
-        if (last) {
-          sum_rows(values, grads, positions, parameters, sums);
+        if (of_sample) {
+          go(std::false_type(), values, grads, out);
         } else {
-          for (int64_t c = 0; c < channels; ++c) {
-            const int64_t plane = c * positions;
-            sums[c] = sum_plane(values + plane, grads + plane, positions, parameters[c]);
-            if (!of_sample) write_plane(values + plane, grads + plane, out + plane, positions, parameters[c]);
-          }
+          go(std::true_type(), values, grads, out);
         }
         double of_weight = 0, of_bias = 0;
-        for (const Sums& sum : sums) {
-          of_weight += sum.product * sum.product;
-          of_bias += sum.grad * sum.grad;
+        for (int64_t c = 0; c < channels; ++c) {
+          of_weight += each.product_sums()[c] * each.product_sums()[c];
+          of_bias += each.grad_sums()[c] * each.grad_sums()[c];
         }
         norm[b] = static_cast<Sum>((weight_norm ? of_weight : 0) + (bias_norm ? of_bias : 0));
-        if (of_sample) {  // the statistics depend on the input too
-          for (int64_t first = 0; first < channels; first += group_channels) {
-            Sums mean_of;
-            for (int64_t c = first; c < first + group_channels; ++c) {
-              const double factor = factors == nullptr ? 1 : factors[c];
-              mean_of.grad += factor * sums[c].grad / static_cast<double>(group_channels * positions);
-              mean_of.product += factor * sums[c].product / static_cast<double>(group_channels * positions);
-            }
-            for (int64_t c = first; c < first + group_channels; ++c) {
-              parameters[c].offset = static_cast<Sum>(mean_of.grad) * parameters[c].rstd;
-              parameters[c].slope = static_cast<Sum>(mean_of.product) * parameters[c].rstd;
-            }
+        if (!of_sample) continue;
+        // The statistics depend on the input too.
+        for (int64_t first = 0; first < channels; first += group_channels) {
+          double grad_mean = 0, product_mean = 0;
+          for (int64_t c = first; c < first + group_channels; ++c) {
+            const double factor = factors == nullptr ? 1 : static_cast<double>(factors[c]);
+            grad_mean += factor * each.grad_sums()[c] / static_cast<double>(group_channels * positions);
+            product_mean += factor * each.product_sums()[c] / static_cast<double>(group_channels * positions);
+          }
+          for (int64_t c = first; c < first + group_channels; ++c) {
+            each.offset()[c] = static_cast<Sum>(grad_mean) * each.rstd()[c];
+            each.slope()[c] = static_cast<Sum>(product_mean) * each.rstd()[c];
           }
         }
-        if (last) {
-          write_rows(values, grads, out, positions, parameters);
-        } else if (of_sample) {
-          for (int64_t c = 0; c < channels; ++c) {
-            const int64_t plane = c * positions;
-            write_plane(values + plane, grads + plane, out + plane, positions, parameters[c]);
-          }
-        }
+        go(std::true_type(), values, grads, out);
       }
     });
   });
