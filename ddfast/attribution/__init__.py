@@ -1,9 +1,20 @@
 """Which parts of an image carry its class: Shapley values of grid cells, and Grad-CAM beside them."""
 
+from ddfast.attribution.crops import CropRule, shapley_crops
 from ddfast.attribution.engine import VALUES, shapley
 from ddfast.attribution.estimators import ESTIMATORS, list_estimators
 from ddfast.attribution.forward import locality_of
 from ddfast.attribution.grad_cam import grad_cam
 from ddfast.attribution.locality import Locality
 
-__all__ = ["ESTIMATORS", "VALUES", "Locality", "grad_cam", "list_estimators", "locality_of", "shapley"]
+__all__ = [
+    "ESTIMATORS",
+    "VALUES",
+    "CropRule",
+    "Locality",
+    "grad_cam",
+    "list_estimators",
+    "locality_of",
+    "shapley",
+    "shapley_crops",
+]

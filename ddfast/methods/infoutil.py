@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddfast.attribution.crops import CropRule
 from ddfast.methods.base import Batch, Candidates, Context, Method, Table, option, stream
 from ddfast.methods.scoring import judge
-from ddfast.ops import noisy_crop_boxes
 
 # Defaults of the options left at "auto", by tiles per side: what the pilots in bench/results support.
 #
@@ -152,10 +152,7 @@ class InfoUtil(Method):
     def score(self, batch: Batch, context: Context) -> Candidates:
         """Both stages' measurements of one micro-batch: attribution, crops, gradient norms (Algorithm 1)."""
         # Stage 1. phi_f(x_i) by f_D (Eqs. 4 and 5); its average pooling, noised, gives the crops xi_i.
-        phi = self._attribution(batch, context)
-        boxes = noisy_crop_boxes(
-            phi, batch.ids, grid=self.options.grid, image_size=context.image_size, **self._crops(context)
-        )
+        phi, boxes = self._informative_crops(batch, context)
         # Stage 2. g_i = || grad_theta l(f_D(xi_i), y_i) ||.
         norm = "auto" if self.options.norm == "full" else "last_layer"
         verdict = judge(
@@ -163,53 +160,59 @@ class InfoUtil(Method):
         )
         return Candidates(boxes, None, verdict.grad_norm, verdict.loss, verdict.correct, phi)
 
-    def _attribution(self, batch: Batch, context: Context) -> Tensor:
-        teacher = context.teacher
+    def _informative_crops(self, batch: Batch, context: Context) -> tuple[Tensor, Tensor]:
+        """Attribution phi [M, d] of the grid cells, and crop boxes int32 [M, K, 4] around its best windows."""
+        from ddfast.attribution import grad_cam, shapley_crops
+
+        teacher, options, rule = context.teacher, self.options, self._crop_rule(context)
         assert teacher is not None
-        mean, std = torch.tensor(teacher.mean), torch.tensor(teacher.std)
-        if self.options.attribution == "grad_cam":
-            from ddfast.attribution import grad_cam
-
-            return grad_cam(
-                teacher.model, batch.images, batch.labels, grid=self.options.grid, mean=mean, std=std
+        if options.attribution == "grad_cam":
+            phi = grad_cam(
+                teacher.model,
+                batch.images,
+                batch.labels,
+                grid=options.grid,
+                mean=torch.tensor(teacher.mean),
+                std=torch.tensor(teacher.std),
             )
-        from ddfast.attribution import shapley
-
-        return shapley(
+            return phi, rule.boxes(phi, batch.ids, options.grid, context.image_size)
+        return shapley_crops(
             teacher.model,
             batch.images,
             batch.labels,
-            grid=self.options.grid,
-            n_samples=self.options.n_samples,
-            estimator=self.options.estimator,
-            value=self.options.value,
-            baseline=self.options.baseline,
+            batch.ids,
+            rule,
+            grid=options.grid,
+            n_samples=options.n_samples,
+            estimator=options.estimator,
+            value=options.value,
+            baseline=options.baseline,
             precision=context.precision,
             # One coalition stream an image, from its id: an image's attribution then owes nothing to its
             # neighbours.
             seed=batch.ids ^ _signed(stream(context.seed, "coalitions")),
-            mean=mean,
-            std=std,
+            mean=teacher.mean,
+            std=teacher.std,
             chunk_size=context.forward_batch,
         )
 
-    def _crops(self, context: Context) -> dict[str, Any]:
-        """What decides the crops of a heatmap: sizes of window and crop, number and noise."""
-        grid, size, rule = self.options.grid, context.image_size, self.options.crop_frac
-        if rule == "adaptive":  # whole cells, from half the side up
+    def _crop_rule(self, context: Context) -> CropRule:
+        """Window, size, number and noise of an image's crops."""
+        grid, size = self.options.grid, context.image_size
+        if self.options.crop_frac == "adaptive":  # whole cells, from half the side up
             sides = [cells / grid for cells in range((grid + 1) // 2, grid + 1)]
         else:
-            sides = [_number(rule)]
+            sides = [_number(self.options.crop_frac)]
         # The paper's pooling is the crop's own size in cells: 2x2 of 4x4 for a half-side crop.
         pools = [min(grid, max(1, int(side * grid + 0.5))) for side in sides]
-        return {
-            "seed": stream(context.seed, "crops"),
-            "pool": [1] if self.options.crop_rule == "patch" else pools,
-            "crop_size": [max(1, int(side * size + 0.5)) for side in sides],
-            "coverage": self.options.coverage,
-            "crops": 1 if sides == [1.0] else self.options.crops,  # all windows of the whole image are one
-            "alpha": self.options.alpha,
-        }
+        return CropRule(
+            seed=stream(context.seed, "crops"),
+            pool=[1] if self.options.crop_rule == "patch" else pools,
+            crop_size=[max(1, int(side * size + 0.5)) for side in sides],
+            coverage=self.options.coverage,
+            crops=1 if sides == [1.0] else self.options.crops,  # all windows of the whole image are one
+            alpha=self.options.alpha,
+        )
 
     def rank(self, table: Table, needed: int) -> tuple[dict[int, np.ndarray], np.ndarray]:
         """Stage 2: one crop an image by `within`, then images of a class by `rank_by` and `order`."""
