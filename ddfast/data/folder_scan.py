@@ -19,7 +19,9 @@ import hashlib
 import os
 import re
 import stat
+import struct
 import time
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -41,8 +43,12 @@ _VERSION = 1
 _SETTLED_NS = 3_000_000_000  # a change this long ago has another time stamp than the next one
 _THREADS = 32  # listings wait for the disk or the network, not for a core
 _NOT_SETTLED = -1
-# What reading a damaged .npz raises; MemoryError for a header that claims too much.
-_CACHE_ERRORS = (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error)
+# What reading a damaged .npz raises: NumPy parses an array's header as Python source, and one that claims too
+# much needs too much memory.
+_CACHE_ERRORS = (
+    *(OSError, ValueError, KeyError, EOFError, MemoryError, SyntaxError, TypeError, NotImplementedError),
+    *(RuntimeError, OverflowError, struct.error, zipfile.BadZipFile, zlib.error, tokenize.TokenError),
+)
 
 
 @dataclass(frozen=True)
@@ -279,19 +285,27 @@ def _read_cache(root: Path) -> dict[bytes, ClassListing]:
         return {}
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            if arrays["version"].tolist() != [_VERSION]:
-                return {}
-            if arrays["root"].tobytes() != os.fsencode(os.path.realpath(root)):
-                return {}
-            return dict(_unpacked({name: arrays[name] for name in arrays.files}))
+            held = {name: np.atleast_1d(np.asarray(arrays[name])) for name in arrays.files}
+        if held["version"].tolist() != [_VERSION]:
+            return {}
+        if held["root"].tobytes() != os.fsencode(os.path.realpath(root)):
+            return {}
+        return dict(_unpacked(held))
     except _CACHE_ERRORS:
         return {}
 
 
 def _unpacked(arrays: dict[str, np.ndarray]) -> Iterator[tuple[bytes, ClassListing]]:
     """The listings of a cache. Raises `ValueError` or `KeyError` for one that makes no sense."""
+    for name in ("classes", "names", "folders"):
+        if arrays[name].dtype != np.uint8:
+            raise ValueError(f"{name} is no text")
+    for name in ("files", "folder_counts", "sizes", "ids", "stamps"):
+        if arrays[name].dtype != np.int64:
+            raise ValueError(f"{name} is not int64")
     classes = arrays["classes"].tobytes().split(b"\0")
     names, folders = arrays["names"].tobytes(), arrays["folders"].tobytes().split(b"\0")
+    names.decode("utf-8")  # a ValueError now, not when a key is read
     if re.search(rb"(?:^|[/\0])\.\.(?:$|[/\0])", names):
         raise ValueError("a name leads outside")
     ends = np.append(np.flatnonzero(arrays["names"] == 0), len(names))
@@ -304,7 +318,6 @@ def _unpacked(arrays: dict[str, np.ndarray]) -> Iterator[tuple[bytes, ClassListi
         and arrays["sizes"].shape == arrays["ids"].shape == (int(file_ends[-1]),)
         and arrays["stamps"].shape == (int(folder_ends[-1]), 4)
         and len(folders) == int(folder_ends[-1])
-        and arrays["sizes"].dtype == arrays["ids"].dtype == arrays["stamps"].dtype == np.int64
     )
     if not whole:
         raise ValueError("its parts do not fit together")

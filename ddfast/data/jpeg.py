@@ -9,7 +9,8 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-_FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended and progressive Huffman coding
+_PROGRESSIVE = 0xC2
+_FRAMES = {0xC0, 0xC1, _PROGRESSIVE}  # baseline, extended and progressive Huffman coding
 _TABLES = {0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)}  # Huffman, quantisation, restart, comment, application
 _START_OF_SCAN, _END_OF_IMAGE, _EXIF, _ADOBE = 0xDA, 0xD9, 0xE1, 0xEE
 _YCC = 1  # the colour transform in Adobe's segment that three components usually have
@@ -25,12 +26,22 @@ class PlainJpeg:
     height: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """What a frame header says; `components` are the components' identifiers."""
+
+    jpeg: PlainJpeg
+    components: bytes
+    progressive: bool
+
+
 def plain_jpeg(data: bytes) -> PlainJpeg | None:
     """The size of a JPEG that needs no judgement; None for every other file.
 
-    Plain is: 8 bits, one component or three in YCbCr, Huffman-coded, upright by its EXIF data, its chain of
-    markers unbroken up to an end-of-image marker. Truncated files, unknown markers in the data, CMYK, RGB and
-    turned photographs are not plain. Damaged entropy-coded data is not looked for.
+    Plain is: 8 bits, one component or three in YCbCr, Huffman-coded, in one scan of all components or
+    progressive, upright by its EXIF data, its chain of markers unbroken up to an end-of-image marker. Truncated
+    files, unknown markers in the data, CMYK, RGB and turned photographs are not plain. Damaged entropy-coded data
+    is not looked for.
     """
     if data[:3] != b"\xff\xd8\xff":
         return None
@@ -41,7 +52,7 @@ def plain_jpeg(data: bytes) -> PlainJpeg | None:
 
 
 def _walk(data: bytes) -> PlainJpeg | None:
-    place, size, scanned = 2, None, False
+    place, frame, scans = 2, None, 0
     while True:
         if data[place] != 0xFF:
             return None
@@ -50,7 +61,9 @@ def _walk(data: bytes) -> PlainJpeg | None:
         marker = data[place + 1]
         place += 2
         if marker == _END_OF_IMAGE:
-            return size if scanned else None
+            return frame.jpeg if frame is not None and scans else None
+        if scans and frame is not None and not frame.progressive:
+            return None
         if marker not in _TABLES and marker not in _FRAMES and marker != _START_OF_SCAN:
             return None
         (length,) = struct.unpack_from(">H", data, place)
@@ -59,15 +72,24 @@ def _walk(data: bytes) -> PlainJpeg | None:
             return None
         place += length
         if marker in _FRAMES:
-            if size is not None or (size := _frame(content)) is None:
+            if frame is not None or (frame := _frame(content, marker)) is None:
                 return None
         elif (marker == _EXIF and content[:6] == b"Exif\0\0" and _orientation(content[6:]) != _UPRIGHT) or (
             marker == _ADOBE and content[:5] == b"Adobe" and content[11] != _YCC
         ):
             return None
         elif marker == _START_OF_SCAN:
-            scanned = True
+            if frame is None or not _scan_fits(content, frame):
+                return None
+            scans += 1
             place = _end_of_scan(data, place)
+
+
+def _scan_fits(content: bytes, frame: _Frame) -> bool:
+    """Whether a scan header names components of the frame: all of them, or some if progressive."""
+    names = content[1 : 1 + 2 * content[0] : 2]
+    known = 0 < len(names) == len(set(names)) and set(names) <= set(frame.components)
+    return known and len(content) == 4 + 2 * len(names) and (frame.progressive or names == frame.components)
 
 
 def _end_of_scan(data: bytes, place: int) -> int:
@@ -85,7 +107,7 @@ def _end_of_scan(data: bytes, place: int) -> int:
         place += 1 if following == 0xFF else 2
 
 
-def _frame(content: bytes) -> PlainJpeg | None:
+def _frame(content: bytes, marker: int) -> _Frame | None:
     precision, height, width, components = struct.unpack_from(">BHHB", content)
     names = content[6::3]
     if (
@@ -95,7 +117,9 @@ def _frame(content: bytes) -> PlainJpeg | None:
         or len(content) != 6 + 3 * components
     ):
         return None
-    return None if names == b"RGB" else PlainJpeg(width, height)
+    if names == b"RGB" or len(set(names)) != components:
+        return None
+    return _Frame(PlainJpeg(width, height), names, marker == _PROGRESSIVE)
 
 
 def _orientation(tiff: bytes) -> int:

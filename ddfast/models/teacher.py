@@ -219,7 +219,10 @@ def _load_state_dict(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about pickle protocols, ahead of the refusal below
             state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+    except (  # torch.load takes the bytes of a damaged file as they come
+        *(pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError),
+        *(TypeError, OSError, ArithmeticError, AssertionError, MemoryError),
+    ) as error:
         if _looks_pickled(data):
             reason = "holds Python objects, or is truncated; only tensors are read from such a file"
         else:
