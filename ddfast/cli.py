@@ -55,6 +55,7 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_attribute(commands)
     _add_report(commands)
+    _add_export(commands)
     _add_env(commands)
     _add_bench(commands)
     return parser
@@ -250,6 +251,22 @@ def _method_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> N
     )
     parser.add_argument("--batch-size", default="auto", help="images in flight; never changes the result")
     parser.add_argument(
+        "--loader",
+        choices=("auto", "pillow", "dali"),
+        default="auto",
+        help="what decodes; part of the arithmetic",
+    )
+    parser.add_argument(
+        "--threads",
+        default="auto",
+        help="CPU threads of one process, part of the arithmetic; auto: DDFAST_THREADS or every core",
+    )
+    parser.add_argument(
+        "--label-top-k",
+        default="auto",
+        help="probabilities stored of each soft label: a number, all, or auto: all of up to 2048 classes, else 256",
+    )
+    parser.add_argument(
         "--scores", default=None, help="folder of a run whose score table has the same settings"
     )
     parser.add_argument("--resume", action="store_true", help="continue an unfinished run")
@@ -308,6 +325,9 @@ def _distill(arguments: argparse.Namespace, until: str) -> None:
         device=arguments.device,
         batch_size=arguments.batch_size,
         workers=arguments.workers,
+        loader=arguments.loader,
+        threads=arguments.threads,
+        label_top_k=arguments.label_top_k,
         scores=arguments.scores,
         resume=arguments.resume,
         preflight=not arguments.no_preflight,
@@ -315,7 +335,15 @@ def _distill(arguments: argparse.Namespace, until: str) -> None:
         until=until,
         **chosen,
     )
-    print(out)
+    _print_once(out)
+
+
+def _print_once(text: object) -> None:
+    """Print from one of the processes that torchrun started, or from the only one."""
+    from ddfast.ranks import is_main
+
+    if is_main():
+        print(text)
 
 
 def _stage(arguments: argparse.Namespace) -> None:
@@ -337,7 +365,8 @@ def _stage(arguments: argparse.Namespace) -> None:
     getattr(pipeline, arguments.command)(run)
     if arguments.command == "relabel":
         finish(run)
-    print(run.out)
+    run.ranks.leave()
+    _print_once(run.out)
 
 
 # evaluate
@@ -403,7 +432,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     print(result)
 
 
-# attribute, report, demo
+# attribute, report, export, demo
 # ----------------------------------------------------------------------------------------
 
 
@@ -414,7 +443,9 @@ def _add_attribute(commands: Any) -> None:
     parser.add_argument("--out", required=True, help="output folder")
     parser.add_argument("--grid", type=int, default=4, help="cells per side")
     parser.add_argument("--n-samples", type=int, default=32, help="model evaluations an image")
-    parser.add_argument("--estimator", default="permutation", help="permutation, paired, kernel or exact")
+    parser.add_argument(
+        "--estimator", default="permutation", help="Shapley estimator; an unknown one lists all"
+    )
     parser.add_argument("--value", default="logit", help="logit, prob or logprob")
     parser.add_argument("--limit", type=int, default=64, help="images at most")
     parser.add_argument("--seed", type=int, default=0, help="of the coalitions")
@@ -476,6 +507,23 @@ def _report(arguments: argparse.Namespace) -> None:
         source = None
     write_report(distilled.root, source=source)
     print(distilled.root / "report.html")
+
+
+def _add_export(commands: Any) -> None:
+    parser = commands.add_parser("export", help="write a distilled set as WebDataset shards")
+    parser.add_argument("folder", help="output folder of ddfast distill")
+    parser.add_argument("--out", required=True, help="shards/train-{000000..}.tar, or one .tar")
+    parser.add_argument(
+        "--images-per-shard", type=int, default=10_000, help="images in each shard but the last"
+    )
+    parser.set_defaults(run=_export)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from ddfast.data.webdataset_export import export_webdataset
+
+    paths = export_webdataset(arguments.folder, arguments.out, images_per_shard=arguments.images_per_shard)
+    print(paths[0] if len(paths) == 1 else f"{paths[0]} .. {paths[-1].name}")
 
 
 def _add_demo(commands: Any) -> None:

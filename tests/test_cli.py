@@ -57,6 +57,7 @@ def test_bad_usage_is_one_line_and_exit_code_2(words, capsys):
     "command",
     [
         "demo",
+        "export",
         "train-teacher",
         "distill",
         "evaluate",
