@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ddfast.attribution.crops import CropRule
 from ddfast.methods.base import Batch, Candidates, Context, Method, Table, option, stream
 from ddfast.methods.scoring import judge
+
+if TYPE_CHECKING:
+    from ddfast.attribution import CropRule
 
 # Defaults of the options left at "auto", by tiles per side: what the pilots in bench/results support.
 #
@@ -198,6 +200,8 @@ class InfoUtil(Method):
 
     def _crop_rule(self, context: Context) -> CropRule:
         """Window, size, number and noise of an image's crops."""
+        from ddfast.attribution import CropRule
+
         grid, size = self.options.grid, context.image_size
         if self.options.crop_frac == "adaptive":  # whole cells, from half the side up
             sides = [cells / grid for cells in range((grid + 1) // 2, grid + 1)]
