@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 # Public name -> module that holds it. Loaded on first use, so that `import ddfast` stays cheap.
 _LAZY = {
+    "accelerate": "ddfast.acceleration",
     "shapley": "ddfast.attribution",
     "grad_cam": "ddfast.attribution",
     "grad_norm": "ddfast.gradients",
@@ -20,11 +21,23 @@ _LAZY = {
     "evaluate": "ddfast.training",
     "train_teacher": "ddfast.training",
 }
-_MODULES = ("ops", "attribution", "gradients", "data", "models", "training", "methods", "report", "errors")
+_MODULES = (
+    "ops",
+    "attribution",
+    "captum",
+    "gradients",
+    "data",
+    "models",
+    "training",
+    "methods",
+    "report",
+    "errors",
+)
 
 __all__ = ["__version__", *_LAZY, *_MODULES]
 
 if TYPE_CHECKING:
+    from ddfast.acceleration import accelerate as accelerate
     from ddfast.attribution import grad_cam as grad_cam
     from ddfast.attribution import shapley as shapley
     from ddfast.data import DistilledSet as DistilledSet
