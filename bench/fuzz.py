@@ -103,6 +103,8 @@ def read(case: Case, seed: int, folder: Path) -> str:
             source.fingerprint()
             images, _, bad = load_all(source, 16, workers=0)
         return f"{len(images)} images, {len(bad)} bad"
+    if kind == "labels":
+        return _read_labels(data, folder)
     if kind in ("manifest", "metadata", "soft labels"):
         return _read_distilled(kind, data, folder)
     if kind == "scores":
@@ -172,6 +174,20 @@ def _read_distilled(kind: str, data: bytes, folder: Path) -> str:
         opened[index]
     read_plan(root)
     return f"{len(opened)} images"
+
+
+def _read_labels(data: bytes, folder: Path) -> str:
+    """The metadata file of a folder of images, as CSV where it does not start like JSON."""
+    from bench.mutation import whole_images
+    from ddfast.data import load_all, open_source
+
+    for number in range(4):
+        (folder / f"{number}.jpg").write_bytes(whole_images("jpeg")[0])
+    (folder / ("metadata.jsonl" if data[:1] == b"{" else "metadata.csv")).write_bytes(data)
+    with open_source(folder) as source:
+        source.fingerprint()
+        images, _, bad = load_all(source, 16, workers=0)
+    return f"{len(images)} images, {len(bad)} bad"
 
 
 def _read_listing(case: Case, seed: int, folder: Path) -> str:

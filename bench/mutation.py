@@ -37,10 +37,11 @@ FILES = (
     "soft labels",
     "scores",
     "listing",
+    "labels",
     "teacher",
     "state dict",
 )
-"""Kinds that are no image; "shards" is a tar with .cls and .json labels."""
+"""Kinds that are no image; "shards" is a tar with .cls and .json labels, "labels" the metadata of a folder."""
 
 _NUMBERS = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, (1 << 63) - 1)
 _WORDS = (
@@ -55,8 +56,9 @@ _WORDS = (
     b"9" * 400,
     b"[" * 3000,
     b'"\\u0000"',
+    b'"\\ud800"',
 )
-_TEXT = ("manifest", "metadata")
+_TEXT = ("manifest", "metadata", "labels")
 
 
 # Whole files ------------------------------------------------------------------------------------------------
@@ -207,6 +209,14 @@ def whole_files(kind: str) -> tuple[bytes, ...]:
         files = {f"{n}.{ending}": image for n in range(4) for ending in ("jpg",)}
         files |= {f"{n}.cls": str(n % 2).encode() for n in range(3)} | {"3.json": b'{"label": 1, "x": [1]}'}
         return (_tar(files),)
+    if kind == "labels":
+        rows = [
+            {"file_name": f"{n}.jpg", "label": n % 2, "label_name": "ab"[n % 2], "x": None} for n in range(4)
+        ]
+        return (
+            "".join(json.dumps(row) + "\n" for row in rows).encode(),
+            b"file_name,label\n0.jpg,a\n1.jpg,b\n",
+        )
     with tempfile.TemporaryDirectory() as folder:
         return _written(kind, Path(folder))
 

@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from array import array
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from ddfast.data.labels import class_names_of, label_in, label_in_text
 from ddfast.data.samples import Sample
 from ddfast.data.sources import (
     SPLIT_FOLDERS,
@@ -30,6 +31,7 @@ from ddfast.data.sources import (
     is_hidden,
     is_image,
     one_line,
+    path_inside,
     pick_split,
     shown,
     size_refused,
@@ -379,10 +381,10 @@ class _Tree:
 
     def check(self, name: str) -> str:
         """The path without `.` and double slashes. Raises `UsageError` for one that points outside."""
-        parts = re.split(r"[/\\]", name)
-        if name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:[/\\]", name) or ".." in parts or "\0" in name:
+        inside = path_inside(name)
+        if inside is None:
             raise UsageError(f"{self.name} has a member that points outside of it: {shown([name])}; refused")
-        return "/".join(part for part in name.split("/") if part not in ("", "."))
+        return inside
 
     def add_folder(self, name: str) -> None:
         """A folder of its own."""
@@ -497,7 +499,7 @@ class _Tree:
                         f'{shown([key])}.cls, or "label" in {shown([key])}.json'
                     )
                 said[path] = label
-        names = _class_names(said.values(), names_file, self.name)
+        names = class_names_of(said.values(), names_file, self.name)
         folders = {path.partition("/")[0] for path in said if "/" in path} & _SPLIT_NAMES
         folder = pick_split(folders, split, self.name)
         prefix = f"{folder}/" if folder else ""
@@ -527,38 +529,11 @@ def _webdataset_key(path: str) -> str:
 
 
 def _label_of(cls: bytes | None, record: bytes | None) -> int | str | None:
-    """The class number or name in a .cls, else in a .json ("label_name" and "class_name" before "label")."""
+    """The class number or name in a .cls, else in a .json."""
     if cls is not None:
-        text = cls.decode("utf-8", "replace").strip()
-        return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else text or None
+        return label_in_text(cls.decode("utf-8", "replace"))
     try:
         fields = json.loads(record or b"null")
     except (ValueError, RecursionError):
         return None
-    if not isinstance(fields, dict):
-        return None
-    for field in ("label_name", "class_name", "label", "cls"):
-        said = fields.get(field)
-        if (isinstance(said, str) and said) or (type(said) is int and 0 <= said < 10**9):
-            return said
-    return None
-
-
-def _class_names(said: Collection[int | str], names_file: bytes | None, name: str) -> dict[int | str, str]:
-    """Class name of every label. Numbers without names are padded with zeros, to sort as numbers."""
-    largest = max((label for label in said if isinstance(label, int)), default=0)
-    lines = names_file.decode("utf-8", "replace").splitlines() if names_file is not None else None
-    if lines is not None and largest >= len(lines):
-        raise UsageError(f"classes.txt of {name} has {len(lines)} lines, but class number {largest} occurs")
-    names: dict[int | str, str] = {}
-    for label in said:
-        if isinstance(label, str):
-            names[label] = label
-        else:
-            names[label] = lines[label].strip() if lines is not None else f"{label:0{len(str(largest))}d}"
-    bad = [class_name for class_name in names.values() if not class_name or "/" in class_name]
-    if bad:
-        raise UsageError(
-            f"{name} has an empty class name or one with a slash ({shown(bad)}); correct the labels"
-        )
-    return names
+    return label_in(fields) if isinstance(fields, dict) else None

@@ -386,8 +386,11 @@ def _wanted(manifest: dict[str, Any], key: str, kind: type, root: Path) -> Any:
 
 def _three(manifest: dict[str, Any], key: str, root: Path) -> list[float]:
     values = _wanted(manifest, key, list, root)
-    if len(values) != 3 or not all(isinstance(value, (int, float)) for value in values):
-        raise UsageError(f"{root / MANIFEST} has no usable {key!r}: wanted three numbers, got {values}")
+    numbers = [value for value in values if isinstance(value, (int, float)) and abs(value) < 1e9]
+    if len(values) != 3 or len(numbers) != 3:
+        raise UsageError(
+            f"{root / MANIFEST} has no usable {key!r}: wanted three numbers, got {str(values)[:80]}"
+        )
     return [float(value) for value in values]
 
 

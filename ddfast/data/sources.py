@@ -124,7 +124,9 @@ def open_source(data: str | os.PathLike[str], split: str = "train") -> Source:
     Args:
         data: one of
             - a folder with `train/<class>/...` and `test/<class>/...` or `val/<class>/...`, or with the class
-              folders alone, which are a train split;
+              folders alone, which are a train split; where the images do not stand in class folders,
+              `metadata.jsonl` or `metadata.csv` beside them labels them, as Hugging Face's imagefolder has it:
+              `file_name` and one of "label_name", "class_name", "label";
             - a .zip of the same layout, which may stand in one common folder;
             - WebDataset shards: an uncompressed .tar, or several as `part-{000..003}.tar` or `part-*.tar`,
               with that layout, or with pairs `key.jpg` and `key.cls` (a class number or name; `key.json` with
@@ -142,7 +144,7 @@ def open_source(data: str | os.PathLike[str], split: str = "train") -> Source:
         ValueError: an unknown split.
     """
     from ddfast.data.archives import TarSource, ZipSource, find_shards
-    from ddfast.data.folders import FolderSource
+    from ddfast.data.folders import open_folder
     from ddfast.data.named_sets import NAMED_SETS, NamedSource
 
     if split not in SPLIT_FOLDERS:
@@ -151,7 +153,7 @@ def open_source(data: str | os.PathLike[str], split: str = "train") -> Source:
     path = Path(name).expanduser()
     try:
         if name and os.path.isdir(path):  # "" would be the current folder
-            return FolderSource(path, split, name)
+            return open_folder(path, split, name)
         if os.path.isfile(path):
             if path.suffix.lower() == ".tar":
                 return TarSource([path], split, name)
@@ -219,6 +221,14 @@ def is_hidden(name: str) -> bool:
 def is_image(name: str) -> bool:
     """Whether a file's name makes it a sample."""
     return name.lower().endswith(EXTENSIONS)
+
+
+def path_inside(name: str) -> str | None:
+    """A relative path without `.` and double slashes; None for one that points outside of where it stands."""
+    parts = re.split(r"[/\\]", name)
+    if name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:[/\\]", name) or ".." in parts or "\0" in name:
+        return None
+    return "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
 def pick_split(folders: Collection[str], split: str, name: str) -> str:
@@ -293,6 +303,15 @@ def utf8(name: str) -> str:
     except UnicodeEncodeError:
         return os.fsencode(name).decode("utf-8", "backslashreplace")
     return name
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: JSON may hold half of a surrogate pair."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def one_line(error: BaseException) -> str:

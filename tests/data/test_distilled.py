@@ -399,6 +399,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no size": (lambda r: edit_manifest(r, image_size="big"), "no usable 'image_size'"),
     "no counts": (lambda r: edit_manifest(r, counts=None), "no usable 'counts'"),
     "odd mean": (lambda r: edit_manifest(r, mean=[1, 2]), "no usable 'mean'"),
+    "huge mean": (lambda r: edit_manifest(r, mean=[1, 2, 10**400]), "no usable 'mean'"),
     "odd std": (lambda r: edit_manifest(r, std=["a", "b", "c"]), "no usable 'std'"),
     "other count": (
         lambda r: edit_manifest(r, counts={"images": 7}),

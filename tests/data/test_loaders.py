@@ -95,12 +95,15 @@ def damaged() -> dict[str, bytes]:
     marker_inside = bytearray(whole)
     marker_inside[-400:-398] = b"\xff\x3a"
     no_tables = whole.replace(b"\xff\xdb", b"\xff\xfe")  # quantisation tables turned into comments
+    other_component = bytearray(whole)  # the scan names a component that the frame has not
+    other_component[whole.index(b"\xff\xda") + 5] = 67
     return {
         "a/empty.jpg": b"",
         "a/text.jpg": b"not an image",
         "a/cut.jpg": whole[: len(whole) // 2],
         "a/header.jpg": whole[:100],
         "a/marker.jpg": bytes(marker_inside),
+        "b/scan.jpg": bytes(other_component),
         "b/tables.jpg": no_tables,
         "b/cut.png": png(9)[:60],
     }
