@@ -1,8 +1,10 @@
 """Squared norms of per-sample parameter gradients, with no per-sample gradient in memory.
 
 A layer's weight gradient on one sample is G^T X, for T positions, I inputs and O outputs. A convolution's X is
-the unfolded image, which is never stored either: its elements are addressed where they lie in the image. A linear
-layer is the convolution of an image one pixel high with kernels of one pixel.
+the unfolded image, which is never stored either: a position's row is read where it lies in the channels-last image,
+tap by tap. (Planar images are brought channels-last first: two copies of a layer's tensors, a few percent of the
+products' time, for loads of 16 bytes instead of 4.) A linear layer is the convolution of an image one pixel high with
+kernels of one pixel.
 
 The products run on matrix units: 16-bit inputs as they are, float32 as three products of TF32 (`tf32x3`, whose
 error is that of float32) and never as one, float64 as float64. Sums are float32, or float64 for float64. Each
@@ -17,10 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-PROGRAMS = (
-    512  # a few waves on the largest GPUs; tiles shrink until there are so many, or as small as they can be
-)
-DEPTH = 32  # of one step of a matrix product
+# A few waves on the largest GPUs; tiles shrink until there are so many programs, or as small as they can be.
+PROGRAMS = 512
 
 
 @triton.jit
@@ -28,56 +28,46 @@ def _columns(
     image,
     position,
     feature,
+    tap,
     positions,
     features,
+    channels,
     size,
     strides,
     step,
     padding,
     dilation,
     KERNEL_X: tl.constexpr,
-    TAPS: tl.constexpr,
-    BY_POSITION: tl.constexpr,
+    FLAT: tl.constexpr,
 ):
-    """Rows `position` and columns `feature` of an unfolded image; 0 outside.
+    """Rows `position` of the unfolded channels-last image; 0 outside.
 
-    A feature is a channel and a tap of the kernel. The norm does not ask in which order, so it is the order of
-    memory. BY_POSITION (images [C, H, W]): threads go along positions, taps come before channels. Otherwise
-    (channels last): threads go along features, and channels come before taps.
+    Columns are the channels `feature` under one tap of the kernel, or, FLAT, the features themselves, of which the
+    tap is the slow part: for layers with so few channels that those of one tap would not fill a tile.
     """
-    if BY_POSITION:
-        t, k = position[None, :], feature[:, None]
-    else:
-        t, k = position[:, None], feature[None, :]
     height, width, out_width = size
-    channels = features // TAPS
-    if TAPS == 1:
-        channel, tap = k, 0
-    elif BY_POSITION:
-        channel, tap = k // TAPS, k % TAPS
+    if FLAT:
+        tap, channel = (feature // channels)[None, :], (feature % channels)[None, :]
+        t = position[:, None]
     else:
-        channel, tap = k % channels, k // channels
+        channel, t = feature, position
     y = t // out_width * step[0] - padding[0] + tap // KERNEL_X * dilation[0]
     x = t % out_width * step[1] - padding[1] + tap % KERNEL_X * dilation[1]
-    inside = (t < positions) & (k < features) & (y >= 0) & (y < height) & (x >= 0) & (x < width)
-    columns = tl.load(image + channel * strides[1] + y * strides[2] + x * strides[3], mask=inside, other=0)
-    if BY_POSITION:
-        columns = tl.trans(columns)
+    inside = (t < positions) & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    pixel = y * strides[0] + x * strides[1]
+    if FLAT:
+        columns = tl.load(image + pixel + channel, mask=inside & (feature < features)[None, :], other=0)
+    else:
+        known = inside[:, None] & (channel < channels)[None, :]
+        columns = tl.load(image + pixel[:, None] + channel[None, :], mask=known, other=0)
     return columns
 
 
 @triton.jit
-def _grads(grad, position, output, positions, outputs, size, strides, BY_POSITION: tl.constexpr):
+def _grads(grad, position, output, positions, outputs, stride):
     """The gradient [positions, outputs] at the layer's output; 0 outside."""
-    if BY_POSITION:
-        t, o = position[None, :], output[:, None]
-    else:
-        t, o = position[:, None], output[None, :]
-    at = grad + o * strides[1] + t // size[2] * strides[2] + t % size[2] * strides[3]
-    grads = tl.load(at, mask=(t < positions) & (o < outputs), other=0)
-    if BY_POSITION:
-        grads = tl.trans(grads)
-    return grads
+    known = (position < positions)[:, None] & (output < outputs)[None, :]
+    return tl.load(grad + position[:, None] * stride + output[None, :], mask=known, other=0)
 
 
 @triton.jit
@@ -87,19 +77,18 @@ def _direct(
     parts,
     positions,
     features,
+    channels,
     outputs,
     groups,
     size,
     input_strides,
-    grad_strides,
+    grad_stride,
     step,
     padding,
     dilation,
     KERNEL_X: tl.constexpr,
     TAPS: tl.constexpr,
-    BIAS: tl.constexpr,
-    INPUT_BY_POSITION: tl.constexpr,
-    GRAD_BY_POSITION: tl.constexpr,
+    FLAT: tl.constexpr,
     SUM: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -108,49 +97,54 @@ def _direct(
 ):
     """A program makes one BLOCK_O x BLOCK_I tile of one sample's G^T X in registers, squares it and adds it up.
 
-    Operations a sample: 2 T I O. Bytes moved: X and G once from memory, and from L2 X once for each BLOCK_O
-    outputs and G once for each BLOCK_I inputs; one number a tile is written. Tiles of 64 x 64 do 32 operations
-    with each element that is loaded. The unfolding costs about ten integer operations an element, which bind
-    for 16-bit inputs; for float32 the matrix units do.
+    A tile's inputs are channels under one tap, so that where they lie is worked out once a position.
+
+    Operations a sample: 2 T I O, three times that on the matrix units for float32. Bytes moved: X and G once from
+    memory, and from L2 X once for each BLOCK_O outputs and G once for each BLOCK_I inputs; one number a tile is
+    written. A tile of 128 x 128 does 64 multiplications with each element loaded, 32 operations a byte of float32,
+    and 64 x 64 half of that: the matrix units bind for float32, L2 for 16-bit inputs with 64 channels.
     """
     program = tl.program_id(0).to(tl.int64)
-    tiles_i = tl.cdiv(features, BLOCK_I)
+    if FLAT:
+        tiles_i = tl.cdiv(features, BLOCK_I)
+    else:
+        tiles_i = tl.cdiv(channels, BLOCK_I) * TAPS
     tiles = tl.cdiv(outputs, BLOCK_O) * tiles_i
     tile = (program % tiles).to(tl.int32)
-    group = program // tiles % groups
+    group = (program // tiles % groups).to(tl.int32)
     sample = program // tiles // groups
-    image = input + sample * input_strides[0] + group * (features // TAPS) * input_strides[1]
-    grad = grad_output + sample * grad_strides[0] + group * outputs * grad_strides[1]
+    image = input + sample * input_strides[2] + group * channels
+    grad = grad_output + sample * positions * grad_stride + group * outputs
     output = tile // tiles_i * BLOCK_O + tl.arange(0, BLOCK_O)
-    feature = tile % tiles_i * BLOCK_I + tl.arange(0, BLOCK_I)
+    if FLAT:
+        tap = 0
+        feature = tile % tiles_i * BLOCK_I + tl.arange(0, BLOCK_I)
+    else:
+        tap = tile % TAPS
+        feature = tile % tiles_i // TAPS * BLOCK_I + tl.arange(0, BLOCK_I)
 
     product = tl.zeros([BLOCK_O, BLOCK_I], SUM)
-    bias = tl.zeros([BLOCK_O], SUM)
     for start in range(0, positions, BLOCK_T):
         position = start + tl.arange(0, BLOCK_T)
         x = _columns(
             image,
             position,
             feature,
+            tap,
             positions,
             features,
+            channels,
             size,
             input_strides,
             step,
             padding,
             dilation,
             KERNEL_X,
-            TAPS,
-            INPUT_BY_POSITION,
+            FLAT,
         )
-        g = _grads(grad, position, output, positions, outputs, size, grad_strides, GRAD_BY_POSITION)
+        g = _grads(grad, position, output, positions, outputs, grad_stride)
         product = tl.dot(tl.trans(g), x, product, input_precision=PRECISION, out_dtype=SUM)
-        if BIAS:
-            bias += tl.sum(g.to(SUM), 0)
-    part = tl.sum(product * product)
-    if BIAS:
-        part += tl.where(tile % tiles_i == 0, tl.sum(bias * bias), 0.0)
-    tl.store(parts + program, part)
+    tl.store(parts + program, tl.sum(product * product))
 
 
 @triton.jit
@@ -160,19 +154,18 @@ def _gram(
     parts,
     positions,
     features,
+    channels,
     outputs,
     groups,
     size,
     input_strides,
-    grad_strides,
+    grad_stride,
     step,
     padding,
     dilation,
     KERNEL_X: tl.constexpr,
     TAPS: tl.constexpr,
-    BIAS: tl.constexpr,
-    INPUT_BY_POSITION: tl.constexpr,
-    GRAD_BY_POSITION: tl.constexpr,
+    FLAT: tl.constexpr,
     SUM: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -180,68 +173,76 @@ def _gram(
 ):
     """A program makes one BLOCK_T x BLOCK_T tile of one sample's X X^T and G G^T and adds up their product.
 
-    Tiles below the diagonal equal those above it, which count twice. A bias is one more input that is always
-    one: it adds one to X X^T.
+    Only tiles on and above the diagonal are made; those above count twice.
 
-    Operations a sample: T^2 (I + O). Bytes moved: X and G once from memory, and from L2 once for each BLOCK_T
-    positions; one number a tile is written. What binds is as in `_direct`.
+    Operations a sample: T^2 (I + O), three times that on the matrix units for float32. Bytes moved: X and G once from
+    memory, and from L2 once for each BLOCK_T positions; one number a tile is written. What binds is as in `_direct`.
+    The Gram matrix of the pixels, of which X X^T is sums (csrc/grad_sq_norm.cpp), would save most of T^2 I but has to
+    lie in memory: not worth it, for of ResNet-18's layers at 224 px it is less than 5% of the operations that it
+    would save.
     """
     program = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(positions, BLOCK_T)
-    tile = (program % (blocks * blocks)).to(tl.int32)
-    group = program // (blocks * blocks) % groups
-    sample = program // (blocks * blocks) // groups
-    image = input + sample * input_strides[0] + group * (features // TAPS) * input_strides[1]
-    grad = grad_output + sample * grad_strides[0] + group * outputs * grad_strides[1]
-    row = tile // blocks
-    col = tile % blocks
-    part = tl.full([], 0, SUM)
-    if row <= col:
-        rows = row * BLOCK_T + tl.arange(0, BLOCK_T)
-        cols = col * BLOCK_T + tl.arange(0, BLOCK_T)
-        inputs_gram = tl.zeros([BLOCK_T, BLOCK_T], SUM)
-        for start in range(0, features, BLOCK_K):
-            feature = start + tl.arange(0, BLOCK_K)
-            left = _columns(
-                image,
-                rows,
-                feature,
-                positions,
-                features,
-                size,
-                input_strides,
-                step,
-                padding,
-                dilation,
-                KERNEL_X,
-                TAPS,
-                INPUT_BY_POSITION,
-            )
-            right = _columns(
-                image,
-                cols,
-                feature,
-                positions,
-                features,
-                size,
-                input_strides,
-                step,
-                padding,
-                dilation,
-                KERNEL_X,
-                TAPS,
-                INPUT_BY_POSITION,
-            )
-            inputs_gram = tl.dot(left, tl.trans(right), inputs_gram, input_precision=PRECISION, out_dtype=SUM)
-        grads_gram = tl.zeros([BLOCK_T, BLOCK_T], SUM)
-        for start in range(0, outputs, BLOCK_K):
-            output = start + tl.arange(0, BLOCK_K)
-            left = _grads(grad, rows, output, positions, outputs, size, grad_strides, GRAD_BY_POSITION)
-            right = _grads(grad, cols, output, positions, outputs, size, grad_strides, GRAD_BY_POSITION)
-            grads_gram = tl.dot(left, tl.trans(right), grads_gram, input_precision=PRECISION, out_dtype=SUM)
-        if BIAS:
-            inputs_gram += 1.0
-        part = tl.sum(inputs_gram * grads_gram) * tl.where(row == col, 1.0, 2.0)
+    tiles = blocks * (blocks + 1) // 2
+    tile = (program % tiles).to(tl.int32)
+    group = (program // tiles % groups).to(tl.int32)
+    sample = program // tiles // groups
+    image = input + sample * input_strides[2] + group * channels
+    grad = grad_output + sample * positions * grad_stride + group * outputs
+    # tile = col (col + 1) / 2 + row with row <= col; the root is exact enough to be off by one at most.
+    col = ((tl.sqrt(8.0 * tile + 1.0) - 1.0) * 0.5).to(tl.int32)
+    col = tl.where(col * (col + 1) // 2 > tile, col - 1, col)
+    col = tl.where((col + 1) * (col + 2) // 2 <= tile, col + 1, col)
+    row = tile - col * (col + 1) // 2
+    rows = row * BLOCK_T + tl.arange(0, BLOCK_T)
+    cols = col * BLOCK_T + tl.arange(0, BLOCK_T)
+    inputs_gram = tl.zeros([BLOCK_T, BLOCK_T], SUM)
+    taps: tl.constexpr = 1 if FLAT else TAPS
+    width = features if FLAT else channels
+    steps = tl.cdiv(width, BLOCK_K)
+    for at in range(steps * taps):
+        tap = at % taps
+        feature = at // taps * BLOCK_K + tl.arange(0, BLOCK_K)
+        left = _columns(
+            image,
+            rows,
+            feature,
+            tap,
+            positions,
+            features,
+            channels,
+            size,
+            input_strides,
+            step,
+            padding,
+            dilation,
+            KERNEL_X,
+            FLAT,
+        )
+        right = _columns(
+            image,
+            cols,
+            feature,
+            tap,
+            positions,
+            features,
+            channels,
+            size,
+            input_strides,
+            step,
+            padding,
+            dilation,
+            KERNEL_X,
+            FLAT,
+        )
+        inputs_gram = tl.dot(left, tl.trans(right), inputs_gram, input_precision=PRECISION, out_dtype=SUM)
+    grads_gram = tl.zeros([BLOCK_T, BLOCK_T], SUM)
+    for start in range(0, outputs, BLOCK_K):
+        output = start + tl.arange(0, BLOCK_K)
+        left = _grads(grad, rows, output, positions, outputs, grad_stride)
+        right = _grads(grad, cols, output, positions, outputs, grad_stride)
+        grads_gram = tl.dot(left, tl.trans(right), grads_gram, input_precision=PRECISION, out_dtype=SUM)
+    part = tl.sum(inputs_gram * grads_gram) * tl.where(row == col, 1.0, 2.0)
     tl.store(parts + program, part)
 
 
@@ -340,9 +341,10 @@ def grad_sq_norm_linear(input: torch.Tensor, grad_output: torch.Tensor, bias: bo
     if input.ndim == 2:
         sq_norm = _sq_norm(input)
         return (sq_norm + 1 if bias else sq_norm) * _sq_norm(grad_output)
-    x = input.reshape(samples, positions, 1, features).movedim(-1, 1).transpose(2, 3)
-    g = grad_output.reshape(samples, positions, 1, outputs).movedim(-1, 1).transpose(2, 3)
-    return _sq_norm_of_product(x, g, (1, 1), (1, 1), (0, 0), (1, 1), 1, bias)
+    x = input.reshape(samples, 1, positions, features).contiguous()
+    g = grad_output.reshape(samples, 1, positions, outputs).contiguous()
+    norms = _sq_norm_of_product(x, g, (1, 1), (1, 1), (0, 0), (1, 1), 1)
+    return norms + _bias_sq_norm(g) if bias else norms
 
 
 def grad_sq_norm_conv2d(
@@ -356,7 +358,9 @@ def grad_sq_norm_conv2d(
     bias: bool,
 ) -> torch.Tensor:
     """Launch the kernel; arguments and result are those of the op `ddfast::grad_sq_norm_conv2d`."""
-    return _sq_norm_of_product(input, grad_output, kernel_size, stride, padding, dilation, groups, bias)
+    x, g = (tensor.permute(0, 2, 3, 1).contiguous() for tensor in (input, grad_output))
+    norms = _sq_norm_of_product(x, g, kernel_size, stride, padding, dilation, groups)
+    return norms + _bias_sq_norm(g) if bias else norms
 
 
 def _sq_norm_of_product(
@@ -367,36 +371,48 @@ def _sq_norm_of_product(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-    bias: bool,
 ) -> torch.Tensor:
-    """Norms of a convolution's gradient from images [B, C, H, W] and gradients [B, O, H', W'] of any strides."""
-    samples, channels, height, width = input.shape
-    _, out_channels, out_height, out_width = grad_output.shape
-    _check_extents(input, grad_output)
+    """Norms of a convolution's weight gradient from contiguous images [B, H, W, C] and gradients [B, H', W', O]."""
+    samples, height, width, all_channels = input.shape
+    _, out_height, out_width, out_channels = grad_output.shape
+    for tensor in (input, grad_output):
+        if tensor.shape[1:].numel() >= 2**31:  # offsets within a sample are 32 bits wide
+            raise ValueError(f"a sample must have fewer than 2^31 elements, got {list(tensor.shape[1:])}")
     taps = kernel_size[0] * kernel_size[1]
     positions = out_height * out_width
-    features, outputs = channels // groups * taps, out_channels // groups
+    channels, outputs = all_channels // groups, out_channels // groups
+    features = channels * taps
+    flat = taps > 1 and channels < 16
     double = grad_output.dtype == torch.float64
-    block_k = 16 if double else DEPTH
+    # 64 bytes of a row, at least, are one step of a matrix product.
+    depth = {8: 16, 4: 32, 2: 64}[grad_output.element_size()]
     if positions * (features + outputs) < features * outputs:
         block = _block(positions)
-        while block > 16 and samples * groups * triton.cdiv(positions, block) ** 2 < PROGRAMS:
-            block //= 2
-        kernel, blocks = _gram, {"BLOCK_T": block, "BLOCK_K": block_k}
-        programs = groups * triton.cdiv(positions, block) ** 2
-    else:
-        block_o, block_i = _block(outputs), _block(features)
 
         def tiles() -> int:
-            return groups * triton.cdiv(outputs, block_o) * triton.cdiv(features, block_i)
+            return groups * triton.cdiv(positions, block) * (triton.cdiv(positions, block) + 1) // 2
 
-        while max(block_o, block_i) > 16 and samples * tiles() < PROGRAMS:
+        while block > 16 and samples * tiles() < PROGRAMS:
+            block //= 2
+        width_k = features if flat else channels
+        kernel, blocks = _gram, {"BLOCK_T": block, "BLOCK_K": min(depth, _power(width_k))}
+        largest = block
+    else:
+        largest = 64 if double else 128
+        block_o, block_i = _block(outputs, largest), _block(features if flat else channels, largest)
+
+        def tiles() -> int:
+            tiles_i = triton.cdiv(features, block_i) if flat else taps * triton.cdiv(channels, block_i)
+            return groups * triton.cdiv(outputs, block_o) * tiles_i
+
+        while max(block_o, block_i) > 32 and samples * tiles() < PROGRAMS:
             if block_i >= block_o:
                 block_i //= 2
             else:
                 block_o //= 2
-        kernel, blocks = _direct, {"BLOCK_O": block_o, "BLOCK_I": block_i, "BLOCK_T": block_k}
-        programs = tiles()
+        kernel, blocks = _direct, {"BLOCK_O": block_o, "BLOCK_I": block_i, "BLOCK_T": min(depth, 32)}
+        largest = max(block_o, block_i)
+    programs = tiles()
     parts = torch.empty((samples, programs), dtype=_sum_dtype(grad_output), device=grad_output.device)
     if parts.numel() == 0:
         return parts.sum(1)
@@ -406,22 +422,21 @@ def _sq_norm_of_product(
         parts,
         positions,
         features,
+        channels,
         outputs,
         groups,
         (height, width, out_width),
-        input.stride(),
-        grad_output.stride(),
+        (width * all_channels, all_channels, height * width * all_channels),
+        out_channels,
         tuple(stride),
         tuple(padding),
         tuple(dilation),
         KERNEL_X=kernel_size[1],
         TAPS=taps,
-        BIAS=bias,
-        INPUT_BY_POSITION=input.stride(3) <= input.stride(1),
-        GRAD_BY_POSITION=grad_output.stride(3) <= grad_output.stride(1),
+        FLAT=flat,
         SUM=tl.float64 if double else tl.float32,
         PRECISION="ieee" if double else "tf32x3",
-        num_warps=4,
+        num_warps=8 if largest == 128 else 4,
         **blocks,
     )
     return parts.sum(1)
@@ -494,10 +509,15 @@ def grad_sq_norm_embedding(
         SUM=tl.float64 if double else tl.float32,
         PRECISION="ieee" if double else "tf32x3",
         BLOCK_T=block,
-        BLOCK_K=16 if double else DEPTH,
+        BLOCK_K=16 if double else 32,
         num_warps=4,
     )
     return parts.sum(1)
+
+
+def _bias_sq_norm(grads: torch.Tensor) -> torch.Tensor:
+    """Squared norm [B] of the gradient of a bias, from gradients [B, ..., O]."""
+    return grads.flatten(1, -2).sum(1, dtype=_sum_dtype(grads)).square().sum(1)
 
 
 def _sq_norm(rows: torch.Tensor) -> torch.Tensor:
@@ -515,9 +535,14 @@ def _check_extents(*tensors: torch.Tensor) -> None:
             )
 
 
-def _block(size: int) -> int:
-    """Side of a tile: a power of two that a matrix product takes."""
-    return max(16, min(64, triton.next_power_of_2(max(size, 1))))
+def _power(size: int) -> int:
+    """The power of two, 16 or more, that a matrix product over `size` takes."""
+    return max(16, triton.next_power_of_2(max(size, 1)))
+
+
+def _block(size: int, largest: int = 64) -> int:
+    """Side of a tile."""
+    return min(largest, _power(size))
 
 
 def _sum_dtype(tensor: torch.Tensor) -> torch.dtype:

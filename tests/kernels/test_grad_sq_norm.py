@@ -90,6 +90,12 @@ def test_conv2d(where):
         conv2d_case(torch.float32, (2, 20, 4, 4), 40, (3, 3), padding=1, groups=2, layout=last),
         conv2d_case(torch.float16, (2, 20, 4, 4), 40, (3, 3), padding=1, layout=last),
         conv2d_case(torch.float32, (0, 3, 5, 5), 2, (1, 1)),
+        conv2d_case(
+            torch.float32, (2, 20, 6, 7), 18, (3, 2), (2, 1), (1, 0), (1, 2)
+        ),  # tap by tap, two blocks
+        conv2d_case(torch.float16, (1, 40, 6, 5), 70, (2, 2), groups=2, padding=1),  # more than one tile
+        conv2d_case(torch.float32, (2, 3, 6, 6), 80, (3, 3), stride=3),  # Gram of a few channels
+        conv2d_case(torch.float32, (1, 80, 9, 9), 90, (3, 3), padding=1),  # Gram of more than one tile
     ]
     assert_agrees(CONV2D, cases, where)
 
@@ -152,6 +158,20 @@ def test_compiles_for_every_gpu_on_matrix_units_without_spills():
         assert matrix_instructions(binary.ptx)
 
 
+def test_channels_are_loaded_16_bytes_at_a_time():
+    cases = [
+        conv2d_case(dtype, shape, shape[1], (3, 3), padding=1, bias=False, layout=layout)
+        for dtype in (torch.bfloat16, torch.float32)
+        for shape in ((16, 64, 28, 28), (8, 256, 7, 7))
+        for layout in (torch.contiguous_format, torch.channels_last)
+    ]
+    for binary in compile_ahead(CONV2D, cases):
+        assert max(binary.load_bytes) == 16
+        if cases[binary.case][0].dtype == torch.bfloat16:
+            # float32 is copied to shared memory turned round where the matrix units ask for it, 4 bytes at a time
+            assert min(binary.load_bytes) == 16
+
+
 def test_norm_compiles_for_every_gpu_with_wide_loads_and_no_spills():
     cases = [
         norm_case(torch.float32, (4, 64, 28, 28), (1, 1)),
@@ -164,9 +184,9 @@ def test_norm_compiles_for_every_gpu_with_wide_loads_and_no_spills():
 
 def test_samples_beyond_32_bit_offsets_are_refused():
     launchers = pytest.importorskip("ddfast.kernels.grad_sq_norm")
-    apart = torch.empty_strided((1, 3, 4, 4), (1, 2**30, 4, 1), device="meta")
-    grads = torch.empty((1, 2, 4, 4), device="meta")
+    large = torch.empty((1, 3, 2**15, 2**15), device="meta")
+    grads = torch.empty((1, 2, 2**15, 2**15), device="meta")
     with pytest.raises(
-        ValueError, match=r"fewer than 2\^31 elements, got \[3, 4, 4\] with strides \[1073741824"
+        ValueError, match=r"a sample must have fewer than 2\^31 elements, got \[32768, 32768, 3\]"
     ):
-        launchers.grad_sq_norm_conv2d(apart, grads, (1, 1), (1, 1), (0, 0), (1, 1), 1, True)
+        launchers.grad_sq_norm_conv2d(large, grads, (1, 1), (1, 1), (0, 0), (1, 1), 1, True)
