@@ -29,7 +29,7 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -38,6 +38,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench import facts
 from ddfast import ops
 from ddfast.data.files import atomic_write_text, make_folder
+
+if TYPE_CHECKING:
+    from ddfast.kernels.ahead_of_time import Binary
 
 CAPABILITIES = (80, 90, 100)
 WIDE = 16  # bytes a thread moves at a time where it can
@@ -360,27 +363,20 @@ def launches(case: Case) -> list[Callable[[], Any]]:
 
 
 def examine(case: Case, capabilities: Sequence[int]) -> list[Row]:
-    """Compile a case, in a process of its own kind: see `ddfast.kernels.ahead_of_time`."""
+    """Compile a case for each capability, in a process for this alone: see `ddfast.kernels.ahead_of_time`."""
     from ddfast.kernels.ahead_of_time import compile_launches
+    from triton.compiler.errors import CompilationError
 
+    calls = launches(case)
     rows = []
-    for binary in compile_launches(launches(case), capabilities):
-        instructions = binary.matrix_instructions
-        row = Row(
-            case.op,
-            case.what,
-            binary.kernel,
-            binary.capability,
-            binary.registers,
-            binary.spilled_bytes,
-            binary.shared_bytes,
-            binary.warps,
-            max(binary.load_bytes, default=0),
-            max(binary.store_bytes, default=0),
-            ", ".join(f"{count} {name}" for name, count in sorted(instructions.items())),
-            (),
-        )
-        rows.append(dataclasses.replace(row, faults=faults(case, row)))
+    for capability in capabilities:
+        try:
+            binaries = compile_launches(calls, [capability])
+        except (CompilationError, RuntimeError) as error:  # the latter from a pass of the compiler
+            fault = f"does not compile: {str(error).strip().splitlines()[-1]}"
+            rows.append(Row(case.op, case.what, case.kernels[0], capability, 0, 0, 0, 0, 0, 0, "", (fault,)))
+            continue
+        rows += [_row(case, binary) for binary in binaries]
     missing = [
         capability
         for capability in capabilities
@@ -391,6 +387,25 @@ def examine(case: Case, capabilities: Sequence[int]) -> list[Row]:
             f"{case.op}, {case.what}: none of {', '.join(case.kernels)} was launched for sm_{missing[0]}"
         )
     return list(dict.fromkeys(rows))
+
+
+def _row(case: Case, binary: Binary) -> Row:
+    instructions = binary.matrix_instructions
+    row = Row(
+        case.op,
+        case.what,
+        binary.kernel,
+        binary.capability,
+        binary.registers,
+        binary.spilled_bytes,
+        binary.shared_bytes,
+        binary.warps,
+        max(binary.load_bytes, default=0),
+        max(binary.store_bytes, default=0),
+        ", ".join(f"{count} {name}" for name, count in sorted(instructions.items())),
+        (),
+    )
+    return dataclasses.replace(row, faults=faults(case, row))
 
 
 def faults(case: Case, row: Row) -> tuple[str, ...]:

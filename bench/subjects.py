@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +88,7 @@ def _taught(settings: Settings, count: int) -> Subject:
     images, labels, bad = load_all(source, teacher.image_size, samples=samples)
     if bad or len(images) < count:
         raise UsageError(f"{settings.data} has fewer than {count} readable test images")
-    name = f"{teacher.arch} taught on {source.name}"
+    name = f"{teacher.arch} taught on {Path(settings.data).stem}"
     return Subject(name, teacher.model, images, labels, teacher.mean, teacher.std)
 
 

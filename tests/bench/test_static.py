@@ -4,7 +4,7 @@ import pytest
 import torch
 from ddfast.kernels.ahead_of_time import Binary
 
-from bench.static import Case, Row, cases, faults, launchers, main, page, report, table
+from bench.static import Case, Row, cases, examine, faults, launchers, main, page, report, table
 
 PTX = """
     ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%rd1];
@@ -83,6 +83,17 @@ def test_a_fault_shows_in_the_table_and_the_exit_code(monkeypatch, tmp_path, cap
     assert [len(line) for line in cells] == [len(cells[0])] * 3
     monkeypatch.setattr("bench.static.report", lambda *args: [[row()]])
     assert main([]) == 0
+
+
+def test_a_kernel_that_does_not_compile_is_a_fault(monkeypatch):
+    def broken(calls, capabilities):
+        raise RuntimeError("a pass\nPassManager::run failed")
+
+    monkeypatch.setattr("bench.static.launches", lambda case: [])
+    monkeypatch.setattr("ddfast.kernels.ahead_of_time.compile_launches", broken)
+    (found,) = examine(case(), [90])
+    assert found.faults == ("does not compile: PassManager::run failed",)
+    assert (found.kernel, found.capability) == ("_op", 90)
 
 
 def test_an_op_that_is_never_called_is_an_error():
