@@ -14,7 +14,6 @@ import platform
 import sys
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -104,19 +103,23 @@ class Run:
         """
         if self._pool is None:
             ids, labels = self.source.samples.ids, self.source.samples.labels
-            bounds = np.searchsorted(labels, np.arange(len(self.source.class_names) + 1))
-            kept = [
-                first + self._shuffled(ids[first:last])[: self.plan["images_per_class"]]
-                for first, last in pairwise(bounds.tolist())
-            ]
+            starts = np.searchsorted(labels, np.arange(len(self.source.class_names) + 1))
+            kept, first = [], 0
+            while first < len(starts) - 1:  # some whole classes at a time
+                last = max(first + 1, int(np.searchsorted(starts, starts[first] + _DRAWS, side="right")) - 1)
+                block = slice(starts[first], starts[last])
+                kept.append(starts[first] + self._first_drawn(ids[block], labels[block] - first))
+                first = last
             pool = np.concatenate(kept)
             self._pool = pool[np.argsort(ids[pool], kind="stable")]
         return self._pool
 
-    def _shuffled(self, ids: np.ndarray) -> np.ndarray:
-        """Places of a class's `ids` in the order of their draws, ties in the order of the ids."""
+    def _first_drawn(self, ids: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Places of the first `images_per_class` samples of each class by their draws, ties by id."""
         keys = [self._draws(ids[first : first + _DRAWS]) for first in range(0, len(ids), _DRAWS)]
-        return np.lexsort((ids, np.concatenate(keys))) if keys else np.empty(0, dtype=np.int64)
+        order = np.lexsort((ids, np.concatenate(keys), labels)) if keys else np.empty(0, dtype=np.int64)
+        starts = np.searchsorted(labels, np.arange(labels[-1] + 1 if len(labels) else 0))
+        return order[np.arange(len(order)) - starts[labels] < self.plan["images_per_class"]]
 
     def _draws(self, ids: np.ndarray) -> np.ndarray:
         """A 64-bit draw of each id: the first two words of Philox under the seed's stream `pool`."""
