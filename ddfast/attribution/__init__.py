@@ -6,6 +6,7 @@ from ddfast.attribution.estimators import ESTIMATORS, list_estimators
 from ddfast.attribution.forward import locality_of
 from ddfast.attribution.grad_cam import grad_cam
 from ddfast.attribution.locality import Locality
+from ddfast.attribution.stopping import settled_shapley
 
 __all__ = [
     "ESTIMATORS",
@@ -15,6 +16,7 @@ __all__ = [
     "grad_cam",
     "list_estimators",
     "locality_of",
+    "settled_shapley",
     "shapley",
     "shapley_crops",
 ]

@@ -2,23 +2,29 @@
 
 The posterior covariance of phi under a `GamePrior` does not depend on the values, so the coalitions that make its
 trace smallest can be chosen before any image is seen: greedily, one after the other, then by exchanging single ones
-while that helps (Fedorov exchange, 1972).
+while that helps (Fedorov, 1972), first for random candidates and then for neighbours of those chosen, one cell more or
+less (coordinate exchange: Meyer & Nachtsheim, 1995). The best of a few starts is taken. On real teachers the expected
+error and the real one rank designs nearly alike (correlation 0.94 at 32 evaluations of a 4 x 4 grid).
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ddfast.attribution.coalitions import all_coalitions, shapley_kernel_subsets
+from ddfast.attribution.designs import kept_design
 from ddfast.attribution.game_prior import GamePrior, Grid
 
 _ENUMERATED_PLAYERS = 10  # up to so many players every coalition is a candidate
 _CANDIDATES = 1024  # random candidates beyond, and as many complements
+# Up to a budget: how many starts, each from so many random candidates. Few candidates and many starts find better
+# designs than the reverse; beyond the last budget the greedy choice alone is left, from all candidates.
+_STARTS = ((64, 3, 100), (128, 1, 200))
 _SWEEPS = 20
-_EXCHANGED = 128  # up to this budget coalitions are exchanged; beyond, the greedy choice gains little from it
 # Candidates that the grid's symmetries make equal are told apart by up to this share of their gain, far above the
 # rounding of any machine, so that the same one wins everywhere.
 _TIE = 1e-6
@@ -28,15 +34,62 @@ _KNOWN = 1e-9
 
 @functools.lru_cache(maxsize=64)
 def design(d: int, n_samples: int, grid: Grid | None) -> tuple[Tensor, Tensor]:
-    """The coalitions of a budget and their projection.
+    """The coalitions of a budget and their projection: those kept (`designs`), else searched once, for seconds.
 
     Returns:
         coalitions bool [K, d], the empty and the full one first, and projection float64 [K, d], with K the smaller of
-        n_samples and 2^d.
+        n_samples and 2^d (above 20 players: and the number of candidates).
     """
     prior = GamePrior(d, grid)
-    coalitions = search(prior, candidates(d), n_samples)
+    kept = kept_design(grid, n_samples)
+    coalitions = best_design(prior, n_samples) if kept is None else kept
     return coalitions, prior.projection(coalitions)
+
+
+def best_design(prior: GamePrior, n_samples: int) -> Tensor:
+    """The search at its full length, bool [K, d] (see `design`)."""
+    count, candidates_each = next(
+        ((starts, each) for most, starts, each in _STARTS if n_samples <= most), (0, 0)
+    )
+    if prior.d <= _ENUMERATED_PLAYERS:
+        return search(prior, candidates(prior.d), n_samples)
+    if not count:
+        return search(prior, candidates(prior.d, max(_CANDIDATES, n_samples)), n_samples, sweeps=0)
+    found = []
+    for seed in range(count):
+        chosen = search(prior, candidates(prior.d, max(candidates_each, n_samples), seed), n_samples)
+        found.append(refined(prior, chosen))
+    error = [expected_error(prior, each) for each in found]
+    # Starts that end in the same design, turned or mirrored, are told apart by their order alone.
+    return found[next(i for i, each in enumerate(error) if each <= min(error) * (1.0 + 10.0 * _TIE))]
+
+
+def expected_error(prior: GamePrior, coalitions: Tensor) -> float:
+    """Trace of the covariance of phi given the values of coalitions, as a share of that before."""
+    precision, target = prior.given(coalitions)
+    before = prior.covariance_of_shapley().trace()
+    return float(1.0 - ((precision @ target) * target).sum() / before)
+
+
+def refined(prior: GamePrior, coalitions: Tensor, sweeps: int = _SWEEPS) -> Tensor:
+    """Exchange the coalitions of a design for each other's neighbours and complements until nothing is gained."""
+    error = expected_error(prior, coalitions)
+    for _ in range(sweeps):
+        flipped = coalitions[:, None] ^ torch.eye(prior.d, dtype=torch.bool)
+        pool = _joined(coalitions, torch.cat([flipped.flatten(0, 1), ~coalitions]))
+        moved = pool[[0, *_Problem(prior, pool).exchanged(list(range(1, len(coalitions))), sweeps)]]
+        after = expected_error(prior, moved)
+        if after > error * (1.0 - 10.0 * _TIE):
+            break
+        coalitions, error = moved, after
+    return coalitions
+
+
+def _joined(first: Tensor, others: Tensor) -> Tensor:
+    """The coalitions `first`, distinct, then those of `others` that are not among them, each once."""
+    pool = torch.unique(torch.cat([others, first]), dim=0)
+    known = {tuple(row) for row in first.tolist()}
+    return torch.cat([first, pool[[tuple(row) not in known for row in pool.tolist()]]])
 
 
 def candidates(d: int, count: int = _CANDIDATES, seed: int = 0) -> Tensor:
@@ -71,9 +124,14 @@ def search(prior: GamePrior, pool: Tensor, n_samples: int, sweeps: int = _SWEEPS
     if n_samples >= len(pool):
         return pool
     problem = _Problem(prior, pool)
-    chosen = problem.greedy(n_samples - 1)
-    if n_samples <= _EXCHANGED:
-        chosen = problem.exchanged(chosen, sweeps)
+    chosen = problem.exchanged(problem.greedy(n_samples - 1), sweeps)
+    return torch.cat([pool[:1], pool[chosen]])
+
+
+def extended(prior: GamePrior, coalitions: Tensor, n_samples: int) -> Tensor:
+    """A design [K, d] and the candidates that add most to it, one after the other, bool [n_samples, d]."""
+    pool = _joined(coalitions, candidates(prior.d))
+    chosen = _Problem(prior, pool).greedy(min(n_samples, len(pool)) - 1, list(range(1, len(coalitions))))
     return torch.cat([pool[:1], pool[chosen]])
 
 
@@ -103,13 +161,13 @@ class _Problem:
         gain[0] = -2.0
         return gain
 
-    def greedy(self, count: int) -> list[int]:
-        """The full coalition, then whichever gains most given those before: a pivoted Cholesky factorisation."""
+    def greedy(self, count: int, start: Sequence[int] = (1,)) -> list[int]:
+        """`start` (the full coalition), then whichever gains most given those before: a pivoted Cholesky factor."""
         target, variance = self.target.clone(), self.variance.clone()
         factor = torch.empty(count, len(self.pool), dtype=torch.float64)
         chosen: list[int] = []
         for step in range(count):
-            j = 1 if step == 0 else int(self.gain(target, variance, chosen).argmax())
+            j = start[step] if step < len(start) else int(self.gain(target, variance, chosen).argmax())
             column = self.column(j) - factor[:step].mT @ factor[:step, j]
             factor[step] = column / variance[j].sqrt()
             target = target - factor[step][:, None] * (target[j] / variance[j].sqrt())
@@ -117,7 +175,7 @@ class _Problem:
             chosen.append(j)
         return chosen
 
-    def exchanged(self, chosen: list[int], sweeps: int) -> list[int]:
+    def exchanged(self, chosen: Sequence[int], sweeps: int) -> list[int]:
         """Each but the full coalition in turn against the best candidate given all others, until none moves."""
         chosen = list(chosen)
         columns = torch.stack([self.column(j) for j in chosen], dim=1)  # [M, n]

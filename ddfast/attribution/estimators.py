@@ -380,7 +380,7 @@ def designed(d: int, n_samples: int, seeds: Tensor, grid: Grid | None = None) ->
     if d == 1:
         return _single_player(seeds)
     coalitions, projection = design(d, n_samples, grid)
-    relabelled = _relabellings(seeds, d, grid)  # [S, d]: the player of the design that stands where i is
+    relabelled = relabellings(seeds, d, grid)  # [S, d]: the player of the design that stands where i is
     return SampledPlan(coalitions[:, relabelled].transpose(0, 1), projection[:, relabelled].transpose(0, 1))
 
 
@@ -430,7 +430,7 @@ def _constrained_regression(coalitions: Tensor, weight: Tensor | None = None) ->
     return _with_anchors(coalitions, solve, empty=-full - solve.sum(dim=1), full=full)
 
 
-def _relabellings(seeds: Tensor, d: int, grid: Grid | None) -> Tensor:
+def relabellings(seeds: Tensor, d: int, grid: Grid | None) -> Tensor:
     """A random symmetry of the players a stream, int64 [S, d]: of the grid's 8 (4 unless square), or any order."""
     if grid is None:
         return permutations(seeds, 1, d)[:, 0]

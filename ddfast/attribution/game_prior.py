@@ -134,6 +134,50 @@ class GamePrior:
             total = total + level.share / len(windows) * (gain * others).flatten(-2) @ onto
         return total + self.parameters.rest * shapley_weights(t)
 
+    def covariance_of_shapley(self) -> Tensor:
+        """Covariance of phi before anything is seen, float64 [d, d].
+
+        The difference that a cell makes in one argument of kappa, averaged over the other, times the mean of kappa over
+        both for every other cell of the window, integrated over the two chances of being present.
+        """
+        d = self.d
+        total = self.parameters.equal / d**2 * torch.ones(d, d, dtype=torch.float64)
+        for windows, level in self._levels:
+            width = windows.shape[1]
+            node, weight = _quadrature(width // 2 + 1)
+            p, q = node[:, None], node[None, :]
+            k00, k01, k11 = _exp(level.tilt), level.decay, _exp(-level.tilt)
+            mean = p * q * k11 + (p + q - 2.0 * p * q) * k01 + (1.0 - p) * (1.0 - q) * k00
+            rise = node * (k11 - k01) + (1.0 - node) * (k01 - k00)
+            own = (k11 - 2.0 * k01 + k00) * (weight @ mean ** (width - 1) @ weight)
+            member = torch.nn.functional.one_hot(windows, d).sum(dim=1).double()  # [W, d]
+            together = member.mT @ member
+            if width > 1:
+                other = (weight * rise) @ mean ** (width - 2) @ (weight * rise)
+                total = total + level.share / len(windows) * other * (together - together.diagonal().diag())
+            total = total + level.share / len(windows) * own * together.diagonal().diag()
+        return total + self.parameters.rest * _covariance_of_white_shapley(d)
+
+    def given(self, coalitions: Tensor) -> tuple[Tensor, Tensor]:
+        """What an estimate and its error are made of, for increments over the value of the empty coalition.
+
+        Args:
+            coalitions: bool [K, d], the first the empty one.
+
+        Returns:
+            Inverse covariance of the increments, float64 [K - 1, K - 1], and their covariance with phi [K - 1, d].
+        """
+        covariance, target = self._increments(coalitions)
+        return torch.linalg.inv(covariance), target
+
+    def _increments(self, coalitions: Tensor) -> tuple[Tensor, Tensor]:
+        """Covariance [..., K - 1, K - 1] of the increments over the first coalition, with the ridge, and with phi."""
+        full, target = self.covariance(coalitions, coalitions), self.shapley_covariance(coalitions)
+        full = (full - full[..., :1, :] - full[..., :, :1] + full[..., :1, :1])[..., 1:, 1:]
+        ridge = _RIDGE * full.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None, None]
+        covariance = full + ridge * torch.eye(full.shape[-1], dtype=torch.float64)
+        return covariance, (target - target[..., :1, :])[..., 1:, :]
+
     def projection(self, coalitions: Tensor) -> Tensor:
         """Projection of the values of coalitions to the expected phi.
 
@@ -147,20 +191,23 @@ class GamePrior:
         Returns:
             float64 [..., K, d].
         """
-        covariance, target = self.covariance(coalitions, coalitions), self.shapley_covariance(coalitions)
-        covariance = (covariance - covariance[..., :1, :] - covariance[..., :, :1] + covariance[..., :1, :1])[
-            ..., 1:, 1:
-        ]
-        target = (target - target[..., :1, :])[..., 1:, :]
-        ridge = _RIDGE * covariance.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None, None]
-        factor = torch.linalg.cholesky(
-            covariance + ridge * torch.eye(covariance.shape[-1], dtype=torch.float64)
-        )
+        covariance, target = self._increments(coalitions)
+        factor = torch.linalg.cholesky(covariance)
         inner = torch.cholesky_solve(target, factor)
         sums = torch.zeros(inner.shape[-2], 1, dtype=torch.float64)
         sums[0] = 1.0
         inner = inner - (inner.sum(dim=-1, keepdim=True) - sums) / self.d
         return torch.cat([-inner.sum(dim=-2, keepdim=True), inner], dim=-2)
+
+
+def _covariance_of_white_shapley(d: int) -> Tensor:
+    """Covariance of phi where all 2^d values are independent with variance 1: sums of w(|s|)^2 over coalitions."""
+    w = [1.0 / (d * math.comb(d - 1, k)) for k in range(d)]  # of a coalition of k others
+    own = 2.0 * math.fsum(math.comb(d - 1, k) * w[k] ** 2 for k in range(d))
+    # Of two players both in, both out, or one of them in.
+    alike = 2.0 * math.fsum(math.comb(d - 2, k) * w[k] ** 2 for k in range(d - 1)) if d > 1 else 0.0
+    unlike = 2.0 * math.fsum(math.comb(d - 2, k) * w[k] * w[k + 1] for k in range(d - 1)) if d > 1 else 0.0
+    return torch.full((d, d), alike - unlike, dtype=torch.float64).fill_diagonal_(own)
 
 
 def _product_integrals(width: int, level: Level) -> Tensor:
@@ -213,16 +260,24 @@ def _log(x: float | Tensor) -> float | Tensor:
     return x.log() if isinstance(x, Tensor) else math.log(x)
 
 
-# Placeholders until fitted.
+# Fitted by `python -m bench.game_prior` to 80 CIFAR-10 test images under a ConvNet-3 at 32 px and 16 photographs of
+# clothing under a ResNet-18 at 96 px, each set weighing the same, so that phi from 17 to 128 evaluations has the least
+# relative squared error (its mean, on a logarithmic scale). Only ratios of share, equal and rest matter. Other levels
+# (1 x 3, 2 x 3; none of pairs) and other starts end within 5% of the same error.
 FITTED_GRID = Parameters(
     levels=(
-        Level((1, 1), 0.79, 0.37, 0.0),
-        Level((1, 2), 8.6, 0.28, -0.26),
-        Level((2, 2), 2.0, 0.27, 0.19),
-        Level((3, 3), 0.37, 0.60, 0.19),
-        Level(None, 0.12, 0.98, 0.0),
+        Level((1, 1), share=0.397, decay=0.475),
+        Level((1, 2), share=8.84, decay=0.0523, tilt=-0.0789),
+        Level((2, 2), share=1.31, decay=0.192, tilt=0.222),
+        Level((3, 3), share=0.518, decay=0.412, tilt=0.121),
+        Level(None, share=0.0835, decay=0.976, tilt=0.215),
     ),
-    equal=16.0,
+    equal=39.8,
     rest=1e-4,
 )
-FITTED_EXCHANGEABLE = Parameters(levels=(Level(None, 0.8, 0.89, 0.0),), equal=12.0, rest=1e-4)
+# The same fit where nothing is known of who is whose neighbour.
+FITTED_EXCHANGEABLE = Parameters(
+    levels=(Level((1, 1), share=0.116, decay=0.624), Level(None, share=0.597, decay=0.883, tilt=0.033)),
+    equal=16.3,
+    rest=1e-4,
+)
