@@ -12,7 +12,7 @@
 // There are two bodies. On a CPU with AVX-512 and bfloat16, float32 and bfloat16 take the products of
 // avx512_products.h, which unfold nothing: a position's row is read where it lies in the channels-last image. Elsewhere,
 // and for float64, torch's matrix products multiply unfolded tiles. Products are summed in the dtype of the result,
-// squares in double, and a sample's sums do not depend on its batch or on the number of threads.
+// squares in double. A sample's bytes do not depend on its batch, nor, with the former, on the number of threads.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -8,8 +8,10 @@ G [T, O] it is
     ||G^T X||^2 = sum_{t,s} (X X^T)_{ts} (G G^T)_{ts},
 
 T * I * O multiplications on the left, T^2 (I + O) on the right (Goodfellow 2015, arXiv 1510.01799, for T =
-1; Rochette et al. 2019, arXiv 1912.06015, and Li et al. 2022, arXiv 2110.05679, for T > 1). The bodies take
-the cheaper side.
+1; Rochette et al. 2019, arXiv 1912.06015, and Li et al. 2022, arXiv 2110.05679, for T > 1), half of them by
+symmetry. The bodies take the cheaper side. A convolution's X X^T is a sum over its taps of inner products of
+pixels, so on the CPU the Gram matrix of the P pixels, P^2 C / 2 multiplications for C channels, may stand in for
+T^2 I / 2 with I = taps * C.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 
 from ddfast import grad_norm
+from ddfast.gradients import ghost
 from ddfast.gradients import norms as implementation
 
 METHODS = ("ghost", "vmap", "auto")
@@ -84,6 +85,34 @@ class Mixed(nn.Module):
             nn.Flatten(),
             nn.BatchNorm1d(8),
             nn.Linear(8, 5, bias=False),
+        )
+
+    def forward(self, x):
+        return self.body(x)
+
+
+class Pooled(nn.Module):
+    """Max pooling of every geometry, normalisation of the images themselves, 3-d and 1-d normalisation."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.BatchNorm2d(3),
+            nn.Conv2d(3, 8, 3, padding=1, bias=False),
+            nn.GroupNorm(4, 8),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(3, stride=2, padding=1),
+            nn.Conv2d(8, 6, 3, padding=1),
+            nn.MaxPool2d((2, 3), dilation=(2, 1), ceil_mode=True),
+            nn.Unflatten(1, (2, 3)),
+            nn.BatchNorm3d(2),
+            nn.GroupNorm(2, 2),
+            nn.Flatten(1, 2),
+            nn.MaxPool2d(2, return_indices=False),
+            nn.Flatten(),
+            nn.BatchNorm1d(6),
+            nn.GroupNorm(2, 6),
+            nn.Linear(6, 5),
         )
 
     def forward(self, x):
@@ -164,6 +193,7 @@ MODELS = {
     ),
     "group norm": (lambda: ConvNet(lambda c: nn.GroupNorm(2, c)), pictures()),
     "every geometry": (Mixed, pictures(14)),
+    "pooling": (Pooled, pictures(14)),
     "resnet18": (resnet18, lambda: torch.randn(3, 3, 64, 64)),
     "transformer": (Transformer, tokens),
     "padding row": (lambda: Transformer(padding_idx=3), tokens),
@@ -215,12 +245,36 @@ def test_half_precision_models(method, dtype):
     torch.testing.assert_close(norms, expected, rtol=0.05, atol=0)
 
 
-def test_channels_last():
-    model, images, labels = built("batch norm")
+@pytest.mark.parametrize("name", ["batch norm", "group norm", "every geometry", "pooling"])
+def test_channels_last(name):
+    model, images, labels = built(name)
     expected = looped(model, images, labels)
     model = model.to(memory_format=torch.channels_last)
-    norms = grad_norm(model, images.contiguous(memory_format=torch.channels_last), labels, "ghost")
+    with no_warnings():
+        norms = grad_norm(model, images.contiguous(memory_format=torch.channels_last), labels, "ghost")
     torch.testing.assert_close(norms.double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        {"kernel_size": 3, "stride": 2, "padding": 1},
+        {"kernel_size": (2, 3), "dilation": (2, 1), "ceil_mode": True},
+        {"kernel_size": 2, "stride": (1, 3)},
+    ],
+)
+def test_pooling_and_its_gradient_are_torchs_to_the_byte(geometry):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 5, (2, 5, 11, 13), generator=generator).float()  # ties
+    results = []
+    for pool in (functional.max_pool2d, ghost._pooled):
+        leaf = images.clone().requires_grad_()
+        pooled = pool(leaf, **geometry)
+        weight = torch.arange(pooled.numel(), dtype=pooled.dtype).view_as(pooled)
+        results.append((pooled, *torch.autograd.grad((pooled * weight).sum(), leaf)))
+    for expected, got in zip(*results, strict=True):
+        assert torch.equal(got, expected)
+        assert got.is_contiguous()
 
 
 def test_last_layer_is_the_norm_of_the_last_layers_gradient():
