@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -138,9 +138,9 @@ class _ArchiveSource(Source):
                 os.close(descriptor)
             self._descriptors.clear()
 
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptors"):
-            self.close()
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        for descriptor in getattr(self, "_descriptors", {}).values():  # `os` may be gone when Python ends
+            close(descriptor)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in ("_lock", "_descriptors")}

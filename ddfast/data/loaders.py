@@ -9,6 +9,10 @@ Whatever is chosen, only plain JPEGs go its way; other formats and damaged files
 reason counts, so that all three quarantine the same files. The choice depends on the device and on what is
 installed, never on a measurement at run time: a machine always makes the same one. It decides bits, so it
 stands in the manifest.
+
+How much it decides, on 256 photographs at 64 px under a ConvNet of 82% training accuracy, against Pillow: with
+torchvision pixels differ by 0.002 grey levels in the mean and by 1 at most, and all 1,280 noisy crops are the same;
+with DALI on a CPU by 0.1 and 18, at the border, and 1,279 crops are the same.
 """
 
 from __future__ import annotations
