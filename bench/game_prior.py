@@ -21,8 +21,17 @@ import torch
 from torch import Tensor
 
 from bench.games import PLAYERS, SIDE, Games, numbers, pick, pick_keys, sampled_games, whole_games
-from ddfast.attribution.design import best_design, candidates, expected_error, refined, search
+from ddfast.attribution.design import (
+    best_design,
+    candidates,
+    design,
+    expected_error,
+    extended,
+    refined,
+    search,
+)
 from ddfast.attribution.game_prior import GamePrior, Level, Parameters
+from ddfast.attribution.stopping import ROUNDS
 from ddfast.data.sources import open_source
 from ddfast.models import load_teacher
 
@@ -119,6 +128,16 @@ def kept_design(prior: GamePrior, n: int) -> Tensor:
     return min(found, key=lambda each: expected_error(prior, each))
 
 
+def kept_rounds(prior: GamePrior) -> Tensor:
+    """The design of the first round, each further one extended and then refined without touching those before."""
+    sizes = [share * PLAYERS for share in ROUNDS]
+    coalitions, _ = design(PLAYERS, sizes[0], GRID)
+    for size in sizes[1:]:
+        coalitions = refined(prior, extended(prior, coalitions, size), fixed=len(coalitions))
+        print(f"# round of {size}: {expected_error(prior, coalitions):.4f}", flush=True)
+    return coalitions
+
+
 def read_games(text: str, work: Path) -> Games:
     """One `--games` argument."""
     given = dict(word.split("=", 1) for word in text.split())
@@ -164,10 +183,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         prior = GamePrior(PLAYERS, GRID)
     for n in _STARTS:
-        design = kept_design(prior, n)
-        digits = "".join(f"{number:04x}" for number in numbers(design).tolist())
-        print(f'{n}: "{digits}",  # {expected_error(prior, design):.4f}', flush=True)
+        found = kept_design(prior, n)
+        print(f'{n}: "{_digits(found)}",  # {expected_error(prior, found):.4f}', flush=True)
+    print(f'rounds: "{_digits(kept_rounds(prior))}"')
     return 0
+
+
+def _digits(coalitions: Tensor) -> str:
+    return "".join(f"{number:04x}" for number in numbers(coalitions).tolist())
 
 
 if __name__ == "__main__":

@@ -86,7 +86,8 @@ def whole_games(
     Each is written to `work` when it is finished and read from there the next time.
     """
     make_folder(work)
-    values, keys = [], []
+    values: list[Tensor] = []
+    keys: list[str] = []
     for sample, image in load(source, samples, size, workers=0):
         if isinstance(image, BadImage):
             continue
@@ -119,7 +120,8 @@ def sampled_games(
     anchors = torch.tensor([False, True])[:, None].expand(2, PLAYERS)
     seen = torch.cat([anchors, half, ~half])
     make_folder(work)
-    values, keys = [], []
+    values: list[Tensor] = []
+    keys: list[str] = []
     for sample, image in load(source, samples, size, workers=0):
         if isinstance(image, BadImage):
             continue

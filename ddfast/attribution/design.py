@@ -71,13 +71,14 @@ def expected_error(prior: GamePrior, coalitions: Tensor) -> float:
     return float(1.0 - ((precision @ target) * target).sum() / before)
 
 
-def refined(prior: GamePrior, coalitions: Tensor, sweeps: int = _SWEEPS) -> Tensor:
-    """Exchange the coalitions of a design for each other's neighbours and complements until nothing is gained."""
+def refined(prior: GamePrior, coalitions: Tensor, sweeps: int = _SWEEPS, fixed: int = 2) -> Tensor:
+    """Exchange coalitions, all but the first `fixed`, for each other's neighbours and complements while it helps."""
     error = expected_error(prior, coalitions)
     for _ in range(sweeps):
         flipped = coalitions[:, None] ^ torch.eye(prior.d, dtype=torch.bool)
         pool = _joined(coalitions, torch.cat([flipped.flatten(0, 1), ~coalitions]))
-        moved = pool[[0, *_Problem(prior, pool).exchanged(list(range(1, len(coalitions))), sweeps)]]
+        chosen = _Problem(prior, pool).exchanged(list(range(1, len(coalitions))), sweeps, fixed - 1)
+        moved = pool[[0, *chosen]]
         after = expected_error(prior, moved)
         if after > error * (1.0 - 10.0 * _TIE):
             break
@@ -175,14 +176,14 @@ class _Problem:
             chosen.append(j)
         return chosen
 
-    def exchanged(self, chosen: Sequence[int], sweeps: int) -> list[int]:
-        """Each but the full coalition in turn against the best candidate given all others, until none moves."""
+    def exchanged(self, chosen: Sequence[int], sweeps: int, fixed: int = 1) -> list[int]:
+        """Each but the first `fixed` in turn against the best candidate given all others, until none moves."""
         chosen = list(chosen)
         columns = torch.stack([self.column(j) for j in chosen], dim=1)  # [M, n]
         for _ in range(sweeps):
             moved = False
             weight, left, variance = self._posterior(chosen, columns)
-            for i in range(1, len(chosen)):
+            for i in range(fixed, len(chosen)):
                 # Without i: its rank-one share goes back (the inverse of a matrix less a row and a column).
                 freed = columns @ weight[:, i]
                 share = (weight[i] @ self.target[chosen]) / weight[i, i]

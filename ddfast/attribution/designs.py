@@ -49,10 +49,30 @@ _DESIGNS: dict[Grid, dict[int, str]] = {
 }
 
 
+# Coalitions in the order of `settled_shapley`: the design of its first round, then what each round adds to it.
+_ROUNDS: dict[Grid, str] = {
+    (4, 4): (
+        "0000ffffffdffdfffbffcffd08108004118002004004fffaf7ef7ffa30028009f7ffff6feefb00907ffd00200004ee7e"
+        "0800bffa0400004080026ef6ffbfdef680012100037ffc9c663199cedec96bab9cab7fec8f90706f26061454e542d971"
+        "a1b5058d7ef72c69d39641588d27ba5365d252e16b45e00144a41fff5c1b9a2d798072dc38f371330100b7c0867bd4b0"
+        "a3833a66b59637992004552d3d2910046ff7c1ea190f5b4ab37880d93336df732c3c0abcc83eccc706a2a95dd0574e15"
+        "4f0c8ac024bfdffa2f5ef2a815e0fa12464fa92a58a54a7897248474ca8e09fe84882b09bc4cd3519062e9e5a21d31cb"
+        "2c93c501f60b7574129a685a9914df72"
+    ),
+}
+
+
+def kept_rounds(grid: Grid) -> Tensor | None:
+    """The coalitions of all rounds that are kept for a grid, bool [K, d], or None."""
+    return _coalitions(_ROUNDS[grid], grid) if grid in _ROUNDS else None
+
+
 def kept_design(grid: Grid | None, n_samples: int) -> Tensor | None:
     """The coalitions that are kept for a grid and a budget, bool [n_samples, d], or None."""
     digits = _DESIGNS.get(grid, {}).get(n_samples) if grid is not None else None
-    if digits is None or grid is None:
-        return None
+    return None if digits is None or grid is None else _coalitions(digits, grid)
+
+
+def _coalitions(digits: str, grid: Grid) -> Tensor:
     number = torch.tensor([int(digits[i : i + _DIGITS], 16) for i in range(0, len(digits), _DIGITS)])
     return number[:, None] >> torch.arange(grid[0] * grid[1]) & 1 == 1

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ddfast.attribution.design import design, extended
+from ddfast.attribution.designs import kept_rounds
 from ddfast.attribution.engine import DEFAULT_CHUNK_SIZE, Channels, _ImageGame
 from ddfast.attribution.estimators import relabellings
 from ddfast.attribution.game_prior import GamePrior, Grid
@@ -29,7 +30,7 @@ from ddfast.ops._attribution import VALUES
 from ddfast.ops.precision import resolve_precision
 
 # Evaluations after each round, in players.
-_ROUNDS = (1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+ROUNDS = (2, 3, 4, 6, 8)
 
 
 @torch.no_grad()
@@ -52,7 +53,7 @@ def settled_shapley(
 ) -> tuple[Tensor, Tensor]:
     """Shapley values of grid cells, evaluated until the best window is settled: `shapley` that stops on its own.
 
-    Rounds of 1.5, 2, 3, 4, 6 and 8 evaluations a cell, up to `n_samples`. An image stops after the round in which its
+    Rounds up to 2, 3, 4, 6 and 8 evaluations a cell, at most `n_samples`. An image stops after the round in which its
     best window of pool x pool cells beats all others with the asked confidence, under the posterior of the prior over
     games whose scale is estimated from the image's own values. How often the crop is then that of the exact map, and
     what is saved, is measured in bench/results/estimators_*.md.
@@ -172,7 +173,7 @@ class Rounds:
             raise ValueError(
                 f"pool must be 1..{min(grid)} cells for a grid of {grid[0]} x {grid[1]}, got {pool}"
             )
-        wanted = sorted({min(max(round(share * d), 3), 1 << d) for share in _ROUNDS})
+        wanted = sorted({min(max(share * d, 3), 1 << d) for share in ROUNDS})
         self.sizes = [size for size in wanted if size <= n_samples]
         if not self.sizes:
             raise ValueError(
@@ -180,8 +181,12 @@ class Rounds:
             )
         self.grid, self.pool = grid, pool
         prior = GamePrior(d, grid)
-        first, _ = design(d, self.sizes[0], grid)
-        self.coalitions = extended(prior, first, self.sizes[-1])
+        kept = kept_rounds(grid)
+        if kept is None:
+            first, _ = design(d, self.sizes[0], grid)
+            self.coalitions = extended(prior, first, self.sizes[-1])
+        else:
+            self.coalitions = kept[: self.sizes[-1]]
         self._prepared = [self._prepare(prior, size) for size in self.sizes]
 
     def _prepare(self, prior: GamePrior, size: int) -> tuple[Tensor, Tensor, Tensor]:

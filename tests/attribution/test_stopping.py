@@ -10,6 +10,7 @@ from torch import nn
 import ddfast
 from ddfast.attribution import settled_shapley, shapley
 from ddfast.attribution.coalitions import all_coalitions, shapley_weights
+from ddfast.attribution.design import design, expected_error
 from ddfast.attribution.game_prior import GamePrior
 from ddfast.attribution.stopping import Rounds
 
@@ -38,7 +39,7 @@ def batch(count, dtype=torch.float32):
 
 def test_rounds_are_nested_and_efficient():
     rounds = Rounds(16, (4, 4))
-    assert rounds.sizes == [24, 32, 48, 64, 96, 128]
+    assert rounds.sizes == [32, 48, 64, 96, 128]
     assert len(torch.unique(rounds.coalitions, dim=0)) == 128
     assert not rounds.coalitions[0].any()
     assert rounds.coalitions[1].all()
@@ -48,6 +49,15 @@ def test_rounds_are_nested_and_efficient():
         torch.testing.assert_close(phi.sum(dim=1), values[:, 1] - values[:, 0], rtol=0, atol=1e-9)
         assert settled.shape == (7,)
         assert settled.dtype == torch.bool
+
+
+def test_the_first_round_is_the_design_of_its_budget():
+    rounds = Rounds(16, (4, 4))
+    assert torch.equal(rounds.coalitions[:32], design(16, 32, (4, 4))[0])
+    prior = GamePrior(16, (4, 4))
+    left = [expected_error(prior, rounds.coalitions[:size]) for size in rounds.sizes]
+    assert left == sorted(left, reverse=True)
+    assert left[-1] < 0.1 * left[0]
 
 
 def test_games_of_the_prior_are_settled_as_often_as_promised():
@@ -98,7 +108,7 @@ def test_a_surer_answer_takes_no_fewer_evaluations():
         settled_shapley(small_net(), images, labels, confidence=confidence)[1]
         for confidence in (0.01, 0.5, 0.9, 0.9999)
     ]
-    assert bool((taken[0] == 24).all())
+    assert bool((taken[0] == 32).all())
     assert all(bool((less <= more).all()) for less, more in itertools.pairwise(taken))
     assert bool((taken[-1] > taken[0]).any())
 
@@ -116,12 +126,12 @@ def test_neighbours_do_not_matter():
     net = small_net()
     images, labels = batch(5)
     seeds = torch.tensor([9, -8, 2**62, 9, 0])
-    together, taken = settled_shapley(net, images, labels, confidence=0.8, seed=seeds, chunk_size=24)
+    together, taken = settled_shapley(net, images, labels, confidence=0.8, seed=seeds, chunk_size=32)
     assert len(set(taken.tolist())) > 1
     for i in range(5):
         one = slice(i, i + 1)
         alone, steps = settled_shapley(
-            net, images[one], labels[one], confidence=0.8, seed=seeds[one], chunk_size=24
+            net, images[one], labels[one], confidence=0.8, seed=seeds[one], chunk_size=32
         )
         assert torch.equal(alone[0], together[i])
         assert torch.equal(steps[0], taken[i])
@@ -144,7 +154,7 @@ def test_a_game_without_interest_is_left_at_zero():
     images, labels = batch(2)
     phi, evaluations = settled_shapley(lambda x: torch.ones(len(x), CLASSES), images, labels)
     torch.testing.assert_close(phi, torch.zeros(2, 16), rtol=0, atol=1e-6)
-    assert set(evaluations.tolist()) <= {24, 32, 48, 64, 96, 128}
+    assert set(evaluations.tolist()) <= {32, 48, 64, 96, 128}
 
 
 @pytest.mark.parametrize(
@@ -152,7 +162,7 @@ def test_a_game_without_interest_is_left_at_zero():
     [
         ({"confidence": 1.0}, "confidence must lie between 0 and 1, got 1.0"),
         ({"confidence": 0.0}, "confidence must lie between 0 and 1, got 0.0"),
-        ({"n_samples": 23}, "n_samples must be at least 24, the first round of 16 players, got 23"),
+        ({"n_samples": 31}, "n_samples must be at least 32, the first round of 16 players, got 31"),
         ({"pool": 5}, r"pool must be 1..4 cells for a grid of 4 x 4, got 5"),
         ({"value": "loss"}, "value must be one of logit, prob, logprob, got 'loss'"),
         ({"labels": torch.tensor([0, 9])}, "labels must lie in 0..4"),
