@@ -109,7 +109,8 @@ def captum_error(settings: Settings) -> Iterator[Measurable]:
         unit="images",
         rounds=5,
         long=True,
-        note=f"evaluations an image: {samples} for Captum, {told} by `{ESTIMATOR}`; Captum's error {captum_error:.3g}, {images} images",
+        note=f"evaluations an image: {samples} for Captum, {told} by `{ESTIMATOR}`; "
+        f"Captum's error {captum_error:.3g}, {images} images",
     )
 
 
