@@ -3,8 +3,9 @@
     python -m bench.faults [--only kills,disk] [--seed 0]
 
 Runs on a small rendered set. Every injected fault has to end in the bytes of the undisturbed run, after a resumption
-where one is needed, or in one clear line that says what to do. Writes the counts to bench/results/faults.md and exits
-with 1 where a fault was lost: other bytes, a traceback, a hang.
+where one is needed, or in one clear line that says what to do. Writes bench/results/faults.csv, in
+which a family takes the place of its earlier results, and the counts to faults.md; exits with 1 where a fault was lost:
+other bytes, a traceback, a hang.
 
 Processes are forked from this one, which has imported everything, and find each other as under torchrun; the family
 `torchrun` uses the real one.
@@ -14,7 +15,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import errno
+import importlib
 import json
 import os
 import random
@@ -43,8 +46,8 @@ Hook = Callable[[int], None]  # called in each forked process with its rank, bef
 CLASSES = ("across", "down", "rising")
 SIDE = 16
 SHARD = 64  # sources in a shard here, so that a small set has several
-PATIENCE = 600.0  # seconds after which a run counts as hanging
-GRACE = 120.0  # seconds that the other ranks have to notice a dead one
+PATIENCE = 300.0  # seconds after which a run counts as hanging
+GRACE = 10.0  # seconds that the other ranks have to notice a dead one before they get torchrun's SIGTERM
 
 
 # The set and the command ------------------------------------------------------------------------------------
@@ -173,10 +176,13 @@ def _fork(
 
 
 def _wait(pids: Sequence[int], kill_after: float | None, kill_rank: int) -> tuple[list[int], bool]:
-    """Exit codes of all processes. The others of a dead one get a while to notice, and end then."""
+    """Exit codes of all processes, and whether they hung.
+
+    Where one dies, the others get SIGTERM a while later; torchrun sends it at once.
+    """
     started = time.monotonic()
     codes: dict[int, int] = {}
-    killed, first_death = False, None
+    first_death: float | None = None
     while len(codes) < len(pids):
         for rank, pid in enumerate(pids):
             if rank not in codes:
@@ -186,18 +192,20 @@ def _wait(pids: Sequence[int], kill_after: float | None, kill_rank: int) -> tupl
                     if codes[rank] and first_death is None:
                         first_death = time.monotonic()
         now = time.monotonic()
-        if kill_after is not None and not killed and now - started >= kill_after:
-            killed = True
+        left = [pid for rank, pid in enumerate(pids) if rank not in codes]
+        if kill_after is not None and now - started >= kill_after:
+            kill_after = None
             if kill_rank not in codes:
                 os.kill(pids[kill_rank], signal.SIGKILL)
-        late = now - started > PATIENCE or (first_death is not None and now - first_death > GRACE)
-        if late:
-            for rank, pid in enumerate(pids):
-                if rank not in codes:
-                    os.kill(pid, signal.SIGKILL)
-                    os.waitpid(pid, 0)
-                    codes[rank] = -signal.SIGKILL
-            return [codes[rank] for rank in range(len(pids))], True
+        if first_death is not None and now - first_death > GRACE:
+            first_death = now
+            for pid in left:
+                os.kill(pid, signal.SIGTERM)
+        if now - started > PATIENCE:
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            return [codes.get(rank, -signal.SIGKILL) for rank in range(len(pids))], True
         time.sleep(0.002)
     return [codes[rank] for rank in range(len(pids))], False
 
@@ -302,12 +310,34 @@ class Suite:
         self.work.mkdir(parents=True)
         self.data = render_set(self.work / "data")
         self.teacher = make_teacher(self.work / "teacher.safetensors")
-        started = time.monotonic()
-        outcome = launch(self.command(self.work / "undisturbed"))
-        self.seconds = time.monotonic() - started
+        outcome = launch(self.command(self.work / "undisturbed"), hook=self._note_imports)
         if not outcome.done:
             raise SystemExit(f"the undisturbed run failed: {outcome.said}")
         self.wanted = digests(self.work / "undisturbed")
+        self._import_as_noted()
+        with self.folder() as out:
+            started = time.monotonic()
+            launch(self.command(out))
+            self.seconds = time.monotonic() - started
+
+    def _note_imports(self, rank: int) -> None:
+        """Write what a run has imported by its last file to `modules`."""
+        rename = os.replace
+
+        def replace(source: Any, target: Any) -> None:
+            rename(source, target)
+            (self.work / "modules").write_text("\n".join(sys.modules))
+
+        os.replace = replace  # type: ignore[assignment]
+
+    def _import_as_noted(self) -> None:
+        """Import the same here, so that the processes forked from this one start with it."""
+        for name in (self.work / "modules").read_text().splitlines():
+            if name.startswith(
+                ("torchvision", "torch._dynamo", "torch.fx", "PIL.", "pyarrow", "ddfast.", "jinja2")
+            ):
+                with contextlib.suppress(ImportError):
+                    importlib.import_module(name)
 
     def command(self, out: Path, *extra: str, data: Path | None = None) -> list[str]:
         """The command over this suite's inputs."""
@@ -641,6 +671,18 @@ def summary(results: Sequence[tuple[str, str, str]]) -> str:
     return "\n".join(lines)
 
 
+def _with_earlier(path: Path, results: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    """Put results into the CSV in place of earlier ones of their families; returns all that it holds then."""
+    new = {family for family, _, _ in results}
+    kept: list[tuple[str, str, str]] = []
+    if path.is_file():
+        with open(path, newline="", encoding="utf-8") as file:
+            kept = [(row[0], row[1], row[2]) for row in list(csv.reader(file))[1:] if row[0] not in new]
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows([("fault", "what", "end"), *kept, *results])
+    return [*kept, *results]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the suite."""
     parser = argparse.ArgumentParser(
@@ -668,12 +710,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name}: {dict(ends)}, {time.monotonic() - started:.0f} s", flush=True)
     table = summary(suite.results)
     print(table)
-    if arguments.only == ",".join(FAMILIES) and arguments.each is None:
+    if arguments.each is None:
+        results = _with_earlier(arguments.results.with_suffix(".csv"), suite.results)
+        versions = f"torch {torch.__version__}, pyarrow {pyarrow.__version__}"
         text = (
-            f"Output of `python -m bench.faults --seed {arguments.seed}` (three classes of 100 images, ConvNet-3 of "
-            f"width 8, {len(suite.wanted)} files compared, torch {torch.__version__}, pyarrow "
-            f"{pyarrow.__version__}, CPU). Every fault has to end in the bytes of the undisturbed run, or in one "
-            f"clear line that says what to do.\n\n{table}\n"
+            f"`python -m bench.faults --seed {arguments.seed}`: three classes of 100 images, ConvNet-3 of width 8, "
+            f"shards of {SHARD} sources, {len(suite.wanted)} files compared; {versions}, CPU. Every fault has to end "
+            "in the bytes of the undisturbed run, or in one clear line that says what to do. Every fault by name: "
+            f"{arguments.results.with_suffix('.csv').name}.\n\n{summary(results)}\n"
         )
         arguments.results.write_text(text, encoding="utf-8")
     shutil.rmtree(arguments.work, ignore_errors=True)
