@@ -270,8 +270,9 @@ def _affine(
     blocks = tl.cdiv(parameters, BLOCK_P)
     parameter = (program % blocks).to(tl.int32) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
     sample = program // blocks
-    weight = tl.zeros([BLOCK_P], SUM)
-    bias = tl.zeros([BLOCK_P], SUM)
+    # Summed along the tile behind the loop: Triton 3.6 does not compile a sum within it that is used twice later.
+    weights = tl.zeros([BLOCK_P, BLOCK_R], SUM)
+    biases = tl.zeros([BLOCK_P, BLOCK_R], SUM)
     x_at = normalized + sample * x_strides[0] + parameter * x_strides[2]
     grad_at = grad_output + sample * grad_strides[0] + parameter * grad_strides[2]
     for start in range(0, outer * inner, BLOCK_R):
@@ -281,9 +282,10 @@ def _affine(
         grad = tl.load(grad_at + i * grad_strides[1] + j * grad_strides[3], mask=inside, other=0).to(SUM)
         if WEIGHT:
             x = tl.load(x_at + i * x_strides[1] + j * x_strides[3], mask=inside, other=0).to(SUM)
-            weight += tl.sum(x * grad, 1)
+            weights += x * grad
         if BIAS:
-            bias += tl.sum(grad, 1)
+            biases += grad
+    weight, bias = tl.sum(weights, 1), tl.sum(biases, 1)
     tl.store(parts + program, tl.sum(weight * weight + bias * bias))
 
 
