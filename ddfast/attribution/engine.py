@@ -256,7 +256,8 @@ class _ImageGame:
             images = len(self.images[which])
             maps = self.forward.variants(lambda patterns: self._masked(which, patterns), images, self.chunk)
             if not self.forward.checked:
-                first = slice(which.start, which.start + 1)
+                start = which.indices(len(self.images))[0]
+                first = slice(start, start + 1)
                 if not self.forward.agrees(
                     lambda s: self._masked(first, s), maps, self.grid[0] * self.grid[1]
                 ):

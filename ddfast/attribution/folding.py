@@ -1,7 +1,8 @@
 """A traced model made fast: batch norms inside convolutions, weights laid out and cast once, fused epilogues.
 
-Folding multiplies a convolution's weight by its batch norm's scale, so float32 results keep float32's accuracy
-but not the same last bits as the model's. Everything else here at float32 leaves the bits as they are.
+Folding multiplies a convolution's weight by its batch norm's scale, and 3x3 convolutions in float32 take Winograd's
+form where the CPU has AVX-512 (`ddfast.ops.winograd_conv2d`), so float32 results keep float32's accuracy but not the
+same last bits as the model's.
 
 `precision="auto"` casts weights and activations to the low precision once, where autocast would cast the
 weights on every call. It is done where every layer of the graph is known to keep float32 sums inside
@@ -18,6 +19,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+
+from ddfast.ops import winograd_conv2d, winograd_weight
+from ddfast.ops._winograd import INPUTS, OUTPUTS, winograd_is_fast
 
 _LOW_PRECISION_MODULES = (
     nn.Conv2d,
@@ -175,67 +179,123 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 
 def fuse_epilogues(traced: fx.GraphModule, device: torch.device, dtype: torch.dtype) -> int:
-    """Let oneDNN apply the ReLU and the sum of a residual block while it writes a convolution's output.
+    """Let convolutions add a residual block's shortcut and apply the ReLU while they write their output.
 
     conv -> relu, conv -> add -> relu and conv -> add, on the CPU in float32 and bfloat16: one pass over memory
-    where there were two or three, with the same bits. Returns how many convolutions took one.
+    where there were two or three. It changes the graph after `measure` has noted shapes and after `cast`. Returns
+    how many convolutions were replaced.
     """
-    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16) or not _has_onednn_fusions():
+    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return 0
     modules = dict(traced.named_modules())
-    fused = 0
+    replaced = 0
     for node in list(traced.graph.nodes):
         if node.op != "call_module" or type(modules[node.target]) is not nn.Conv2d:
             continue
         conv = modules[node.target]
         if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
             continue
-        end, other = node, None
-        follower = _only_user(end)
-        if follower is not None and _is_sum(follower) and follower.args[0] is not follower.args[1]:
-            candidate = next(arg for arg in follower.args if arg is not end)
-            # The convolution moves to the place of the sum, where both terms are there.
-            if isinstance(candidate, fx.Node) and _same_shape(candidate, end):
-                end, other = follower, candidate
-                follower = _only_user(end)
-        relu = follower is not None and _is_relu(follower, modules)
-        if relu:
-            assert follower is not None
-            end = follower
-        if end is node:
+        winograd = dtype == torch.float32 and _takes_winograd(conv, node.meta.get("shape"))
+        if not winograd and not _has_onednn_fusions():
+            continue
+        end, other, relu = _epilogue(node, modules)
+        if end is node and not winograd:
             continue
         with traced.graph.inserting_before(end):
-            weight = traced.graph.get_attr(f"{node.target}.weight")
             bias = None if conv.bias is None else traced.graph.get_attr(f"{node.target}.bias")
-            geometry = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
-            fusion = _conv_relu if other is None else (_conv_add_relu if relu else _conv_add)
-            inputs = (node.args[0],) if other is None else (node.args[0], other)
-            new = traced.graph.call_function(fusion, (*inputs, weight, bias, *geometry))
+            if winograd:
+                conv.register_buffer("winograd", winograd_weight(conv.weight.detach()), persistent=False)
+                weight = traced.graph.get_attr(f"{node.target}.winograd")
+                arguments: tuple[Any, ...] = (node.args[0], weight, bias, other, relu)
+                new = traced.graph.call_function(winograd_conv2d, arguments)
+            else:
+                weight = traced.graph.get_attr(f"{node.target}.weight")
+                geometry = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
+                new = traced.graph.call_function(
+                    _onednn_conv2d, (node.args[0], weight, bias, other, relu, *geometry)
+                )
         new.meta.update(end.meta)
         end.replace_all_uses_with(new)
-        fused += 1
+        replaced += 1
     traced.graph.eliminate_dead_code()
+    _add_in_place(traced.graph, modules)
     traced.recompile()
-    return fused
+    return replaced
+
+
+def _add_in_place(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    """Let oneDNN write a sum over its other term where that is a convolution's output that nobody reads later."""
+    order = {node: place for place, node in enumerate(graph.nodes)}
+
+    def is_convolution(node: fx.Node) -> bool:
+        fused = node.op == "call_function" and node.target in (_onednn_conv2d, winograd_conv2d)
+        return fused or (node.op == "call_module" and type(modules[str(node.target)]) is nn.Conv2d)
+
+    for node in graph.nodes:
+        if node.target is not _onednn_conv2d or node.args[3] is None:
+            continue
+        other = node.args[3]
+        # A convolution's output is memory of its own, and another convolution keeps no view of it.
+        if not is_convolution(other) or node.args[0] is other:
+            continue
+        if all(user is node or (is_convolution(user) and order[user] < order[node]) for user in other.users):
+            node.target = _onednn_conv2d_
+
+
+def _epilogue(conv: fx.Node, modules: dict[str, nn.Module]) -> tuple[fx.Node, fx.Node | None, bool]:
+    """What alone reads a convolution: (last node of it, the other term of a sum or None, whether a ReLU is there)."""
+    end, other = conv, None
+    follower = _only_user(end)
+    if follower is not None and _is_sum(follower) and follower.args[0] is not follower.args[1]:
+        candidate = next(arg for arg in follower.args if arg is not end)
+        # The convolution moves to the place of the sum, where both terms are there.
+        if isinstance(candidate, fx.Node) and _same_shape(candidate, end):
+            end, other = follower, candidate
+            follower = _only_user(end)
+    if follower is not None and _is_relu(follower, modules):
+        return follower, other, True
+    return end, other, False
+
+
+def _takes_winograd(conv: nn.Conv2d, shape: tuple[int, ...] | None) -> bool:
+    """Whether `winograd_conv2d` computes it, and the tiles it adds at the edges leave it faster."""
+    if (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups) != (
+        (3, 3),
+        (1, 1),
+        (1, 1),
+        (1, 1),
+        1,
+    ):
+        return False
+    if shape is None or conv.in_channels % INPUTS or conv.out_channels % OUTPUTS or not winograd_is_fast():
+        return False
+    height, width = shape[-2:]
+    tiles = ((height + 1) // 2) * ((width + 1) // 2)
+    return 16 * tiles <= 0.6 * 9 * height * width
 
 
 def _has_onednn_fusions() -> bool:
     return bool(torch.backends.mkldnn.is_available()) and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 
 
-def _conv_relu(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
-    return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *geometry, "relu", [], "")
+def _onednn_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor | None, relu: bool, *geometry: Any
+) -> Tensor:
+    """oneDNN's convolution with its sum and ReLU; `geometry` is padding, stride, dilation and groups."""
+    run = torch.ops.mkldnn._convolution_pointwise
+    if other is None:
+        return run(x, weight, bias, *geometry, "relu" if relu else "none", [], "")
+    activation = "relu" if relu else None
+    return run.binary(x, other, weight, bias, *geometry, "add", 1.0, activation, [], "")
 
 
-def _conv_add(x: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
-    return torch.ops.mkldnn._convolution_pointwise.binary(
-        x, other, weight, bias, *geometry, "add", 1.0, None, [], None
-    )
-
-
-def _conv_add_relu(x: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
-    return torch.ops.mkldnn._convolution_pointwise.binary(
-        x, other, weight, bias, *geometry, "add", 1.0, "relu", [], ""
+def _onednn_conv2d_(
+    x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor, relu: bool, *geometry: Any
+) -> Tensor:
+    """The same, written over `other`."""
+    activation = "relu" if relu else None
+    return torch.ops.mkldnn._convolution_pointwise_.binary(
+        other, x, weight, bias, *geometry, "add", 1.0, activation, [], ""
     )
 
 

@@ -341,7 +341,7 @@ def _weights(model: nn.Module) -> tuple:
         return places
     # The hash is an exclusive or of bits, which a change of an even number of signs leaves as it was.
     hashes = torch.stack([torch.hash_tensor(t.detach()).view(torch.int64) for t in tensors]).tolist()
-    sums = torch.stack([t.detach().sum(dtype=torch.float64) for t in tensors]).tolist()
+    sums = torch.stack([t.detach().sum().double() for t in tensors]).tolist()
     return (*places, *hashes, *sums)
 
 

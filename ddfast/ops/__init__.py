@@ -13,6 +13,7 @@ from ddfast.ops._gradients import (
 from ddfast.ops._locality import assemble_masked_features
 from ddfast.ops._philox import normal_quantiles
 from ddfast.ops._tail import shapley_crop_boxes
+from ddfast.ops._winograd import winograd_conv2d, winograd_weight
 
 __all__ = [
     "assemble_masked_features",
@@ -29,4 +30,6 @@ __all__ = [
     "paths",
     "shapley_crop_boxes",
     "shapley_heatmap",
+    "winograd_conv2d",
+    "winograd_weight",
 ]

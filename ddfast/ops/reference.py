@@ -450,3 +450,28 @@ def normalization_backward(
     last = last and input.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if last else torch.contiguous_format
     return grad_input.to(grad_output.dtype).contiguous(memory_format=layout), norms
+
+
+# --- winograd_conv2d ----------------------------------------------------------------------------------------
+
+
+def winograd_conv2d(
+    input: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor | None, relu: bool
+) -> Tensor:
+    """A 3x3 convolution, stride 1, padding 1, as A^T [(G g G^T) (B^T d B)] A over tiles of 2x2 outputs."""
+    batch, _, height, width = input.shape
+    to_points = input.new_tensor([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]])
+    to_outputs = input.new_tensor([[1, 1, 1, 0], [0, 1, -1, -1]])
+    padded = functional.pad(input, (1, 1 + width % 2, 1, 1 + height % 2))
+    tiles = padded.unfold(2, 4, 2).unfold(3, 4, 2)  # [B, C, th, tw, 4, 4]
+    points = torch.einsum("ai,ncyxij,bj->abncyx", to_points, tiles, to_points).flatten(0, 1)
+    weight = weight.transpose(1, 2).flatten(2)  # [16, C, O]
+    sums = torch.einsum("pncyx,pco->pnoyx", points, weight).unflatten(0, (4, 4))
+    outputs = torch.einsum("ia,abnoyx,jb->noyixj", to_outputs, sums, to_outputs)
+    result = outputs.reshape(batch, weight.shape[2], height + height % 2, width + width % 2)
+    result = result[:, :, :height, :width]
+    if bias is not None:
+        result = result + bias[:, None, None]
+    if other is not None:
+        result = result + other
+    return (result.relu() if relu else result).contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,279 @@
+// winograd_conv2d: 3x3 convolutions, stride 1, padding 1, by the minimal algorithm F(2x2, 3x3) of Winograd, as Lavin and
+// Gray apply it ("Fast Algorithms for Convolutional Neural Networks", CVPR 2016). Defined in ddfast/ops/reference.py.
+//
+// A tile of 2x2 outputs takes 16 multiplications a pair of channels in place of 36. A thread takes a block of tiles at a
+// time through three steps: transformed pixels V [16][inputs / 64][tiles][64]; products M [16][outputs / 32][tiles][32] of
+// V and the transformed weights, 28 registers of sums in flight; transformed sums, to which the bias and a residual are added
+// before the ReLU. Products bind, at the rate of the multiply-add units; V and M stay in the outer caches.
+//
+// A sum over input channels is taken in chains of 128 that are then added up, which keeps its rounding errors down and a
+// chain's weights in the inner cache. Its order depends neither on the batch nor on the number of threads.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define DDFAST_HAS_AVX512 1
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 warns of the undefined registers of its own header
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#define DDFAST_AVX512F __attribute__((target("avx512f")))
+#else
+#define DDFAST_HAS_AVX512 0
+#endif
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kPoints = 16;   // of a transformed tile
+constexpr int64_t kLanes = 16;    // floats of a register
+constexpr int64_t kOutputs = 32;  // output channels of a panel of weights: two registers
+constexpr int64_t kInputs = 64;   // input channels that lie side by side in V
+constexpr int64_t kChain = 128;   // input channels summed in one chain; the sums of chains are added up in order
+constexpr int64_t kPanel = 14;    // tiles multiplied at a time, 28 registers of sums
+constexpr int64_t kBlock = 56;    // tiles of a block, at most
+
+bool supported() {
+#if DDFAST_HAS_AVX512
+  static const bool found = __builtin_cpu_supports("avx512f");
+  return found;
+#else
+  return false;
+#endif
+}
+
+struct Shape {
+  int64_t batch, inputs, outputs, height, width;
+  int64_t tile_rows() const { return (height + 1) / 2; }
+  int64_t tile_cols() const { return (width + 1) / 2; }
+  int64_t tiles() const { return batch * tile_rows() * tile_cols(); }
+};
+
+#if DDFAST_HAS_AVX512
+
+// Floats from a point of V or M to the next. The odd line keeps the points of a tile out of each other's cache sets.
+constexpr int64_t point_stride(int64_t channels) { return kBlock * channels + kLanes; }
+
+// V of one tile: d -> B^T d B, 16 channels at a time. pixels[4 i + j] is where the channels of a pixel begin.
+DDFAST_AVX512F void transform_pixels(const std::array<const float*, kPoints>& pixels, int64_t channels, int64_t tile,
+                                     float* v) {
+  const int64_t stride = point_stride(channels);
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    __m512 d[4][4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) d[i][j] = _mm512_loadu_ps(pixels[4 * i + j] + c);
+    }
+    float* target = v + (c / kInputs * kBlock + tile) * kInputs + c % kInputs;
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const __m512 first = _mm512_sub_ps(d[0][j], d[2][j]), second = _mm512_add_ps(d[1][j], d[2][j]);
+      const __m512 third = _mm512_sub_ps(d[2][j], d[1][j]), fourth = _mm512_sub_ps(d[1][j], d[3][j]);
+      d[0][j] = first, d[1][j] = second, d[2][j] = third, d[3][j] = fourth;
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      _mm512_storeu_ps(target + (4 * i) * stride, _mm512_sub_ps(d[i][0], d[i][2]));
+      _mm512_storeu_ps(target + (4 * i + 1) * stride, _mm512_add_ps(d[i][1], d[i][2]));
+      _mm512_storeu_ps(target + (4 * i + 2) * stride, _mm512_sub_ps(d[i][2], d[i][1]));
+      _mm512_storeu_ps(target + (4 * i + 3) * stride, _mm512_sub_ps(d[i][1], d[i][3]));
+    }
+  }
+}
+
+// m[tile][0 .. 31] (+)= sum over channels of v[tile][channel] * panel[channel][0 .. 31], for `Tiles` tiles.
+template <int Tiles>
+DDFAST_AVX512F void multiply(const float* v, const float* panel, int64_t channels, float* m, bool add) {
+  __m512 sums[Tiles][2];
+#pragma GCC unroll 14
+  for (int t = 0; t < Tiles; ++t) sums[t][0] = sums[t][1] = _mm512_setzero_ps();
+  for (int64_t c = 0; c < channels; c += kInputs, v += kBlock * kInputs) {
+    for (int64_t k = 0; k < kInputs; ++k, panel += kOutputs) {
+      const __m512 low = _mm512_loadu_ps(panel), high = _mm512_loadu_ps(panel + kLanes);
+#pragma GCC unroll 14
+      for (int t = 0; t < Tiles; ++t) {
+        const __m512 pixel = _mm512_set1_ps(v[t * kInputs + k]);
+        sums[t][0] = _mm512_fmadd_ps(pixel, low, sums[t][0]);
+        sums[t][1] = _mm512_fmadd_ps(pixel, high, sums[t][1]);
+      }
+    }
+  }
+#pragma GCC unroll 14
+  for (int t = 0; t < Tiles; ++t) {
+    float* low = m + t * kOutputs;
+    float* high = low + kLanes;
+    _mm512_storeu_ps(low, add ? _mm512_add_ps(_mm512_loadu_ps(low), sums[t][0]) : sums[t][0]);
+    _mm512_storeu_ps(high, add ? _mm512_add_ps(_mm512_loadu_ps(high), sums[t][1]) : sums[t][1]);
+  }
+}
+
+using Multiply = void (*)(const float*, const float*, int64_t, float*, bool);
+
+template <int... Tiles>
+constexpr std::array<Multiply, sizeof...(Tiles)> multiplies(std::integer_sequence<int, Tiles...>) {
+  return {&multiply<Tiles + 1>...};
+}
+
+// The four outputs of one tile: m -> A^T m A + bias + other, then the ReLU. Outputs outside the map are null.
+DDFAST_AVX512F void transform_sums(const float* m, const float* bias, const std::array<const float*, 4>& other,
+                                   const std::array<float*, 4>& outputs, int64_t channels, bool relu) {
+  const int64_t stride = point_stride(channels);
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    const float* sums = m + c / kOutputs * kBlock * kOutputs + c % kOutputs;
+    __m512 rows[2][4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const __m512 first = _mm512_loadu_ps(sums + j * stride), second = _mm512_loadu_ps(sums + (4 + j) * stride);
+      const __m512 third = _mm512_loadu_ps(sums + (8 + j) * stride);
+      const __m512 fourth = _mm512_loadu_ps(sums + (12 + j) * stride);
+      rows[0][j] = _mm512_add_ps(_mm512_add_ps(first, second), third);
+      rows[1][j] = _mm512_sub_ps(_mm512_sub_ps(second, third), fourth);
+    }
+    const __m512 shift = bias == nullptr ? _mm512_setzero_ps() : _mm512_loadu_ps(bias + c);
+#pragma GCC unroll 4
+    for (int index = 0; index < 4; ++index) {
+      if (outputs[index] == nullptr) continue;
+      const __m512* row = rows[index / 2];
+      __m512 value = index % 2 == 0 ? _mm512_add_ps(_mm512_add_ps(row[0], row[1]), row[2])
+                                    : _mm512_sub_ps(_mm512_sub_ps(row[1], row[2]), row[3]);
+      value = _mm512_add_ps(value, shift);
+      if (other[index] != nullptr) value = _mm512_add_ps(value, _mm512_loadu_ps(other[index] + c));
+      if (relu) value = _mm512_max_ps(_mm512_setzero_ps(), value);  // NaN, the second operand, stays
+      _mm512_storeu_ps(outputs[index] + c, value);
+    }
+  }
+}
+
+// Tiles first .. first + count - 1 of the batch.
+void convolve(const Shape& shape, int64_t first, int64_t count, const float* input, const float* weight,
+              const float* bias, const float* other, bool relu, const float* zeros, float* v, float* m,
+              float* output) {
+  static constexpr auto by_tiles = multiplies(std::make_integer_sequence<int, kPanel>());
+  const int64_t per_image = shape.tile_rows() * shape.tile_cols();
+  struct Place {
+    int64_t image, row, col;
+  };
+  const auto place = [&](int64_t tile) {
+    const int64_t inside = tile % per_image;
+    return Place{tile / per_image, inside / shape.tile_cols() * 2, inside % shape.tile_cols() * 2};
+  };
+  for (int64_t t = 0; t < count; ++t) {
+    const Place at = place(first + t);
+    std::array<const float*, kPoints> pixels;
+    for (int64_t i = 0; i < 4; ++i) {
+      for (int64_t j = 0; j < 4; ++j) {
+        const int64_t row = at.row + i - 1, col = at.col + j - 1;
+        const bool inside = 0 <= row && row < shape.height && 0 <= col && col < shape.width;
+        pixels[4 * i + j] =
+            inside ? input + ((at.image * shape.height + row) * shape.width + col) * shape.inputs : zeros;
+      }
+    }
+    transform_pixels(pixels, shape.inputs, t, v);
+  }
+  const int64_t panels = (count + kPanel - 1) / kPanel;  // of about equal size
+  for (int64_t point = 0; point < kPoints; ++point) {
+    const float* points = v + point * point_stride(shape.inputs);
+    for (int64_t out = 0; out < shape.outputs; out += kOutputs) {
+      float* sums = m + point * point_stride(shape.outputs) + out * kBlock;
+      for (int64_t c = 0; c < shape.inputs; c += kChain) {
+        const int64_t chain = std::min(kChain, shape.inputs - c);
+        for (int64_t p = 0, begin = 0; p < panels; ++p) {
+          const int64_t end = count * (p + 1) / panels;
+          by_tiles[end - begin - 1](points + c * kBlock + begin * kInputs, weight, chain,
+                                    sums + begin * kOutputs, c > 0);
+          begin = end;
+        }
+        weight += chain * kOutputs;
+      }
+    }
+  }
+  for (int64_t t = 0; t < count; ++t) {
+    const Place at = place(first + t);
+    std::array<const float*, 4> terms{};
+    std::array<float*, 4> targets{};
+    for (int64_t index = 0; index < 4; ++index) {
+      const int64_t row = at.row + index / 2, col = at.col + index % 2;
+      if (row >= shape.height || col >= shape.width) continue;
+      const int64_t offset = ((at.image * shape.height + row) * shape.width + col) * shape.outputs;
+      targets[index] = output + offset;
+      if (other != nullptr) terms[index] = other + offset;
+    }
+    transform_sums(m + t * kOutputs, bias, terms, targets, shape.outputs, relu);
+  }
+}
+
+#endif
+
+Tensor channels_last(const Tensor& tensor) {
+  return torch::stable::contiguous(tensor, torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+Tensor winograd_conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                       const std::optional<Tensor>& other, bool relu) {
+  STD_TORCH_CHECK(supported(), "winograd_conv2d: this CPU has no AVX-512");
+  STD_TORCH_CHECK(input.dim() == 4 && input.scalar_type() == ScalarType::Float,
+                  "winograd_conv2d: input must be float32 [B, C, H, W]");
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.scalar_type() == ScalarType::Float && weight.size(0) == kPoints &&
+                      weight.size(2) == input.size(1) && weight.size(3) == kOutputs && input.size(1) % kInputs == 0,
+                  "winograd_conv2d: weight must be float32 [16, O / 32, C, 32] with C a multiple of 64");
+  const Shape shape{input.size(0), input.size(1), weight.size(1) * kOutputs, input.size(2), input.size(3)};
+  STD_TORCH_CHECK(!bias || (bias->scalar_type() == ScalarType::Float && bias->numel() == shape.outputs),
+                  "winograd_conv2d: bias must be float32 [O]");
+  STD_TORCH_CHECK(!other || (other->scalar_type() == ScalarType::Float && other->dim() == 4 &&
+                             other->size(0) == shape.batch && other->size(1) == shape.outputs &&
+                             other->size(2) == shape.height && other->size(3) == shape.width),
+                  "winograd_conv2d: other must be float32 [B, O, H, W]");
+  Tensor output =
+      torch::stable::empty({shape.batch, shape.outputs, shape.height, shape.width}, ScalarType::Float, std::nullopt,
+                           input.device(), std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
+  if (output.numel() == 0) return output;
+#if DDFAST_HAS_AVX512
+  const Tensor pixels = channels_last(input), weights = torch::stable::contiguous(weight);
+  const Tensor shift = bias ? torch::stable::contiguous(*bias) : input, terms = other ? channels_last(*other) : input;
+  const float* from = pixels.const_data_ptr<float>();
+  const float* by = weights.const_data_ptr<float>();
+  const float* plus = bias ? shift.const_data_ptr<float>() : nullptr;
+  const float* rest = other ? terms.const_data_ptr<float>() : nullptr;
+  float* to = output.mutable_data_ptr<float>();
+  const std::vector<float> zeros(shape.inputs);
+  const int64_t tiles = shape.tiles(), blocks = (tiles + kBlock - 1) / kBlock;  // of about equal size
+  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> v(kPoints * point_stride(shape.inputs)), m(kPoints * point_stride(shape.outputs));
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = tiles * block / blocks, last = tiles * (block + 1) / blocks;
+      convolve(shape, first, last - first, from, by, plus, rest, relu, zeros.data(), v.data(), m.data(), to);
+    }
+  });
+#endif
+  return output;
+}
+
+bool winograd_supported() { return supported(); }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(ddfast_native, library) {
+  library.def("winograd_conv2d(Tensor input, Tensor weight, Tensor? bias, Tensor? other, bool relu) -> Tensor");
+  library.def("winograd_supported() -> bool");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ddfast_native, CPU, library) {
+  library.impl("winograd_conv2d", TORCH_BOX(&winograd_conv2d));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ddfast_native, CompositeExplicitAutograd, library) {
+  library.impl("winograd_supported", TORCH_BOX(&winograd_supported));
+}
