@@ -235,7 +235,9 @@ def _pooled(
     torch's forward kernel for planar images takes four times as long as its channels-last kernel, both copies
     included, to the same bytes.
     """
-    pairs = ((n, n) if isinstance(n, int) else n for n in (kernel_size, stride or kernel_size, padding, dilation))
+    pairs = (
+        (n, n) if isinstance(n, int) else n for n in (kernel_size, stride or kernel_size, padding, dilation)
+    )
     return _Pool.apply(images, *pairs, ceil_mode)
 
 
