@@ -4,9 +4,10 @@
         --out bench/results/estimators_cifar10_convnet3
 
 Exact values come from the whole game of each image, 65,536 coalitions (`bench.games`), kept in `--work`. Every
-estimator then meets the same games. Two measures, means over images and seeds: the squared error of phi over the square
-of the exact one, and how often the argmax of the map pooled 2 x 2, InfoUtil's crop, is the exact map's. Writes
-`<out>.csv`, `<out>.md` and `<out>.png`.
+estimator then meets the same games. Measures, means over images and seeds: the squared error of phi over the square of
+the exact one; how often the argmax of the map pooled 2 x 2, InfoUtil's crop, is the exact map's; and what the crop loses
+where it is another, in shares of the distance between the best and the worst window of the exact map, since some images
+have two windows as good as each other. Writes `<out>.csv`, `<out>.md` and `<out>.png`.
 """
 
 from __future__ import annotations
@@ -54,13 +55,19 @@ class Result:
     error: float
     error_median: float
     agreement: float
+    lost: float
+
+
+def pooled(phi: Tensor) -> Tensor:
+    """Sums over the 2 x 2 windows of maps [..., 16], [..., 9]."""
+    cells = phi.unflatten(-1, (SIDE, SIDE))
+    rows = cells[..., :-1, :] + cells[..., 1:, :]
+    return (rows[..., :-1] + rows[..., 1:]).flatten(-2)
 
 
 def crop(phi: Tensor) -> Tensor:
     """Number of the best 2 x 2 window of maps [..., 16], int64 [...]."""
-    cells = phi.unflatten(-1, (SIDE, SIDE))
-    rows = cells[..., :-1, :] + cells[..., 1:, :]
-    return (rows[..., :-1] + rows[..., 1:]).flatten(-2).argmax(dim=-1)
+    return pooled(phi).argmax(dim=-1)
 
 
 def measure(name: str, budget: int, games: Games, exact: Tensor, seeds: int) -> Result | None:
@@ -71,9 +78,7 @@ def measure(name: str, budget: int, games: Games, exact: Tensor, seeds: int) -> 
         return None
     coalitions, projection = plan.rows(0, plan.size)
     found = torch.stack([games.of(s) @ p for s, p in zip(coalitions, projection, strict=True)])
-    error = _relative_error(found, exact)
-    agreement = (crop(found) == crop(exact)).double().mean()
-    return Result(name, budget, plan.size, float(error.mean()), float(error.median()), float(agreement))
+    return _result(name, budget, plan.size, found, exact)
 
 
 def measure_stopping(confidence: float, games: Games, exact: Tensor, seeds: int) -> Result:
@@ -92,22 +97,27 @@ def measure_stopping(confidence: float, games: Games, exact: Tensor, seeds: int)
             open_[open_.clone()] = ~settled
         found.append(phi)
         evaluations.append(used.double().mean())
-    stacked = torch.stack(found)
-    error = _relative_error(stacked, exact)
-    agreement = (crop(stacked) == crop(exact)).double().mean()
     mean = float(torch.stack(evaluations).mean())
+    return _result(f"settled {confidence:g}", rounds.sizes[-1], mean, torch.stack(found), exact)
+
+
+def _result(name: str, budget: int, evaluations: float, found: Tensor, exact: Tensor) -> Result:
+    """Measures of phi [seeds, N, 16] against the exact [N, 16]."""
+    error = ((found - exact) ** 2).sum(dim=-1) / (exact**2).sum(dim=-1)
+    windows = pooled(exact)
+    best = windows.amax(dim=-1)
+    chosen = windows.expand(len(found), -1, -1).gather(-1, crop(found)[..., None])[..., 0]
+    lost = (best - chosen) / (best - windows.amin(dim=-1))
+    agreement = (crop(found) == crop(exact)).double().mean()
     return Result(
-        f"settled {confidence:g}",
-        rounds.sizes[-1],
-        mean,
+        name,
+        budget,
+        evaluations,
         float(error.mean()),
         float(error.median()),
         float(agreement),
+        float(lost.mean()),
     )
-
-
-def _relative_error(found: Tensor, exact: Tensor) -> Tensor:
-    return ((found - exact) ** 2).sum(dim=-1) / (exact**2).sum(dim=-1)
 
 
 # Output
@@ -115,7 +125,7 @@ def _relative_error(found: Tensor, exact: Tensor) -> Tensor:
 
 
 def table(results: Sequence[Result]) -> str:
-    """Budgets down, estimators across: error / agreement, the least error of each budget in bold."""
+    """Budgets down, estimators across: error / agreement / percent lost, the least error of each budget in bold."""
     names = [name for name in ESTIMATORS if any(result.estimator == name for result in results)]
     lines = [
         "| evaluations | " + " | ".join(f"`{name}`" for name in names) + " |",
@@ -130,7 +140,8 @@ def table(results: Sequence[Result]) -> str:
                 cells.append("–")
                 continue
             mark = "**" if row[name].error == least else ""
-            cells.append(f"{mark}{row[name].error:.3g}{mark} / {row[name].agreement:.3f}")
+            lost = 100 * row[name].lost
+            cells.append(f"{mark}{row[name].error:.3g}{mark} / {row[name].agreement:.3f} / {lost:.1f}")
         lines.append(f"| {budget} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -292,15 +303,19 @@ def write(results: Sequence[Result], games: Games, arguments: argparse.Namespace
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
-        ["estimator", "budget", "evaluations", "error_mean", "error_median", "agreement", "images", "seeds"]
+        [
+            *("estimator", "budget", "evaluations", "error_mean", "error_median", "agreement", "crop_loss"),
+            *("images", "seeds"),
+        ]
     )
     for r in results:
-        numbers = (f"{value:.6g}" for value in (r.evaluations, r.error, r.error_median, r.agreement))
+        numbers = (f"{value:.6g}" for value in (r.evaluations, r.error, r.error_median, r.agreement, r.lost))
         writer.writerow([r.estimator, r.budget, *numbers, len(games.keys), arguments.seeds])
     atomic_write_text(arguments.out.with_suffix(".csv"), text.getvalue())
     page = (
-        "Relative squared error of phi / share of images whose 2 x 2 crop is that of the exact map; means over images "
-        f"and seeds.\n\n{table(results)}\nEvaluating in rounds until the crop is settled (`settled_shapley`):\n\n"
+        "Relative squared error of phi / share of images whose 2 x 2 crop is that of the exact map / what the crop loses "
+        "of the distance between the exact map's best and worst window, in percent; means over images and seeds."
+        f"\n\n{table(results)}\nEvaluating in rounds until the crop is settled (`settled_shapley`):\n\n"
         f"{stopping_table(results)}\n" + "".join(f"- {line}\n" for line in said)
     )
     if arguments.keys:

@@ -96,8 +96,18 @@ def test_the_crop_is_the_best_window_of_four_cells():
     assert crop(phi).tolist() == [4, 8]
 
 
+def test_a_crop_as_good_as_the_best_loses_nothing():
+    exact = torch.zeros(2, 16, dtype=torch.float64)
+    exact[:, 0], exact[:, 15] = 1.0, 0.5
+    found = exact.clone()
+    found[1, 15] = 2.0  # the wrong corner: it holds 0.5 of what the best holds over the worst
+    result = estimators._result("designed", 32, 32, found[None], exact)
+    assert (result.agreement, result.lost) == (0.5, 0.25)
+    assert result.error == pytest.approx((0.0 + 1.5**2 / 1.25) / 2)
+
+
 def test_the_budget_of_an_agreement_lies_between_those_measured():
-    fixed = [Result("designed", n, n, 0.1, 0.1, a) for n, a in ((17, 0.6), (32, 0.8), (64, 0.9))]
+    fixed = [Result("designed", n, n, 0.1, 0.1, a, 0.0) for n, a in ((17, 0.6), (32, 0.8), (64, 0.9))]
     assert budget_of_agreement(fixed, 0.5) == 17
     assert budget_of_agreement(fixed, 0.85) == pytest.approx(48)
     assert budget_of_agreement(fixed, 0.95) is None
