@@ -134,7 +134,7 @@ class KernelShapCall:
     def _by_estimator(self, estimator: str) -> tuple[Tensor, Tensor]:
         """Shapley values [S, d] by an estimator of `ddfast.shapley`, and the values [S] of the empty coalition."""
         seeds = torch.randint(-(2**63), 2**63 - 1, (self.streams,))
-        grid_game = as_grid_game(self.game, self.explainer.forward_func, _select_targets)
+        grid_game = as_grid_game(self.game, self.explainer.forward_func, _select_targets, self.n_samples)
         cells = grid_game is not None and torch.equal(grid_game.players, torch.arange(self.d))
         plan = make_plan(estimator, grid_game.grid if grid_game and cells else self.d, self.n_samples, seeds)
         phi = torch.zeros(self.streams, self.d, dtype=torch.float64)
@@ -168,7 +168,7 @@ class KernelShapCall:
         """Values float64 [S, K'] of the coalitions of a table, with all rows or one coalition in a pass."""
         if self.per_example:
             stacked = _stacked_values(
-                self.explainer, self.game, table, self.full, self.stacked_at_least, advance
+                self.explainer, self.game, table, self.n_samples, self.full, self.stacked_at_least, advance
             )
             if stacked is not None:
                 return stacked.reshape(self.streams, table.size)
@@ -387,8 +387,12 @@ class ShapleyCall:
         """Values float64 [E, K, T] of K coalitions."""
         with _progress(self.explainer, coalitions.size * self.game.examples, self.show_progress) as advance:
             if coalitions.size and len(self.full) == self.game.examples:
+                orders = (
+                    self.n_samples if self.explainer.permutation_generator is _perm_generator else 1 << self.d
+                )
+                planned = min(orders * self.d, 1 << min(self.d, _MAX_EXACT_PLAYERS))
                 stacked = _stacked_values(
-                    self.explainer, self.game, coalitions, self.full, self.stacked_at_least, advance
+                    self.explainer, self.game, coalitions, planned, self.full, self.stacked_at_least, advance
                 )
                 if stacked is not None:
                     return stacked.reshape(*stacked.shape[:2], -1)
@@ -494,13 +498,17 @@ def _stacked_values(
     explainer: Any,
     game: FeatureGame,
     coalitions: Coalitions,
+    planned: int,
     full_values: Tensor,
     stacked_at_least: int,
     advance: Callable[[int], object],
 ) -> Tensor | None:
-    """Values float64 [B, K, ...] with many rows in a pass, or None where the rows are not independent."""
+    """Values float64 [B, K, ...] with many rows in a pass, or None where the rows are not independent.
+
+    `planned` is K before coalitions that were drawn twice became one: the same in calls with equal arguments.
+    """
     rows = max(_rows_per_forward(explainer, game.inputs), stacked_at_least * game.examples)
-    for stacked in (as_grid_game(game, explainer.forward_func, _select_targets), game):
+    for stacked in (as_grid_game(game, explainer.forward_func, _select_targets, planned), game):
         if stacked is None:
             continue
         try:

@@ -320,22 +320,35 @@ class GridGame(FeatureGame):
         select: (class scores [n, classes], target) -> the target's.
         grid: (rows, columns) of cells.
         players: int64 [rows * columns], the player of each cell.
+        evaluations: coalitions an image, about. The engine decides by it what to reuse, and prepares the model
+            anew for another number: it should not change from call to call.
     """
 
     model: Callable[[Tensor], Tensor]
     select: Callable[[Tensor, Any], Tensor]
     grid: tuple[int, int]
     players: Tensor
+    evaluations: int
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def values(self, coalitions: Coalitions, *, rows_per_forward: int, **options: Any) -> Tensor:
+        """As `FeatureGame.values`."""
         (images,), (baseline,) = self.inputs, self.baselines
         if isinstance(baseline, Tensor) and len(baseline) == 1:
             baseline = baseline[0]
-        labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
         self._engine = _ImageGame(
-            self.model, images, labels, self.grid, "logit", baseline, None, None, "float32"
+            self.model,
+            images,
+            torch.zeros(len(images), dtype=torch.int64, device=images.device),
+            self.grid,
+            "logit",
+            baseline,
+            None,
+            None,
+            "float32",
+            evaluations=self.evaluations,
+            chunk=rows_per_forward,
         )
+        return super().values(coalitions, rows_per_forward=rows_per_forward, **options)
 
     def outputs(self, which: slice, coalitions: Tensor) -> Any:
         """Outputs [b k] of the images `which` under coalitions bool [k, d] or [b, k, d]."""
@@ -345,7 +358,10 @@ class GridGame(FeatureGame):
 
 
 def as_grid_game(
-    game: FeatureGame, model: Callable[[Tensor], Tensor], select: Callable[[Tensor, Any], Tensor]
+    game: FeatureGame,
+    model: Callable[[Tensor], Tensor],
+    select: Callable[[Tensor, Any], Tensor],
+    evaluations: int,
 ) -> GridGame | None:
     """The same game through the image engine, or None where it is not one of images and grid cells."""
     if len(game.inputs) != 1 or game.additional is not None or game.target is None:
@@ -368,7 +384,7 @@ def as_grid_game(
         return None
     grid, players = found
     fields = (game.run, game.inputs, game.baselines, game.masks, game.target, game.additional, game.d)
-    return GridGame(*fields, model=model, select=select, grid=grid, players=players)
+    return GridGame(*fields, model=model, select=select, grid=grid, players=players, evaluations=evaluations)
 
 
 def find_grid(mask: Tensor) -> tuple[tuple[int, int], Tensor] | None:
