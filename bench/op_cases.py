@@ -61,6 +61,7 @@ def op_cases(settings: Settings) -> Iterator[OpCase]:
     for dtype in (torch.float32, torch.bfloat16):
         yield _masked_batch(settings, dtype)
     yield _assemble_masked_features(settings)
+    yield _winograd_conv2d(settings)
     yield _shapley_heatmap(settings, "logit")
     yield _shapley_heatmap(settings, "prob")
     yield _noisy_crop_boxes(settings)
@@ -143,6 +144,34 @@ def _statistics(settings: Settings) -> tuple[Tensor, Tensor]:
     return (
         torch.tensor(IMAGENET_MEAN, device=settings.device),
         torch.tensor(IMAGENET_STD, device=settings.device),
+    )
+
+
+def _winograd_conv2d(settings: Settings) -> OpCase:
+    count, channels, side = settings.size((8, 64, 56), quick=(2, 32, 4), gpu=(128, 64, 56))
+    x, other = (
+        _normal(settings, count, channels, side, side).contiguous(memory_format=torch.channels_last)
+        for _ in range(2)
+    )
+    weight, bias = (
+        _normal(settings, channels, channels, 3, 3) / (9 * channels) ** 0.5,
+        _normal(settings, channels),
+    )
+    ours = partial(ops.winograd_conv2d, x, ops.winograd_weight(weight), bias, other, relu=True)
+    last = weight.contiguous(memory_format=torch.channels_last)
+
+    def plain() -> Tensor:
+        return (functional.conv2d(x, last, bias, padding=1) + other).relu()
+
+    return OpCase(
+        "winograd_conv2d",
+        f"{count} x {channels} channels of {side} px",
+        ours,
+        plain,
+        lambda: _close(ours, plain, "features", 1e-5),
+        bytes=3 * _bytes(x),
+        operations=2 * 16 * count * (side // 2) ** 2 * channels**2,
+        binds="operations",
     )
 
 
