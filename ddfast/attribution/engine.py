@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ddfast.attribution.estimators import Plan, make_plan
-from ddfast.attribution.forward import Forward, prepare
+from ddfast.attribution.flight import Flight
+from ddfast.attribution.forward import Forward, assemble, prepare
 from ddfast.attribution.validation import (
     check_baseline,
     check_chunk_size,
@@ -173,11 +174,31 @@ def evaluations(game: _ImageGame, plan: Plan, chunk: int) -> Iterator[tuple[slic
         scores = game.scores(slice(0, 1), _of(slice(0, 1), coalitions))
         yield slice(None), scores.expand(images, -1, -1), projection, False
         first = 1
-    for which, begin, end in _chunks(images, first, plan.size, chunk):
-        coalitions, projection = plan.rows(begin, end)
-        scores = game.scores(which, _of(which, coalitions))
+    chunks = _chunks(images, first, plan.size, chunk)
+
+    def micro_batch(cut: tuple[slice, int, int]) -> MicroBatch:
+        which, begin, end = cut
+        return game.micro_batch(which, _of(which, plan.rows(begin, end)[0]))
+
+    for (which, begin, end), scores in game.flight.run(chunks, micro_batch, game.run):
+        projection = plan.rows(begin, end)[1]
         yield which, scores, _of(which, projection), end == plan.size
     game.check_finite()
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Masked images that go through the model at once.
+
+    Attributes:
+        count: coalitions of each of its images.
+        assembled: whether the tensors are what the last stage of a `Forward` takes, or masked images.
+        tensors: of b images under `count` coalitions.
+    """
+
+    count: int
+    assembled: bool
+    tensors: tuple[Tensor, ...]
 
 
 @dataclass
@@ -204,9 +225,14 @@ class _ImageGame:
         self.forward: Forward | None = None
         self._planned = 0
         self._variants: tuple[slice, tuple[Tensor, ...]] | None = None
+        self.flight = Flight(self.images.device)
 
     def scores(self, which: slice, coalitions: Tensor) -> Tensor:
         """Class scores [b, k, classes] of the images `which` under coalitions bool [k, d] or [b, k, d]."""
+        return self.run(self.micro_batch(which, coalitions))
+
+    def micro_batch(self, which: slice, coalitions: Tensor) -> MicroBatch:
+        """The images `which` under coalitions bool [k, d] or [b, k, d], ready for the model."""
         count = coalitions.shape[-2]
         if self.forward is None or (not self.evaluations and count > self._planned):
             self._planned = self.evaluations or count
@@ -221,16 +247,20 @@ class _ImageGame:
             )
         maps = self._maps(which) if count > 1 and self.forward.cuts else None
         if maps is None:
-            scores = self.forward.direct(self._masked(which, coalitions))
-        else:
-            scores = self.forward.assembled(maps, coalitions)
-        images = len(self.images[which]) * count
+            return MicroBatch(count, False, (self._masked(which, coalitions),))
+        return MicroBatch(count, True, assemble(self.forward.cuts[-1], maps, coalitions))
+
+    def run(self, batch: MicroBatch) -> Tensor:
+        """Class scores [b, k, classes] of a micro-batch."""
+        assert self.forward is not None
+        scores = self.forward.last(batch.tensors) if batch.assembled else self.forward.direct(*batch.tensors)
+        images = len(batch.tensors[0])
         check_scores(scores, images)
         if self.evaluated == 0:
             check_labels(self.labels, scores.shape[1])
         self.evaluated += images
         self.not_finite.append((~scores.isfinite()).any(dim=1).sum())
-        return scores.unflatten(0, (-1, count))
+        return scores.unflatten(0, (-1, batch.count))
 
     def _masked(self, which: slice, coalitions: Tensor) -> Tensor:
         """The images `which` under coalitions, normalised, [b k, C, H, W] channels-last."""

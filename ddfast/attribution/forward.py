@@ -13,6 +13,7 @@ the model lives.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import weakref
 from collections.abc import Callable, Sequence
@@ -85,11 +86,10 @@ class Forward:
             maps = tuple(_join(piece) for piece in zip(*pieces, strict=True))
         return maps
 
-    def assembled(self, maps: tuple[Tensor, ...], coalitions: Tensor) -> Tensor:
-        """Scores [b k, classes] under coalitions bool [k, d] or [b, k, d] from the variants' features."""
-        inputs = assemble(self.cuts[-1], maps, coalitions)
-        with autocast(self.precision, inputs[0].device):
-            return self.stages[-1](*inputs)[0]
+    def last(self, assembled: tuple[Tensor, ...]) -> Tensor:
+        """Scores [n, classes] of what is assembled at the last cut."""
+        with autocast(self.precision, assembled[0].device):
+            return self.stages[-1](*assembled)[0]
 
     def agrees(self, masked: Masked, maps: tuple[Tensor, ...], players: int) -> bool:
         """Whether assembled features of an image are those that the model computes for it.
@@ -182,7 +182,7 @@ def prepare(
         model: module in eval mode, or function.
         image_size: (channels, height, width).
         grid: (rows, columns) of patches.
-        evaluations: coalitions an image.
+        evaluations: coalitions an image, about: within a sixth of it the choice is the same.
         dtype: dtype of the model's parameters.
         device: where they are.
         precision: "float32" or "auto"; the latter lowers float32 models only.
@@ -192,6 +192,7 @@ def prepare(
     kept, structure = _PREPARED.get(model), tracing.fingerprint(model)
     if kept is None or kept.structure != structure:
         kept = _PREPARED[model] = _Prepared(structure, ())
+    evaluations = _rounded(evaluations)
     weights = _weights(model)
     if kept.weights != weights:
         kept.weights = weights
@@ -203,6 +204,11 @@ def prepare(
         kept.found[settings, evaluations] = found
         kept.forwards[settings, found.key] = forward
     return kept.forwards[settings, found.key]
+
+
+def _rounded(evaluations: int) -> int:
+    """Down to a quarter of a power of two, so that close numbers share what is prepared."""
+    return int(2 ** (math.floor(4 * math.log2(max(evaluations, 1))) / 4))
 
 
 def locality_of(
