@@ -4,10 +4,10 @@
         --out bench/results/estimators_cifar10_convnet3
 
 Exact values come from the whole game of each image, 65,536 coalitions (`bench.games`), kept in `--work`. Every
-estimator then meets the same games. Measures, means over images and seeds: the squared error of phi over the square of
-the exact one; how often the argmax of the map pooled 2 x 2, InfoUtil's crop, is the exact map's; and what the crop loses
-where it is another, in shares of the distance between the best and the worst window of the exact map, since some images
-have two windows as good as each other. Writes `<out>.csv`, `<out>.md` and `<out>.png`.
+estimator then meets the same games. Measures, means over images and seeds: the squared error of phi over the square
+of the exact one; how often the argmax of the map pooled 2 x 2, InfoUtil's crop, is the exact map's; and what the crop
+loses where it is another, in shares of the distance between the best and the worst window of the exact map, since some
+images have two windows as good as each other. Writes `<out>.csv`, `<out>.md` and `<out>.png`.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ ESTIMATORS = {
     "gp": "Gaussian process",
     "designed": "Gaussian process, designed",
 }
+_FEW = 30  # images
 CONFIDENCES = (0.8, 0.9, 0.95, 0.99)
 
 
@@ -299,6 +300,8 @@ def write(results: Sequence[Result], games: Games, arguments: argparse.Namespace
         f"torch {torch.__version__}, commit {revision}",
         "near 32 evaluations the 15 pairs of `paired` and `leverage` hardly determine 16 values, hence their peak",
     ]
+    if len(games.keys) < _FEW:
+        said.append("agreement moves in steps of an image here; what the crop loses says more")
     make_folder(arguments.out.parent)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -313,8 +316,8 @@ def write(results: Sequence[Result], games: Games, arguments: argparse.Namespace
         writer.writerow([r.estimator, r.budget, *numbers, len(games.keys), arguments.seeds])
     atomic_write_text(arguments.out.with_suffix(".csv"), text.getvalue())
     page = (
-        "Relative squared error of phi / share of images whose 2 x 2 crop is that of the exact map / what the crop loses "
-        "of the distance between the exact map's best and worst window, in percent; means over images and seeds."
+        "Relative squared error of phi / share of images whose 2 x 2 crop is that of the exact map / what the crop "
+        "loses of the distance between the exact map's best and worst window, in percent; means over images and seeds."
         f"\n\n{table(results)}\nEvaluating in rounds until the crop is settled (`settled_shapley`):\n\n"
         f"{stopping_table(results)}\n" + "".join(f"- {line}\n" for line in said)
     )
