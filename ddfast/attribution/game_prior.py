@@ -264,8 +264,8 @@ def _log(x: float | Tensor) -> float | Tensor:
 # clothing under a ResNet-18 at 96 px, each set weighing the same, so that phi from 17 to 128 evaluations has the least
 # relative squared error (its mean, on a logarithmic scale). bench/results/estimators_* measure it on other images.
 # Designs under a prior fitted to the ConvNet-3 alone err on 22 photographs under the ResNet-18, which it never saw,
-# half as much as antithetic permutations at 32 evaluations and a fifth as much at 64. Only ratios of share, equal and rest matter. Other levels
-# (1 x 3, 2 x 3; none of pairs) and other starts end within 5% of the same error.
+# half as much as antithetic permutations at 32 evaluations and a fifth as much at 64. Only ratios of share, equal and
+# rest matter. Other levels (1 x 3, 2 x 3; none of pairs) and other starts end within 5% of the same error.
 FITTED_GRID = Parameters(
     levels=(
         Level((1, 1), share=0.397, decay=0.475),
