@@ -263,9 +263,10 @@ def _log(x: float | Tensor) -> float | Tensor:
 # Fitted by `python -m bench.game_prior` to 80 CIFAR-10 test images under a ConvNet-3 at 32 px and 16 photographs of
 # clothing under a ResNet-18 at 96 px, each set weighing the same, so that phi from 17 to 128 evaluations has the least
 # relative squared error (its mean, on a logarithmic scale). bench/results/estimators_* measure it on other images.
-# Designs under a prior fitted to the ConvNet-3 alone err on 22 photographs under the ResNet-18, which it never saw,
-# half as much as antithetic permutations at 32 evaluations and a fifth as much at 64. Only ratios of share, equal and
-# rest matter. Other levels (1 x 3, 2 x 3; none of pairs) and other starts end within 5% of the same error.
+# Designs under a prior fitted to the ConvNet-3 alone err on 22 photographs under the ResNet-18 (16 of these games
+# completed from 2,048 evaluations) half as much as antithetic permutations at 32 evaluations, a fifth as much at 64.
+# A prior without the level of pairs, or with one of 2 x 3 cells, errs within 5% of this one at 32 evaluations and
+# within a third elsewhere. Only ratios of share, equal and rest matter.
 FITTED_GRID = Parameters(
     levels=(
         Level((1, 1), share=0.397, decay=0.475),
