@@ -2,7 +2,7 @@ import csv
 import json
 
 from bench.__main__ import main
-from bench.compare import Arm
+from bench.arms import Arm
 from tests.methods.conftest import toy_folder, toy_teacher, toy_test, toy_train
 
 __all__ = ["toy_folder", "toy_teacher", "toy_test", "toy_train"]
@@ -46,8 +46,10 @@ def test_compare_writes_a_row_a_student_and_keeps_what_is_finished(toy_folder, t
     ]
     assert {row["epochs"] for row in rows if row["ipc"] == "2"} == {"1"}
     assert json.loads(rows[-1]["options"])["rank_by"] == "quantiles"
-    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").glob("*.json")}
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "students").glob("*.json")}
     assert main([str(word) for word in words]) == 0
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work").glob("*.json")} == stamps
+    assert {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "students").glob("*.json")
+    } == stamps
     assert (tmp_path / "table.md").read_text() == table
     assert "| spread |" in capsys.readouterr().out
