@@ -13,12 +13,12 @@ import threading
 import zipfile
 import zlib
 from array import array
-from collections import defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from ddfast.data.sources import (
     checked_classes,
     is_hidden,
     is_image,
+    machine_refused,
     one_line,
     path_inside,
     pick_split,
@@ -41,6 +42,7 @@ from ddfast.errors import BadImage, UsageError
 
 _MAX_LABEL_BYTES = 1 << 20  # a .cls, .json or classes.txt larger than this is no label
 _MAX_LINK_BYTES = 4096
+_MOST_OPEN = 64  # archives kept open between reads, far below the usual limit of 1,024 files
 _MAX_LINKS = 40  # links followed from one to the next, as Linux does
 _MAX_SHARDS = 1_000_000
 _SPLIT_NAMES = {folder for group in SPLIT_FOLDERS.values() for folder in group}
@@ -113,13 +115,84 @@ class _Layout:
     members: _Members
 
 
+class _OpenArchives:
+    """Descriptors of archives, opened when first read: at most `_MOST_OPEN`, and one for each thread that reads."""
+
+    def __init__(self, paths: Sequence[Path], sizes: Sequence[int]) -> None:
+        """`sizes` in bytes, as when they were scanned."""
+        self.paths, self.sizes = list(paths), list(sizes)
+        self._lock = threading.Lock()
+        self._open: OrderedDict[int, int] = OrderedDict()  # archive -> descriptor, the last used at the end
+        self._readers: Counter[int] = Counter()
+
+    @contextmanager
+    def borrow(self, archive: int) -> Iterator[int]:
+        """The archive's descriptor, which stays open for the `with` block.
+
+        Raises:
+            UsageError: it is gone, or has another size than when it was scanned.
+        """
+        with self._lock:
+            if archive not in self._open:
+                self._open[archive] = self._opened(archive)
+            self._open.move_to_end(archive)
+            self._readers[archive] += 1
+            descriptor = self._open[archive]
+            if len(self._open) > _MOST_OPEN:
+                idle = [other for other in self._open if not self._readers[other]]
+                for other in idle[: len(self._open) - _MOST_OPEN]:
+                    os.close(self._open.pop(other))
+        try:
+            yield descriptor
+        finally:
+            with self._lock:
+                self._readers[archive] -= 1
+
+    def _opened(self, archive: int) -> int:
+        path = self.paths[archive]
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            machine_refused(str(path), error)
+            raise UsageError(f"{path} has gone away: {os.strerror(error.errno or 0).lower()}") from error
+        try:
+            self.check_size(archive, descriptor)
+        except UsageError:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def check_size(self, archive: int, descriptor: int) -> None:
+        """Raise `UsageError` where an archive is no longer as long as when it was scanned."""
+        size, scanned = os.fstat(descriptor).st_size, self.sizes[archive]
+        if size != scanned:
+            raise UsageError(
+                f"{self.paths[archive]} changed since it was listed: it had {scanned} bytes and has {size}; "
+                "put it back, or start again"
+            )
+
+    def close(self, close: Callable[[int], None] = os.close) -> None:
+        """Close them all. Nobody may be reading."""
+        with self._lock:
+            while self._open:
+                close(self._open.popitem()[1])
+
+    def __getstate__(self) -> tuple[list[Path], list[int]]:
+        return self.paths, self.sizes
+
+    def __setstate__(self, state: tuple[list[Path], list[int]]) -> None:
+        self.__init__(*state)  # type: ignore[misc]
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        self.close(close)  # `os` may be gone when Python ends
+
+
 class _ArchiveSource(Source):
     """Files at known offsets of one or more archives. `os.pread` shares no position: reads need no lock."""
 
     def __init__(self, paths: Sequence[Path], split: str, name: str, layout: _Layout) -> None:
-        self._paths = [path.absolute() for path in paths]
-        self._descriptors: dict[int, int] = {}
-        self._lock = threading.Lock()
+        absolute = [path.absolute() for path in paths]
+        self._archives = _OpenArchives(absolute, [path.stat().st_size for path in absolute])
         super().__init__(name, split, layout.class_names, layout.keys)
         self._members = layout.members.take(layout.rows[sample.key] for sample in self.samples)
 
@@ -133,45 +206,23 @@ class _ArchiveSource(Source):
 
     def close(self) -> None:
         """Close the archives. No `read` may be under way."""
-        with self._lock:
-            for descriptor in self._descriptors.values():
-                os.close(descriptor)
-            self._descriptors.clear()
-
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:
-        for descriptor in getattr(self, "_descriptors", {}).values():  # `os` may be gone when Python ends
-            close(descriptor)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_lock", "_descriptors")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock(), _descriptors={})
-
-    def _descriptor(self, archive: int) -> int:
-        with self._lock:
-            if archive not in self._descriptors:
-                path = self._paths[archive]
-                try:
-                    self._descriptors[archive] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                except OSError as error:
-                    reason = os.strerror(error.errno or 0).lower()
-                    raise UsageError(f"{path} has gone away: {reason}") from error
-            return self._descriptors[archive]
+        self._archives.close()
 
     def _bytes(self, archive: int, offset: int, size: int) -> bytes:
-        descriptor = self._descriptor(archive)
         parts: list[bytes] = []
-        try:
-            while size > 0:
-                part = os.pread(descriptor, size, offset)
-                if not part:
-                    raise BadImage("the archive ends within the file")
-                parts.append(part)
-                offset += len(part)
-                size -= len(part)
-        except OSError as error:
-            raise BadImage(f"cannot be read: {os.strerror(error.errno or 0).lower()}") from error
+        with self._archives.borrow(archive) as descriptor:
+            try:
+                while size > 0:
+                    part = os.pread(descriptor, size, offset)
+                    if not part:
+                        self._archives.check_size(archive, descriptor)
+                        raise BadImage("the archive ends within the file")
+                    parts.append(part)
+                    offset += len(part)
+                    size -= len(part)
+            except OSError as error:
+                machine_refused(str(self._archives.paths[archive]), error)
+                raise BadImage(f"cannot be read: {os.strerror(error.errno or 0).lower()}") from error
         return b"".join(parts)
 
     def read(self, sample: Sample) -> bytes:

@@ -23,6 +23,7 @@ from ddfast.data.sources import (
     is_hidden,
     is_image,
     is_unicode,
+    machine_refused,
     one_line,
     path_inside,
     pick_split,
@@ -34,9 +35,6 @@ from ddfast.data.sources import (
 from ddfast.errors import BadImage, UsageError
 
 _GONE = {errno.ENOENT, errno.ENOTDIR}
-# Failures of the machine or the network, which say nothing of the file: quarantining it would change the result.
-_NOT_THE_FILE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT, errno.ENETDOWN}
-
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 """What may label the images of a folder; the first that exists counts."""
@@ -94,8 +92,7 @@ class FilesOnDisk(Source):
                 raise UsageError(
                     f"{self.name} changed since it was listed: {sample.key} is gone; put it back, or start again"
                 ) from error
-            if error.errno in _NOT_THE_FILE:
-                raise UsageError(f"cannot read {self.name}: {reason}; resume when that is mended") from error
+            machine_refused(self.name, error)
             raise BadImage(f"cannot be read: {reason}") from error
 
     def size_of(self, sample: Sample) -> int:

@@ -6,6 +6,7 @@ ids, so a zip and the folder it was made from lead to the same draws and the sam
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -34,6 +35,13 @@ SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val")}
 """The folders that may hold a split; the first that exists is taken."""
 
 
+_NOT_THE_FILE = {
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENODEV, errno.ENXIO),
+    *(errno.ESTALE, errno.ETIMEDOUT, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH),
+    *(errno.ENOTCONN, errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED),
+}
+
+
 class Source(ABC):
     """One split of a labelled image set.
 
@@ -44,8 +52,8 @@ class Source(ABC):
         samples: sorted by label, then key; keys and ids are unique. Their ids and labels are arrays as well:
             `samples.ids` int64 [N] and `samples.labels` int32 [N].
 
-    `read` may be called from many threads. A source holds at most one open file for each archive; `close`, or
-    the end of a `with` block, closes it, the next `read` opens it again. A source can be pickled.
+    `read` may be called from many threads. A source of archives keeps some of them open; `close`, or the end of a
+    `with` block, closes them, the next `read` opens what it needs again. A source can be pickled.
     """
 
     def __init__(
@@ -186,13 +194,32 @@ def shown(names: Iterable[str], limit: int = 5) -> str:
     return ", ".join(clean) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
+def machine_refused(name: str, error: OSError) -> None:
+    """Raise `UsageError` where a read failed for want of the machine or the network.
+
+    Such a failure says nothing of the file: to quarantine it would change the result.
+    """
+    if error.errno in _NOT_THE_FILE:
+        reason = os.strerror(error.errno or 0).lower()
+        raise UsageError(f"cannot read {name}: {reason}; resume when that is mended") from error
+
+
 def size_refused(size: int) -> None:
-    """Raise `BadImage` for a file of more bytes than `DDFAST_MAX_FILE_BYTES`, else `MAX_FILE_BYTES`."""
-    limit = limit_from("DDFAST_MAX_FILE_BYTES", MAX_FILE_BYTES)
+    """Raise `BadImage` for a file of more bytes than `file_limit()`."""
+    limit = file_limit()
     if size > limit:
         raise BadImage(
             f"file of {size} bytes, more than the limit of {limit}, which DDFAST_MAX_FILE_BYTES can raise"
         )
+
+
+def file_limit() -> int:
+    """Bytes above which an image file is not read: `DDFAST_MAX_FILE_BYTES`, else `MAX_FILE_BYTES`.
+
+    Raises:
+        UsageError: the variable is not a positive whole number.
+    """
+    return limit_from("DDFAST_MAX_FILE_BYTES", MAX_FILE_BYTES)
 
 
 def limit_from(variable: str, default: int) -> int:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddfast.data.decoding import decode
+from ddfast.data.decoding import MAX_PIXELS, decode
 from ddfast.data.distilled import (
     SOFT_LABELS,
     Tile,
@@ -66,6 +66,7 @@ from ddfast.methods.run import (
     host_facts,
     images_in_flight,
     make_plan,
+    pixel_limit_of,
     rank_device,
     read_plan,
     score_digest,
@@ -174,6 +175,7 @@ def open_run(
             loader=found_loader.name,
             threads=threads_of(threads, found_device),
             label_top_k=top_k_of(label_top_k, len(source.class_names)),
+            max_pixels=pixel_limit_of(before),
         )
         return Run(
             out=out,
@@ -741,7 +743,7 @@ def _label_part(run: Run, path: Path, names: list[Path], progress: Progress) -> 
 
 def _written_image(path: Path) -> Tensor:
     try:
-        return decode(path.read_bytes())
+        return decode(path.read_bytes(), max_pixels=MAX_PIXELS)
     except (OSError, BadImage) as error:
         raise UsageError(f"{path} cannot be read ({error}): delete it and resume") from error
 

@@ -21,12 +21,13 @@ import numpy as np
 import torch
 
 from ddfast import __version__
+from ddfast.data.decoding import pixel_limit
 from ddfast.data.distilled import FORMAT_VERSION, MANIFEST
 from ddfast.data.files import atomic_write_text, make_folder, sweep_temporary
 from ddfast.data.loaders import Loader, resolve_loader
 from ddfast.data.loading import Loaded
 from ddfast.data.samples import Sample
-from ddfast.data.sources import Source, open_source
+from ddfast.data.sources import Source, file_limit, open_source
 from ddfast.errors import UsageError
 from ddfast.methods import get_method
 from ddfast.methods.base import Context, Method, stream
@@ -41,6 +42,11 @@ SHARD_SOURCES = 256  # sources in one score shard, the unit of commit and of wor
 MICRO_BATCH = 16  # sources scored together; fixed, because it decides the last bits
 # What may change between the start of a run and its resumption without changing the result.
 _RESULTS = ("complete", "counts", "quarantined")
+_ARITHMETIC = {
+    **dict.fromkeys(("micro_batch", "forward_batch", "shard_sources", "threads"), int),
+    **dict.fromkeys(("max_pixels", "max_file_bytes"), int),
+    **dict.fromkeys(("precision", "device", "loader"), str),
+}
 _MOST_THREADS = {"cpu": 16, "cuda": 4}  # of a process by default; a GPU's process has little to do on the CPU
 _MOST_FULL_LABELS = 2048  # classes up to which a soft label is stored whole by default
 _LABEL_TOP_K = 256  # probabilities stored of a soft label above that
@@ -131,7 +137,12 @@ class Run:
     def load(self, samples: Iterable[Sample]) -> Generator[Loaded, None, None]:
         """Decode samples at the run's size with its loader, in order; see `ddfast.data.load`."""
         return self.loader(
-            self.source, samples, self.plan["image_size"], workers=self.workers, ahead=self.in_flight
+            self.source,
+            samples,
+            self.plan["image_size"],
+            workers=self.workers,
+            ahead=self.in_flight,
+            max_pixels=self.plan["arithmetic"]["max_pixels"],
         )
 
     def set_arithmetic(self) -> None:
@@ -157,6 +168,7 @@ def make_plan(
     loader: str,
     threads: int,
     label_top_k: int | None,
+    max_pixels: int,
 ) -> dict[str, Any]:
     """The manifest of a run before its first result."""
     return {
@@ -191,6 +203,8 @@ def make_plan(
             "precision": precision,
             "device": device.type,
             "loader": loader,
+            "max_pixels": max_pixels,
+            "max_file_bytes": file_limit(),
         },
         "versions": {"ddfast": __version__, "torch": torch.__version__},
         "counts": None,
@@ -228,6 +242,22 @@ def threads_of(given: str | int, device: torch.device) -> int:
     if count < 1:
         raise UsageError(f"--threads must be auto or a positive number, got {given}")
     return count
+
+
+def pixel_limit_of(held: dict[str, Any] | None) -> int:
+    """Pixels above which an image is quarantined: what a resumed run began with, unless `DDFAST_MAX_PIXELS` is set.
+
+    It decides which files are left out, so a run keeps it.
+
+    Args:
+        held: the manifest of the run that is resumed, None for a new one.
+
+    Raises:
+        UsageError: the variable is not a positive whole number.
+    """
+    if held is None or "DDFAST_MAX_PIXELS" in os.environ:
+        return pixel_limit()
+    return int(held["arithmetic"]["max_pixels"])
 
 
 def top_k_of(given: str | int, classes: int) -> int | None:
@@ -308,9 +338,17 @@ def read_plan(out: Path) -> dict[str, Any] | None:
         plan = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UsageError(f"{path} is damaged: delete {out} and start again") from error
-    if not isinstance(plan, dict) or plan.get("format_version") != FORMAT_VERSION or "arithmetic" not in plan:
+    if not isinstance(plan, dict) or plan.get("format_version") != FORMAT_VERSION or not _is_arithmetic(plan):
         raise UsageError(f"{path} is no manifest of this version of ddfast; choose another folder")
     return plan
+
+
+def _is_arithmetic(plan: dict[str, Any]) -> bool:
+    """Whether a manifest says all that decides the arithmetic."""
+    said = plan.get("arithmetic")
+    return isinstance(said, dict) and all(
+        isinstance(said.get(key), kind) for key, kind in _ARITHMETIC.items()
+    )
 
 
 def first_difference(held: dict[str, Any], wanted: dict[str, Any]) -> str | None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import json
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 
 from ddfast.data.archives import TarSource, ZipSource
 from ddfast.data.loading import load_all
+from ddfast.data.samples import Sample
 from ddfast.data.sources import Source, open_source
 from ddfast.errors import BadImage, UsageError
 from tests.data.rendering import REAL_ZIP, png, small_set, write_folder, write_tar, write_zip
@@ -285,12 +287,63 @@ def test_a_compressed_or_foreign_tar_is_refused(tmp_path: Path) -> None:
     assert "not an uncompressed tar" in refusal(tmp_path / "text.tar")
 
 
-def test_a_tar_cut_after_opening_gives_bad_images(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "set.tar", small_set())
+@pytest.mark.parametrize("read_before", [False, True])
+def test_an_archive_that_changes_while_it_is_in_use_ends_the_run(
+    tmp_path: Path, kind: str, read_before: bool
+) -> None:
+    # Quarantining what was cut off would give the run another result.
+    path = WRITERS[kind](tmp_path / f"set.{kind}", small_set())
     source = open_source(path)
-    os.truncate(path, 600)
-    with pytest.raises(BadImage, match="the archive ends within the file"):
+    if read_before:
+        source.read(source.samples[0])
+    size = path.stat().st_size
+    os.truncate(path, 100)
+    with pytest.raises(
+        UsageError, match=f"changed since it was listed: it had {size} bytes and has 100; put"
+    ) as e:
         source.read(source.samples[-1])
+    assert not isinstance(e.value, BadImage)
+
+
+def test_more_shards_than_files_may_be_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ddfast.data.archives._MOST_OPEN", 3)
+    for number in range(12):
+        write_tar(tmp_path / f"s{number:02d}.tar", {f"c{n}/{number}.png": png(number + n) for n in range(2)})
+    source = open_source(str(tmp_path / "s{00..11}.tar"))
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    wanted = [png(int(s.key[3:-4]) + s.label) for s in source.samples]
+    most = 0
+
+    def read(sample: Sample) -> bytes:
+        nonlocal most
+        data = source.read(sample)
+        if os.path.isdir("/proc/self/fd"):
+            most = max(most, len(os.listdir("/proc/self/fd")) - before)
+        return data
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(read, [*source.samples] * 10)) == wanted * 10
+    assert most <= 3 + 4 + 4  # kept open, being read, and the listings of /proc/self/fd themselves
+    source.close()
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+@pytest.mark.parametrize("failing", ["open", "pread"])
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE])
+def test_a_failure_of_the_machine_is_no_fault_of_the_file(
+    tmp_path: Path, kind: str, failing: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_source(WRITERS[kind](tmp_path / f"set.{kind}", small_set()))
+
+    def fail(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, failing, fail)
+    with pytest.raises(
+        UsageError, match=f"{os.strerror(code).lower()}; resume when that is mended"
+    ) as caught:
+        source.read(source.samples[0])
+    assert not isinstance(caught.value, BadImage)
 
 
 def opened_or_reason(path: Path) -> Source | str:

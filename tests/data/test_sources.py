@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -323,6 +324,23 @@ def test_a_file_or_a_folder_that_went_ends_the_run(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "d")
     with pytest.raises(UsageError, match="has gone away") as caught:
         source.read(source.samples[1])
+    assert not isinstance(caught.value, BadImage)
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE])
+def test_a_failure_of_the_machine_is_no_fault_of_the_file(
+    tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_source(write_folder(tmp_path, small_set()))
+
+    def fail(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("builtins.open", fail)
+    with pytest.raises(
+        UsageError, match=f"{os.strerror(code).lower()}; resume when that is mended"
+    ) as caught:
+        source.read(source.samples[0])
     assert not isinstance(caught.value, BadImage)
 
 

@@ -162,3 +162,30 @@ def test_a_run_keeps_its_threads_and_its_loader(toy_folder, toy_teacher, tmp_pat
         distil(toy_folder, toy_teacher, out, loader="torchvision", resume=True)
     distil(toy_folder, toy_teacher, out, resume=True)
     assert json.loads((out / "manifest.json").read_text())["arithmetic"]["loader"] == "pillow"
+
+
+def test_a_run_keeps_the_limits_that_decide_what_it_leaves_out(
+    toy_folder, toy_teacher, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("DDFAST_MAX_PIXELS", "100000")
+    out = distil(toy_folder, toy_teacher, tmp_path / "run", until="score")
+    for variable, other in (("DDFAST_MAX_PIXELS", "200000"), ("DDFAST_MAX_FILE_BYTES", "5000000")):
+        with monkeypatch.context() as changed:
+            changed.setenv(variable, other)
+            with pytest.raises(
+                UsageError, match=rf"different run \(arithmetic.{variable[7:].lower()}: it has"
+            ):
+                distil(toy_folder, toy_teacher, out, resume=True)
+    monkeypatch.delenv("DDFAST_MAX_PIXELS")
+    distil(toy_folder, toy_teacher, out, resume=True)
+    assert json.loads((out / "manifest.json").read_text())["arithmetic"]["max_pixels"] == 100000
+
+
+@pytest.mark.parametrize("damage", [{}, {"max_pixels": "100"}, {"loader": None}])
+def test_a_manifest_without_its_arithmetic_is_refused(damage, toy_folder, toy_teacher, tmp_path):
+    out = distil(toy_folder, toy_teacher, tmp_path / "run", until="score")
+    plan = json.loads((out / "manifest.json").read_text())
+    plan["arithmetic"] = {**plan["arithmetic"], **damage} if damage else []
+    (out / "manifest.json").write_text(json.dumps(plan))
+    with pytest.raises(UsageError, match="is no manifest of this version of ddfast"):
+        distil(toy_folder, toy_teacher, out, resume=True)
