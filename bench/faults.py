@@ -39,6 +39,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from bench.kill import digests
+from ddfast.data.loaders import dali_missing
 
 T = TypeVar("T")
 Hook = Callable[[int], None]  # called in each forked process with its rank, before the command
@@ -266,18 +267,9 @@ def file_size_limit(limit: int) -> Hook:
     return lambda rank: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
 
-def other_loader(rank: int) -> None:
-    """The plan of this process names another loader."""
-    from ddfast.methods import pipeline
-
-    make = pipeline.make_plan
-
-    def plan(*args: Any, **kwargs: Any) -> dict[str, Any]:
-        made = make(*args, **kwargs)
-        made["arithmetic"]["loader"] = "dali" if made["arithmetic"]["loader"] != "dali" else "pillow"
-        return made
-
-    pipeline.make_plan = plan
+def other_limit(rank: int) -> None:
+    """Images that were good are too large now."""
+    os.environ["DDFAST_MAX_PIXELS"] = str(SIDE * SIDE - 1)
 
 
 # The suite --------------------------------------------------------------------------------------------------
@@ -295,6 +287,7 @@ class Suite:
     seconds: float = field(init=False)
     each: int | None = None
     results: list[tuple[str, str, str]] = field(default_factory=list)
+    _writes: list[str] = field(default_factory=list)
 
     def some(self, faults: Sequence[T]) -> Sequence[T]:
         """All faults of a family, or as many of them, drawn at random, as were asked for of each."""
@@ -380,6 +373,8 @@ class Suite:
 
     def writes(self) -> list[str]:
         """Names of the files that the undisturbed run commits, in order."""
+        if self._writes:
+            return self._writes
         log = self.work / "writes"
         log.unlink(missing_ok=True)
 
@@ -395,7 +390,8 @@ class Suite:
 
         with self.folder() as out:
             launch(self.command(out), hook=hook)
-        return log.read_text().splitlines()
+        self._writes = log.read_text().splitlines()
+        return self._writes
 
 
 def kills_at_writes(suite: Suite) -> None:
@@ -560,8 +556,39 @@ def removed_data(suite: Suite) -> None:
             suite.judge("removed data", f"{what} after write {2 + number // 4}", out, broken, data=data)
 
 
+def cut_archives(suite: Suite) -> None:
+    """Cut, grow or remove the archive that a run reads from; put it back and resume."""
+    for number, (ending, what) in suite.some(
+        list(enumerate(product(("zip", "tar"), ("cut", "grown", "removed"))))
+    ):
+        packed = Path(shutil.make_archive(os.fspath(suite.work / "packed"), ending, suite.data))
+        away = suite.work / "away"
+        shutil.copyfile(packed, away)
+        alone = suite.work / f"packed-{ending}-alone"
+        if not alone.exists() and not launch(suite.command(alone, data=packed)).done:
+            raise SystemExit(f"the undisturbed run from a {ending} failed")
+
+        def spoil(packed: Path = packed, what: str = what) -> None:
+            if what == "cut":
+                os.truncate(packed, packed.stat().st_size // 2)
+            elif what == "grown":
+                with open(packed, "ab") as file:
+                    file.write(bytes(1024))
+            else:
+                packed.unlink()
+
+        with suite.folder() as out:
+            hook = at_write(2 + number % 3, "after", action=spoil)
+            broken = launch(suite.command(out, data=packed), suite.draws.choice((1, 2)), hook)
+            shutil.copyfile(away, packed)
+            suite.judge(
+                "archive changed", f"{ending} {what} after write {2 + number % 3}", out, broken, data=packed,
+                wanted=digests(alone),
+            )  # fmt: skip
+
+
 def refusals(suite: Suite) -> None:
-    """Swap loader, threads, teacher, data or seed between start and resumption: one line, nothing changed."""
+    """Swap loader, limits, teacher, data or seed between start and resumption: one line, nothing changed."""
     started = suite.work / "started"
     launch(suite.command(started), hook=at_write(5, "before"))
     other = suite.work / "other.safetensors"
@@ -573,7 +600,9 @@ def refusals(suite: Suite) -> None:
     shutil.copytree(suite.data, more)
     shutil.copyfile(more / "train/down/0000.png", more / "train/down/9999.png")
     swaps: list[tuple[str, list[str], Hook | None]] = [
-        ("another loader", suite.command(started), other_loader),
+        ("another loader", suite.command(started, "--loader", "pillow"), None),
+        *([("DALI", suite.command(started, "--loader", "dali"), None)] if dali_missing() is None else []),
+        ("another limit of pixels", suite.command(started), other_limit),
         ("another seed", suite.command(started, "--seed", "1"), None),
         ("another teacher", command(suite.data, other, started), None),
         ("another IPC", [*suite.command(started), "--ipc", "3"], None),
@@ -654,6 +683,7 @@ FAMILIES: dict[str, Callable[[Suite], None]] = {
     "shards": damaged_shards,
     "sources": corrupt_sources,
     "data": removed_data,
+    "archives": cut_archives,
     "swaps": refusals,
     "torchrun": torchrun,
 }
