@@ -119,6 +119,15 @@ def rule_of(factor=1, **options):
     return method._crop_rule(context(None, factor=factor))
 
 
+def test_the_estimator_is_the_measured_one_where_it_was_measured():
+    def estimator(**options):
+        return get_method("infoutil").from_options(options).resolved(1).options.estimator
+
+    assert (estimator(), estimator(grid=5)) == ("designed", "permutation")
+    assert estimator(estimator="paired") == "paired"
+    assert get_method("infoutil").from_options({}, "paper").resolved(1).options.estimator == "kernel"
+
+
 def test_the_window_grows_from_half_the_side_in_whole_cells():
     rule = rule_of()
     assert (rule.pool, rule.crop_size, rule.crops, rule.coverage) == ([2, 3, 4], [8, 12, 16], 5, 0.8)

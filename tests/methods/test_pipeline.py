@@ -321,7 +321,7 @@ def test_unknown_names_list_the_known_ones():
         get_method("infoutil").from_options({}, "papers")
     with pytest.raises(UsageError, match="its options: attribution"):
         get_method("infoutil").from_options({"alfa": 1.0})
-    with pytest.raises(UsageError, match="estimator must be one of permutation"):
+    with pytest.raises(UsageError, match="estimator must be one of auto, designed"):
         get_method("infoutil").from_options({"estimator": "best"})
     with pytest.raises(UsageError, match="crops must be at least 1"):
         get_method("rded").from_options({"crops": 0})
