@@ -16,6 +16,7 @@ from ddfast.data.decoding import decode_fit, pixel_limit
 from ddfast.errors import BadImage, UsageError
 
 if TYPE_CHECKING:
+    from ddfast.data.loaders import Load
     from ddfast.data.samples import Sample
     from ddfast.data.sources import Source
 
@@ -103,6 +104,7 @@ def load_all(
     workers: int | None = None,
     max_pixels: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    loader: Load | None = None,
 ) -> tuple[Tensor, Tensor, list[tuple[Sample, str]]]:
     """Load a split into memory.
 
@@ -111,6 +113,7 @@ def load_all(
         size: side of the images, in pixels; `resize`, `workers` and `max_pixels` are those of `load`.
         samples: which ones; all of `source.samples` by default.
         progress: called as `progress(done, total)` after every image, good or bad.
+        loader: what decodes: `resolve_loader(...)` of `ddfast.data`; Pillow by default.
 
     Returns:
         images uint8 [N, 3, size, size] and labels int64 [N] of the N images that decode, in the order of the
@@ -131,7 +134,7 @@ def load_all(
     labels = torch.empty(total, dtype=torch.int64)
     bad: list[tuple[Sample, str]] = []
     good = 0
-    loaded = load(source, samples, size, resize=resize, workers=workers, max_pixels=max_pixels)
+    loaded = (loader or load)(source, samples, size, resize=resize, workers=workers, max_pixels=max_pixels)
     for done, (sample, image) in enumerate(loaded, start=1):
         if isinstance(image, BadImage):
             bad.append((sample, str(image)))

@@ -16,6 +16,7 @@ from ddfast.data import dali, loaders
 from ddfast.data.decoding import decode_fit
 from ddfast.data.jpeg import PlainJpeg, plain_jpeg
 from ddfast.data.loaders import LOADERS, Loader, dali_missing, resolve_loader
+from ddfast.data.loading import load_all
 from ddfast.data.native_jpeg import torchvision_decodes
 from ddfast.data.samples import Sample
 from ddfast.data.sources import Source, open_source
@@ -308,6 +309,19 @@ def test_arguments_are_checked_first(name: str, options: dict[str, int]) -> None
     source = MemorySource({"a/0.jpg": jpeg(), "b/0.jpg": jpeg()})
     with pytest.raises(ValueError, match="must be at least"):
         resolve_loader(name)(source, source.samples, **options)
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_a_split_is_loaded_into_memory_by_the_loader_given(name: str) -> None:
+    images = every_kind() | damaged()
+    source = MemorySource(images)
+    found, labels, bad = load_all(source, 24, loader=resolve_loader(name))
+    kept = [sample for sample in source.samples if sample.key not in damaged()]
+    assert labels.tolist() == [sample.label for sample in kept]
+    assert [sample.key for sample, _ in bad] == sorted(damaged())
+    one_by_one = results(name, images)
+    for image, sample in zip(found, kept, strict=True):
+        assert torch.equal(image, one_by_one[sample.key])  # type: ignore[arg-type]
 
 
 # Plain JPEGs
