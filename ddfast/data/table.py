@@ -43,8 +43,10 @@ SCORE_SCHEMA = pa.schema(
 `box` is (x0, y0, x1, y1) in pixels of the fitted image, x1 and y1 exclusive; `grad_norm` the norm of the loss
 gradient; `loss` in nats; `correct` whether the teacher's first choice is the label; `phi` the attribution of
 the grid cells in row-major order; `score` what a method ranks by where it is none of these. Null: not
-measured.
+measured. The tables of the methods that choose by features have one column more, see `score_schema`.
 """
+
+FEATURES = "features"
 
 SELECTION_SCHEMA = pa.schema(
     [
@@ -80,13 +82,33 @@ _FOOTER_END = 8  # its length, 4 bytes, and the magic number
 _READ_ERRORS = (pa.ArrowException, OSError, ValueError, MemoryError)
 
 
+def score_schema(width: int = 0) -> pa.Schema:
+    """`SCORE_SCHEMA`, and behind it `features`, float32 [width] of every crop, where `width` is not 0."""
+    if not width:
+        return SCORE_SCHEMA
+    return SCORE_SCHEMA.append(pa.field(FEATURES, pa.list_(pa.float32(), width), nullable=False))
+
+
+def _fits(found: pa.Schema, wanted: pa.Schema) -> bool:
+    """Whether a file's schema is the wanted one. A score table may have features of any width."""
+    width = _width(found)
+    return bool(found == (score_schema(width) if wanted == SCORE_SCHEMA else wanted))
+
+
+def _width(schema: pa.Schema) -> int:
+    """Width of the `features` of a schema; 0 where it has none."""
+    place = schema.get_field_index(FEATURES)
+    kind = schema.field(place).type if place >= 0 else None
+    return int(kind.list_size) if kind is not None and pa.types.is_fixed_size_list(kind) else 0
+
+
 def make_table(columns: Mapping[str, Any], schema: pa.Schema = SCORE_SCHEMA) -> pa.Table:
     """A table of `schema` from arrays of M rows.
 
     Args:
-        columns: column name -> array, CPU tensor or list; [M] or, for `box`, [M, 4] and for `phi`, [M, d]. A
-            column that may be null can be left out or be None.
-        schema: `SCORE_SCHEMA` or `SELECTION_SCHEMA`.
+        columns: column name -> array, CPU tensor or list; [M] or, for `box`, [M, 4], for `phi`, [M, d] and for
+            `features`, [M, width]. A column that may be null can be left out or be None.
+        schema: `SCORE_SCHEMA`, a `score_schema` or `SELECTION_SCHEMA`.
 
     Raises:
         ValueError: an unknown or a missing column, columns of different lengths, or values that do not fit
@@ -110,10 +132,11 @@ def _column(values: Any, field: pa.Field, rows: int) -> pa.Array:
         return pa.nulls(rows, field.type)
     if pa.types.is_list(field.type) or pa.types.is_fixed_size_list(field.type):
         flat = np.ascontiguousarray(np.asarray(values), dtype=np.float32)
-        if flat.ndim != 2 or (field.type == _BOX and flat.shape[1] != 4):
+        fixed = pa.types.is_fixed_size_list(field.type)
+        if flat.ndim != 2 or (fixed and flat.shape[1] != field.type.list_size):
             raise ValueError(f"column {field.name!r} must have one row a crop, got shape {flat.shape}")
         items = pa.array(flat.reshape(-1), pa.float32())
-        if field.type == _BOX:
+        if fixed:
             return pa.FixedSizeListArray.from_arrays(items, type=field.type)
         offsets = np.arange(rows + 1, dtype=np.int32) * flat.shape[1]
         return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), items, type=field.type)
@@ -125,8 +148,8 @@ def _column(values: Any, field: pa.Field, rows: int) -> pa.Array:
 def to_numpy(table: pa.Table) -> dict[str, np.ndarray]:
     """Columns as NumPy arrays.
 
-    Null numbers become NaN and null truth values False; `box` is float32 [M, 4]; `phi` is float32 [M, d], NaN
-    in rows that have none, d = 0 where no row has any; strings are object arrays.
+    Null numbers become NaN and null truth values False; `box` is float32 [M, 4] and `features` [M, width]; `phi`
+    is float32 [M, d], NaN in rows that have none, d = 0 where no row has any; strings are object arrays.
 
     Raises:
         ValueError: `phi` has rows of different lengths.
@@ -281,7 +304,7 @@ def read_table(
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             found = file.schema_arrow.remove_metadata()
-            if found != schema:
+            if not _fits(found, schema):
                 raise UsageError(
                     f"{path} has other columns than wanted: {', '.join(found.names)}; delete it and resume"
                 )
@@ -301,6 +324,15 @@ def iter_table(path: str | Path, schema: pa.Schema = SCORE_SCHEMA) -> Iterator[p
                 raise UsageError(f"{path} has other columns than wanted; delete it and resume")
             for index in range(file.num_row_groups):
                 yield file.read_row_group(index).replace_schema_metadata()
+    except _READ_ERRORS as error:
+        raise UsageError(f"{path} is damaged ({one_line(error)}): delete it and resume") from error
+
+
+def feature_width(path: str | Path) -> int:
+    """Width of the `features` of a score table; 0 where it has none. Raises `UsageError` for a damaged file."""
+    try:
+        with pq.ParquetFile(path) as file:
+            return _width(file.schema_arrow)
     except _READ_ERRORS as error:
         raise UsageError(f"{path} is damaged ({one_line(error)}): delete it and resume") from error
 
@@ -326,7 +358,7 @@ def is_readable(path: str | Path, schema: pa.Schema = SCORE_SCHEMA) -> bool:
         if place < 0 or found != wanted:
             return False
         with pq.ParquetFile(path) as file:
-            return bool(file.schema_arrow.remove_metadata() == schema)
+            return _fits(file.schema_arrow.remove_metadata(), schema)
     except _READ_ERRORS:
         return False
 

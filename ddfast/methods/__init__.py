@@ -9,11 +9,15 @@ __all__ = ["Method", "get_method", "list_methods"]
 
 
 def _registry() -> dict[str, type[Method]]:
+    from ddfast.methods.forgetting import Forgetting
+    from ddfast.methods.herding import Herding
     from ddfast.methods.infoutil import InfoUtil
+    from ddfast.methods.k_center import KCenter
+    from ddfast.methods.k_means import KMeans
     from ddfast.methods.random import Random
     from ddfast.methods.rded import RDED
 
-    return {method.name: method for method in (InfoUtil, RDED, Random)}
+    return {method.name: method for method in (InfoUtil, RDED, Random, Herding, KCenter, KMeans, Forgetting)}
 
 
 def list_methods() -> list[str]:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -69,6 +69,7 @@ class Candidates:
         loss: float32 [M, K] or None, the teacher's cross-entropy on the crop, in nats.
         correct: bool [M, K] or None, whether the teacher's first choice on the crop is the label.
         phi: float32 [M, d] or None, attribution of the image's grid cells.
+        features: float32 [M, F] or None, what the teacher's last layer sees of the image; K is 1 then.
     """
 
     boxes: Tensor
@@ -77,6 +78,63 @@ class Candidates:
     loss: Tensor | None = None
     correct: Tensor | None = None
     phi: Tensor | None = None
+    features: Tensor | None = None
+
+
+def whole_images(batch: Batch) -> Tensor:
+    """One crop an image, all of it: boxes int32 [M, 1, 4]."""
+    height, width = batch.images.shape[-2:]
+    return torch.tensor([0, 0, width, height], dtype=torch.int32).expand(len(batch.ids), 1, 4)
+
+
+class Pool(Protocol):
+    """The images that a run may choose from, N of them in the order of their ids.
+
+    Attributes:
+        labels: int64 [N].
+        classes: number of classes.
+    """
+
+    labels: Tensor
+    classes: int
+
+    def batches(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(places int64 [B], images uint8 [B, 3, S, S], labels int64 [B]) of the places `order`, batch by batch.
+
+        A file that cannot be decoded is left out, and the next one takes its place.
+        """
+        ...
+
+
+class Checkpoint(Protocol):
+    """Where a preparation keeps its state, so that a killed run goes on from there."""
+
+    def load(self) -> dict[str, Tensor]:
+        """The tensors that were saved last; none at the start."""
+        ...
+
+    def save(self, tensors: Mapping[str, Tensor]) -> None:
+        """Keep these tensors in place of the last ones, whole or not at all."""
+        ...
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A value for every image of the pool, from `Method.prepare`.
+
+    Attributes:
+        ids: int64 [N], ascending.
+        values: float32 [N].
+    """
+
+    ids: np.ndarray
+    values: np.ndarray
+
+    def of(self, ids: Tensor) -> Tensor:
+        """The values of these ids, float32 [M] on the CPU; NaN for an id that the pool has not."""
+        wanted = ids.cpu().numpy()
+        places = np.searchsorted(self.ids, wanted).clip(max=len(self.ids) - 1)
+        return torch.from_numpy(np.where(self.ids[places] == wanted, self.values[places], np.float32("nan")))
 
 
 @dataclass(frozen=True)
@@ -90,6 +148,7 @@ class Context:
     precision: str
     forward_batch: int
     device: torch.device
+    prepared: Prepared | None = None
 
     @property
     def tile(self) -> int:
@@ -98,9 +157,14 @@ class Context:
 
 
 class Table:
-    """Columns of the score table as NumPy arrays, one row a candidate crop. Missing scores are NaN."""
+    """Columns of the score table as NumPy arrays, one row a candidate crop. Missing scores are NaN.
 
-    def __init__(self, columns: Mapping[str, np.ndarray]) -> None:
+    `features` is float32 [rows, F], or None where the method keeps none; `seed` is the run's, for rules that draw.
+    """
+
+    def __init__(self, columns: Mapping[str, np.ndarray], seed: int = 0) -> None:
+        self.seed = seed
+        self.features = columns.get("features")
         self.sample_id = columns["sample_id"]
         self.label = columns["label"]
         self.crop = columns["crop"]
@@ -134,12 +198,24 @@ class Method(ABC):
     Options: ClassVar[type]
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     needs_teacher: ClassVar[bool] = True
+    # Whether `prepare` has something to do before images are scored.
+    prepares: ClassVar[bool] = False
+    # Whether the score table has a column of features, which `rank` chooses by.
+    keeps_features: ClassVar[bool] = False
     # Which of the ranked crops share an image: "contiguous" puts ranks 0..k-1 in image 0 (InfoUtil, Algorithm
     # 1), "stride" puts rank r in image r mod IPC, so that the best-ranked crops open every image (RDED).
     layout: ClassVar[str] = "contiguous"
 
     def __init__(self, options: Any) -> None:
         self.options = options
+
+    def prepare(self, pool: Pool, context: Context, checkpoint: Checkpoint) -> Tensor:
+        """A value for every image of the pool, float32 [N], that only the whole pool can give (`prepares`).
+
+        Done once, by rank 0; scoring finds it in `context.prepared`. What a kill must not lose goes to the
+        checkpoint, and the result must be the same with and without one.
+        """
+        raise TypeError(f"method {self.name} has nothing to prepare")
 
     @abstractmethod
     def score(self, batch: Batch, context: Context) -> Candidates:

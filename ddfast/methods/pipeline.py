@@ -49,11 +49,13 @@ from ddfast.data.table import (
     make_table,
     part_path,
     read_facts,
+    score_schema,
     write_table,
 )
 from ddfast.errors import BadImage, UsageError
 from ddfast.methods import get_method
 from ddfast.methods.base import Batch, Candidates
+from ddfast.methods.preparation import PREPARED, prepare
 from ddfast.methods.run import (
     LABEL_TEMPERATURE,
     RUN,
@@ -358,9 +360,16 @@ def _logits(teacher: Teacher, images: Tensor, run: Run) -> Tensor:
 
 
 def score(run: Run) -> None:
-    """Score pass: decode each source of the pool once, and keep rows of candidate crops in `scores/`."""
+    """Score pass: decode each source of the pool once, and keep rows of candidate crops in `scores/`.
+
+    Where the method wants one, a preparation on the whole pool comes first.
+    """
     started = time.monotonic()
     run.set_arithmetic()
+    if run.method.prepares:
+        prepare(run)
+        clock(run, "prepare", started)
+        started = time.monotonic()
     make_folder(run.out / SCORES)
     pool, size = run.pool(), run.plan["arithmetic"]["shard_sources"]
     mine = run.ranks.share(_shards(run))
@@ -447,7 +456,8 @@ def _score_shard(
             _append_rows(columns, [pairs[i][0] for i in good], good, candidates)
         progress.advance(len(pairs))
     rows = {name: np.concatenate(parts) for name, parts in columns.items()}
-    table = make_table(rows) if rows else SCORE_SCHEMA.empty_table()
+    width = rows["features"].shape[1] if "features" in rows else 0
+    table = make_table(rows, score_schema(width)) if rows else SCORE_SCHEMA.empty_table()
     facts = {"shard": index, "scores": digest, "quarantined": bad}
     write_table(part_path(run.out / SCORES, index), table, facts)
 
@@ -481,6 +491,8 @@ def _append_rows(
             rows[name] = values.cpu().numpy()[places].reshape(-1)
     if candidates.phi is not None:
         rows["phi"] = np.repeat(candidates.phi.float().cpu().numpy()[places], crops, axis=0)
+    if candidates.features is not None:
+        rows["features"] = np.repeat(candidates.features.cpu().numpy()[places], crops, axis=0)
     for name, values in rows.items():
         columns.setdefault(name, []).append(values)
 
@@ -510,6 +522,10 @@ def _copy_scores(folder: Path, out: Path) -> None:
             copy = out / SCORES / f".{path.name}.tmp-0"
             shutil.copyfile(path, copy)
             copy.replace(out / SCORES / path.name)
+    if (folder / PREPARED).exists():
+        copy = out / f".{PREPARED}.tmp-0"
+        shutil.copyfile(folder / PREPARED, copy)
+        copy.replace(out / PREPARED)
 
 
 # Select
@@ -519,6 +535,7 @@ def _copy_scores(folder: Path, out: Path) -> None:
 def select(run: Run) -> None:
     """Rank the candidates and write `selection.parquet`: which crop fills which tile of which image."""
     started = time.monotonic()
+    run.set_arithmetic()
     run.ranks.on_main("select", lambda: write_selection(run, run.out / SCORES, _shards(run)))
     clock(run, "select", started)
 

@@ -30,7 +30,7 @@ from ddfast.data.samples import Sample
 from ddfast.data.sources import Source, file_limit, open_source
 from ddfast.errors import UsageError
 from ddfast.methods import get_method
-from ddfast.methods.base import Context, Method, stream
+from ddfast.methods.base import Context, Method, Prepared, stream
 from ddfast.models import Teacher, load_teacher
 from ddfast.ops._philox import philox4x32
 from ddfast.ranks import Ranks, join, usable_cores
@@ -41,7 +41,7 @@ LABEL_TEMPERATURE = 20.0
 SHARD_SOURCES = 256  # sources in one score shard, the unit of commit and of work for a rank
 MICRO_BATCH = 16  # sources scored together; fixed, because it decides the last bits
 # What may change between the start of a run and its resumption without changing the result.
-_RESULTS = ("complete", "counts", "quarantined")
+_RESULTS = ("complete", "counts", "quarantined", "prepared")
 _ARITHMETIC = {
     **dict.fromkeys(("micro_batch", "forward_batch", "shard_sources", "threads"), int),
     **dict.fromkeys(("max_pixels", "max_file_bytes"), int),
@@ -70,6 +70,7 @@ class Run:
     quiet: bool
     ranks: Ranks = field(default_factory=Ranks)
     facts: dict[str, Any] = field(default_factory=dict)
+    prepared: Prepared | None = None
     _pool: np.ndarray | None = field(default=None, repr=False)
 
     @property
@@ -84,6 +85,7 @@ class Run:
             precision=arithmetic["precision"],
             forward_batch=arithmetic["forward_batch"],
             device=self.device,
+            prepared=self.prepared,
         )
 
     @property

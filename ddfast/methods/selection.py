@@ -17,7 +17,9 @@ import pyarrow as pa
 
 from ddfast.data.files import explained, make_folder, temporary_path
 from ddfast.data.table import (
+    FEATURES,
     SELECTION_SCHEMA,
+    feature_width,
     iter_table,
     make_table,
     part_path,
@@ -32,6 +34,7 @@ from ddfast.methods.run import Run
 SELECTION = "selection.parquet"
 _GROUP_SOURCES = 8192  # sources of one group, unless a single class has more
 _BUFFERED_ROWS = 1 << 15  # rows held before they are dealt to the groups' files
+_FEATURE_BYTES = 128 << 20  # of features in one group, unless a single class has more, and of those held
 _ROW = np.dtype(
     [
         ("sample_id", np.int64),
@@ -44,7 +47,8 @@ _ROW = np.dtype(
         ("correct", np.bool_),
     ]
 )
-"""What ranking needs of a row of the score table; the attribution, the most of its bytes, stays behind."""
+"""What ranking needs of a row of the score table, features apart; the attribution, the most of its bytes, stays
+behind."""
 
 
 def write_selection(run: Run, scores: Path, parts: int) -> None:
@@ -54,64 +58,80 @@ def write_selection(run: Run, scores: Path, parts: int) -> None:
         UsageError: a part is missing or damaged, or a class has too few usable images.
     """
     labels = run.source.samples.labels[run.pool()]
-    classes = class_groups(np.bincount(labels, minlength=len(run.source.class_names)))
+    widths = (feature_width(part_path(scores, index)) for index in range(parts) if run.method.keeps_features)
+    width = next((width for width in widths if width), 0)  # a shard without a readable image has none
+    classes = class_groups(np.bincount(labels, minlength=len(run.source.class_names)), width)
     scratch = temporary_path(run.out / "groups")
     with explained(scratch):
         try:
             with table_writer(run.out / SELECTION, SELECTION_SCHEMA) as write:
-                rows = _score_rows(scores, parts)
-                for names, group in zip(classes, _by_group(rows, classes, scratch), strict=True):
+                rows = _score_rows(scores, parts, _row(width))
+                for names, group in zip(classes, _by_group(rows, classes, scratch, _row(width)), strict=True):
                     write(_selected(run, names, group))
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def class_groups(sources: np.ndarray) -> list[range]:
-    """Consecutive classes in groups of at most 8192 sources, from the number of sources of each class."""
+def _row(width: int) -> np.dtype:
+    """`_ROW`, with features of `width` numbers behind it where that is not 0."""
+    return np.dtype([*_ROW.descr, (FEATURES, np.float32, width)]) if width else _ROW
+
+
+def class_groups(sources: np.ndarray, width: int = 0) -> list[range]:
+    """Consecutive classes in groups of at most 8192 sources, from the number of sources of each class.
+
+    Features of `width` numbers a source make the groups smaller: 128 MiB of them at most. A larger class is a group.
+    """
+    most = min(_GROUP_SOURCES, _FEATURE_BYTES // (4 * width)) if width else _GROUP_SOURCES
     groups: list[range] = []
     first, held = 0, 0
     for label, count in enumerate(sources.tolist()):
-        if held and held + count > _GROUP_SOURCES:
+        if held and held + count > most:
             groups.append(range(first, label))
             first, held = label, 0
         held += count
     return [*groups, range(first, len(sources))]
 
 
-def _score_rows(scores: Path, parts: int) -> Iterator[np.ndarray]:
-    """The rows of every part of the score table, as structured arrays [rows] of `_ROW`."""
+def _score_rows(scores: Path, parts: int, row: np.dtype) -> Iterator[np.ndarray]:
+    """The rows of every part of the score table, as structured arrays [rows] of the dtype `row`."""
+    assert row.names is not None
     for index in range(parts):
         path = part_path(scores, index)
         if not path.is_file():
             raise UsageError(f"{path} is missing: the score stage is not finished; resume it")
-        assert _ROW.names is not None
-        columns = to_numpy(read_table(path, columns=_ROW.names))
-        rows = np.empty(len(columns["label"]), dtype=_ROW)
-        for name in _ROW.names:
-            rows[name] = columns[name]
+        table = read_table(path, columns=row.names)
+        rows = np.empty(table.num_rows, dtype=row)
+        if len(rows):
+            columns = to_numpy(table)
+            for name in row.names:
+                rows[name] = columns[name]
         yield rows
 
 
-def _by_group(rows: Iterable[np.ndarray], groups: list[range], scratch: Path) -> Iterator[np.ndarray]:
+def _by_group(
+    rows: Iterable[np.ndarray], groups: list[range], scratch: Path, row: np.dtype
+) -> Iterator[np.ndarray]:
     """Deal blocks of rows to the groups of classes; yields the rows of each group, in the order of the groups."""
     if len(groups) == 1:
-        yield np.concatenate([np.empty(0, _ROW), *rows])
+        yield np.concatenate([np.empty(0, row), *rows])
         return
     make_folder(scratch)
     starts = np.array([group.start for group in groups])
+    most = min(_BUFFERED_ROWS, _FEATURE_BYTES // row.itemsize)
     waiting: list[np.ndarray] = []
     held = 0
     for block in rows:
         waiting.append(block)
         held += len(block)
-        if held >= _BUFFERED_ROWS:
+        if held >= most:
             _deal(np.concatenate(waiting), starts, scratch)
             waiting, held = [], 0
     if waiting:
         _deal(np.concatenate(waiting), starts, scratch)
     for index in range(len(groups)):
         path = scratch / f"{index:06d}"
-        yield np.fromfile(path, dtype=_ROW) if path.exists() else np.empty(0, _ROW)
+        yield np.fromfile(path, dtype=row) if path.exists() else np.empty(0, row)
         path.unlink(missing_ok=True)
 
 
@@ -127,7 +147,8 @@ def _deal(rows: np.ndarray, starts: np.ndarray, scratch: Path) -> None:
 
 def _selected(run: Run, labels: range, rows: np.ndarray) -> pa.Table:
     """The selection of some classes from all of their rows."""
-    ranked, values = run.method.rank(Table({name: rows[name] for name in _ROW.names or ()}), run.needed)
+    table = Table({name: rows[name] for name in rows.dtype.names or ()}, run.plan["seed"])
+    ranked, values = run.method.rank(table, run.needed)
     ipc, tiles = run.plan["ipc"], run.plan["tiles"]
     rank = np.arange(run.needed)
     if run.method.layout == "contiguous":
