@@ -27,6 +27,11 @@ class RDEDOptions:
     scoring_input: str = option(
         "pad", "how a tile smaller than the image meets the teacher", choices=("pad", "resize")
     )
+    rank_by: str = option(
+        "loss",
+        "keep the lowest loss, or the highest gradient norm (the second row of InfoUtil's Table 6)",
+        choices=("loss", "grad_norm"),
+    )
 
     def __post_init__(self) -> None:
         if self.crops < 1:
@@ -45,7 +50,8 @@ class RDED(Method):
     layout = "stride"
 
     def score(self, batch: Batch, context: Context) -> Candidates:
-        """Draw m square crops of random area and position an image; score each by the teacher's loss."""
+        """Draw m square crops of random area and position an image; score each by the teacher's loss, or by its
+        gradient norm."""
         boxes = random_square_boxes(
             batch.ids,
             stream(context.seed, "rded"),
@@ -59,13 +65,17 @@ class RDED(Method):
             batch.labels,
             context,
             scoring_input=self.options.scoring_input,
+            norm="auto" if self.options.rank_by == "grad_norm" else None,
         )
-        return Candidates(boxes=boxes, loss=verdict.loss, correct=verdict.correct)
+        return Candidates(
+            boxes=boxes, grad_norm=verdict.grad_norm, loss=verdict.loss, correct=verdict.correct
+        )
 
     def rank(self, table: Table, needed: int) -> tuple[dict[int, np.ndarray], np.ndarray]:
-        """Lowest loss within each image, then lowest loss within each class."""
-        best = table.best_within_source(table.loss)
-        return table.ranked_within_class(table.loss, best), -table.loss
+        """Lowest loss within each image, then lowest loss within each class; or highest norm in both."""
+        key = table.loss if self.options.rank_by == "loss" else -table.grad_norm
+        best = table.best_within_source(key)
+        return table.ranked_within_class(key, best), -key
 
 
 def random_square_boxes(ids: Tensor, seed: int, crops: int, min_area: float, size: int) -> Tensor:
