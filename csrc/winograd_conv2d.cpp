@@ -215,7 +215,98 @@ void convolve(const Shape& shape, int64_t first, int64_t count, const float* inp
   }
 }
 
+// Where a weight lies: value (p, q, tap) at from + p * panel + q * term + tap, p the channels of a panel, q the summed ones.
+struct Weights {
+  const float* from;
+  int64_t panel, term;
+  bool flipped;  // taps in reverse
+};
+
+// One row of G or of its transpose from three rows: (1, 0, 0), (1/2, 1/2, 1/2), (1/2, -1/2, 1/2), (0, 0, 1).
+DDFAST_AVX512F inline void transform_taps(const __m512d (&g)[3], __m512d (&points)[4]) {
+  const __m512d half = _mm512_set1_pd(0.5), ends = _mm512_add_pd(g[0], g[2]);
+  points[0] = g[0];
+  points[1] = _mm512_mul_pd(half, _mm512_add_pd(ends, g[1]));
+  points[2] = _mm512_mul_pd(half, _mm512_sub_pd(ends, g[1]));
+  points[3] = g[2];
+}
+
+// G g G^T for 16 channels of a panel, of every term begin .. end - 1: to[point * points + term * kOutputs + channel].
+DDFAST_AVX512F void transform_weights(const Weights& weights, int64_t begin, int64_t end, int64_t points, float* to) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i places = _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int>(weights.panel)));
+  const bool side_by_side = weights.panel < weights.term;  // what a term takes; the next one's is far away
+  for (int64_t q = begin; q < end; ++q) {
+    for (int64_t ahead = 0; side_by_side && ahead < 9 * kLanes; ahead += kLanes) {
+      _mm_prefetch(weights.from + std::min(q + 4, end - 1) * weights.term + ahead, _MM_HINT_T0);
+    }
+    __m512 taps[9];
+#pragma GCC unroll 9
+    for (int tap = 0; tap < 9; ++tap) {
+      taps[weights.flipped ? 8 - tap : tap] = _mm512_i32gather_ps(places, weights.from + q * weights.term + tap, 4);
+    }
+    float* target = to + q * kOutputs;
+    __m256 low[kPoints];
+#pragma GCC unroll 2
+    for (int side = 0; side < 2; ++side) {
+      __m512d columns[3][4];
+#pragma GCC unroll 3
+      for (int j = 0; j < 3; ++j) {
+        __m512d g[3];
+#pragma GCC unroll 3
+        for (int i = 0; i < 3; ++i) {
+          const __m512d bits = _mm512_castps_pd(taps[3 * i + j]);
+          g[i] = _mm512_cvtps_pd(
+              _mm256_castpd_ps(side == 0 ? _mm512_castpd512_pd256(bits) : _mm512_extractf64x4_pd(bits, 1)));
+        }
+        transform_taps(g, columns[j]);
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const __m512d row[3] = {columns[0][i], columns[1][i], columns[2][i]};
+        __m512d transformed[4];
+        transform_taps(row, transformed);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+          const __m256 rounded = _mm512_cvtpd_ps(transformed[j]);
+          if (side == 0) {
+            low[4 * i + j] = rounded;
+          } else {
+            const __m512d both = _mm512_insertf64x4(
+                _mm512_castpd256_pd512(_mm256_castps_pd(low[4 * i + j])), _mm256_castps_pd(rounded), 1);
+            _mm512_storeu_ps(target + (4 * i + j) * points, _mm512_castpd_ps(both));
+          }
+        }
+      }
+    }
+  }
+}
+
 #endif
+
+Tensor winograd_weight(const Tensor& weight, bool transposed) {
+  STD_TORCH_CHECK(supported(), "winograd_weight: this CPU has no AVX-512");
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.scalar_type() == ScalarType::Float && weight.size(2) == 3 &&
+                      weight.size(3) == 3 && weight.size(transposed ? 1 : 0) % kOutputs == 0,
+                  "winograd_weight: weight must be float32 [O, C, 3, 3], O (C, transposed) a multiple of 32");
+  const int64_t outputs = weight.size(transposed ? 1 : 0), inputs = weight.size(transposed ? 0 : 1);
+  Tensor panels = torch::stable::new_empty(weight, {kPoints, outputs / kOutputs, inputs, kOutputs});
+  if (panels.numel() == 0) return panels;
+#if DDFAST_HAS_AVX512
+  const Tensor dense = torch::stable::contiguous(weight);
+  const float* from = dense.const_data_ptr<float>();
+  float* to = panels.mutable_data_ptr<float>();
+  const int64_t row = weight.size(1) * 9, halves = outputs / kLanes;
+  torch::stable::parallel_for(0, halves, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t half = begin; half < end; ++half) {
+      const int64_t panel = transposed ? 9 : row, term = transposed ? row : 9;
+      transform_weights({from + half * kLanes * panel, panel, term, transposed}, 0, inputs, outputs * inputs,
+                        to + half / 2 * inputs * kOutputs + half % 2 * kLanes);
+    }
+  });
+#endif
+  return panels;
+}
 
 Tensor channels_last(const Tensor& tensor) {
   return torch::stable::contiguous(tensor, torch::headeronly::MemoryFormat::ChannelsLast);
@@ -267,11 +358,13 @@ bool winograd_supported() { return supported(); }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ddfast_native, library) {
   library.def("winograd_conv2d(Tensor input, Tensor weight, Tensor? bias, Tensor? other, bool relu) -> Tensor");
+  library.def("winograd_weight(Tensor weight, bool transposed) -> Tensor");
   library.def("winograd_supported() -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ddfast_native, CPU, library) {
   library.impl("winograd_conv2d", TORCH_BOX(&winograd_conv2d));
+  library.impl("winograd_weight", TORCH_BOX(&winograd_weight));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ddfast_native, CompositeExplicitAutograd, library) {

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ddfast.ops import winograd_conv2d, winograd_weight
-from ddfast.ops._winograd import INPUTS, OUTPUTS, winograd_is_fast
+from ddfast.ops._winograd import INPUTS, OUTPUTS, winograd_is_fast, winograd_pays
 
 _LOW_PRECISION_MODULES = (
     nn.Conv2d,
@@ -269,9 +269,7 @@ def _takes_winograd(conv: nn.Conv2d, shape: tuple[int, ...] | None) -> bool:
         return False
     if shape is None or conv.in_channels % INPUTS or conv.out_channels % OUTPUTS or not winograd_is_fast():
         return False
-    height, width = shape[-2:]
-    tiles = ((height + 1) // 2) * ((width + 1) // 2)
-    return 16 * tiles <= 0.6 * 9 * height * width
+    return winograd_pays(*shape[-2:])
 
 
 def _has_onednn_fusions() -> bool:

@@ -17,13 +17,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from ddfast.gradients.layers import LAYERS, FusedNormalization, Layer
+from ddfast.gradients.layers import LAYERS, Conv2d, Layer, squared
 from ddfast.ops.reference import accumulation_dtype
 
 
@@ -51,7 +52,31 @@ def ghost_squares(
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise UnservedModel(f"{_described(name, module)} is TorchScript, which hides its layers")
-    uses = _ParameterUses(model, images.shape[0])
+    if model not in _LAYOUT_BOUND:
+        try:
+            return _ghost_squares(model, images, loss, keep_layout=False)
+        except _LayoutError:
+            _LAYOUT_BOUND.add(model)
+    return _ghost_squares(model, images, loss, keep_layout=True)
+
+
+# Models that take a view of a feature map which only its own layout allows.
+_LAYOUT_BOUND: WeakSet[nn.Module] = WeakSet()
+
+
+class _LayoutError(Exception):
+    """A model asks for a view that the layout of a feature map does not allow."""
+
+
+def _ghost_squares(
+    model: nn.Module, images: Tensor, loss: Callable[[Tensor], Tensor], *, keep_layout: bool
+) -> tuple[Tensor, Tensor]:
+    """`ghost_squares`; where `keep_layout`, every layer's output lies in memory as torch lays it.
+
+    Raises:
+        _LayoutError: a view of a feature map is impossible, and `keep_layout` is off.
+    """
+    uses = _ParameterUses(model, images.shape[0], keep_layout)
     with torch.enable_grad():
         with uses:
             outputs = model(images)
@@ -60,16 +85,17 @@ def ghost_squares(
     if total.requires_grad:
         torch.autograd.grad(total, uses.anchor, allow_unused=True)
     for gradient in uses.shared.values():
-        uses.squares += _squared(gradient)
+        uses.squares += squared(gradient)
     return uses.squares, outputs.detach()
 
 
 class _ParameterUses(TorchFunctionMode):
     """Watches the forward pass for uses of parameters, and adds up squared norms during the backward pass."""
 
-    def __init__(self, model: nn.Module, batch: int) -> None:
+    def __init__(self, model: nn.Module, batch: int, keep_layout: bool) -> None:
         super().__init__()
         self.batch = batch
+        self.keep_layout = keep_layout
         self.owners = {
             id(parameter): (name, module_name, module)
             for module_name, module in model.named_modules()
@@ -91,7 +117,13 @@ class _ParameterUses(TorchFunctionMode):
         parameters = [value for value in _values((args, kwargs)) if id(value) in self.owners]
         if not parameters:
             if func is functional.max_pool2d and args and _is_planar(args[0]):
-                return _pooled(*args, **kwargs)
+                pooled = _pooled(*args, **kwargs)
+                return pooled.contiguous() if self.keep_layout else pooled
+            if func is Tensor.view and not self.keep_layout:
+                try:
+                    return func(*args, **kwargs)
+                except RuntimeError as error:
+                    raise _LayoutError from error
             return func(*args, **kwargs)
         if func not in LAYERS:
             result = func(*args, **kwargs)
@@ -99,6 +131,8 @@ class _ParameterUses(TorchFunctionMode):
                 raise UnservedModel(f"{self._named(parameters[0])} is used in {resolve_name(func)}")
             return result  # a shape, a dtype, a device
         layer = LAYERS[func](*args, **kwargs)
+        if self.keep_layout and isinstance(layer, Conv2d):
+            layer.fused = False
         for parameter in parameters:
             if parameter is not layer.weight and parameter is not layer.bias:
                 raise UnservedModel(f"{self._named(parameter)} is an input of {resolve_name(func)}")
@@ -115,14 +149,14 @@ class _ParameterUses(TorchFunctionMode):
             )
 
         take = self._taker(layer)
-        if isinstance(layer, FusedNormalization) and layer.fused:
+        if layer.fused:
             return _Fused.apply(args[0] if args else kwargs["input"], self.anchor, layer, call, take)
         return _Tap.apply(call(), self.anchor, take)
 
     def _taker(self, layer: Layer) -> Callable[[Tensor], Tensor | None]:
         """What the backward pass is to call with the gradient at a layer's output.
 
-        It returns the gradient at the input of a FusedNormalization, and None for other layers.
+        It returns the gradient at the input of a fused layer, and None for other layers.
         """
         weight = layer.weight if id(layer.weight) in self.owners else None
         bias = layer.bias if id(layer.bias) in self.owners else None
@@ -144,14 +178,9 @@ class _ParameterUses(TorchFunctionMode):
         """Add one call's share, to the squares or to the gradient of a parameter that other calls use too."""
         own_weight = weight is not None and self.count[id(weight)] == 1
         own_bias = bias is not None and self.count[id(bias)] == 1
-        grad_input = None
-        if isinstance(layer, FusedNormalization) and layer.fused:
-            grad_input, squares = layer.backward(grad, weight=own_weight, bias=own_bias)
+        grad_input, squares = layer.backward(grad, weight=own_weight, bias=own_bias)
+        if squares is not None:
             self.squares += squares
-        elif own_weight:
-            self.squares += layer.sq_norm(grad, bias=own_bias)
-        elif own_bias:
-            self.squares += _squared(layer.bias_gradient(grad))
         if weight is not None and not own_weight:
             self._add_shared(weight, layer.weight_gradient(grad))
         if bias is not None and not own_bias:
@@ -195,14 +224,14 @@ class _Tap(torch.autograd.Function):
 
 
 class _Fused(torch.autograd.Function):
-    """A normalisation as `layer` computes it, whose whole backward pass is `take`."""
+    """A call as `layer` computes it, whose whole backward pass is `take`."""
 
     @staticmethod
     def forward(
         ctx: Any,
         input: Tensor,
         anchor: Tensor,
-        layer: FusedNormalization,
+        layer: Layer,
         call: Callable[[], Tensor],
         take: Callable[[Tensor], Tensor | None],
     ) -> Tensor:
@@ -230,9 +259,9 @@ def _pooled(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Tensor:
-    """`functional.max_pool2d` of planar images, without the indices.
+    """`functional.max_pool2d` of planar images, without the indices, into channels-last memory.
 
-    torch's forward kernel for planar images takes four times as long as its channels-last kernel, both copies
+    torch's forward kernel for planar images takes four times as long as its channels-last kernel, a copy
     included, to the same bytes.
     """
     pairs = (
@@ -250,7 +279,7 @@ class _Pool(torch.autograd.Function):
         pooled, indices = torch.ops.aten.max_pool2d_with_indices(last, *geometry)
         ctx.save_for_backward(images, indices.contiguous())
         ctx.geometry = geometry
-        return pooled.contiguous()
+        return pooled  # channels-last, as the layers behind it are fastest
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -258,11 +287,6 @@ class _Pool(torch.autograd.Function):
         images, indices = ctx.saved_tensors
         pool_backward = torch.ops.aten.max_pool2d_with_indices_backward
         return pool_backward(grad.contiguous(), images, *ctx.geometry, indices), *(None for _ in ctx.geometry)
-
-
-def _squared(gradient: Tensor) -> Tensor:
-    """Squared norm [B] of per-sample gradients [B, ...]."""
-    return gradient.flatten(1).square().sum(1)
 
 
 def _values(nested: Any) -> Iterator[Any]:

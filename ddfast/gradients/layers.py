@@ -18,11 +18,18 @@ from torch.nn.grad import conv2d_weight
 from typing_extensions import override
 
 from ddfast import ops
+from ddfast.ops._winograd import INPUTS, winograd_is_fast, winograd_pays
 from ddfast.ops.reference import accumulation_dtype
 
 
 class Layer(ABC):
-    """One call of a layer's function. `grad` is the gradient at the call's output."""
+    """One call of a layer's function. `grad` is the gradient at the call's output.
+
+    Attributes:
+        fused: whether the forward and the backward pass of this call are ours, not autograd's.
+    """
+
+    fused = False
 
     def __init__(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
         self.input = input.detach()
@@ -34,6 +41,16 @@ class Layer(ABC):
         if self.input.ndim < 2 or self.input.shape[0] != batch:
             return f"runs on {tuple(self.input.shape)}, whose first dimension is not the batch of {batch}"
         return None
+
+    def forward(self, call: Callable[[], Tensor]) -> Tensor:
+        """The layer's output, which `call` computes too."""
+        return call()
+
+    def backward(self, grad: Tensor, *, weight: bool, bias: bool) -> tuple[Tensor | None, Tensor | None]:
+        """The gradient at the input where `fused`, and the squared norm [B] of the gradients asked for, if any."""
+        if weight:
+            return None, self.sq_norm(grad, bias=bias)
+        return None, squared(self.bias_gradient(grad)) if bias else None
 
     @abstractmethod
     def sq_norm(self, grad: Tensor, *, bias: bool) -> Tensor:
@@ -91,11 +108,43 @@ class Conv2d(Layer):
             padding = 0
         self.padding = _pair(padding)
 
+        self.fused = self._takes_winograd()
+
     @override
     def refusal(self, batch: int) -> str | None:
         if self.input.ndim != 4:
             return f"runs on {tuple(self.input.shape)}, one image without the batch"
         return super().refusal(batch)
+
+    def _takes_winograd(self) -> bool:
+        """Whether `ops.winograd_conv2d` serves this call and is faster than torch's convolution."""
+        tensors = [tensor for tensor in (self.input, self.weight, self.bias) if tensor is not None]
+        geometry = (*self.weight_shape[2:], *self.stride, *self.padding, *self.dilation, self.groups)
+        return (
+            geometry == (3, 3, 1, 1, 1, 1, 1, 1, 1)
+            and all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
+            and not torch.is_autocast_enabled("cpu")
+            and all(channels % INPUTS == 0 for channels in self.weight_shape[:2])
+            and self.input.ndim == 4
+            and winograd_pays(*self.input.shape[2:])
+            and winograd_is_fast()
+        )
+
+    @override
+    def forward(self, call: Callable[[], Tensor]) -> Tensor:
+        if not self.fused:
+            return call()
+        assert self.weight is not None
+        bias = None if self.bias is None else self.bias.detach()
+        return ops.winograd_conv2d(self.input, ops.winograd_weight(self.weight), bias)
+
+    @override
+    def backward(self, grad: Tensor, *, weight: bool, bias: bool) -> tuple[Tensor | None, Tensor | None]:
+        squares = super().backward(grad, weight=weight, bias=bias)[1]
+        if not self.fused:
+            return None, squares
+        assert self.weight is not None
+        return ops.winograd_conv2d(grad, ops.winograd_weight(self.weight, transposed=True)), squares
 
     @override
     def sq_norm(self, grad: Tensor, *, bias: bool) -> Tensor:
@@ -192,22 +241,18 @@ class Normalization(Layer):
 
 
 class FusedNormalization(Normalization):
-    """A normalisation whose whole backward pass is ours: it needs the sums that the norm needs.
+    """A normalisation whose whole backward pass is ours, where `fused`: it needs the sums that the norm needs.
 
     Attributes:
-        fused: whether it is for this call; where not, the backward pass is left to autograd.
         statistics: the mean and the inverse of the standard deviation, [C] or [B, groups]; known after `forward`.
     """
 
-    fused: bool
     statistics: tuple[Tensor, Tensor]
 
-    @abstractmethod
-    def forward(self, call: Callable[[], Tensor]) -> Tensor:
-        """The layer's output, which `call` computes too."""
-
-    def backward(self, grad: Tensor, *, weight: bool, bias: bool) -> tuple[Tensor, Tensor]:
-        """The gradient at the input, and the squared norm [B] of the gradients of the parameters asked for."""
+    @override
+    def backward(self, grad: Tensor, *, weight: bool, bias: bool) -> tuple[Tensor | None, Tensor | None]:
+        if not self.fused:
+            return super().backward(grad, weight=weight, bias=bias)
         return ops.normalization_backward(
             self.input.to(grad.dtype),
             grad,
@@ -422,6 +467,11 @@ LAYERS: dict[Callable[..., Any], type[Layer]] = {
     functional.rms_norm: RMSNorm,
     functional.embedding: Embedding,
 }
+
+
+def squared(gradient: Tensor) -> Tensor:
+    """Squared norm [B] of per-sample gradients [B, ...]."""
+    return gradient.flatten(1).square().sum(1)
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -18,22 +18,30 @@ INPUTS = 64
 """The C++ body takes multiples of this many input channels."""
 
 
-def winograd_weight(weight: Tensor) -> Tensor:
+def winograd_weight(weight: Tensor, transposed: bool = False) -> Tensor:
     """The transformed weight G g G^T that `winograd_conv2d` takes, rounded once from float64.
 
     Args:
-        weight: [O, C, 3, 3] floating point, O a multiple of 32.
+        weight: [O, C, 3, 3] floating point, O a multiple of 32 (C, where transposed).
+        transposed: make it the weight of the transposed convolution, with which `winograd_conv2d` maps the gradient
+            at the output [B, O, H, W] to that at the input [B, C, H, W].
 
     Returns:
-        [16, O / 32, C, 32], contiguous, of the same dtype.
+        [16, O / 32, C, 32], or transposed [16, C / 32, O, 32], contiguous, of the same dtype.
 
     Raises:
         ValueError: another shape.
     """
-    if weight.ndim != 4 or weight.shape[2:] != (3, 3) or weight.shape[0] % OUTPUTS:
+    if weight.ndim != 4 or weight.shape[2:] != (3, 3) or weight.shape[int(transposed)] % OUTPUTS:
         raise ValueError(
-            f"weight must be [O, C, 3, 3] with O a multiple of {OUTPUTS}, got {list(weight.shape)}"
+            f"weight must be [O, C, 3, 3] with {'C' if transposed else 'O'} a multiple of {OUTPUTS}, "
+            f"got {list(weight.shape)}"
         )
+    weight = weight.detach()
+    if weight.dtype == torch.float32 and weight.device.type == "cpu" and winograd_is_fast():
+        return torch.ops.ddfast_native.winograd_weight(weight, transposed)
+    if transposed:
+        weight = weight.transpose(0, 1).flip(2, 3)
     outputs, inputs = weight.shape[:2]
     points = weight.new_tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
     transformed = torch.einsum("ai,ocij,bj->aboc", points, weight.double(), points)
@@ -90,6 +98,12 @@ def winograd_conv2d(
 def winograd_is_fast() -> bool:
     """Whether the C++ body is there and runs on this CPU, which takes AVX-512."""
     return native_status()[0] and bool(torch.ops.ddfast_native.winograd_supported())
+
+
+def winograd_pays(height: int, width: int) -> bool:
+    """Whether tiles of 2x2 outputs, those over the edge of a map included, leave a gain in multiplications."""
+    tiles = ((height + 1) // 2) * ((width + 1) // 2)
+    return 16 * tiles <= 0.6 * 9 * height * width
 
 
 def _fake(input: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor | None, relu: bool) -> Tensor:

@@ -66,6 +66,27 @@ def test_cpp_is_the_reference(shape, given, relu):
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_transposed_weight_gives_the_gradient_at_the_input(dtype):
+    images, weight, _, grad = case(2, 64, 128, 9, 6, dtype=dtype)
+    found = winograd_conv2d(grad, winograd_weight(weight, transposed=True))
+    images, weight, grad = images.double().requires_grad_(), weight.double(), grad.double()
+    (expected,) = torch.autograd.grad(F.conv2d(images, weight, padding=1), images, grad)
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-5
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance)
+
+
+@FAST
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("strided", [False, True])
+def test_cpp_transforms_weights_to_the_same_bits(transposed, strided):
+    _, weight, _, _ = case(1, 96, 160, 1, 1)
+    weight = weight.contiguous(memory_format=torch.channels_last) if strided else weight
+    found = winograd_weight(weight, transposed)
+    assert torch.equal(found, winograd_weight(weight.double(), transposed).float())
+    assert found.is_contiguous()
+
+
 @FAST
 @pytest.mark.parametrize(("channels", "size"), [(64, 28), (128, 14), (512, 7)])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
