@@ -1,0 +1,131 @@
+"""The recipes of the paper's studies: what they print beside what was run, at sizes that take seconds."""
+
+import csv
+
+import pytest
+
+from bench.paper.__main__ import main
+from bench.paper.grid import parse, rows_for
+from bench.paper.recipes import RANDOM, RECIPES
+from bench.paper.reported import data_name, gains, met, model_name, reported
+from bench.paper.teachers import fitting, stages
+from ddfast.methods import list_methods
+from tests.methods.conftest import toy_folder, toy_teacher, toy_test, toy_train
+
+__all__ = ["toy_folder", "toy_teacher", "toy_test", "toy_train"]
+
+
+def words(toy_folder, toy_teacher, tmp_path, *more):
+    """Arguments of a run of seconds: students of width 8 and two epochs on three classes of 16 px."""
+    shared = ("--data", toy_folder, "--teacher", toy_teacher, "--work", tmp_path / "work")
+    tiny = ("--width", 8, "--epochs", 2, "--seeds", 1, "--ipc", "1,2", "--images-per-class", 6)
+    early = ("--early-teacher", toy_teacher.with_name("teacher-epoch2.safetensors"))
+    return [str(word) for word in (*shared, *tiny, *early, "--out", tmp_path / "table", *more)]
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_every_recipe_runs(name, toy_folder, toy_teacher, tmp_path, capsys):
+    recipe = RECIPES[name]
+    if unknown := {row.arm.split()[0] for row in recipe.rows} - set(list_methods()):
+        pytest.skip(f"{', '.join(sorted(unknown))} not among the methods")
+    students = ("--student", "convnet3") if recipe.students else ()
+    assert main([name, *words(toy_folder, toy_teacher, tmp_path, *students)]) == 0
+    table = (tmp_path / "table.md").read_text()
+    assert recipe.title in table
+    assert "IPC 1: 2 of" in table
+    rows = list(csv.DictReader((tmp_path / "table.csv").open()))
+    expected = [row.name for row in rows_for(recipe, toy_teacher, "")]
+    assert [row["arm"] for row in rows] == [*expected, *expected]
+    assert all(f"| {row} |" in table for row in expected)
+    assert all(0 <= float(row["top1_last"]) <= 100 for row in rows)
+    assert "students to train (0 are kept)" in capsys.readouterr().err
+
+
+def test_a_second_run_trains_nothing_and_recipes_share(toy_folder, toy_teacher, tmp_path, capsys):
+    assert main(["table11", *words(toy_folder, toy_teacher, tmp_path)]) == 0
+    table = (tmp_path / "table.md").read_bytes()
+    students = sorted((tmp_path / "work" / "students").glob("*.json"))
+    stamps = [path.stat().st_mtime_ns for path in students]
+    capsys.readouterr()
+    assert main(["table11", *words(toy_folder, toy_teacher, tmp_path)]) == 0
+    assert "0 sets to distil, 0 students to train (8 are kept)" in capsys.readouterr().err
+    assert (tmp_path / "table.md").read_bytes() == table
+    assert [path.stat().st_mtime_ns for path in students] == stamps
+    # Table 7 shares three of its five arms with Table 11.
+    assert main(["table7", "--cost", *words(toy_folder, toy_teacher, tmp_path)]) == 0
+    assert "4 students to train (6 are kept)" in capsys.readouterr().err
+    assert (tmp_path / "table.md").read_bytes() == table
+
+
+def test_a_teacher_is_trained_once_where_none_is_given(toy_folder, tmp_path, capsys):
+    given = ["--data", str(toy_folder), "--work", str(tmp_path / "work"), "--teacher-arch", "convnet"]
+    tiny = ["--teacher-epochs", "20", "--width", "8", "--epochs", "1", "--seeds", "1", "--ipc", "1"]
+    run = ["table11", *given, *tiny, "--rows", "random", "--out", str(tmp_path / "table")]
+    assert main([*run, "--cost"]) == 0
+    assert "1 teachers to train for 20 epochs: convnet3" in capsys.readouterr().err
+    assert main(run) == 0
+    made = (tmp_path / "work" / "teachers").glob("convnet3-20-*.safetensors")
+    (file,) = (path for path in made if "epoch" not in path.name)
+    stamp = file.stat().st_mtime_ns
+    assert [path.stem.rpartition("-")[2] for path in stages(file)] == ["epoch2", "epoch5", "epoch10"]
+    assert main(run) == 0
+    assert file.stat().st_mtime_ns == stamp
+
+
+def test_rows_of_stages_are_the_checkpoints_and_then_the_teacher(toy_teacher):
+    names = [row.name for row in rows_for(RECIPES["figure4"], toy_teacher, "RDED")]
+    assert names == ["RDED, labels of epoch 2", "RDED, labels of the full teacher"]
+
+
+def test_the_papers_numbers_stand_where_they_were_measured():
+    found = met("table1", "/x/cifar10-jpeg.zip", "convnet3", "convnet3", 10, "InfoUtil")
+    assert (found.top1, found.std) == (54.1, 0.5)
+    assert met("table1", "clothing10.zip", "resnet18", "resnet18", 10, "InfoUtil") is None
+    assert met("table1", "cifar10", "resnet18_small", "resnet101_small", 50, "RDED").top1 == 51.6
+    gain = {each.where: round(value, 1) for each, value in gains("table6", "gradient norm", "RDED")}
+    assert gain["ImageNette", "ResNet-18", "ResNet-18", 50] == 4.6
+    assert gain["ImageNet-1K", "ResNet-18", "ResNet-18", 10] == 1.5
+    # InfoUtil over RDED with ConvNet on CIFAR-10: 5.0, 3.9 and 1.4 points.
+    cifar = [
+        v
+        for each, v in gains("table1", "InfoUtil", "RDED")
+        if each.where[:3] == ("CIFAR-10", "ConvNet", "ConvNet")
+    ]
+    assert cifar == pytest.approx([5.0, 3.9, 1.4])
+
+
+def test_every_claim_names_rows_that_are_there():
+    for name, recipe in RECIPES.items():
+        rows = {row.name for row in recipe.rows}
+        assert len(rows) == len(recipe.rows)
+        methods = {each.method for each in reported(name)}
+        assert any(row.arm == RANDOM.arm for row in recipe.rows)
+        for gain in recipe.gains:
+            assert {gain.row, gain.base} <= rows
+            assert not gain.method or {gain.method, gain.base_method} <= methods, (name, gain)
+
+
+def test_names_in_the_paper():
+    assert [
+        data_name(f"/a/{data}") for data in ("cifar10-jpeg.zip", "cifar-100", "imagenette2", "shoes.zip")
+    ] == [
+        "CIFAR-10",
+        "CIFAR-100",
+        "ImageNette",
+        "shoes",
+    ]
+    assert model_name("convnet3") == "ConvNet"
+    assert [fitting("convnet", size) for size in (32, 64, 128)] == ["convnet3", "convnet4", "convnet5"]
+    assert [fitting("resnet18", size) for size in (32, 64, 224)] == [
+        "resnet18_small",
+        "resnet18_small",
+        "resnet18",
+    ]
+
+
+def test_what_is_unknown_is_refused_in_one_line(toy_folder, toy_teacher, tmp_path, capsys):
+    assert main(["table3"]) == 2
+    assert "unknown study 'table3'; known: table1, table2" in capsys.readouterr().err
+    assert main(["table1", *words(toy_folder, toy_teacher, tmp_path, "--rows", "SRe2L")]) == 2
+    assert "fits none of: InfoUtil;" in capsys.readouterr().err
+    assert parse("table1", ["--dataset", "x.zip"]).data == "x.zip"
