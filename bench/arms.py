@@ -6,6 +6,7 @@ comparison or all of the paper's recipes, distils a set once, computes a score t
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import functools
 import hashlib
@@ -30,7 +31,7 @@ from ddfast.models import Teacher, load_teacher
 from ddfast.progress import say
 from ddfast.training import EvaluationResult, ImageSet, evaluate
 from ddfast.training.image_sets import read_test_set
-from ddfast.training.protocol import protocol_named
+from ddfast.training.protocol import Protocol, protocol_named
 
 # Settings of `distill` that an arm may name beside the options of its method.
 _OF_DISTILL = ("seed", "factor", "images_per_class", "precision", "preset")
@@ -107,6 +108,7 @@ class Training:
         autoaugment: AutoAugment on the students' images.
         epochs: passes over the set; None: the protocol's for the IPC.
         batch_size: images a step; None: the protocol's.
+        last_only: test after the last epoch alone. The headline is the same; there is no best tested epoch then.
     """
 
     arch: str
@@ -117,11 +119,18 @@ class Training:
     autoaugment: bool = False
     epochs: int | None = None
     batch_size: int | None = None
+    last_only: bool = False
+
+    @property
+    def rules(self) -> Protocol:
+        """The protocol."""
+        named = protocol_named(self.protocol)
+        return dataclasses.replace(named, test_from=1.0, tests=0) if self.last_only else named
 
     @property
     def hard(self) -> bool:
         """Whether the protocol trains on the classes and asks no teacher."""
-        return protocol_named(self.protocol).labels == "hard"
+        return self.rules.labels == "hard"
 
 
 @dataclass(frozen=True)
@@ -217,11 +226,15 @@ def train_students(
 
 
 def student_path(arm: Arm, ipc: int, setup: Setup, training: Training, seed: int) -> Path:
-    """Where the accuracy of one student is kept."""
+    """Where the accuracy of one student is kept.
+
+    One that is tested at the end alone serves no table of best epochs; one that was tested more often serves both.
+    """
     distillation = _distillation(arm, ipc, setup, training)
     asked = {"distilled": distillation.identity, "training": _identity(setup, training, ipc), "seed": seed}
     plain = re.sub(r"[^A-Za-z0-9.-]+", "_", f"{arm.method}-ipc{ipc}-{training.arch}")
-    return setup.work / "students" / f"{plain}-{digest(asked)}.json"
+    path = setup.work / "students" / f"{plain}-{digest(asked)}.json"
+    return path.with_suffix(".last.json") if training.last_only and not path.exists() else path
 
 
 def _student(arm: Arm, ipc: int, setup: Setup, training: Training, seed: int) -> dict[str, Any]:
@@ -242,7 +255,7 @@ def _student(arm: Arm, ipc: int, setup: Setup, training: Training, seed: int) ->
             seeds=[seed],
             teacher=teacher_at(training.label_teacher or setup.teacher) if online else None,
             epochs=training.epochs,
-            protocol=training.protocol,
+            protocol=training.rules,
             autoaugment=training.autoaugment,
             precision=setup.precision,
             quiet=True,
@@ -257,6 +270,7 @@ def _student(arm: Arm, ipc: int, setup: Setup, training: Training, seed: int) ->
             **evaluated.as_dict(),
             "seconds": json.loads((folder / "run.json").read_text("utf-8"))["seconds"],
             "teacher_loss": teacher_loss(folder, setup.teacher),
+            "last_only": training.last_only,
             "commits": [facts.commit()[0]],
         }
         atomic_write_text(path, json.dumps(result, indent=1) + "\n")
@@ -281,7 +295,7 @@ def _identity(setup: Setup, training: Training, ipc: int) -> dict[str, Any]:
         "label_teacher": teacher,
         "protocol": training.protocol,
         "autoaugment": training.autoaugment,
-        "epochs": training.epochs or protocol_named(training.protocol).epochs_for(ipc),
+        "epochs": training.epochs or training.rules.epochs_for(ipc),
         "batch_size": training.batch_size,
         "precision": setup.precision,
     }
@@ -309,7 +323,8 @@ def combined(students: Sequence[Mapping[str, Any]], arm: str) -> dict[str, Any]:
         arch_options=first["arch_options"],
     )
     commits = list(dict.fromkeys(commit for student in students for commit in student["commits"]))
-    return {**first, **together.as_dict(), "arm": arm, "commits": commits}
+    last_only = any(student.get("last_only", False) for student in students)
+    return {**first, **together.as_dict(), "arm": arm, "last_only": last_only, "commits": commits}
 
 
 def by_ipc(text: str) -> dict[int, int]:

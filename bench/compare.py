@@ -53,9 +53,10 @@ def table(results: Sequence[dict[str, Any]], ipcs: Sequence[int]) -> str:
 
 
 def cell(result: dict[str, Any]) -> str:
-    """`55.1 ± 0.8 (55.3)`: mean and deviation after the last epoch, mean of the best tested epochs."""
+    """`55.1 ± 0.8 (55.3)`: mean and deviation after the last epoch, mean of the best tested epochs where there are."""
     spread = f" ± {result['std']:.1f}" if len(result["top1"]) > 1 else ""
-    return f"{result['mean']:.1f}{spread} ({result['best_mean']:.1f})"
+    best = "" if result["last_only"] else f" ({result['best_mean']:.1f})"
+    return f"{result['mean']:.1f}{spread}{best}"
 
 
 def student_rows(result: dict[str, Any]) -> list[list[Any]]:
@@ -64,7 +65,10 @@ def student_rows(result: dict[str, Any]) -> list[list[Any]]:
     common = [result["epochs"], result["batch_size"]]
     loss = f"{result['teacher_loss']:.4f}"
     return [
-        [result["arm"], result["ipc"], seed, *common, f"{last:.2f}", f"{best:.2f}", loss, options]
+        [
+            *(result["arm"], result["ipc"], seed, *common, f"{last:.2f}"),
+            *("" if result["last_only"] else f"{best:.2f}", loss, options),
+        ]
         for seed, last, best in zip(result["seeds"], result["top1"], result["best"], strict=True)
     ]
 

@@ -18,7 +18,6 @@ from ddfast.models import create_model
 from ddfast.ops.precision import autocast
 from ddfast.training import DistilledImages, ImageSet, train_student
 from ddfast.training.device import resolve_device
-from ddfast.training.protocol import protocol_named
 
 _STEPS = (
     1,
@@ -89,7 +88,7 @@ def cost_of(work: Sequence[Work]) -> Cost:
         if not missing:
             continue
         teacher = teacher_at(cell.setup.teacher)
-        rules, training = protocol_named(cell.training.protocol), cell.training
+        rules, training = cell.training.rules, cell.training
         classes, size = len(teacher.class_names), teacher.image_size
         count = cell.ipc * classes
         batch = min(
@@ -142,7 +141,7 @@ def _step_seconds(
             arch=training.arch,
             arch_options={} if training.width is None else {"width": training.width},
             teacher=opened,
-            protocol=training.protocol,
+            protocol=training.rules,
             epochs=epochs,
             batch_size=batch,
             autoaugment=training.autoaugment,

@@ -66,7 +66,10 @@ def parse(name: str, argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--epochs", type=by_ipc, default={}, help="300, or by IPC: 300,50:60")
     parser.add_argument(
-        "--rows", default="", help="only rows whose name has one of these words, comma between"
+        "--rows", default="", help="only some rows: numbers, or words of their names, comma between"
+    )
+    parser.add_argument(
+        "--last-only", action="store_true", help="test after the last epoch alone: no best tested epoch"
     )
     parser.add_argument("--cost", action="store_true", help="say what it would cost, and stop")
     arguments = parser.parse_args(argv)
@@ -93,7 +96,12 @@ def rows_for(recipe: Recipe, teacher: Path, only: str) -> list[Row]:
             age = "the full teacher" if path == teacher else f"epoch {teacher_at(path).epoch}"
             rows.append(replace(row, name=f"{row.name}, labels of {age}", labels=str(path)))
     words = [word.strip() for word in only.split(",") if word.strip()]
-    kept = [row for row in rows if not words or any(word in row.name for word in words)]
+    kept = [
+        row
+        for number, row in enumerate(rows, start=1)
+        if not words
+        or any(word == str(number) or (not word.isdigit() and word in row.name) for word in words)
+    ]
     if not kept:
         raise UsageError(f"--rows {only!r} fits none of: {'; '.join(row.name for row in rows)}")
     return kept
@@ -141,6 +149,7 @@ def _training(row: Row, ipc: int, teacher: Path, student: str, arguments: argpar
         protocol=row.protocol,
         autoaugment=row.autoaugment,
         epochs=at_ipc(arguments.epochs, ipc),
+        last_only=arguments.last_only,
     )
 
 

@@ -123,6 +123,21 @@ def test_names_in_the_paper():
     ]
 
 
+def test_students_tested_once_serve_no_table_of_best_epochs(toy_folder, toy_teacher, tmp_path, capsys):
+    run = words(toy_folder, toy_teacher, tmp_path, "--rows", "3,random", "--ipc", 1)
+    assert main(["table11", *run, "--last-only"]) == 0
+    last = list(csv.DictReader((tmp_path / "table.csv").open()))
+    assert [row["arm"] for row in last] == ["RDED", RANDOM.name]
+    assert {row["top1_best"] for row in last} == {""}
+    assert main(["table11", *run]) == 0  # trained again, and tested more often
+    both = list(csv.DictReader((tmp_path / "table.csv").open()))
+    assert [row["top1_last"] for row in both] == [row["top1_last"] for row in last]
+    assert "" not in {row["top1_best"] for row in both}
+    capsys.readouterr()
+    assert main(["table11", *run, "--last-only", "--cost"]) == 0
+    assert "(2 are kept)" in capsys.readouterr().err
+
+
 def test_what_is_unknown_is_refused_in_one_line(toy_folder, toy_teacher, tmp_path, capsys):
     assert main(["table3"]) == 2
     assert "unknown study 'table3'; known: table1, table2" in capsys.readouterr().err
