@@ -14,7 +14,10 @@
 #include <cstdint>
 #include <limits>
 #include <string>
+#include <type_traits>
 #include <vector>
+
+#include "clones.h"
 
 namespace ddfast {
 
@@ -32,7 +35,7 @@ inline Value parse_value(const std::string& name) {
 // exp(x) for x <= 0 to two units in the last place, in a form that compilers vectorise: x = n log 2 + r with n an
 // integer, log 2 split in two so that n log 2 is exact, and the polynomial of Cephes' expf (S. L. Moshier) for exp(r).
 // Below exp(-87), where 2^n would leave the normal numbers, it stays at 1e-38. NaN stays NaN.
-inline float exp_of_nonpositive(float x) {
+[[gnu::always_inline]] inline float exp_of_nonpositive(float x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
   const float clamped = x < -87.0f ? -87.0f : x;
   const float shifted = clamped * 1.44269504088896341f + kRound;
@@ -52,7 +55,7 @@ inline float exp_of_nonpositive(float x) {
 inline double exp_of_nonpositive(double x) { return std::exp(x); }
 
 template <typename Compute>
-Compute largest(const Compute* logits, int64_t classes) {
+[[gnu::always_inline]] inline Compute largest(const Compute* logits, int64_t classes) {
   Compute lane[kLanes];
   std::fill_n(lane, kLanes, -std::numeric_limits<Compute>::infinity());
   int64_t first = 0;
@@ -65,7 +68,7 @@ Compute largest(const Compute* logits, int64_t classes) {
 }
 
 template <typename Compute>
-Compute sum_of_exponentials(const Compute* logits, int64_t classes, Compute shift) {
+[[gnu::always_inline]] inline Compute sum_of_exponentials(const Compute* logits, int64_t classes, Compute shift) {
   Compute lane[kLanes] = {};
   int64_t first = 0;
   for (; first + kLanes <= classes; first += kLanes) {
@@ -77,13 +80,32 @@ Compute sum_of_exponentials(const Compute* logits, int64_t classes, Compute shif
   return result;
 }
 
+// The largest of `classes` logits, and the sum of the exponentials of their differences from it.
+template <typename Compute>
+struct Exponentials {
+  Compute shift, sum;
+};
+
+template <typename Compute>
+[[gnu::always_inline]] inline Exponentials<Compute> exponentials_of(const Compute* logits, int64_t classes) {
+  const Compute shift = largest(logits, classes);
+  return {shift, sum_of_exponentials(logits, classes, shift)};
+}
+
+[[maybe_unused]] DDFAST_CLONES static Exponentials<float> exponentials(const float* logits, int64_t classes) {
+  return exponentials_of(logits, classes);
+}
+
+[[maybe_unused]] static Exponentials<double> exponentials(const double* logits, int64_t classes) {
+  return exponentials_of(logits, classes);
+}
+
 // The label's probability, or its logarithm, among `classes` logits.
 template <typename Compute>
 Compute softmax_value(const Compute* logits, int64_t classes, int64_t label, Value value) {
-  const Compute shift = largest(logits, classes);
-  const Compute sum = sum_of_exponentials(logits, classes, shift);
-  const Compute centred = logits[label] - shift;
-  return value == Value::kProbability ? std::exp(centred) / sum : centred - std::log(sum);
+  const Exponentials<Compute> found = exponentials(logits, classes);
+  const Compute centred = logits[label] - found.shift;
+  return value == Value::kProbability ? std::exp(centred) / found.sum : centred - std::log(found.sum);
 }
 
 // Refuses outputs [B, K, C], contiguous labels [B] and projection [K, d] or [B, K, d] that do not fit.
@@ -106,11 +128,13 @@ inline void check_coalitions(const char* op, const torch::stable::Tensor& output
 template <typename Logit, typename Compute>
 void coalition_values(const Logit* outputs, int64_t label, int64_t count, int64_t classes, Value value,
                       std::vector<Compute>& logits, Compute* values) {
-  logits.resize(value == Value::kLogit ? 0 : classes);
   for (int64_t k = 0; k < count; ++k, outputs += classes) {
     if (value == Value::kLogit) {
       values[k] = static_cast<Compute>(outputs[label]);
+    } else if constexpr (std::is_same_v<Logit, Compute>) {
+      values[k] = softmax_value(outputs, classes, label, value);
     } else {
+      logits.resize(classes);
       for (int64_t c = 0; c < classes; ++c) logits[c] = static_cast<Compute>(outputs[c]);
       values[k] = softmax_value(logits.data(), classes, label, value);
     }
@@ -119,12 +143,35 @@ void coalition_values(const Logit* outputs, int64_t label, int64_t count, int64_
 
 // sum[i] = the sum over k, in ascending order, of projection[k, i] * values[k], for one image.
 template <typename Compute>
-void project(const Compute* values, const Compute* projection, int64_t count, int64_t players, double* sum) {
-  std::fill_n(sum, players, 0.0);
-  for (int64_t k = 0; k < count; ++k, projection += players) {
-    const double value = static_cast<double>(values[k]);
-    for (int64_t i = 0; i < players; ++i) sum[i] += static_cast<double>(projection[i]) * value;
+[[gnu::always_inline]] inline void project_players(const Compute* values, const Compute* projection, int64_t count,
+                                                   int64_t players, double* sum) {
+  int64_t first = 0;
+  for (; first + kLanes <= players; first += kLanes) {
+    double lane[kLanes] = {};
+    for (int64_t k = 0; k < count; ++k) {
+      const double value = static_cast<double>(values[k]);
+      const Compute* row = projection + k * players + first;
+      for (int64_t i = 0; i < kLanes; ++i) lane[i] += static_cast<double>(row[i]) * value;
+    }
+    std::copy_n(lane, kLanes, sum + first);
   }
+  for (; first < players; ++first) {
+    double total = 0;
+    for (int64_t k = 0; k < count; ++k) {
+      total += static_cast<double>(projection[k * players + first]) * static_cast<double>(values[k]);
+    }
+    sum[first] = total;
+  }
+}
+
+[[maybe_unused]] DDFAST_CLONES static void project(const float* values, const float* projection, int64_t count,
+                                                   int64_t players, double* sum) {
+  project_players(values, projection, count, players, sum);
+}
+
+[[maybe_unused]] DDFAST_CLONES static void project(const double* values, const double* projection, int64_t count,
+                                                   int64_t players, double* sum) {
+  project_players(values, projection, count, players, sum);
 }
 
 }  // namespace ddfast

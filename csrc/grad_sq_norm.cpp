@@ -27,6 +27,7 @@
 #include <vector>
 
 #include "avx512_products.h"
+#include "clones.h"
 #include "layout.h"
 
 namespace {
@@ -77,8 +78,8 @@ Tensor per_sample(const Tensor& grad_output, const Body& body) {
 
 // Sum of a[i] * b[i], in eight lanes of double.
 template <typename Sum>
-double dot(const Sum* a, const Sum* b, int64_t count) {
-  std::array<double, 8> lanes{};
+[[gnu::always_inline]] inline double dot_in_lanes(const Sum* a, const Sum* b, int64_t count) {
+  double lanes[8] = {};
   int64_t i = 0;
   for (; i + 8 <= count; i += 8) {
     for (int64_t lane = 0; lane < 8; ++lane) {
@@ -86,8 +87,12 @@ double dot(const Sum* a, const Sum* b, int64_t count) {
     }
   }
   for (; i < count; ++i) lanes[0] += static_cast<double>(a[i]) * static_cast<double>(b[i]);
-  return std::accumulate(lanes.begin(), lanes.end(), 0.0);
+  return std::accumulate(lanes, lanes + 8, 0.0);
 }
+
+DDFAST_CLONES double dot(const float* a, const float* b, int64_t count) { return dot_in_lanes(a, b, count); }
+
+DDFAST_CLONES double dot(const double* a, const double* b, int64_t count) { return dot_in_lanes(a, b, count); }
 
 // Sum of a[i * stride].
 template <typename Sum>
@@ -733,6 +738,62 @@ Tensor grad_sq_norm_conv2d(
   });
 }
 
+// Adds to weight[p] the sum of x * g, and to bias[p] that of g, of samples x and g [outer, parameters, inner].
+template <typename Sum>
+[[gnu::always_inline]] inline void affine_gradients(
+    const Sum* x, const Sum* g, int64_t outer, int64_t parameters, int64_t inner, double* weight, double* bias) {
+  constexpr int64_t kLanes = 16;
+  for (int64_t i = 0; i < outer && inner == 1; ++i, x += parameters, g += parameters) {
+    for (int64_t p = 0; p < parameters; ++p) {
+      weight[p] += static_cast<double>(x[p]) * static_cast<double>(g[p]);
+      bias[p] += static_cast<double>(g[p]);
+    }
+  }
+  for (int64_t row = 0; row < outer * parameters && inner != 1; ++row, x += inner, g += inner) {
+    double products[kLanes] = {}, grads[kLanes] = {};
+    int64_t k = 0;
+    for (; k + kLanes <= inner; k += kLanes) {
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        products[lane] += static_cast<double>(x[k + lane]) * static_cast<double>(g[k + lane]);
+        grads[lane] += static_cast<double>(g[k + lane]);
+      }
+    }
+    for (int64_t lane = 0; k < inner; ++k, ++lane) {
+      products[lane] += static_cast<double>(x[k]) * static_cast<double>(g[k]);
+      grads[lane] += static_cast<double>(g[k]);
+    }
+    weight[row % parameters] += std::accumulate(products, products + kLanes, 0.0);
+    bias[row % parameters] += std::accumulate(grads, grads + kLanes, 0.0);
+  }
+}
+
+DDFAST_CLONES void add_affine_gradients_in_double(
+    const float* x, const float* g, int64_t outer, int64_t parameters, int64_t inner, double* weight, double* bias) {
+  affine_gradients(x, g, outer, parameters, inner, weight, bias);
+}
+
+void add_affine_gradients(
+    const float* x, const float* g, int64_t outer, int64_t parameters, int64_t inner, double* weight, double* bias) {
+#if DDFAST_HAS_AVX512
+  if (avx512::supported() && inner != 1) {  // the sums of normalization_backward, of what is normalised already
+    constexpr std::array<float, 5> kNormalized{0, 1, 0, 0, 0};
+    for (int64_t row = 0; row < outer * parameters; ++row, x += inner, g += inner) {
+      std::array<double, 2> sums{};
+      avx512::normalize_plane<false>(x, g, static_cast<float*>(nullptr), inner, kNormalized.data(), sums.data());
+      bias[row % parameters] += sums[0];
+      weight[row % parameters] += sums[1];
+    }
+    return;
+  }
+#endif
+  add_affine_gradients_in_double(x, g, outer, parameters, inner, weight, bias);
+}
+
+DDFAST_CLONES void add_affine_gradients(
+    const double* x, const double* g, int64_t outer, int64_t parameters, int64_t inner, double* weight, double* bias) {
+  affine_gradients(x, g, outer, parameters, inner, weight, bias);
+}
+
 Tensor grad_sq_norm_norm(
     const Tensor& normalized, const Tensor& grad_output, int64_t first_dim, int64_t last_dim, bool weight, bool bias) {
   int64_t outer = 1, parameters = 1, inner = 1;  // a sample is [outer, parameters, inner]
@@ -745,12 +806,9 @@ Tensor grad_sq_norm_norm(
       const Sum* values = x.const_data_ptr<Sum>();
       const Sum* grads = g.const_data_ptr<Sum>();
       std::vector<double> weight_grad(parameters), bias_grad(parameters);
-      for (int64_t i = 0; i < outer; ++i) {
-        for (int64_t p = 0; p < parameters; ++p, values += inner, grads += inner) {
-          if (weight) weight_grad[p] += dot(values, grads, inner);
-          if (bias) bias_grad[p] += total(grads, inner, 1);
-        }
-      }
+      add_affine_gradients(values, grads, outer, parameters, inner, weight_grad.data(), bias_grad.data());
+      if (!weight) std::fill(weight_grad.begin(), weight_grad.end(), 0.0);
+      if (!bias) std::fill(bias_grad.begin(), bias_grad.end(), 0.0);
       return dot(weight_grad.data(), weight_grad.data(), parameters) +
              dot(bias_grad.data(), bias_grad.data(), parameters);
     });

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
@@ -24,6 +25,11 @@ inline bool dense(const torch::stable::Tensor& batch, int64_t innermost) {
 }
 
 }  // namespace detail
+
+// The tensor, or a contiguous copy. It spares a call of the dispatcher where there is nothing to copy.
+inline torch::stable::Tensor contiguous(const torch::stable::Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
 
 // Whether a batch [B, C, ...] lies in memory without gaps in that order.
 inline bool planar(const torch::stable::Tensor& batch) { return detail::dense(batch, -1); }

@@ -18,6 +18,7 @@
 #include "coalition_values.h"
 #include "crop_boxes.h"
 #include "dispatch.h"
+#include "layout.h"
 
 namespace {
 
@@ -67,9 +68,9 @@ std::tuple<Tensor, Tensor> shapley_crop_boxes(
     const std::string& value_name, const Tensor& sample_ids, const Tensor& quantiles, int64_t seed, int64_t rows,
     int64_t cols, std::vector<int64_t> pools, int64_t crops, bool clean_last, double alpha, int64_t image_height,
     int64_t image_width, std::vector<int64_t> crop_heights, std::vector<int64_t> crop_widths, double coverage) {
-  const Tensor logits = torch::stable::contiguous(outputs), classes_of = torch::stable::contiguous(labels);
-  const Tensor weights = torch::stable::contiguous(projection), ids = torch::stable::contiguous(sample_ids);
-  const Tensor table = torch::stable::contiguous(quantiles);
+  const Tensor logits = ddfast::contiguous(outputs), classes_of = ddfast::contiguous(labels);
+  const Tensor weights = ddfast::contiguous(projection), ids = ddfast::contiguous(sample_ids);
+  const Tensor table = ddfast::contiguous(quantiles);
   ddfast::check_coalitions(kName, logits, classes_of, weights);
   const int64_t batch = outputs.size(0), players = projection.size(-1);
   STD_TORCH_CHECK(ids.dim() == 1 && ids.size(0) == batch, kName, ": sample_ids must be [B]");
@@ -80,7 +81,7 @@ std::tuple<Tensor, Tensor> shapley_crop_boxes(
   crop_boxes.check(kName, players, table.numel());
   std::optional<Tensor> added;
   if (partial.has_value()) {
-    added = torch::stable::contiguous(*partial);
+    added = ddfast::contiguous(*partial);
     STD_TORCH_CHECK(added->dim() == 2 && added->size(0) == batch && added->size(1) == players, kName,
                     ": partial must be [B, d]");
   }

@@ -562,6 +562,7 @@ define(
     triton="shapley_heatmap",
     native_accepts=_always,
     check=_check_labels,
+    native_checks=True,
 )
 define(
     "noisy_crop_boxes",

@@ -81,6 +81,7 @@ def define(
     triton: str | None = None,
     native_accepts: Callable[..., bool] | None = None,
     check: Callable[..., None] | None = None,
+    native_checks: bool = False,
 ) -> None:
     """Declare `ddfast::<name>` and bind its bodies.
 
@@ -94,17 +95,25 @@ def define(
             body.
         check: raises ValueError for values inside tensors (an index out of range) that would make a body read
             outside its arguments. Called on the CPU only: a GPU would have to be waited for.
+        native_checks: the C++ body refuses all that `check` does, with an error of its own. Then `check` is called
+            before the reference, and where the C++ body has failed, to name the fault.
     """
     op = Op(name, reference, native_accepts, triton)
     _OPS[name] = op
     LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
 
     def cpu(*args: Any, **kwargs: Any) -> Any:
-        if check is not None:
+        native = op.native_accepts is not None and native_status()[0] and op.native_accepts(*args, **kwargs)
+        if check is not None and not (native and native_checks):
             check(*args, **kwargs)
-        if op.native_accepts is not None and native_status()[0] and op.native_accepts(*args, **kwargs):
-            return getattr(torch.ops.ddfast_native, name)(*args, **kwargs)
-        return op.reference(*args, **kwargs)
+        if not native:
+            return op.reference(*args, **kwargs)
+        try:
+            return _native_op(name)(*args, **kwargs)
+        except RuntimeError:
+            if check is not None:
+                check(*args, **kwargs)
+            raise
 
     def cuda(*args: Any, **kwargs: Any) -> Any:
         if op.triton is not None and triton_status()[0]:
@@ -115,6 +124,11 @@ def define(
     LIBRARY.impl(name, _below_autocast(cpu, "cpu"), "CPU")
     LIBRARY.impl(name, _below_autocast(cuda, "cuda"), "CUDA")
     torch.library.register_fake(f"ddfast::{name}", fake, lib=LIBRARY)
+
+
+@functools.cache
+def _native_op(name: str) -> Callable[..., Any]:
+    return getattr(torch.ops.ddfast_native, name).default
 
 
 def _below_autocast(body: Callable[..., Any], device: str) -> Callable[..., Any]:
