@@ -249,7 +249,7 @@ def _epilogue(conv: fx.Node, modules: dict[str, nn.Module]) -> tuple[fx.Node, fx
     if follower is not None and _is_sum(follower) and follower.args[0] is not follower.args[1]:
         candidate = next(arg for arg in follower.args if arg is not end)
         # The convolution moves to the place of the sum, where both terms are there.
-        if isinstance(candidate, fx.Node) and _same_shape(candidate, end):
+        if isinstance(candidate, fx.Node) and _same_shape(candidate, end) and not _is_one_pixel(end):
             end, other = follower, candidate
             follower = _only_user(end)
     if follower is not None and _is_relu(follower, modules):
@@ -312,6 +312,11 @@ def _is_sum(node: fx.Node) -> bool:
 def _same_shape(a: fx.Node, b: fx.Node) -> bool:
     """Shapes were recorded by the analysis; unknown ones do not fit."""
     return a.meta.get("shape") is not None and a.meta.get("shape") == b.meta.get("shape")
+
+
+def _is_one_pixel(node: fx.Node) -> bool:
+    """Whether a map is 1x1: oneDNN's fused sum fails on it under torch 2.11 ("could not create a memory")."""
+    return tuple(node.meta["shape"][-2:]) == (1, 1)
 
 
 def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:

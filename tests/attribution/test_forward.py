@@ -182,6 +182,21 @@ def test_fused_epilogues_have_the_bits_of_separate_ones(dtype):
         torch.testing.assert_close(together, separate, rtol=0, atol=2**-6 * float(separate.abs().max()))
 
 
+def test_sums_of_maps_of_one_pixel_stay_apart():
+    """torch 2.11's oneDNN cannot fuse them."""
+    model = randomise(nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), Residual(8)))
+    images = random_images()
+    graph = tracing.trace(model)
+    folding.fold_batch_norms(graph)
+    with torch.no_grad():
+        locality.measure(graph, random_images(1))
+        separate = graph(images)
+        folding.fuse_epilogues(graph, torch.device("cpu"), torch.float32)
+        together = graph(images)
+    assert sum(node.target in (operator.add, torch.add) for node in graph.graph.nodes) == 1
+    torch.testing.assert_close(together, separate, rtol=0, atol=1e-6 * float(separate.abs().max()))
+
+
 def test_scores_of_a_lowered_network_are_float32():
     model, images = local_net(), random_images()
     graph = tracing.trace(model)
