@@ -392,7 +392,12 @@ def _add_evaluate(commands: Any) -> None:
         "--protocol", default="rded", help="rded, sre2l, sre2l_tiny, or with hard labels dc, dsa, idc, igds"
     )
     parser.add_argument("--batch-size", type=int, default=None, help="images a step; default the protocol's")
-    parser.add_argument("--autoaugment", action="store_true", help="AutoAugment on the students' images")
+    parser.add_argument(
+        "--auto-augment",
+        "--autoaugment",
+        action="store_true",
+        help="AutoAugment on the students' images, before the protocol's own augmentation",
+    )
     parser.add_argument(
         "--precision", default="float32", help="float32, or auto: bfloat16 where the hardware has it"
     )
@@ -417,7 +422,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         epochs=arguments.epochs,
         protocol=arguments.protocol,
         batch_size=arguments.batch_size,
-        autoaugment=arguments.autoaugment,
+        autoaugment=arguments.auto_augment,
         precision=arguments.precision,
         device=arguments.device,
         workers=arguments.workers,

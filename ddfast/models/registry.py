@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ddfast.models.condensation import alexnet_in, resnet18_in, resnetap10, vgg11_in
 from ddfast.models.convnet import DEPTHS, ConvNet
-from ddfast.models.resnet import resnet, resnet18_small
+from ddfast.models.resnet import resnet, small_resnet
 
 Builder = Callable[..., nn.Module]
 
@@ -30,7 +30,8 @@ def _convnet(
 
 
 def _resnet(num_classes: int, image_size: int | None, *, variant: str) -> nn.Module:
-    return resnet18_small(num_classes) if variant == "resnet18_small" else resnet(variant, num_classes)
+    plain = variant.removesuffix("_small")
+    return resnet(plain, num_classes) if plain == variant else small_resnet(plain, num_classes)
 
 
 def _torchvision(num_classes: int, image_size: int | None, *, variant: str) -> nn.Module:
@@ -62,7 +63,8 @@ _BUILDERS: dict[str, Builder] = {
     **{f"convnet{d}_in": functools.partial(_convnet, depth=d, norm="instance") for d in DEPTHS},
     **{
         name: functools.partial(_resnet, variant=name)
-        for name in ("resnet18", "resnet50", "resnet101", "resnet18_small")
+        for depth in (18, 50, 101)
+        for name in (f"resnet{depth}", f"resnet{depth}_small")
     },
     **{
         name: functools.partial(_torchvision, variant=name)

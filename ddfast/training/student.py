@@ -193,7 +193,7 @@ def train_student(
         batch_size: images a step; None: the protocol's rule.
         seed: fixes the initial weights, the order, the augmentation and CutMix.
         autoaugment: torchvision's AutoAugment on the uint8 image before everything else; policy CIFAR10 up to
-            64 px, IMAGENET above.
+            32 px, IMAGENET above.
         precision: "float32", or "auto": bfloat16 autocast of teacher and student where the hardware has it.
         device: "auto", "cpu" or "cuda".
         quiet: show no progress.
@@ -483,7 +483,7 @@ def _online_labels(
 def _autoaugment(image_size: int) -> Callable[[Tensor], Tensor]:
     from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 
-    return AutoAugment(AutoAugmentPolicy.CIFAR10 if image_size <= 64 else AutoAugmentPolicy.IMAGENET)
+    return AutoAugment(AutoAugmentPolicy.CIFAR10 if image_size <= 32 else AutoAugmentPolicy.IMAGENET)
 
 
 def distillation_loss(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:

@@ -22,7 +22,9 @@ def test_listed_names_are_the_contracts():
     assert names == sorted(names)
     for family in ("convnet3", "convnet4", "convnet5", "convnet6"):
         assert {family, f"{family}_in"} <= set(names)
-    assert {"resnet18", "resnet50", "resnet101", "resnet18_small", "mobilenet_v2", "vgg11"} <= set(names)
+    resnets = {f"resnet{depth}{stem}" for depth in (18, 50, 101) for stem in ("", "_small")}
+    others = {"resnetap10", "mobilenet_v2", "vgg11", "alexnet", "swin_v2_t", "efficientnet_b0"}
+    assert resnets | others <= set(names)
 
 
 def test_convnet_is_conv_norm_relu_pool_then_linear():
@@ -58,13 +60,14 @@ def test_width_is_an_option():
     assert create_model("convnet4", 3, 32, width=16).classifier.in_features == 16 * 2 * 2
 
 
-def test_small_resnet_keeps_a_4x4_map_at_32_px():
+@pytest.mark.parametrize(("name", "channels"), [("resnet18", 512), ("resnet50", 2048), ("resnet101", 2048)])
+def test_small_resnets_keep_a_4x4_map_at_32_px(name, channels):
     with torch.device("meta"):
-        model = create_model("resnet18_small", 10, 32)
+        model = create_model(f"{name}_small", 10, 32)
         maps = []
         model.layer4.register_forward_hook(lambda _, __, output: maps.append(output.shape))
         assert model(torch.empty(1, 3, 32, 32)).shape == (1, 10)
-    assert maps == [(1, 512, 4, 4)]
+    assert maps == [(1, channels, 4, 4)]
     assert model.conv1.stride == (1, 1)
     assert model.conv1.bias is None
 

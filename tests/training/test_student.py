@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from ddfast.errors import UsageError
-from ddfast.models import Teacher, create_model
-from ddfast.training import PROTOCOLS, DistilledImages, train_student
+from ddfast.models import Teacher, create_model, list_models
+from ddfast.training import PROTOCOLS, DistilledImages, ImageSet, train_student
 from ddfast.training.augmentation import normalize
-from ddfast.training.seeding import derived_seed, generator
+from ddfast.training.seeding import derived_seed, generator, seeded
 from ddfast.training.student import (
     StudentAugmentation,
+    _autoaugment,
     count_batches_twice,
     distillation_loss,
     mixed_soft_labels,
@@ -170,6 +171,115 @@ def test_autoaugment_changes_pixels_before_the_rest():
     assert second.inputs.shape == first.inputs.shape
 
 
+@pytest.mark.parametrize(("size", "policy"), [(32, "cifar10"), (64, "imagenet"), (224, "imagenet")])
+def test_autoaugments_policy_by_size(size, policy):
+    assert _autoaugment(size).policy.value == policy
+
+
+# What happens to a batch, in order, in the words of `ddfast.training.student`; by hand from each reference.
+ORDER = {
+    "rded": ["shuffle_patches", "resize_boxes", "random_flip", "normalize", "cutmix_box"],
+    "dc": ["normalize"],
+    "dsa": ["normalize", "dsa"],
+    "idc": ["normalize", "idc", "cutmix_box"],
+    "sre2l": ["random_crop_flip", "normalize", "lerp"],
+    "sre2l_tiny": ["resize_boxes", "random_flip", "normalize"],
+    "igds": ["resize_boxes", "random_flip", "normalize", "cutmix_box"],
+}
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_order_of_augmentation(name, monkeypatch):
+    from ddfast.training import student as module
+
+    calls = []
+
+    def recorded(owner, attribute):
+        original = getattr(owner, attribute)
+
+        def call(*args, **kwargs):
+            calls.append(attribute)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, attribute, call)
+
+    steps = ("shuffle_patches", "resize_boxes", "random_crop_flip", "random_flip", "normalize", "dsa", "idc")
+    for step in steps:
+        recorded(module, step)
+    recorded(type(RDED), "cutmix_box")
+    recorded(torch, "lerp")
+    rules = replace(PROTOCOLS[name], mix_probability=1.0)
+    data = distilled(factor=2, soft_labels=None)
+    StudentAugmentation(data, rules, seed=0, autoaugment=False, device=CPU)(torch.arange(8))
+    assert calls == ORDER[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "scale"), [("rded", (0.5, 1.0)), ("igds", (0.5, 1.0)), ("sre2l_tiny", (0.08, 1.0))]
+)
+def test_scale_of_the_random_crops(name, scale, monkeypatch):
+    from ddfast.training import student as module
+
+    seen = []
+    original = module.random_resized_boxes
+    monkeypatch.setattr(
+        module,
+        "random_resized_boxes",
+        lambda *args, **kwargs: seen.append(kwargs["scale"]) or original(*args, **kwargs),
+    )
+    data = distilled(factor=2, soft_labels=None)
+    StudentAugmentation(data, PROTOCOLS[name], seed=0, autoaugment=False, device=CPU)(torch.arange(8))
+    assert seen == [scale]
+
+
+# Temperature of the loss, and what its mean over the batch is multiplied by. Hard labels: the cross-entropy.
+REDUCTION = {
+    "rded": (20.0, 1.0),
+    "dc": (1.0, 1.0),
+    "dsa": (1.0, 1.0),
+    "idc": (1.0, 1.0),
+    "sre2l": (30.0, 1.0),
+    "sre2l_tiny": (20.0, 400.0),
+    "igds": (1.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_loss_of_a_step_by_hand(name, toy_test, monkeypatch):
+    from ddfast.training import student as module
+
+    seen = []
+    original = module.distillation_loss
+
+    def record(logits, targets, temperature):
+        seen.append((logits.detach().double(), targets.double(), temperature))
+        return original(logits, targets, temperature)
+
+    monkeypatch.setattr(module, "distillation_loss", record)
+    rules = replace(PROTOCOLS[name], passes_after=0)
+    teacher = None if rules.labels == "hard" else a_teacher()
+    result = train_student(
+        distilled(soft_labels=None),
+        toy_test,
+        arch="convnet3",
+        arch_options={"width": 8},
+        teacher=teacher,
+        protocol=rules,
+        epochs=1,
+        batch_size=30,
+        quiet=True,
+    )
+    ((logits, targets, temperature),) = seen
+    wanted, factor = REDUCTION[name]
+    assert temperature == wanted
+    torch.testing.assert_close(targets.sum(dim=1), torch.ones(30, dtype=torch.float64), atol=1e-5, rtol=0)
+    scaled = logits / wanted
+    log_student = scaled - torch.log(torch.exp(scaled).sum(dim=1, keepdim=True))
+    cross_entropy = -(targets * log_student).sum() / 30  # over classes and images, then the images' mean
+    entropy = -(targets * torch.log(targets.clamp(min=1e-30))).sum() / 30
+    assert result.final_loss == pytest.approx(factor * float(cross_entropy - entropy), rel=1e-4, abs=1e-6)
+
+
 def test_a_student_learns_the_toy_set_from_stored_labels(toy_test):
     result = train_student(distilled(), toy_test, arch="convnet3", epochs=30, batch_size=10, quiet=True)
     assert result.top1 > 75  # chance is 33
@@ -288,6 +398,29 @@ def test_a_teacher_of_other_classes_or_size_is_refused(toy_test):
 def test_bad_options_are_usage_errors(toy_test, options, message):
     with pytest.raises(UsageError, match=message):
         train_student(distilled(), toy_test, quiet=True, **options)
+
+
+SMALLEST = {"alexnet": 64, "convnet6": 64, "convnet6_in": 64}
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_every_student_trains_one_step_and_is_tested(name):
+    size = SMALLEST.get(name, 32)
+    draws = generator(0, "images")
+    images = torch.randint(256, (2, 3, size, size), generator=draws, dtype=torch.uint8)
+    labels = torch.tensor([0, 1])
+    soft = torch.tensor([[[0.9, 0.1]], [[0.2, 0.8]]])
+    data = DistilledImages(images, labels, ["a", "b"], MEAN, STD, soft_labels=soft)
+    options = {"width": 8} if name.startswith("convnet") else {}
+    with seeded(0, "weights"):
+        before = create_model(name, 2, size, **options).state_dict()
+    result = train_student(
+        data, ImageSet(images, labels), arch=name, arch_options=options, epochs=1, quiet=True
+    )
+    after = result.model.state_dict()
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+    assert np.isfinite(result.final_loss)
+    assert result.top1 in (0.0, 50.0, 100.0)
 
 
 @pytest.mark.parametrize("name", [name for name in PROTOCOLS if name != "rded"])
