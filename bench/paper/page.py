@@ -1,4 +1,4 @@
-"""A study's results: `<out>.csv`, a row a student, and `<out>.md`, the paper's numbers and the claims beside ours."""
+"""A study's results: `<out>.csv`, a row a student, `<out>.md`, the paper's numbers beside ours, and a chart."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from typing import Any
 
 from bench.arms import teacher_at
 from bench.compare import STUDENT_COLUMNS, budget, cell, made_with, student_rows, teacher_fact
+from bench.paper.charts import Line, accuracy_chart
 from bench.paper.cost import Work
-from bench.paper.recipes import Gain, Recipe, Row
+from bench.paper.recipes import RANDOM, Gain, Recipe, Row
 from bench.paper.reported import Reported, data_name, gains, met, model_name
 from ddfast.data.files import atomic_write_text, make_folder
 
@@ -70,9 +71,25 @@ def write(
         for each in block.cells:
             writer.writerows(_csv_rows(name, block, each))
     atomic_write_text(out.with_suffix(".csv"), text.getvalue())
+    accuracy_chart(out, [_lines(name, block) for block in filled], recipe.title)
     page = markdown(name, recipe, filled, spent, argv)
     atomic_write_text(out.with_suffix(".md"), page)
     return page
+
+
+def _lines(name: str, block: Block) -> tuple[str, list[Line]]:
+    """Heading and lines of a block's panel."""
+    lines = []
+    for row in block.rows:
+        points = []
+        for ipc in sorted(block.ipcs):
+            if (each := block.at(row.name, ipc)) is not None:
+                paper = _paper(name, block, row, ipc)
+                points.append(
+                    (ipc, each.found["mean"], each.found["std"], None if paper is None else paper.top1)
+                )
+        lines.append(Line(row.name, points, row.arm == RANDOM.arm))
+    return f"distilled with {teacher_at(block.teacher).arch}, student {block.student}", lines
 
 
 def _csv_rows(name: str, block: Block, each: Filled) -> list[list[Any]]:

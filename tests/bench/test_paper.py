@@ -5,6 +5,7 @@ import csv
 import pytest
 
 from bench.paper.__main__ import main
+from bench.paper.charts import _apart
 from bench.paper.grid import parse, rows_for
 from bench.paper.recipes import RANDOM, RECIPES
 from bench.paper.reported import data_name, gains, met, model_name, reported
@@ -38,6 +39,9 @@ def test_every_recipe_runs(name, toy_folder, toy_teacher, tmp_path, capsys):
     assert [row["arm"] for row in rows] == [*expected, *expected]
     assert all(f"| {row} |" in table for row in expected)
     assert all(0 <= float(row["top1_last"]) <= 100 for row in rows)
+    assert (tmp_path / "table.png").stat().st_size > 5_000
+    drawn = (tmp_path / "table.svg").read_text()
+    assert all(row.replace("'", "&#39;") in drawn or row in drawn for row in expected)
     assert "students to train (0 are kept)" in capsys.readouterr().err
 
 
@@ -103,6 +107,11 @@ def test_every_claim_names_rows_that_are_there():
         for gain in recipe.gains:
             assert {gain.row, gain.base} <= rows
             assert not gain.method or {gain.method, gain.base_method} <= methods, (name, gain)
+
+
+def test_labels_stand_apart_and_in_order():
+    placed = _apart([10.0, 50.0, 10.5, 51.0, 30.0], gap=2.0)
+    assert placed == [9.25, 49.5, 11.25, 51.5, 30.0]
 
 
 def test_names_in_the_paper():
