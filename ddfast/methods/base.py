@@ -105,6 +105,10 @@ class Pool(Protocol):
         """
         ...
 
+    def say(self, message: str) -> None:
+        """Tell the user how far it is, where the run is not quiet."""
+        ...
+
 
 class Checkpoint(Protocol):
     """Where a preparation keeps its state, so that a killed run goes on from there."""

@@ -73,6 +73,7 @@ class Forgetting(Method):
         training = _Training(self.options, pool, context)
         for epoch in range(training.restore(checkpoint.load()), self.options.epochs):
             training.run_epoch(epoch)
+            pool.say(f"forgetting: {training.progress(epoch + 1)}")
             if epoch + 1 < self.options.epochs:
                 checkpoint.save(training.state(epoch + 1))
         return training.history.forgotten(self.options.epochs)
@@ -153,6 +154,13 @@ class _Training:
             raise UsageError(
                 f"the loss became {total.item()} in epoch {epoch + 1}: lower --lr (now {options.lr:g})"
             )
+
+    def progress(self, epochs: int) -> str:
+        """What is known behind so many epochs, for the log."""
+        share, events = self.history.correct.double().mean().item(), int(self.history.events.sum())
+        return (
+            f"epoch {epochs}/{self.options.epochs}: {100 * share:.1f}% read correctly, {events} events so far"
+        )
 
     def state(self, epochs: int) -> dict[str, Tensor]:
         """All that the next epoch depends on, behind `epochs` of them."""

@@ -20,6 +20,7 @@ from ddfast.errors import BadImage
 from ddfast.methods.base import Prepared
 from ddfast.methods.run import Run, score_digest
 from ddfast.models.teacher import read_tensors, serialize_tensors
+from ddfast.progress import say
 from ddfast.training.image_sets import MEMORY_LIMIT
 
 PREPARED = "prepared.parquet"
@@ -121,6 +122,10 @@ class DecodedPool:
                 held = []
         if held:
             yield self._batch(held)
+
+    def say(self, message: str) -> None:
+        """See `Pool`."""
+        say(message, quiet=self._run.quiet)
 
     def _batch(self, held: list[tuple[int, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
         places = torch.tensor([place for place, _ in held])

@@ -19,6 +19,7 @@ SCHEDULES = ("half_cosine", "cosine", "steps", "constant")
 GEOMETRIES = ("none", "patches", "padded_crop", "resized_crop", "full_resized_crop")
 COLOURS = ("none", "dsa", "idc")
 MIXES = ("none", "cutmix", "mixup")
+_OF_RDED = ("rded", "rded_plain")
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class Protocol:
 
     def lr_for(self, arch: str, teacher_arch: str | None, num_classes: int, image_size: int) -> float:
         """Learning rate of a student. RDED doubles it for ConvNet-3 from ConvNet-3 on CIFAR-100."""
-        if self.name == "rded" and _is_cifar100_convnet(arch, teacher_arch, num_classes, image_size):
+        if self.name in _OF_RDED and _is_cifar100_convnet(arch, teacher_arch, num_classes, image_size):
             return 2 * self.lr
         return self.lr_of_arch.get(arch, self.lr)
 
@@ -160,7 +161,7 @@ class Protocol:
         """
         listed = [size for limit, size in sorted(self.batch_size_of_ipc.items()) if limit <= max(ipc, 1)]
         size = listed[-1]
-        if self.name == "rded":
+        if self.name in _OF_RDED:
             if _is_cifar100_convnet(arch, teacher_arch, num_classes, image_size):
                 size = 25
             elif num_classes == 200:
@@ -294,6 +295,10 @@ PROTOCOLS |= {
         batch_size_of_ipc={1: 64},
     ),
 }
+
+
+# RDED's on the images as they are: DD-Ranking asks what a set gains without augmentation.
+PROTOCOLS["rded_plain"] = replace(PROTOCOLS["rded"], name="rded_plain", geometry="none", mix="none")
 
 
 def protocol_named(name: str) -> Protocol:

@@ -1,0 +1,61 @@
+import csv
+import json
+
+from bench.__main__ import commands, main
+from tests.methods.conftest import toy_folder, toy_teacher, toy_test, toy_train
+
+__all__ = ["toy_folder", "toy_teacher", "toy_test", "toy_train"]
+
+
+def words(toy_folder, toy_teacher, tmp_path, *extra):
+    return [
+        str(word)
+        for word in (
+            *("dd_ranking", "--data", toy_folder, "--teacher", toy_teacher, "--arch", "convnet3"),
+            *(
+                "--ipc",
+                "2",
+                "--epochs",
+                "1",
+                "--seeds",
+                2,
+                "--images-per-class",
+                12,
+                "--precision",
+                "float32",
+            ),
+            *("--work", tmp_path / "work", "--out", tmp_path / "scores", *extra),
+        )
+    ]
+
+
+def test_dd_ranking_scores_arms_and_keeps_their_students(toy_folder, toy_teacher, tmp_path, capsys):
+    asked = words(
+        toy_folder, toy_teacher, tmp_path, "--width", 8, "--arm", "herding", "--arm", "two = rded crops=2"
+    )
+    assert main(asked) == 0
+    assert "| two | 2 |" in capsys.readouterr().out
+    document = json.loads((tmp_path / "scores.json").read_text())
+    assert [(row["arm"], row["ipc"]) for row in document["scores"]] == [("herding", 2), ("two", 2)]
+    for row in document["scores"]:
+        assert [len(row[which][recipe]) for which in ("distilled", "random") for recipe in row[which]] == [
+            2
+        ] * 6
+        recovery = [row["full_hard"] - value for value in row["distilled"]["hard"]]
+        assert abs(row["soft"]["hard_label_recovery_mean"] - sum(recovery) / 2) < 1e-9
+    assert document["scores"][0]["random"] == document["scores"][1]["random"]
+    rows = list(csv.DictReader((tmp_path / "scores" / "two-ipc2" / "obj_scores.csv").open()))
+    assert len(rows) == 2
+    students = {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "students").glob("*.json")}
+    # 3 recipes x 2 seeds of 2 arms and of the random images.
+    assert len(students) == 18
+    page = (tmp_path / "scores.md").read_text()
+    assert main(asked) == 0
+    assert {path: path.stat().st_mtime_ns for path in students} == students
+    assert (tmp_path / "scores.md").read_text() == page
+    assert "dd_ranking" in commands()
+
+
+def test_the_accuracy_of_the_whole_data_set_must_be_known(toy_folder, toy_teacher, tmp_path, capsys):
+    assert main(words(toy_folder, toy_teacher, tmp_path, "--width", 4, "--arm", "random")) == 2
+    assert "give --full-accuracy in percent" in capsys.readouterr().err
