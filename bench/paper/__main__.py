@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from bench.paper import grid
+from bench.paper import entropy, gallery, grid
 from bench.paper.recipes import RECIPES
 from ddfast.errors import DDFastError
+
+Study = Callable[[Sequence[str]], int]
+
+STUDIES: dict[str, tuple[str, Study]] = {
+    **{name: (recipe.title, functools.partial(grid.main, name)) for name, recipe in RECIPES.items()},
+    "gallery": ("Figure 1: heatmaps and crops, InfoUtil beside RDED", gallery.main),
+    "entropy": ("Section 5: soft-label entropy by teacher age", entropy.main),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -15,14 +24,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print("usage: python -m bench.paper NAME --data DATA [--teacher FILE] [...]\n")
-        for name, recipe in RECIPES.items():
-            print(f"  {name:<10} {recipe.title.partition(': ')[2]}")
+        for name, (title, _) in STUDIES.items():
+            print(f"  {name:<10} {title}")
         return 0
-    if words[0] not in RECIPES:
-        print(f"bench.paper: unknown study {words[0]!r}; known: {', '.join(RECIPES)}", file=sys.stderr)
+    if words[0] not in STUDIES:
+        print(f"bench.paper: unknown study {words[0]!r}; known: {', '.join(STUDIES)}", file=sys.stderr)
         return 2
     try:
-        return grid.main(words[0], words[1:])
+        return STUDIES[words[0]][1](words[1:])
     except DDFastError as error:
         print(f"bench.paper {words[0]}: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code

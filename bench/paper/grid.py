@@ -10,6 +10,7 @@ from pathlib import Path
 
 from bench.arms import Arm, Setup, Training, at_ipc, by_ipc, teacher_at, train_students
 from bench.compare import integers
+from bench.paper.arguments import add_shared
 from bench.paper.cost import Work, cost_of
 from bench.paper.page import Block, Filled, write
 from bench.paper.recipes import AS_PAPER, EARLY, EARLY_UP_TO, RECIPES, STAGES, Recipe, Row
@@ -22,39 +23,13 @@ from ddfast.training.protocol import protocol_named
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "paper"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments that all studies share."""
-    parser.add_argument(
-        "--data",
-        "--dataset",
-        required=True,
-        help="folder, .zip or .tar shards with train/ and test/ or val/, or a torchvision set",
-    )
-    parser.add_argument(
-        "--teacher",
-        type=Path,
-        action="append",
-        default=[],
-        help="teacher file, may be repeated; default: trained once for each architecture and kept in --work",
-    )
-    parser.add_argument("--teacher-arch", action="append", default=[], help="architectures to train instead")
-    parser.add_argument("--teacher-epochs", type=int, default=200, help="of a teacher that is trained here")
-    parser.add_argument(
-        "--work", type=Path, default=Path("runs/paper"), help="sets and students, shared by all"
-    )
-    parser.add_argument("--out", type=Path, default=None, help="results, without ending")
-    parser.add_argument("--images-per-class", type=int, default=None, help="sources scored of each class")
-    parser.add_argument("--factor", default="auto", help="tiles per side; auto: 1 up to 64 px, else 2")
-    parser.add_argument("--precision", default="auto", choices=("auto", "float32"))
-
-
 def parse(name: str, argv: Sequence[str]) -> argparse.Namespace:
     """Options of a recipe."""
     recipe = RECIPES[name]
     parser = argparse.ArgumentParser(
         prog=f"python -m bench.paper {name}", description=f"{recipe.title}. {recipe.tests}"
     )
-    add_arguments(parser)
+    add_shared(parser)
     parser.add_argument("--early-teacher", type=Path, default=None, help="label teacher of 10 epochs")
     parser.add_argument(
         "--student", action="append", default=[], help="architectures, in place of the recipe's"

@@ -2,10 +2,15 @@
 
 import csv
 
+import numpy as np
 import pytest
+import torch
 
+from bench.arms import Arm, Setup
 from bench.paper.__main__ import main
 from bench.paper.charts import _apart
+from bench.paper.entropy import label_entropy
+from bench.paper.gallery import POOL, gather
 from bench.paper.grid import parse, rows_for
 from bench.paper.recipes import RANDOM, RECIPES
 from bench.paper.reported import data_name, gains, met, model_name, reported
@@ -145,6 +150,45 @@ def test_students_tested_once_serve_no_table_of_best_epochs(toy_folder, toy_teac
     capsys.readouterr()
     assert main(["table11", *run, "--last-only", "--cost"]) == 0
     assert "(2 are kept)" in capsys.readouterr().err
+
+
+def test_the_gallery_shows_both_methods_on_the_same_images(toy_folder, toy_teacher, tmp_path, capsys):
+    given = ["--data", str(toy_folder), "--teacher", str(toy_teacher), "--work", str(tmp_path / "work")]
+    assert main(["gallery", *given, "--images", "2", "--out", str(tmp_path / "gallery")]) == 0
+    assert "6 images in" in capsys.readouterr().out
+    from PIL import Image
+
+    red, green, blue = np.asarray(Image.open(tmp_path / "gallery.png").convert("RGB"), dtype=int).transpose(
+        2, 0, 1
+    )
+    chosen = (red > 200) & (green > 160) & (blue < 110)
+    assert chosen.sum() > 12 * 4 * 40  # the sides of a box in each of 12 panels
+    setup = Setup(str(toy_folder), toy_teacher, tmp_path / "work", images_per_class=POOL)
+    for each in gather(setup, Arm.parse("infoutil"), 1, 3):
+        assert each.infoutil.phi.shape == (4, 4)
+        assert each.rded.phi is None
+        assert (len(each.infoutil.boxes), len(each.rded.boxes)) == (5, 5)
+        # The clean crop, the last, competes in InfoUtil; in RDED the one with the lowest loss does.
+        assert each.infoutil.chosen == 4
+        assert np.isfinite(each.rded.loss)
+
+
+def test_entropy_of_labels_in_bits():
+    labels = torch.tensor([[1.0, 0, 0, 0], [0.25, 0.25, 0.25, 0.25], [0.5, 0.25, 0.125, 0.125]])
+    torch.testing.assert_close(label_entropy(labels), torch.tensor([0.0, 2.0, 1.75], dtype=torch.float64))
+
+
+def test_the_entropy_study_has_a_row_a_checkpoint(toy_folder, toy_teacher, tmp_path):
+    given = ["--data", str(toy_folder), "--teacher", str(toy_teacher), "--work", str(tmp_path / "work")]
+    assert main(["entropy", *given, "--ipc", "2", "--out", str(tmp_path / "entropy")]) == 0
+    rows = list(csv.DictReader((tmp_path / "entropy.csv").open()))
+    assert [row["epoch"] for row in rows] == ["2", "8"]
+    assert all(
+        0 <= float(row["entropy_T1_mean"]) < float(row["entropy_T20_mean"]) <= np.log2(3) + 1e-4
+        for row in rows
+    )
+    assert (tmp_path / "entropy.png").stat().st_size > 5_000
+    assert "of a soft label, bits" in (tmp_path / "entropy.svg").read_text()
 
 
 def test_what_is_unknown_is_refused_in_one_line(toy_folder, toy_teacher, tmp_path, capsys):

@@ -1,0 +1,32 @@
+"""Command-line arguments that all studies share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_shared(parser: argparse.ArgumentParser) -> None:
+    """Add them to the parser of a study."""
+    parser.add_argument(
+        "--data",
+        "--dataset",
+        required=True,
+        help="folder, .zip or .tar shards with train/ and test/ or val/, or a torchvision set",
+    )
+    parser.add_argument(
+        "--teacher",
+        type=Path,
+        action="append",
+        default=[],
+        help="teacher file, may be repeated; default: trained once for each architecture and kept in --work",
+    )
+    parser.add_argument("--teacher-arch", action="append", default=[], help="architectures to train instead")
+    parser.add_argument("--teacher-epochs", type=int, default=200, help="of a teacher that is trained here")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/paper"), help="sets and students, shared by all"
+    )
+    parser.add_argument("--out", type=Path, default=None, help="results, without ending")
+    parser.add_argument("--images-per-class", type=int, default=None, help="sources scored of each class")
+    parser.add_argument("--factor", default="auto", help="tiles per side; auto: 1 up to 64 px, else 2")
+    parser.add_argument("--precision", default="auto", choices=("auto", "float32"))
