@@ -282,8 +282,9 @@ def score_column(folder: Folder) -> ScoreColumn | None:
         return None
     if folder.scores is not None and len(kept) == len(folder.selection):
         where = _rows_of_selection(folder)
+        own = {"random": "random draw", "forgetting": "forgetting events"}
         for name, column, sign, title in (
-            ("score", "score", 1, "random draw" if folder.manifest["method"] == "random" else "score"),
+            ("score", "score", 1, own.get(folder.manifest["method"], "score")),
             ("grad_norm", "grad_norm", 1, "gradient norm of the teacher's loss"),
             ("loss", "loss", 1, "teacher's loss, nats"),
             ("loss", "loss", -1, "teacher's loss with its sign turned, nats"),

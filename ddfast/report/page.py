@@ -94,6 +94,8 @@ def _heading(folder: Folder) -> str:
 
 
 def _lead(folder: Folder) -> str:
+    from ddfast.methods import get_method, list_methods
+
     method = folder.manifest["method"]
     if method == "infoutil":
         return (
@@ -104,6 +106,9 @@ def _lead(folder: Folder) -> str:
         return "Random crops on which the teacher is most certain were kept (RDED)."
     if method == "random":
         return "Whole images, drawn uniformly from each class: the baseline that every method has to beat."
+    if method in list_methods():
+        summary = get_method(method).summary
+        return f"{summary[0].upper()}{summary[1:]}."
     return f"Distilled with the method {method}."
 
 

@@ -13,6 +13,7 @@ import torch
 from ddfast.data.table import (
     SCORE_SCHEMA,
     SELECTION_SCHEMA,
+    feature_width,
     is_readable,
     iter_table,
     make_table,
@@ -20,6 +21,7 @@ from ddfast.data.table import (
     read_facts,
     read_table,
     read_tables,
+    score_schema,
     table_writer,
     to_numpy,
     write_table,
@@ -96,6 +98,32 @@ def test_columns_may_be_missing_where_nothing_was_measured(tmp_path: Path) -> No
     for name in ("score", "grad_norm", "loss"):
         assert found[name].dtype == np.float32
         assert np.isnan(found[name]).all()
+
+
+def test_features_are_one_column_more(tmp_path: Path) -> None:
+    features = np.random.default_rng(1).normal(size=(20, 7)).astype(np.float32)
+    schema = score_schema(7)
+    assert schema.names == [*SCORE_SCHEMA.names, "features"]
+    assert schema.field("features").type == pa.list_(pa.float32(), 7)
+    assert score_schema() == SCORE_SCHEMA
+    path = tmp_path / "part-00000.parquet"
+    write_table(path, make_table(score_columns() | {"features": features}, schema))
+    assert is_readable(path)
+    assert feature_width(path) == 7
+    assert (to_numpy(read_table(path))["features"] == features).all()
+    assert (to_numpy(read_tables(tmp_path, columns=["features", "label"]))["features"] == features).all()
+    assert to_numpy(read_table(path, columns=["label"])).keys() == {"label"}
+    with pytest.raises(ValueError, match=r"column 'features' .* got shape \(20, 6\)"):
+        make_table(score_columns() | {"features": features[:, :6]}, schema)
+    with pytest.raises(ValueError, match=r"missing \['features'\]"):
+        make_table(score_columns(), schema)
+    other = SCORE_SCHEMA.append(pa.field("features", pa.list_(pa.float32()), nullable=False))
+    write_table(path, other.empty_table())  # of no fixed width
+    assert not is_readable(path)
+    assert feature_width(path) == 0
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(UsageError, match="is damaged"):
+        feature_width(path)
 
 
 def test_phi_of_some_rows_is_nan_in_the_others() -> None:

@@ -1,6 +1,7 @@
 """Coresets by features: the rules on small cases worked out by hand, and their runs byte for byte."""
 
 import dataclasses
+import html
 import inspect
 import json
 import os
@@ -205,6 +206,13 @@ def test_a_coreset_is_whole_images_with_soft_labels(method, undisturbed):
     assert train.soft_labels.shape == (6, 1, 3)
     assert all(np.isfinite(row["tiles"][0]["score"]) for row in train.rows)
     assert len({row["tiles"][0]["source"] for row in train.rows}) == 6
+
+
+@pytest.mark.parametrize("method", CORESETS)
+def test_the_report_says_what_was_chosen(method, undisturbed):
+    page = html.unescape((undisturbed[method] / "report.html").read_text("utf-8"))
+    assert f"W{get_method(method).summary[1:]}." in page
+    assert ("forgetting events" in page) == (method == "forgetting")
 
 
 def test_features_stay_out_of_the_other_methods_tables(toy_folder, toy_teacher, tmp_path):
