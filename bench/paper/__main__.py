@@ -6,7 +6,7 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 
-from bench.paper import entropy, gallery, grid
+from bench.paper import continual, entropy, gallery, grid
 from bench.paper.recipes import RECIPES
 from ddfast.errors import DDFastError
 
@@ -14,6 +14,7 @@ Study = Callable[[Sequence[str]], int]
 
 STUDIES: dict[str, tuple[str, Study]] = {
     **{name: (recipe.title, functools.partial(grid.main, name)) for name, recipe in RECIPES.items()},
+    "table4": (continual.TITLE, continual.main),
     "gallery": ("Figure 1: heatmaps and crops, InfoUtil beside RDED", gallery.main),
     "entropy": ("Section 5: soft-label entropy by teacher age", entropy.main),
 }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -30,3 +32,9 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images-per-class", type=int, default=None, help="sources scored of each class")
     parser.add_argument("--factor", default="auto", help="tiles per side; auto: 1 up to 64 px, else 2")
     parser.add_argument("--precision", default="auto", choices=("auto", "float32"))
+
+
+def told(name: str, argv: Sequence[str]) -> str:
+    """The command, without the folders of the machine that it ran on."""
+    words = [Path(word).name if "/" in word else word for word in argv]
+    return f"Made by `python -m bench.paper {name} {shlex.join(words)}`.\n"

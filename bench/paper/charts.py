@@ -74,13 +74,16 @@ def figure(path: Path, width: float, height: float, rows: int = 1, columns: int 
         pyplot.close(drawn)
 
 
-def accuracy_chart(path: Path, panels: Sequence[tuple[str, Sequence[Line]]], title: str) -> None:
+def accuracy_chart(
+    path: Path, panels: Sequence[tuple[str, Sequence[Line]]], title: str, tick: str = "IPC {}"
+) -> None:
     """Draw accuracy against IPC, one panel for each teacher and student.
 
     Args:
         path: of the picture, whose ending becomes .png and .svg.
         panels: heading and lines of each.
         title: heading of the whole.
+        tick: what stands below each place; {} is the IPC, or what the lines count in its stead.
     """
     panels = [panel for panel in panels if any(line.points for line in panel[1])]
     if not panels:
@@ -90,7 +93,7 @@ def accuracy_chart(path: Path, panels: Sequence[tuple[str, Sequence[Line]]], tit
     tall = max(3.6, 1.2 + _LINE_INCHES * max(len(lines) for _, lines in panels))
     with figure(path, 6.4 * columns, tall * rows, rows, columns) as axes:
         for axis, (heading, lines) in zip(axes, panels, strict=False):
-            _panel(axis, heading if len(panels) > 1 else "", lines, tall)
+            _panel(axis, heading if len(panels) > 1 else "", lines, tall, tick)
         for axis in axes[len(panels) :]:
             axis.set_axis_off()
         for axis in axes[::columns]:
@@ -98,7 +101,7 @@ def accuracy_chart(path: Path, panels: Sequence[tuple[str, Sequence[Line]]], tit
         axes[0].figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
 
 
-def _panel(axis: Any, heading: str, lines: Sequence[Line], tall: float) -> None:
+def _panel(axis: Any, heading: str, lines: Sequence[Line], tall: float, tick: str) -> None:
     ipcs = sorted({point[0] for line in lines for point in line.points})
     places = {ipc: place for place, ipc in enumerate(ipcs)}
     colours = iter(COLOURS * (len(lines) // len(COLOURS) + 1))
@@ -128,7 +131,7 @@ def _panel(axis: Any, heading: str, lines: Sequence[Line], tall: float) -> None:
                 reported = True
                 axis.plot(place, point[3], "D", markersize=5, mfc="white", mec=colour, mew=1.2, zorder=2)
         ends.append((means[-1], line.name, colour))
-    axis.set_xticks(range(len(ipcs)), [f"IPC {ipc}" for ipc in ipcs])
+    axis.set_xticks(range(len(ipcs)), [tick.format(ipc) for ipc in ipcs])
     axis.tick_params(length=0)
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.grid(axis="y", color=GRID, linewidth=0.8, zorder=0)

@@ -96,13 +96,13 @@ def cost_of(work: Sequence[Work]) -> Cost:
             count,
         )
         online = training.labels == "online" and not training.hard
-        step = _step_seconds(
+        step = step_seconds(
             training, batch, cell.setup.teacher if online else None, classes, size, cell.setup.precision
         )
         steps[training.arch, batch] = step
         epochs = training.epochs or rules.epochs_for(cell.ipc)
         tests = len(rules.tested_epochs(epochs)) * len(test_set(cell.setup.data, size))
-        forward = _forward_seconds(training.arch, training.width, classes, size, cell.setup.precision)
+        forward = forward_seconds(training.arch, training.width, classes, size, cell.setup.precision)
         seconds += missing * (
             (epochs + rules.passes_after) * math.ceil(count / batch) * step + tests * forward
         )
@@ -120,7 +120,7 @@ def cost_of(work: Sequence[Work]) -> Cost:
 
 
 @functools.cache
-def _step_seconds(
+def step_seconds(
     training: Training, batch: int, teacher: Path | None, classes: int, size: int, precision: str
 ) -> float:
     """Seconds of one training step, from students that are thrown away."""
@@ -153,7 +153,7 @@ def _step_seconds(
 
 
 @functools.cache
-def _forward_seconds(arch: str, width: int | None, classes: int, size: int, precision: str) -> float:
+def forward_seconds(arch: str, width: int | None, classes: int, size: int, precision: str) -> float:
     """Seconds of one image's forward pass."""
     model = create_model(arch, classes, size, **({} if width is None else {"width": width})).eval()
     device = resolve_device("auto")
@@ -180,5 +180,5 @@ def _score_seconds(distillation: Distillation) -> float:
     return (
         sources
         * passes
-        * _forward_seconds(teacher.arch, width, len(teacher.class_names), teacher.image_size, precision)
+        * forward_seconds(teacher.arch, width, len(teacher.class_names), teacher.image_size, precision)
     )

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import ddfast
 from bench.arms import Arm, Distillation, Setup, teacher_at
 from bench.compare import teacher_fact
-from bench.paper.arguments import add_shared
+from bench.paper.arguments import add_shared, told
 from bench.paper.charts import COLOURS, FAINT, GRID, figure
 from bench.paper.teachers import stages, teachers
 from ddfast.data.files import atomic_write_text, make_folder
@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
     folder = Distillation.of(Arm.parse(arguments.arm), arguments.ipc, setup).make()
     ages = [aged(teacher_at(path), folder) for path in [*stages(file), file]]
     out = arguments.out or Path("bench/results/paper") / f"entropy_{Path(arguments.data).stem}"
-    page = write(ages, setup, arguments, out)
+    page = write(ages, setup, arguments, out, argv)
     print(page)
     return 0
 
@@ -104,7 +104,9 @@ def aged(teacher: Teacher, folder: Path) -> Age:
     return Age(teacher.epoch, teacher.top1, entropy, agrees)
 
 
-def write(ages: Sequence[Age], setup: Setup, arguments: argparse.Namespace, out: Path) -> str:
+def write(
+    ages: Sequence[Age], setup: Setup, arguments: argparse.Namespace, out: Path, argv: Sequence[str]
+) -> str:
     """Write the table, the page and the picture; returns the page."""
     make_folder(out.parent)
     text = io.StringIO()
@@ -128,7 +130,7 @@ def write(ages: Sequence[Age], setup: Setup, arguments: argparse.Namespace, out:
         + "\n".join(lines)
         + f"\n\n![entropy]({out.with_suffix('.png').name})\n\n"
         f"- data {Path(setup.data).name}, set `{arguments.arm}` at IPC {arguments.ipc}, whole images\n"
-        f"- teacher {teacher_fact(setup.teacher)}\n"
+        f"- teacher {teacher_fact(setup.teacher)}\n\n{told('entropy', argv)}"
     )
     atomic_write_text(out.with_suffix(".md"), page)
     chart(out, ages, math.log2(classes))

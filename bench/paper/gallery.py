@@ -19,7 +19,7 @@ import numpy as np
 
 from bench.arms import Arm, Distillation, Setup, teacher_at
 from bench.compare import teacher_fact
-from bench.paper.arguments import add_shared
+from bench.paper.arguments import add_shared, told
 from bench.paper.teachers import teachers
 from ddfast.data import open_source
 from ddfast.data.decoding import decode_fit
@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--images", type=int, default=1, help="of each class")
     parser.add_argument("--classes", type=int, default=10, help="classes at most")
     parser.add_argument("--arm", default="infoutil", help="method and options whose crops are shown")
-    parser.add_argument("--side", type=int, default=144, help="side of a picture in pixels")
+    parser.add_argument("--side", type=int, default=128, help="side of a picture in pixels")
     arguments = parser.parse_args(argv)
     files = teachers(
         arguments.data,
@@ -95,7 +95,7 @@ def main(argv: Sequence[str]) -> int:
     out = arguments.out or Path("bench/results/paper") / f"gallery_{Path(arguments.data).stem}"
     make_folder(out.parent)
     atomic_write_bytes(out.with_suffix(".png"), png_bytes(picture(shown, arguments.side)))
-    atomic_write_text(out.with_suffix(".md"), _page(shown, setup, arguments, out))
+    atomic_write_text(out.with_suffix(".md"), _page(shown, setup, arguments, out, argv))
     print(f"{len(shown)} images in {out.with_suffix('.png')}")
     return 0
 
@@ -194,7 +194,9 @@ def _whole_pixels(box: np.ndarray) -> tuple[int, int, int, int]:
     return x0, y0, x1, y1
 
 
-def _page(shown: Sequence[Shown], setup: Setup, arguments: argparse.Namespace, out: Path) -> str:
+def _page(
+    shown: Sequence[Shown], setup: Setup, arguments: argparse.Namespace, out: Path, argv: Sequence[str]
+) -> str:
     files = "".join(f"- {each.key}\n" for each in shown)
     return (
         f"# Heatmaps and crops, InfoUtil beside RDED\n\n![gallery]({out.with_suffix('.png').name})\n\n"
@@ -202,5 +204,5 @@ def _page(shown: Sequence[Shown], setup: Setup, arguments: argparse.Namespace, o
         "for the set; the loss is the teacher's on that crop, in nats. The images are the first of each class by their "
         "ids, which are hashes.\n\n"
         f"- data {Path(setup.data).name}, teacher {teacher_fact(setup.teacher)}\n"
-        f"- InfoUtil: `{arguments.arm}`; RDED: `rded`\n\nImages:\n\n{files}"
+        f"- InfoUtil: `{arguments.arm}`; RDED: `rded`\n\nImages:\n\n{files}\n{told('gallery', argv)}"
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from bench.arms import teacher_at
 from bench.compare import STUDENT_COLUMNS, budget, cell, made_with, student_rows, teacher_fact
+from bench.paper.arguments import told
 from bench.paper.charts import Line, accuracy_chart
 from bench.paper.cost import Work
 from bench.paper.recipes import RANDOM, Gain, Recipe, Row
@@ -148,7 +148,7 @@ def markdown(name: str, recipe: Recipe, blocks: Sequence[Block], spent: str, arg
     parts.append("".join(f"- {fact}\n" for fact in _facts(blocks)))
     arms = dict.fromkeys(f"- {row.name}: `{row.arm}`" for block in blocks for row in block.rows)
     parts.append("Arms:\n\n" + "\n".join(arms) + "\n")
-    parts.append(f"Made by `python -m bench.paper {name} {_told(argv)}`.\n")
+    parts.append(told(name, argv))
     return "\n".join(parts)
 
 
@@ -260,8 +260,3 @@ def _facts(blocks: Sequence[Block]) -> list[str]:
         labels = "hard labels" if of_it[0].work.training.hard else "labels online"
         told.append(f"student {archs}, protocol {protocol}, {labels}; {budget([one.found for one in of_it])}")
     return [*told, made_with([each.found for each in filled], setup.precision)]
-
-
-def _told(argv: Sequence[str]) -> str:
-    """The command without the folders of this machine."""
-    return shlex.join(Path(word).name if "/" in word else word for word in argv)

@@ -137,7 +137,7 @@ def evaluate(
         rules = protocol_named(protocol) if isinstance(protocol, str) else protocol
     except ValueError as error:
         raise UsageError(str(error)) from error
-    images = _in_memory(distilled)
+    images = read_distilled(distilled)
     if teacher is not None and not isinstance(teacher, Teacher):
         teacher = load_teacher(teacher)
     test = data if isinstance(data, ImageSet) else _open_test(data, images, workers, quiet)
@@ -180,8 +180,8 @@ def evaluate(
     )
 
 
-def _in_memory(distilled: str | Path | DistilledSet | DistilledImages) -> DistilledImages:
-    """The whole distilled set as tensors."""
+def read_distilled(distilled: str | Path | DistilledSet | DistilledImages) -> DistilledImages:
+    """The whole distilled set as tensors; images that are in memory already as they are."""
     if isinstance(distilled, DistilledImages):
         return distilled
     from ddfast.data.distilled import DistilledSet

@@ -9,6 +9,7 @@ import torch
 from bench.arms import Arm, Setup
 from bench.paper.__main__ import main
 from bench.paper.charts import _apart
+from bench.paper.continual import class_orders, seen_classes, seen_images, seen_teacher, seen_test
 from bench.paper.entropy import label_entropy
 from bench.paper.gallery import POOL, gather
 from bench.paper.grid import parse, rows_for
@@ -16,6 +17,8 @@ from bench.paper.recipes import RANDOM, RECIPES
 from bench.paper.reported import data_name, gains, met, model_name, reported
 from bench.paper.teachers import fitting, stages
 from ddfast.methods import list_methods
+from ddfast.models import Teacher
+from ddfast.training import DistilledImages, ImageSet
 from tests.methods.conftest import toy_folder, toy_teacher, toy_test, toy_train
 
 __all__ = ["toy_folder", "toy_teacher", "toy_test", "toy_train"]
@@ -189,6 +192,58 @@ def test_the_entropy_study_has_a_row_a_checkpoint(toy_folder, toy_teacher, tmp_p
     )
     assert (tmp_path / "entropy.png").stat().st_size > 5_000
     assert "of a soft label, bits" in (tmp_path / "entropy.svg").read_text()
+
+
+def test_classes_come_step_by_step():
+    assert seen_classes([3, 0, 2, 1, 4], 5) == [[3], [0, 3], [0, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3, 4]]
+    assert [len(seen) for seen in seen_classes(list(range(10)), 5)] == [2, 4, 6, 8, 10]
+    assert [len(seen) for seen in seen_classes(list(range(7)), 3)] == [3, 5, 7]
+    orders = class_orders(10, 5)
+    assert all(sorted(order) == list(range(10)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 5
+    assert orders == class_orders(10, 5)
+
+
+def test_sets_and_teachers_of_the_classes_seen():
+    images = torch.arange(8, dtype=torch.uint8).view(8, 1, 1, 1).expand(8, 3, 4, 4)
+    labels = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
+    soft = torch.tensor([0.1, 0.2, 0.3, 0.4]).expand(8, 1, 4)
+    distilled = DistilledImages(images, labels, list("abcd"), (0, 0, 0), (1, 1, 1), soft_labels=soft)
+    part = seen_images(distilled, [1, 3]).checked()
+    assert part.images[:, 0, 0, 0].tolist() == [2, 3, 6, 7]
+    assert part.labels.tolist() == [0, 0, 1, 1]
+    assert part.class_names == ["b", "d"]
+    torch.testing.assert_close(part.soft_labels[0, 0], torch.tensor([1 / 3, 2 / 3]))
+    test = seen_test(ImageSet(images, labels), [1, 3])
+    assert (len(test), test.labels.tolist()) == (4, [0, 0, 1, 1])
+
+    class Fixed(torch.nn.Module):
+        def forward(self, images):
+            return torch.tensor([0.1, 0.2, 0.3, 0.4]).log().expand(len(images), 4)
+
+    teacher = Teacher(Fixed(), "convnet3", list("abcd"), 4, (0, 0, 0), (1, 1, 1), "")
+    seen = seen_teacher(teacher, [1, 3])
+    assert seen.class_names == ["b", "d"]
+    probabilities = seen.model(torch.zeros(2, 3, 4, 4)).softmax(dim=1)
+    torch.testing.assert_close(probabilities, torch.tensor([[1 / 3, 2 / 3]] * 2))
+
+
+def test_continual_learning(toy_folder, toy_teacher, tmp_path, capsys):
+    given = ["--data", str(toy_folder), "--teacher", str(toy_teacher), "--work", str(tmp_path / "work")]
+    tiny = ["--width", "8", "--ipc", "2", "--epochs", "1", "--steps", "2", "--orders", "2"]
+    run = ["table4", *given, *tiny, "--images-per-class", "6", "--out", str(tmp_path / "table4")]
+    assert main(run) == 0
+    assert "16 students to train (0 are kept)" in capsys.readouterr().err
+    rows = list(csv.DictReader((tmp_path / "table4.csv").open()))
+    assert len(rows) == 4 * 2 * 2
+    assert [row["classes"] for row in rows[:4]] == ["2", "3", "2", "3"]
+    page = (tmp_path / "table4.md").read_text()
+    assert "| method | 2 classes | 3 classes | orders |" in page
+    assert (tmp_path / "table4.png").stat().st_size > 5_000
+    assert main([*run, "--cost"]) == 0
+    assert "0 students to train (16 are kept)" in capsys.readouterr().err
+    assert main(["table4", *given, "--steps", "4"]) == 2
+    assert "--steps must be in 1..3" in capsys.readouterr().err
 
 
 def test_what_is_unknown_is_refused_in_one_line(toy_folder, toy_teacher, tmp_path, capsys):
