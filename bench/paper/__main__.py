@@ -6,7 +6,7 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 
-from bench.paper import continual, entropy, gallery, grid
+from bench.paper import continual, entropy, gallery, grid, stages
 from bench.paper.recipes import RECIPES
 from ddfast.errors import DDFastError
 
@@ -15,6 +15,7 @@ Study = Callable[[Sequence[str]], int]
 STUDIES: dict[str, tuple[str, Study]] = {
     **{name: (recipe.title, functools.partial(grid.main, name)) for name, recipe in RECIPES.items()},
     "table4": (continual.TITLE, continual.main),
+    "figure3": (stages.TITLE, stages.main),
     "gallery": ("Figure 1: heatmaps and crops, InfoUtil beside RDED", gallery.main),
     "entropy": ("Section 5: soft-label entropy by teacher age", entropy.main),
 }

@@ -25,7 +25,7 @@ from bench.arms import Arm, Distillation, Setup, teacher_at
 from bench.compare import teacher_fact
 from bench.paper.arguments import add_shared, told
 from bench.paper.charts import COLOURS, FAINT, GRID, figure
-from bench.paper.teachers import stages, teachers
+from bench.paper.teachers import checkpoints, teachers
 from ddfast.data.files import atomic_write_text, make_folder
 from ddfast.models import Teacher
 from ddfast.training.augmentation import normalize
@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
         arguments.precision,
     )
     folder = Distillation.of(Arm.parse(arguments.arm), arguments.ipc, setup).make()
-    ages = [aged(teacher_at(path), folder) for path in [*stages(file), file]]
+    ages = [aged(teacher_at(path), folder) for path in [*checkpoints(file), file]]
     out = arguments.out or Path("bench/results/paper") / f"entropy_{Path(arguments.data).stem}"
     page = write(ages, setup, arguments, out, argv)
     print(page)

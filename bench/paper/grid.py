@@ -14,7 +14,7 @@ from bench.paper.arguments import add_shared
 from bench.paper.cost import Work, cost_of
 from bench.paper.page import Block, Filled, write
 from bench.paper.recipes import AS_PAPER, EARLY, EARLY_UP_TO, RECIPES, STAGES, Recipe, Row
-from bench.paper.teachers import early_teacher, fitting, stages, teachers, teachers_to_train
+from bench.paper.teachers import checkpoints, early_teacher, fitting, teachers, teachers_to_train
 from ddfast.errors import UsageError
 from ddfast.models import list_models
 from ddfast.progress import say
@@ -67,7 +67,7 @@ def rows_for(recipe: Recipe, teacher: Path, only: str) -> list[Row]:
         if row.labels != STAGES:
             rows.append(row)
             continue
-        for path in [*stages(teacher), teacher]:
+        for path in [*checkpoints(teacher), teacher]:
             age = "the full teacher" if path == teacher else f"epoch {teacher_at(path).epoch}"
             rows.append(replace(row, name=f"{row.name}, labels of {age}", labels=str(path)))
     words = [word.strip() for word in only.split(",") if word.strip()]

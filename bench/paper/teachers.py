@@ -85,7 +85,7 @@ def _trained(data: str, arch: str, work: Path, epochs: int, width: int | None) -
     return path
 
 
-def stages(teacher: Path) -> list[Path]:
+def checkpoints(teacher: Path) -> list[Path]:
     """Checkpoints beside a teacher file, `<stem>-epochN.safetensors`, the youngest first."""
     found = {}
     for path in teacher.parent.glob(f"{teacher.stem}-epoch*.safetensors"):

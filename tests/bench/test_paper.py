@@ -15,7 +15,7 @@ from bench.paper.gallery import POOL, gather
 from bench.paper.grid import parse, rows_for
 from bench.paper.recipes import RANDOM, RECIPES
 from bench.paper.reported import data_name, gains, met, model_name, reported
-from bench.paper.teachers import fitting, stages
+from bench.paper.teachers import checkpoints, fitting
 from ddfast.methods import list_methods
 from ddfast.models import Teacher
 from ddfast.training import DistilledImages, ImageSet
@@ -79,7 +79,7 @@ def test_a_teacher_is_trained_once_where_none_is_given(toy_folder, tmp_path, cap
     made = (tmp_path / "work" / "teachers").glob("convnet3-20-*.safetensors")
     (file,) = (path for path in made if "epoch" not in path.name)
     stamp = file.stat().st_mtime_ns
-    assert [path.stem.rpartition("-")[2] for path in stages(file)] == ["epoch2", "epoch5", "epoch10"]
+    assert [path.stem.rpartition("-")[2] for path in checkpoints(file)] == ["epoch2", "epoch5", "epoch10"]
     assert main(run) == 0
     assert file.stat().st_mtime_ns == stamp
 
@@ -244,6 +244,29 @@ def test_continual_learning(toy_folder, toy_teacher, tmp_path, capsys):
     assert "0 students to train (16 are kept)" in capsys.readouterr().err
     assert main(["table4", *given, "--steps", "4"]) == 2
     assert "--steps must be in 1..3" in capsys.readouterr().err
+
+
+def test_stages_of_every_method_are_measured_apart(toy_folder, toy_teacher, tmp_path, monkeypatch):
+    from bench.paper import stages
+
+    monkeypatch.setattr(stages, "ARMS", (stages.ARMS[0], stages.ARMS[-1]))
+    given = ["--data", str(toy_folder), "--teacher", str(toy_teacher), "--work", str(tmp_path / "work")]
+    run = ["figure3", *given, "--images-per-class", "6", "--ipc", "1", "--rounds", "1"]
+    assert main([*run, "--out", str(tmp_path / "figure3")]) == 0
+    rows = list(csv.DictReader((tmp_path / "figure3.csv").open()))
+    assert [row["arm"] for row in rows] == ["random images", "InfoUtil"]
+    for row in rows:
+        told = sum(float(row[f"{stage}_seconds"]) for stage in stages.STAGES)
+        assert 0 < told < float(row["process_seconds"])
+        assert int(row["rss_bytes"]) > 50 << 20
+    assert not (tmp_path / "work" / "stages").exists()
+    assert (tmp_path / "figure3.png").stat().st_size > 5_000
+
+
+def test_a_failed_distillation_is_told(toy_folder, toy_teacher, tmp_path, capsys):
+    given = ["--data", str(toy_folder), "--teacher", str(toy_teacher), "--work", str(tmp_path / "work")]
+    assert main(["figure3", *given, "--ipc", "0", "--out", str(tmp_path / "figure3")]) == 2
+    assert "arm 'random images': " in capsys.readouterr().err
 
 
 def test_what_is_unknown_is_refused_in_one_line(toy_folder, toy_teacher, tmp_path, capsys):
