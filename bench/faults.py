@@ -38,7 +38,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from bench import facts
 from bench.kill import digests
+from ddfast.data.files import atomic_write_text
 from ddfast.data.loaders import dali_missing
 
 T = TypeVar("T")
@@ -640,19 +642,23 @@ def torchrun(suite: Suite) -> None:
             marker.unlink(missing_ok=True)
             script = suite.work / "once.py"
             script.write_text(_DIES_ONCE.format(root=os.fspath(Path(__file__).resolve().parent.parent)))
-            process = subprocess.run(
+            process = subprocess.Popen(
                 [
                     *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)),
                     *("--max-restarts", "2", "--standalone", str(script), str(marker), str(write)),
                     *suite.command(out),
                 ],
-                capture_output=True,
-                timeout=PATIENCE,
-                check=False,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
             )
-            died = marker.exists()
-            end = f"lost: exit code {process.returncode}, killed: {died}"
-            if process.returncode == 0 and died:
+            try:
+                process.wait(timeout=PATIENCE)
+                end = f"lost: exit code {process.returncode}, killed: {marker.exists()}"
+            except subprocess.TimeoutExpired:
+                process.terminate()  # torchrun ends its ranks
+                process.wait()
+                end = "lost: hung"
+            if process.returncode == 0 and marker.exists():
                 end = "same bytes" if digests(out) == suite.wanted else "lost: other bytes"
             suite.note("torchrun restarts", f"rank 0 of {ranks} killed at its write {write}", end)
 
@@ -713,6 +719,23 @@ def _with_earlier(path: Path, results: Sequence[tuple[str, str, str]]) -> list[t
     return [*kept, *results]
 
 
+def _write(path: Path, suite: Suite, seed: int) -> None:
+    """The results so far, with those of families that did not run this time."""
+    results = _with_earlier(path.with_suffix(".csv"), suite.results)
+    software = ", ".join(f"{name} {version}" for name, version in facts.software().items())
+    revision, dirty = facts.commit()
+    text = (
+        "# Faults\n\n"
+        f"`python -m bench.faults --seed {seed}`: three classes of 100 images, ConvNet-3 of width 8, shards of {SHARD} "
+        f"sources, {len(suite.wanted)} files compared, {suite.seconds:.1f} s undisturbed. Every fault has to end in "
+        "the bytes of the undisturbed run, or in one clear line that says what to do; lost would be anything else: "
+        f"other bytes, a traceback, a hang. Every fault by name: {path.with_suffix('.csv').name}.\n\n"
+        f"{summary(results)}\n\n"
+        f"{software}, CPU; commit {revision}{' with changes' if dirty else ''}.\n"
+    )
+    atomic_write_text(path, text)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the suite."""
     parser = argparse.ArgumentParser(
@@ -725,9 +748,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "faults.md")
     arguments = parser.parse_args(argv)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    import pyarrow
-    import torch
-
     import ddfast.distillation  # noqa: F401 - imported here, so that every forked process has it
 
     shutil.rmtree(arguments.work, ignore_errors=True)
@@ -738,18 +758,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         FAMILIES[name](suite)
         ends = Counter(end.partition(":")[0] for _, _, end in suite.results[before:])
         print(f"{name}: {dict(ends)}, {time.monotonic() - started:.0f} s", flush=True)
-    table = summary(suite.results)
-    print(table)
-    if arguments.each is None:
-        results = _with_earlier(arguments.results.with_suffix(".csv"), suite.results)
-        versions = f"torch {torch.__version__}, pyarrow {pyarrow.__version__}"
-        text = (
-            f"`python -m bench.faults --seed {arguments.seed}`: three classes of 100 images, ConvNet-3 of width 8, "
-            f"shards of {SHARD} sources, {len(suite.wanted)} files compared; {versions}, CPU. Every fault has to end "
-            "in the bytes of the undisturbed run, or in one clear line that says what to do. Every fault by name: "
-            f"{arguments.results.with_suffix('.csv').name}.\n\n{summary(results)}\n"
-        )
-        arguments.results.write_text(text, encoding="utf-8")
+        if arguments.each is None:
+            _write(arguments.results, suite, arguments.seed)
+    print(summary(suite.results))
     shutil.rmtree(arguments.work, ignore_errors=True)
     return 1 if any(end.startswith("lost") for _, _, end in suite.results) else 0
 

@@ -7,8 +7,11 @@ where they meet. Tensors never travel, so the CPU's gloo carries everything; wit
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import secrets
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -168,7 +171,10 @@ def join() -> Ranks:
             backend = (
                 "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
             )
-            dist.init_process_group(backend, init_method="env://", timeout=_JOIN_TIMEOUT)
+            store, rank, size = next(dist.rendezvous("env://", timeout=_JOIN_TIMEOUT))
+            # torchrun's store outlives its restarts, with the addresses of the processes that are dead.
+            fresh = dist.PrefixStore(f"ddfast/{_agree_on_round(store, rank, size)}", store)
+            dist.init_process_group(backend, store=fresh, rank=rank, world_size=size, timeout=_JOIN_TIMEOUT)
         if dist.get_world_size() == 1:
             return Ranks()
         group = dist.new_group(backend="gloo", timeout=_STAGE_TIMEOUT)
@@ -186,6 +192,38 @@ def join() -> Ranks:
         _group=group,
         _leaves=not running,
     )
+
+
+def _agree_on_round(store: Any, rank: int, size: int) -> str:
+    """A name for this start of all processes, which no earlier start had, whatever is left of those in the store.
+
+    Each process says a nonce. Rank 0 proposes the nonces that it sees, those of the dead at first among them;
+    a process accepts a proposal that holds its own, and once all have accepted the same one it is the name.
+
+    Raises:
+        RuntimeError: not all processes were there in time.
+    """
+    nonce, deadline = secrets.token_hex(8), time.monotonic() + _JOIN_TIMEOUT.total_seconds()
+    store.set(f"ddfast/nonce/{rank}", nonce)
+    while time.monotonic() < deadline:
+        if rank == 0:
+            proposal = " ".join(_said(store, f"ddfast/nonce/{other}") for other in range(size))
+            store.set("ddfast/proposal", proposal)
+        proposal = _said(store, "ddfast/proposal")
+        if proposal.split(" ")[rank : rank + 1] == [nonce]:
+            store.set(f"ddfast/accepted/{rank}", proposal)
+        if rank == 0 and all(_said(store, f"ddfast/accepted/{other}") == proposal for other in range(size)):
+            store.set("ddfast/agreed", proposal)
+        agreed = _said(store, "ddfast/agreed")
+        if agreed.split(" ")[rank : rank + 1] == [nonce]:
+            return hashlib.blake2b(agreed.encode(), digest_size=8).hexdigest()
+        time.sleep(0.02)
+    raise RuntimeError(f"not all were there within {_JOIN_TIMEOUT.total_seconds() / 60:.0f} minutes")
+
+
+def _said(store: Any, key: str) -> str:
+    """What stands under a key of the store, "" where nothing does."""
+    return store.get(key).decode("ascii") if store.check([key]) else ""
 
 
 def is_main() -> bool:

@@ -2,25 +2,30 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 
 from ddfast.errors import UsageError
-from ddfast.ranks import Ranks, join
+from ddfast.ranks import Ranks, _agree_on_round, join
 from tests.methods.conftest import digests
 from tests.methods.test_pipeline import distil
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def torchrun(ranks, toy_folder, toy_teacher, out, *extra):
-    """Exit code and error output of a distillation by `ranks` processes."""
+def torchrun(ranks, toy_folder, toy_teacher, out, *extra, program=("-m", "ddfast")):
+    """Exit code and error output of a distillation by `ranks` processes, started again where they may resume."""
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)),
-        *("-m", "ddfast", "distill", "infoutil", "--data", str(toy_folder), "--teacher", str(toy_teacher)),
+        *("--max-restarts", "1" if "--resume" in extra else "0", *program),
+        *("distill", "infoutil", "--data", str(toy_folder), "--teacher", str(toy_teacher)),
         *("--ipc", "2", "--images-per-class", "100", "--factor", "2", "--out", str(out), "--quiet", *extra),
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=300)
@@ -33,10 +38,29 @@ def small_shards(monkeypatch):
     monkeypatch.setattr("ddfast.methods.run.SHARD_SOURCES", 32)
 
 
-def test_two_ranks_give_the_bytes_of_one_process(toy_folder, toy_teacher, tmp_path):
+DIES_ONCE = """
+import os, signal, sys
+from pathlib import Path
+from ddfast.cli import main
+died, rename = Path(sys.argv[1]), os.replace
+def replace(source, target):
+    died.touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+if os.environ["RANK"] == "1" and not died.exists():
+    os.replace = replace
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_two_ranks_of_which_one_dies_once_give_the_bytes_of_one_process(toy_folder, toy_teacher, tmp_path):
     alone = distil(toy_folder, toy_teacher, tmp_path / "alone", images_per_class=100)
-    code, said = torchrun(2, toy_folder, toy_teacher, tmp_path / "two")
+    program, died = tmp_path / "dies_once.py", tmp_path / "died"
+    program.write_text(DIES_ONCE)
+    code, said = torchrun(
+        2, toy_folder, toy_teacher, tmp_path / "two", "--resume", program=(str(program), str(died))
+    )
     assert code == 0, said
+    assert died.exists()
     assert digests(tmp_path / "two") == digests(alone)
     assert json.loads((tmp_path / "two" / "run.json").read_text())["ranks"] == 2
 
@@ -59,6 +83,7 @@ def test_every_rank_s_share_is_done_by_somebody_once(small_shards, toy_folder, t
 
 SCRIPT = """
 import os, sys, time
+from pathlib import Path
 from ddfast.errors import UsageError
 from ddfast.ranks import PeerError, join
 ranks = join()
@@ -82,8 +107,12 @@ try:
     ranks.meet("here" if ranks.main else "there")
 except UsageError as error:
     assert "met at here and there" in str(error)
+seen = Path(sys.argv[1])
 if ranks.rank == 1:
+    while not seen.exists():  # an exit at once could end rank 0's last meeting
+        time.sleep(0.01)
     os._exit(0)
+seen.touch()
 try:
     ranks.meet("alone")
 except PeerError as error:
@@ -91,9 +120,15 @@ except PeerError as error:
 """
 
 
-def test_ranks_stop_together_with_the_reason_of_the_one_that_failed():
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def test_ranks_stop_together_with_the_reason_of_the_one_that_failed(tmp_path):
     processes = []
-    port = str(20000 + os.getpid() % 20000)
+    port = free_port()
     for rank in range(2):
         environment = {
             **os.environ,
@@ -104,13 +139,40 @@ def test_ranks_stop_together_with_the_reason_of_the_one_that_failed():
         }
         processes.append(
             subprocess.Popen(
-                [sys.executable, "-c", SCRIPT], env=environment, stdout=subprocess.PIPE, text=True, cwd=ROOT
+                [sys.executable, "-c", SCRIPT, str(tmp_path / "seen")],
+                env=environment,
+                stdout=subprocess.PIPE,
+                text=True,
+                cwd=ROOT,
             )
         )
     said = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert said[0].startswith("lost another rank: it was killed")
     assert "--resume" in said[0]
+
+
+def agreed_by(store, size):
+    """What `size` ranks agree on, each in a thread, the last first."""
+    with ThreadPoolExecutor(size) as pool:
+        found = [pool.submit(_agree_on_round, store, rank, size) for rank in reversed(range(size))]
+        return {future.result(timeout=60) for future in found}
+
+
+def test_a_restart_agrees_on_a_name_that_no_start_before_it_had():
+    # torchrun's store keeps what the dead have said, be it all of it or some.
+    store = torch.distributed.HashStore()
+    names = [agreed_by(store, 3), agreed_by(store, 3), agreed_by(store, 2)]
+    store.set("ddfast/nonce/1", "of a process that died before the others came")
+    names += [agreed_by(store, 2), agreed_by(store, 3)]
+    assert [len(name) for name in names] == [1] * 5
+    assert len(set.union(*names)) == 5
+
+
+def test_processes_that_never_come_are_not_waited_for_without_end(monkeypatch):
+    monkeypatch.setattr("ddfast.ranks._JOIN_TIMEOUT", timedelta(seconds=0.1))
+    with pytest.raises(RuntimeError, match="not all were there"):
+        _agree_on_round(torch.distributed.HashStore(), 1, 2)
 
 
 def test_one_process_is_alone(monkeypatch):
@@ -135,8 +197,6 @@ def test_processes_that_do_not_find_each_other_say_so(monkeypatch):
 
 
 def test_the_number_of_threads_does_not_depend_on_torchrun(monkeypatch):
-    import torch
-
     from ddfast.methods.run import threads_of
 
     monkeypatch.delenv("DDFAST_THREADS")
