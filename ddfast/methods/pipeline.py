@@ -370,6 +370,7 @@ def score(run: Run) -> None:
         prepare(run)
         clock(run, "prepare", started)
         started = time.monotonic()
+    processor = time.process_time()
     make_folder(run.out / SCORES)
     pool, size = run.pool(), run.plan["arithmetic"]["shard_sources"]
     mine = run.ranks.share(_shards(run))
@@ -386,7 +387,7 @@ def score(run: Run) -> None:
         with Progress(label, sources, "images", done=sources - wanted, quiet=run.quiet) as progress:
             for index, shard in zip(missing, shards, strict=True):
                 _score_shard(run, index, len(shard), loaded, progress, digest)
-        _note_rate(run, wanted, time.monotonic() - started, loaded.seconds)
+        _note_rate(run, wanted, time.monotonic() - started, loaded.seconds, time.process_time() - processor)
     run.ranks.meet("score")
     clock(run, "score", started)
 
@@ -422,11 +423,15 @@ class _Awaited:
             self.seconds += time.monotonic() - started
 
 
-def _note_rate(run: Run, sources: int, seconds: float, waited: float) -> None:
-    """Keep in `run.json` how fast this pass of this rank was, and the share of it in which the model was busy."""
+def _note_rate(run: Run, sources: int, seconds: float, waited: float, processor: float) -> None:
+    """Keep in `run.json` how fast this pass of this rank was, and the share of it in which the model was busy.
+
+    `processor` is the time of all its threads on a core, which neighbours on the machine do not lengthen.
+    """
     run.facts["score"] = {
         "sources": sources,
         "seconds": round(seconds, 3),
+        "processor_seconds": round(processor, 3),
         "waited_for_images": round(waited, 3),
         "busy": round(1 - waited / seconds, 4) if seconds > 0 else None,
     }
