@@ -389,7 +389,7 @@ def _add_evaluate(commands: Any) -> None:
         "--epochs", type=int, default=None, help="passes over the distilled set; default the protocol's"
     )
     parser.add_argument(
-        "--protocol", default="rded", help="rded, sre2l, sre2l_tiny, or with hard labels dc, dsa, idc, igds"
+        "--protocol", default="rded", help="rded, rded_plain, sre2l, sre2l_tiny, or with hard labels dc, dsa, idc, igds"
     )
     parser.add_argument("--batch-size", type=int, default=None, help="images a step; default the protocol's")
     parser.add_argument(

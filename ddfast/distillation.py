@@ -47,7 +47,7 @@ def distill(
     make the same call, with `out` on storage that all of them see. The result has the bytes of one process's.
 
     Args:
-        method: "infoutil", "rded" or "random"; `options` are the fields of its options dataclass.
+        method: a name of `ddfast.methods.list_methods()`; `options` are the fields of its options dataclass.
         data: ImageFolder root, zip, tar shards, or a torchvision set by name.
         teacher: teacher file, `torchvision:NAME`, or a loaded `Teacher` that knows its file.
         ipc: images per class.
