@@ -16,7 +16,6 @@ import csv
 import io
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -179,8 +178,8 @@ def fit_teacher(data: Path, path: Path) -> dict[str, Any]:
 class Measured:
     """One run: what it did and what it took.
 
-    Memory in bytes, the high-water mark that the kernel keeps of the process: a run has no worker processes, and
-    those that it forks for a moment share its pages.
+    Memory in bytes, the high-water mark that the kernel keeps of the process, when its last stage ends: a run has no
+    worker processes, and what closing the libraries reads in again afterwards is the same for every run.
     """
 
     name: str
@@ -208,33 +207,18 @@ def command(data: Path, teacher: Path, out: Path, method: str = "infoutil") -> l
     ]
 
 
-def high_water(pid: int) -> int:
-    """The most resident bytes that a process has had since it began its program; 0 where it is gone.
-
-    `getrusage` will not do: for a child it counts what its parent had when it forked.
-    """
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0
-    found = re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE)
-    return int(found[1]) * 1024 if found else 0
-
-
-def run(arguments: Sequence[str], threads: int, kill_at: tuple[Path, int] | None = None) -> tuple[float, int]:
-    """Run a distillation. Returns seconds and peak memory; with `kill_at` (folder, shards) it is killed there."""
+def run(arguments: Sequence[str], threads: int, kill_at: tuple[Path, int] | None = None) -> float:
+    """Run a distillation. Returns seconds; with `kill_at` (folder, shards) it is killed when as many stand there."""
     environment = {**os.environ, "DDFAST_THREADS": str(threads)}
     started = time.monotonic()
     process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL)
-    peak = 0
     while process.poll() is None:
-        peak = max(peak, high_water(process.pid))
         if kill_at is not None and len(list((kill_at[0] / "scores").glob("part-*"))) >= kill_at[1]:
             process.send_signal(signal.SIGKILL)
         time.sleep(0.05)
     if process.returncode != (0 if kill_at is None else -signal.SIGKILL):
         raise SystemExit(f"the run ended with exit code {process.returncode}: {' '.join(arguments)}")
-    return time.monotonic() - started, peak
+    return time.monotonic() - started
 
 
 def measure(
@@ -242,7 +226,7 @@ def measure(
 ) -> Measured:
     """Distil into an empty folder and read what the run says of itself."""
     shutil.rmtree(out, ignore_errors=True)
-    seconds, peak = run(command(data, teacher, out, method), threads)
+    seconds = run(command(data, teacher, out, method), threads)
     said = json.loads((out / "run.json").read_text())
     stages, pass_ = said["seconds"], said["score"]
     named = {stage: stages.get(stage, 0.0) for stage in ("select", "synthesize", "relabel", "report")}
@@ -251,7 +235,7 @@ def measure(
         classes=classes,
         sources=pass_["sources"],
         seconds=round(seconds, 2),
-        peak_memory=peak,
+        peak_memory=said["peak_memory"],
         score_seconds=pass_["seconds"],
         rate=round(pass_["sources"] / pass_["seconds"], 1),
         processor_ms=round(1000 * pass_["processor_seconds"] / pass_["sources"], 3),
@@ -268,9 +252,9 @@ def measure_kill(
     shutil.rmtree(out, ignore_errors=True)
     shards = len(list((undisturbed / "scores").glob("part-*")))
     arguments = command(data, teacher, out)
-    before, _ = run(arguments, threads, kill_at=(out, shards // 2))
+    before = run(arguments, threads, kill_at=(out, shards // 2))
     kept = len(list((out / "scores").glob("part-*")))
-    after, _ = run(arguments, threads)
+    after = run(arguments, threads)
     again = json.loads((out / "run.json").read_text())["score"]["sources"]
     return {
         "killed_after": round(before, 2),

@@ -68,6 +68,7 @@ from ddfast.methods.run import (
     host_facts,
     images_in_flight,
     make_plan,
+    peak_memory,
     pixel_limit_of,
     rank_device,
     read_plan,
@@ -779,7 +780,8 @@ def _tiles(images: Tensor, factor: int) -> Tensor:
 
 
 def clock(run: Run, stage: str, started: float) -> None:
-    """Add the seconds of a stage to `run.json` and save."""
+    """Add the seconds of a stage and the memory of this process so far to `run.json`, and save."""
     seconds = run.facts.setdefault("seconds", {})
     seconds[stage] = round(seconds.get(stage, 0.0) + time.monotonic() - started, 3)
+    run.facts["peak_memory"] = peak_memory()
     run.save()

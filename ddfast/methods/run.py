@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
@@ -385,6 +386,19 @@ def host_facts() -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def peak_memory() -> int | None:
+    """The most resident bytes that this process has had, None where the system is not Linux.
+
+    `getrusage` will not do: it counts what the process that started this one had.
+    """
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    found = re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
 
 
 def check_teacher(teacher: Teacher, source: Source, *, role: str = "teacher") -> None:
