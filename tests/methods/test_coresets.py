@@ -290,26 +290,42 @@ def test_a_shard_without_a_readable_image_has_no_features(toy_folder, toy_teache
 
 
 @pytest.mark.parametrize("method", ["k_means", "forgetting"])
-def test_two_ranks_give_the_bytes_of_one_process(method, toy_folder, toy_teacher, tmp_path):
+def test_two_ranks_give_the_bytes_of_one_process(method, toy_folder, toy_teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr("ddfast.methods.run.SHARD_SOURCES", 32)
     alone = run(method, toy_folder, toy_teacher, tmp_path / "alone", images_per_class=100)
-    extra = ["--epochs", "3"] if method == "forgetting" else []
+    assert len(list((alone / "scores").iterdir())) == 6
+    script = tmp_path / "small_shards.py"
+    script.write_text(
+        "import sys\nfrom ddfast.cli import main\nfrom ddfast.methods import run\n"
+        "run.SHARD_SOURCES = 32\nsys.exit(main(sys.argv[1:]))\n"
+    )
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *("-m", "ddfast", "distill", method, "--data", str(toy_folder), "--teacher", str(toy_teacher)),
         *(
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            str(script),
+        ),
+        *(
+            "distill",
+            method,
+            "--data",
+            str(toy_folder),
+            "--teacher",
+            str(toy_teacher),
             "--ipc",
             "2",
-            "--images-per-class",
-            "100",
-            "--factor",
-            "1",
-            "--out",
-            str(tmp_path / "two"),
             "--quiet",
         ),
+        *("--images-per-class", "100", "--factor", "1", "--out", str(tmp_path / "two")),
+        *(["--epochs", "3"] if method == "forgetting" else []),
     ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*command, *extra], capture_output=True, text=True, check=False, cwd=ROOT, timeout=300
+        command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=300, env=environment
     )
     assert done.returncode == 0, done.stderr
     assert digests(tmp_path / "two") == digests(alone)
