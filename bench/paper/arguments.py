@@ -36,5 +36,11 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
 
 def told(name: str, argv: Sequence[str]) -> str:
     """The command, without the folders of the machine that it ran on."""
-    words = [Path(word).name if "/" in word else word for word in argv]
+    words: list[str] = []
+    given = iter(argv)
+    for word in given:
+        if word in ("--work", "--out"):  # where results are kept decides none of them
+            next(given, None)
+        elif not word.startswith(("--work=", "--out=")):
+            words.append(Path(word).name if "/" in word else word)
     return f"Made by `python -m bench.paper {name} {shlex.join(words)}`.\n"

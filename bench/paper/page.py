@@ -72,7 +72,7 @@ def write(
             writer.writerows(_csv_rows(name, block, each))
     atomic_write_text(out.with_suffix(".csv"), text.getvalue())
     accuracy_chart(out, [_lines(name, block) for block in filled], recipe.title)
-    page = markdown(name, recipe, filled, spent, argv)
+    page = markdown(name, recipe, filled, spent, argv, out.with_suffix(".png").name)
     atomic_write_text(out.with_suffix(".md"), page)
     return page
 
@@ -129,7 +129,9 @@ def _paper(name: str, block: Block, row: Row, ipc: int) -> Reported | None:
 # ---------------------------------------------------------------------------------------------------------
 
 
-def markdown(name: str, recipe: Recipe, blocks: Sequence[Block], spent: str, argv: Sequence[str]) -> str:
+def markdown(
+    name: str, recipe: Recipe, blocks: Sequence[Block], spent: str, argv: Sequence[str], chart: str
+) -> str:
     """The page: a table of accuracies and one of claims for each teacher and student, then how it was made."""
     parts = [
         f"# {recipe.title}\n",
@@ -143,6 +145,7 @@ def markdown(name: str, recipe: Recipe, blocks: Sequence[Block], spent: str, arg
         parts.append(accuracies(name, block))
         if claims := claim_table(name, recipe, block):
             parts.append(claims)
+    parts.append(f"![accuracy against IPC]({chart})\n")
     if recipe.note:
         parts.append(f"{recipe.note}\n")
     parts.append("".join(f"- {fact}\n" for fact in _facts(blocks)))

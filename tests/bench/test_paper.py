@@ -41,6 +41,12 @@ def test_every_recipe_runs(name, toy_folder, toy_teacher, tmp_path, capsys):
     assert main([name, *words(toy_folder, toy_teacher, tmp_path, *students)]) == 0
     table = (tmp_path / "table.md").read_text()
     assert recipe.title in table
+    assert "![accuracy against IPC](table.png)" in table
+    command = table.rpartition("Made by `")[2]
+    assert command.startswith(
+        f"python -m bench.paper {name} --data toy0 --teacher teacher.safetensors --width 8 "
+    )
+    assert not {"--work", "--out"} & set(command.split())
     assert "IPC 1: 2 of" in table
     rows = list(csv.DictReader((tmp_path / "table.csv").open()))
     expected = [row.name for row in rows_for(recipe, toy_teacher, "")]
