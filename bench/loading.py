@@ -4,7 +4,9 @@
 
 Every contender reads, decodes, resizes the shorter side with an antialiasing filter and cuts the centre, for the
 same images, in the same order, in rounds that alternate. Before anything is timed, its images are compared with
-Pillow's. Writes OUT.csv and OUT.md.
+Pillow's. Then the time of one thread is divided among reading, decoding and the rest, and `ddfast score` runs once with
+each contender: the share of its time in which the model did not wait for images is how well it is fed. Writes OUT.csv
+and OUT.md.
 """
 
 from __future__ import annotations
@@ -12,6 +14,10 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import json
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
@@ -41,6 +47,8 @@ HEADER = (
     "p50",
     "p80",
 )
+
+BUSY_BOUND = 0.9  # share of the score pass in which the model must not wait
 
 Load = Callable[..., Generator[tuple[Sample, Any], None, None]]
 
@@ -100,8 +108,79 @@ def measured(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             }
 
 
-def report(rows: Sequence[dict[str, Any]], device: str) -> str:
-    """The rows as a page."""
+def stages(source: Source, samples: Sequence[Sample], size: int) -> dict[str, dict[str, float]]:
+    """Milliseconds an image in one thread: reading, decoding to the file's own size, and resizing and cutting."""
+    from ddfast.data.decoding import decode, decode_fit, pixel_limit
+    from ddfast.data.native_jpeg import decode_fit_native, torchvision_decodes
+
+    def milliseconds(work: Callable[[Any], Any], over: Sequence[Any]) -> float:
+        started = time.perf_counter()
+        for one in over:
+            work(one)
+        return 1000 * (time.perf_counter() - started) / len(over)
+
+    files = [source.read(sample) for sample in samples]
+    reading = milliseconds(source.read, samples)
+    found = {}
+    decoded = milliseconds(decode, files)
+    whole = milliseconds(lambda data: decode_fit(data, size), files)
+    found["pillow"] = {"read": reading, "decode": decoded, "resize and crop": max(0.0, whole - decoded)}
+    if torchvision_decodes():
+        from torchvision.io import ImageReadMode, decode_jpeg
+
+        def native(data: bytes) -> torch.Tensor:
+            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+
+        limit = pixel_limit()
+        decoded = milliseconds(native, files)
+        whole = milliseconds(lambda data: decode_fit_native(data, size, max_pixels=limit), files)
+        found["torchvision"] = {
+            "read": reading,
+            "decode": decoded,
+            "checks, resize and crop": whole - decoded,
+        }
+    return found
+
+
+def score_pass(data: str, size: int, loader: str, sources: int, device: str, work: Path) -> dict[str, Any]:
+    """What `ddfast score` with random weights says of itself: sources, seconds and the model's busy share."""
+    from ddfast.models import create_model, save_teacher
+
+    names = open_source(data).class_names
+    arch, options = ("resnet18", {}) if size > 64 else ("convnet3", {"width": 128})
+    teacher = work / f"{arch}-{len(names)}.safetensors"
+    if not teacher.exists():
+        torch.manual_seed(0)
+        model = create_model(arch, len(names), image_size=size, **options).eval()
+        half = (0.5, 0.5, 0.5)
+        save_teacher(
+            teacher,
+            model,
+            arch=arch,
+            arch_options=options,
+            class_names=names,
+            image_size=size,
+            mean=half,
+            std=half,
+        )
+    out = work / f"{Path(data).stem}-{loader}"
+    command = [
+        *(sys.executable, "-m", "ddfast", "score", "infoutil", "--data", data, "--teacher", str(teacher)),
+        *("--out", str(out), "--ipc", "1", "--images-per-class", str(max(4, sources // len(names)))),
+        *("--loader", loader, "--device", device, "--no-preflight", "--quiet"),
+    ]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    said = json.loads((out / "run.json").read_text())["score"]
+    return {"data": Path(data).name, "size": size, "arch": arch, "loader": loader, **said}
+
+
+def report(
+    rows: Sequence[dict[str, Any]],
+    shares: dict[str, dict[str, dict[str, float]]],
+    passes: Sequence[dict[str, Any]],
+    device: str,
+) -> str:
+    """The rows, the stages by set and loader, and the score passes as a page."""
     base = {(row["data"], row["size"], row["threads"]): row for row in rows if row["loader"] == "pillow"}
     dirty = " with changes" if facts.commit()[1] else ""
     lines = [
@@ -124,6 +203,36 @@ def report(rows: Sequence[dict[str, Any]], device: str) -> str:
             f"{float(row['p20']):.0f} to {float(row['p80']):.0f} | {times:.2f} | "
             f"{row['mean_difference']} / {row['max_difference']} |"
         )
+    lines += [
+        "",
+        "Where the time of one thread goes (DALI reads as the others do and decodes and resizes in one piece):",
+        "",
+        "| data | loader | stage | ms an image | share |",
+        "| --- | --- | --- | ---: | ---: |",
+    ]
+    for data, loaders in shares.items():
+        for loader, taken in loaders.items():
+            total = sum(taken.values())
+            lines += [
+                f"| {data} | {loader} | {stage} | {each:.3f} | {100 * each / total:.0f}% |"
+                for stage, each in taken.items()
+            ]
+    if passes:
+        busy = min(one["busy"] for one in passes)
+        lines += [
+            "",
+            f"The score pass of InfoUtil (`ddfast score`, random weights, default options, {device}). The model is to "
+            f"be busy at least {100 * BUSY_BOUND:.0f}% of the time: {'met' if busy >= BUSY_BOUND else 'missed'}.",
+            "",
+            "| data | model | loader | sources | sources/s | core time a source, ms | model busy |",
+            "| --- | --- | --- | ---: | ---: | ---: | ---: |",
+            *(
+                f"| {one['data']} | {one['arch']}, {one['size']} px | {one['loader']} | {one['sources']} | "
+                f"{one['sources'] / one['seconds']:.2f} | {1000 * one['processor_seconds'] / one['sources']:.1f} | "
+                f"{100 * one['busy']:.1f}% |"
+                for one in passes
+            ),
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -145,12 +254,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--device", default="cpu", help="cpu, or cuda for DALI to decode on the GPU")
+    parser.add_argument(
+        "--score", type=int, default=48, help="sources that `ddfast score` takes by each loader; 0: none"
+    )
     parser.add_argument("--out", type=Path, help="write OUT.csv and OUT.md")
     arguments = parser.parse_args(argv)
     rows: list[dict[str, Any]] = []
-    for data, size in zip(arguments.data, arguments.size, strict=True):
-        rows += measured(argparse.Namespace(**{**vars(arguments), "data": data, "size": size}))
-    page = report(rows, arguments.device)
+    shares: dict[str, dict[str, dict[str, float]]] = {}
+    passes: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as work:
+        for data, size in zip(arguments.data, arguments.size, strict=True):
+            rows += measured(argparse.Namespace(**{**vars(arguments), "data": data, "size": size}))
+            with open_source(data) as source:
+                shares[Path(data).name] = stages(
+                    source, source.samples.take(range(min(256, len(source)))), size
+                )
+            for loader in contenders(arguments.device) if arguments.score else ():
+                passes.append(score_pass(data, size, loader, arguments.score, arguments.device, Path(work)))
+    page = report(rows, shares, passes, arguments.device)
     print(page)
     if arguments.out is not None:
         table = io.StringIO()

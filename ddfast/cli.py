@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ddfast import __version__
+from ddfast.data.loaders import LOADERS
 from ddfast.errors import DDFastError, UsageError
 
 
@@ -252,7 +253,7 @@ def _method_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> N
     parser.add_argument("--batch-size", default="auto", help="images in flight; never changes the result")
     parser.add_argument(
         "--loader",
-        choices=("auto", "pillow", "dali"),
+        choices=LOADERS,
         default="auto",
         help="what decodes; part of the arithmetic",
     )
@@ -389,7 +390,9 @@ def _add_evaluate(commands: Any) -> None:
         "--epochs", type=int, default=None, help="passes over the distilled set; default the protocol's"
     )
     parser.add_argument(
-        "--protocol", default="rded", help="rded, rded_plain, sre2l, sre2l_tiny, or with hard labels dc, dsa, idc, igds"
+        "--protocol",
+        default="rded",
+        help="rded, rded_plain, sre2l, sre2l_tiny, or with hard labels dc, dsa, idc, igds",
     )
     parser.add_argument("--batch-size", type=int, default=None, help="images a step; default the protocol's")
     parser.add_argument(

@@ -179,6 +179,15 @@ def test_every_name_resolves_to_a_loader() -> None:
         assert isinstance(resolve_loader(name), Loader)
 
 
+@pytest.mark.parametrize("name", LOADERS)
+def test_the_command_line_takes_every_loader(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from ddfast.cli import main
+
+    arguments = ["--data", "/nowhere", "--teacher", "none", "--ipc", "1", "--out", "/nowhere/out"]
+    assert main(["score", "random", *arguments, "--loader", name]) == 2
+    assert "/nowhere" in capsys.readouterr().err
+
+
 # Same images
 
 
