@@ -230,17 +230,20 @@ def student_path(arm: Arm, ipc: int, setup: Setup, training: Training, seed: int
 
     One that is tested at the end alone serves no table of best epochs; one that was tested more often serves both.
     """
-    distillation = _distillation(arm, ipc, setup, training)
-    asked = {"distilled": distillation.identity, "training": _identity(setup, training, ipc), "seed": seed}
-    plain = re.sub(r"[^A-Za-z0-9.-]+", "_", f"{arm.method}-ipc{ipc}-{training.arch}")
-    path = setup.work / "students" / f"{plain}-{digest(asked)}.json"
+    path = _fully_tested_path(arm, ipc, setup, training, seed)
     return path.with_suffix(".last.json") if training.last_only and not path.exists() else path
 
 
+def _fully_tested_path(arm: Arm, ipc: int, setup: Setup, training: Training, seed: int) -> Path:
+    distillation = _distillation(arm, ipc, setup, training)
+    asked = {"distilled": distillation.identity, "training": _identity(setup, training, ipc), "seed": seed}
+    plain = re.sub(r"[^A-Za-z0-9.-]+", "_", f"{arm.method}-ipc{ipc}-{training.arch}")
+    return setup.work / "students" / f"{plain}-{digest(asked)}.json"
+
+
 def _student(arm: Arm, ipc: int, setup: Setup, training: Training, seed: int) -> dict[str, Any]:
-    path = student_path(arm, ipc, setup, training, seed)
-    make_folder(path.parent)
-    with alone(path):
+    with alone(_fully_tested_path(arm, ipc, setup, training, seed)):
+        path = student_path(arm, ipc, setup, training, seed)
         if path.exists():
             found: dict[str, Any] = json.loads(path.read_text("utf-8"))
             return found

@@ -32,13 +32,20 @@ def words(toy_folder, toy_teacher, tmp_path, *more):
     return [str(word) for word in (*shared, *tiny, *early, "--out", tmp_path / "table", *more)]
 
 
+@pytest.fixture(scope="module")
+def shared_work(tmp_path_factory):
+    """One folder for all recipes, as they are meant to be run: what two of them ask for is trained once."""
+    return tmp_path_factory.mktemp("work")
+
+
 @pytest.mark.parametrize("name", list(RECIPES))
-def test_every_recipe_runs(name, toy_folder, toy_teacher, tmp_path, capsys):
+def test_every_recipe_runs(name, toy_folder, toy_teacher, tmp_path, shared_work, capsys):
     recipe = RECIPES[name]
     if unknown := {row.arm.split()[0] for row in recipe.rows} - set(list_methods()):
         pytest.skip(f"{', '.join(sorted(unknown))} not among the methods")
     students = ("--student", "convnet3") if recipe.students else ()
-    assert main([name, *words(toy_folder, toy_teacher, tmp_path, *students)]) == 0
+    run = words(toy_folder, toy_teacher, tmp_path, *students, "--work", shared_work)
+    assert main([name, *run]) == 0
     table = (tmp_path / "table.md").read_text()
     assert recipe.title in table
     assert "![accuracy against IPC](table.png)" in table
@@ -56,7 +63,7 @@ def test_every_recipe_runs(name, toy_folder, toy_teacher, tmp_path, capsys):
     assert (tmp_path / "table.png").stat().st_size > 5_000
     drawn = (tmp_path / "table.svg").read_text()
     assert all(row.replace("'", "&#39;") in drawn or row in drawn for row in expected)
-    assert "students to train (0 are kept)" in capsys.readouterr().err
+    assert " students to train (" in capsys.readouterr().err
 
 
 def test_a_second_run_trains_nothing_and_recipes_share(toy_folder, toy_teacher, tmp_path, capsys):
@@ -255,12 +262,12 @@ def test_continual_learning(toy_folder, toy_teacher, tmp_path, capsys):
 def test_stages_of_every_method_are_measured_apart(toy_folder, toy_teacher, tmp_path, monkeypatch):
     from bench.paper import stages
 
-    monkeypatch.setattr(stages, "ARMS", (stages.ARMS[0], stages.ARMS[-1]))
+    monkeypatch.setattr(stages, "ARMS", stages.ARMS[-1:])
     given = ["--data", str(toy_folder), "--teacher", str(toy_teacher), "--work", str(tmp_path / "work")]
     run = ["figure3", *given, "--images-per-class", "6", "--ipc", "1", "--rounds", "1"]
     assert main([*run, "--out", str(tmp_path / "figure3")]) == 0
     rows = list(csv.DictReader((tmp_path / "figure3.csv").open()))
-    assert [row["arm"] for row in rows] == ["random images", "InfoUtil"]
+    assert [row["arm"] for row in rows] == ["InfoUtil"]
     for row in rows:
         told = sum(float(row[f"{stage}_seconds"]) for stage in stages.STAGES)
         assert 0 < told < float(row["process_seconds"])
