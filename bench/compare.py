@@ -75,11 +75,13 @@ def student_rows(result: dict[str, Any]) -> list[list[Any]]:
 
 def budget(results: Sequence[dict[str, Any]]) -> str:
     """`IPC 1: 300 epochs, batch 10, seeds 3; IPC 10: ...`, of what was trained."""
-    of_ipc = {result["ipc"]: result for result in results}
-    return "; ".join(
-        f"IPC {ipc}: {r['epochs']} epochs, batch {r['batch_size']}, seeds {len(r['seeds'])}"
-        for ipc, r in sorted(of_ipc.items())
-    )
+    told = []
+    for ipc in sorted({result["ipc"] for result in results}):
+        of_it = [result for result in results if result["ipc"] == ipc]
+        counts = sorted({len(result["seeds"]) for result in of_it})
+        seeds = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+        told.append(f"IPC {ipc}: {of_it[0]['epochs']} epochs, batch {of_it[0]['batch_size']}, seeds {seeds}")
+    return "; ".join(told)
 
 
 def made_with(results: Sequence[dict[str, Any]], precision: str) -> str:

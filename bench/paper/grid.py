@@ -46,6 +46,9 @@ def parse(name: str, argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--last-only", action="store_true", help="test after the last epoch alone: no best tested epoch"
     )
+    parser.add_argument(
+        "--kept", action="store_true", help="train nothing: write the table of the students that are kept"
+    )
     parser.add_argument("--cost", action="store_true", help="say what it would cost, and stop")
     arguments = parser.parse_args(argv)
     arguments.images_per_class = arguments.images_per_class or recipe.images_per_class
@@ -162,8 +165,13 @@ def main(name: str, argv: Sequence[str]) -> int:
             recipe, teacher_at(teacher).arch, teacher_at(teacher).image_size, arguments.student
         )
     ]
+    if arguments.kept:
+        grid = [(teacher, student, _kept(cells)) for teacher, student, cells in grid]
     work = [cell.work for _, _, cells in grid for cell in cells]
-    say(f"{recipe.title}: {cost_of(work)}")
+    if not work:
+        raise UsageError(f"--kept: no student of {name} is kept in {arguments.work}; run it without --kept")
+    if not arguments.kept:
+        say(f"{recipe.title}: {cost_of(work)}")
     say(budget_note(recipe, work))
     if arguments.cost:
         return 0
@@ -182,13 +190,25 @@ def main(name: str, argv: Sequence[str]) -> int:
     return 0
 
 
+def _kept(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells with the seeds whose students are kept, without those that have none."""
+    found = []
+    for cell in cells:
+        missing = set(cell.work.missing)
+        if seeds := [seed for seed in cell.work.seeds if seed not in missing]:
+            found.append(replace(cell, work=replace(cell.work, seeds=seeds)))
+    return found
+
+
 def budget_note(recipe: Recipe, work: Sequence[Work]) -> str:
     """The budget in words: the paper's, or what of it was spent."""
     spent = []
     for ipc in dict.fromkeys(cell.ipc for cell in work):
-        cell = next(cell for cell in work if cell.ipc == ipc)
-        full = protocol_named(cell.training.protocol).epochs_for(ipc)
-        epochs = cell.training.epochs or full
-        if epochs != full or len(cell.seeds) != recipe.seeds:
-            spent.append(f"IPC {ipc}: {epochs} of {full} epochs, {len(cell.seeds)} of {recipe.seeds} seeds")
+        cells = [cell for cell in work if cell.ipc == ipc]
+        full = cells[0].training.rules.epochs_for(ipc)
+        epochs = cells[0].training.epochs or full
+        fewest, most = min(len(cell.seeds) for cell in cells), max(len(cell.seeds) for cell in cells)
+        if epochs != full or fewest != recipe.seeds:
+            seeds = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+            spent.append(f"IPC {ipc}: {epochs} of {full} epochs, {seeds} of {recipe.seeds} seeds")
     return "Budget: " + ("; ".join(spent) if spent else f"the paper's, {recipe.seeds} seeds") + "."
