@@ -6,6 +6,12 @@
 // V and the transformed weights, 28 registers of sums in flight; transformed sums, to which the bias and a residual are added
 // before the ReLU. Products bind, at the rate of the multiply-add units; V and M stay in the outer caches.
 //
+// Maps in bfloat16 are widened where they are read and rounded where they are written; all between is float.
+//
+// Masked images of one kind of coalition are alike in most places. Given a set of players for each map and, for each
+// place of a tile, the players that it reads, a tile is computed once for all maps of an image whose sets are equal
+// there, and copied to the others.
+//
 // A sum over input channels is taken in chains of 128 that are then added up, which keeps its rounding errors down and a
 // chain's weights in the inner cache. Its order depends neither on the batch nor on the number of threads.
 
@@ -16,7 +22,9 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <numeric>
 #include <optional>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -66,8 +74,28 @@ struct Shape {
 // Floats from a point of V or M to the next. The odd line keeps the points of a tile out of each other's cache sets.
 constexpr int64_t point_stride(int64_t channels) { return kBlock * channels + kLanes; }
 
+DDFAST_AVX512F inline __m512 load(const float* from) { return _mm512_loadu_ps(from); }
+
+DDFAST_AVX512F inline __m512 load(const uint16_t* from) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+DDFAST_AVX512F inline void store(float* to, __m512 values) { _mm512_storeu_ps(to, values); }
+
+// To the nearest bfloat16, ties to even; NaN becomes the quiet NaN.
+DDFAST_AVX512F inline void store(uint16_t* to, __m512 values) {
+  const __m512i bits = _mm512_castps_si512(values);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+  const __m512i high = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(high));
+}
+
 // V of one tile: d -> B^T d B, 16 channels at a time. pixels[4 i + j] is where the channels of a pixel begin.
-DDFAST_AVX512F void transform_pixels(const std::array<const float*, kPoints>& pixels, int64_t channels, int64_t tile,
+template <typename Element>
+DDFAST_AVX512F void transform_pixels(const std::array<const Element*, kPoints>& pixels, int64_t channels, int64_t tile,
                                      float* v) {
   const int64_t stride = point_stride(channels);
   for (int64_t c = 0; c < channels; c += kLanes) {
@@ -75,7 +103,7 @@ DDFAST_AVX512F void transform_pixels(const std::array<const float*, kPoints>& pi
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) d[i][j] = _mm512_loadu_ps(pixels[4 * i + j] + c);
+      for (int j = 0; j < 4; ++j) d[i][j] = load(pixels[4 * i + j] + c);
     }
     float* target = v + (c / kInputs * kBlock + tile) * kInputs + c % kInputs;
 #pragma GCC unroll 4
@@ -128,8 +156,9 @@ constexpr std::array<Multiply, sizeof...(Tiles)> multiplies(std::integer_sequenc
 }
 
 // The four outputs of one tile: m -> A^T m A + bias + other, then the ReLU. Outputs outside the map are null.
-DDFAST_AVX512F void transform_sums(const float* m, const float* bias, const std::array<const float*, 4>& other,
-                                   const std::array<float*, 4>& outputs, int64_t channels, bool relu) {
+template <typename Element>
+DDFAST_AVX512F void transform_sums(const float* m, const float* bias, const std::array<const Element*, 4>& other,
+                                   const std::array<Element*, 4>& outputs, int64_t channels, bool relu) {
   const int64_t stride = point_stride(channels);
   for (int64_t c = 0; c < channels; c += kLanes) {
     const float* sums = m + c / kOutputs * kBlock * kOutputs + c % kOutputs;
@@ -150,29 +179,32 @@ DDFAST_AVX512F void transform_sums(const float* m, const float* bias, const std:
       __m512 value = index % 2 == 0 ? _mm512_add_ps(_mm512_add_ps(row[0], row[1]), row[2])
                                     : _mm512_sub_ps(_mm512_sub_ps(row[1], row[2]), row[3]);
       value = _mm512_add_ps(value, shift);
-      if (other[index] != nullptr) value = _mm512_add_ps(value, _mm512_loadu_ps(other[index] + c));
+      if (other[index] != nullptr) value = _mm512_add_ps(value, load(other[index] + c));
       if (relu) value = _mm512_max_ps(_mm512_setzero_ps(), value);  // NaN, the second operand, stays
-      _mm512_storeu_ps(outputs[index] + c, value);
+      store(outputs[index] + c, value);
     }
   }
 }
 
-// Tiles first .. first + count - 1 of the batch.
-void convolve(const Shape& shape, int64_t first, int64_t count, const float* input, const float* weight,
-              const float* bias, const float* other, bool relu, const float* zeros, float* v, float* m,
-              float* output) {
+struct Place {
+  int64_t image, row, col;  // of a tile's first output
+};
+
+Place place_of(const Shape& shape, int64_t tile) {
+  const int64_t inside = tile % (shape.tile_rows() * shape.tile_cols());
+  return {tile / (shape.tile_rows() * shape.tile_cols()), inside / shape.tile_cols() * 2,
+          inside % shape.tile_cols() * 2};
+}
+
+// The `count` tiles of a list. `zeros` stands for pixels outside the map.
+template <typename Element>
+void convolve(const Shape& shape, const int64_t* tiles, int64_t count, const Element* input, const float* weight,
+              const float* bias, const Element* other, bool relu, const Element* zeros, float* v, float* m,
+              Element* output) {
   static constexpr auto by_tiles = multiplies(std::make_integer_sequence<int, kPanel>());
-  const int64_t per_image = shape.tile_rows() * shape.tile_cols();
-  struct Place {
-    int64_t image, row, col;
-  };
-  const auto place = [&](int64_t tile) {
-    const int64_t inside = tile % per_image;
-    return Place{tile / per_image, inside / shape.tile_cols() * 2, inside % shape.tile_cols() * 2};
-  };
   for (int64_t t = 0; t < count; ++t) {
-    const Place at = place(first + t);
-    std::array<const float*, kPoints> pixels;
+    const Place at = place_of(shape, tiles[t]);
+    std::array<const Element*, kPoints> pixels;
     for (int64_t i = 0; i < 4; ++i) {
       for (int64_t j = 0; j < 4; ++j) {
         const int64_t row = at.row + i - 1, col = at.col + j - 1;
@@ -201,9 +233,9 @@ void convolve(const Shape& shape, int64_t first, int64_t count, const float* inp
     }
   }
   for (int64_t t = 0; t < count; ++t) {
-    const Place at = place(first + t);
-    std::array<const float*, 4> terms{};
-    std::array<float*, 4> targets{};
+    const Place at = place_of(shape, tiles[t]);
+    std::array<const Element*, 4> terms{};
+    std::array<Element*, 4> targets{};
     for (int64_t index = 0; index < 4; ++index) {
       const int64_t row = at.row + index / 2, col = at.col + index % 2;
       if (row >= shape.height || col >= shape.width) continue;
@@ -213,6 +245,76 @@ void convolve(const Shape& shape, int64_t first, int64_t count, const float* inp
     }
     transform_sums(m + t * kOutputs, bias, terms, targets, shape.outputs, relu);
   }
+}
+
+// For every tile the one to compute in its stead: of the maps of an image, the first whose set of players is the same
+// among those that the tile reads. `sets` [images, maps] and `reads` [tiles of a map] are bits, one for each player.
+std::vector<int64_t> representatives(const Shape& shape, const int64_t* sets, int64_t maps, const int64_t* reads) {
+  const int64_t per_map = shape.tile_rows() * shape.tile_cols();
+  std::vector<int64_t> stands_for(shape.tiles());
+  torch::stable::parallel_for(0, per_map, 16, [&](int64_t begin, int64_t end) {
+    std::vector<std::pair<int64_t, int64_t>> found;  // (set, map)
+    for (int64_t image = 0; image < shape.batch; image += maps) {
+      for (int64_t inside = begin; inside < end; ++inside) {
+        found.clear();
+        for (int64_t map = image; map < image + maps; ++map) {
+          const int64_t set = sets[map] & reads[inside];
+          const auto same = [&](const auto& each) { return each.first == set; };
+          const auto known = std::find_if(found.begin(), found.end(), same);
+          const int64_t first = known == found.end() ? map : known->second;
+          if (first == map) found.emplace_back(set, map);
+          stands_for[map * per_map + inside] = first * per_map + inside;
+        }
+      }
+    }
+  });
+  return stands_for;
+}
+
+// Copies to a tile of the output another of the same place.
+template <typename Element>
+void copy_tile(const Shape& shape, int64_t from, int64_t to, Element* output) {
+  const Place source = place_of(shape, from), target = place_of(shape, to);
+  const int64_t columns = std::min<int64_t>(2, shape.width - target.col);
+  for (int64_t row = target.row; row < std::min(target.row + 2, shape.height); ++row) {
+    const auto pixel = [&](int64_t image) {
+      return output + ((image * shape.height + row) * shape.width + target.col) * shape.outputs;
+    };
+    std::copy_n(pixel(source.image), columns * shape.outputs, pixel(target.image));
+  }
+}
+
+// The whole batch. `sets` is null where every tile is computed.
+template <typename Element>
+void convolve_batch(const Shape& shape, const Element* input, const float* weight, const float* bias,
+                    const Element* other, bool relu, const int64_t* sets, int64_t maps, const int64_t* reads,
+                    Element* output) {
+  std::vector<int64_t> stands_for, computed;
+  if (sets == nullptr) {
+    computed.resize(shape.tiles());
+    std::iota(computed.begin(), computed.end(), 0);
+  } else {
+    stands_for = representatives(shape, sets, maps, reads);
+    for (int64_t tile = 0; tile < shape.tiles(); ++tile) {
+      if (stands_for[tile] == tile) computed.push_back(tile);
+    }
+  }
+  const std::vector<Element> zeros(shape.inputs);
+  const int64_t tiles = computed.size(), blocks = (tiles + kBlock - 1) / kBlock;  // of about equal size
+  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> v(kPoints * point_stride(shape.inputs)), m(kPoints * point_stride(shape.outputs));
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = tiles * block / blocks, last = tiles * (block + 1) / blocks;
+      convolve(shape, computed.data() + first, last - first, input, weight, bias, other, relu, zeros.data(), v.data(),
+               m.data(), output);
+    }
+  });
+  if (tiles == shape.tiles()) return;
+  torch::stable::parallel_for(0, shape.tiles(), 64, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      if (stands_for[tile] != tile) copy_tile(shape, stands_for[tile], tile, output);
+    }
+  });
 }
 
 // Where a weight lies: value (p, q, tap) at from + p * panel + q * term + tap, p the channels of a panel, q the summed ones.
@@ -313,41 +415,47 @@ Tensor channels_last(const Tensor& tensor) {
 }
 
 Tensor winograd_conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                       const std::optional<Tensor>& other, bool relu) {
+                       const std::optional<Tensor>& other, bool relu, const std::optional<Tensor>& sets,
+                       const std::optional<Tensor>& reads) {
+  const ScalarType dtype = input.scalar_type();
   STD_TORCH_CHECK(supported(), "winograd_conv2d: this CPU has no AVX-512");
-  STD_TORCH_CHECK(input.dim() == 4 && input.scalar_type() == ScalarType::Float,
-                  "winograd_conv2d: input must be float32 [B, C, H, W]");
+  STD_TORCH_CHECK(input.dim() == 4 && (dtype == ScalarType::Float || dtype == ScalarType::BFloat16),
+                  "winograd_conv2d: input must be float32 or bfloat16 [B, C, H, W]");
   STD_TORCH_CHECK(weight.dim() == 4 && weight.scalar_type() == ScalarType::Float && weight.size(0) == kPoints &&
                       weight.size(2) == input.size(1) && weight.size(3) == kOutputs && input.size(1) % kInputs == 0,
                   "winograd_conv2d: weight must be float32 [16, O / 32, C, 32] with C a multiple of 64");
   const Shape shape{input.size(0), input.size(1), weight.size(1) * kOutputs, input.size(2), input.size(3)};
   STD_TORCH_CHECK(!bias || (bias->scalar_type() == ScalarType::Float && bias->numel() == shape.outputs),
                   "winograd_conv2d: bias must be float32 [O]");
-  STD_TORCH_CHECK(!other || (other->scalar_type() == ScalarType::Float && other->dim() == 4 &&
-                             other->size(0) == shape.batch && other->size(1) == shape.outputs &&
-                             other->size(2) == shape.height && other->size(3) == shape.width),
-                  "winograd_conv2d: other must be float32 [B, O, H, W]");
-  Tensor output =
-      torch::stable::empty({shape.batch, shape.outputs, shape.height, shape.width}, ScalarType::Float, std::nullopt,
-                           input.device(), std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
+  STD_TORCH_CHECK(!other || (other->scalar_type() == dtype && other->dim() == 4 && other->size(0) == shape.batch &&
+                             other->size(1) == shape.outputs && other->size(2) == shape.height &&
+                             other->size(3) == shape.width),
+                  "winograd_conv2d: other must be [B, O, H, W] in the dtype of input");
+  STD_TORCH_CHECK(sets.has_value() == reads.has_value(), "winograd_conv2d: sets and reads go together");
+  STD_TORCH_CHECK(!sets || (sets->scalar_type() == ScalarType::Long && sets->dim() == 2 &&
+                            sets->numel() == shape.batch && reads->scalar_type() == ScalarType::Long &&
+                            reads->numel() == shape.tile_rows() * shape.tile_cols()),
+                  "winograd_conv2d: sets must be int64 [images, maps], B in all, and reads int64, one a tile");
+  Tensor output = torch::stable::empty({shape.batch, shape.outputs, shape.height, shape.width}, dtype, std::nullopt,
+                                       input.device(), std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
   if (output.numel() == 0) return output;
 #if DDFAST_HAS_AVX512
   const Tensor pixels = channels_last(input), weights = torch::stable::contiguous(weight);
   const Tensor shift = bias ? torch::stable::contiguous(*bias) : input, terms = other ? channels_last(*other) : input;
-  const float* from = pixels.const_data_ptr<float>();
-  const float* by = weights.const_data_ptr<float>();
-  const float* plus = bias ? shift.const_data_ptr<float>() : nullptr;
-  const float* rest = other ? terms.const_data_ptr<float>() : nullptr;
-  float* to = output.mutable_data_ptr<float>();
-  const std::vector<float> zeros(shape.inputs);
-  const int64_t tiles = shape.tiles(), blocks = (tiles + kBlock - 1) / kBlock;  // of about equal size
-  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> v(kPoints * point_stride(shape.inputs)), m(kPoints * point_stride(shape.outputs));
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t first = tiles * block / blocks, last = tiles * (block + 1) / blocks;
-      convolve(shape, first, last - first, from, by, plus, rest, relu, zeros.data(), v.data(), m.data(), to);
-    }
-  });
+  const Tensor players = sets ? torch::stable::contiguous(*sets) : input;
+  const Tensor places = reads ? torch::stable::contiguous(*reads) : input;
+  const auto run = [&]<typename Element>(std::type_identity<Element>) {
+    convolve_batch(shape, static_cast<const Element*>(pixels.const_data_ptr()), weights.const_data_ptr<float>(),
+                   bias ? shift.const_data_ptr<float>() : nullptr,
+                   other ? static_cast<const Element*>(terms.const_data_ptr()) : nullptr, relu,
+                   sets ? players.const_data_ptr<int64_t>() : nullptr, sets ? sets->size(1) : 1,
+                   reads ? places.const_data_ptr<int64_t>() : nullptr, static_cast<Element*>(output.mutable_data_ptr()));
+  };
+  if (dtype == ScalarType::Float) {
+    run(std::type_identity<float>{});
+  } else {
+    run(std::type_identity<uint16_t>{});
+  }
 #endif
   return output;
 }
@@ -357,7 +465,9 @@ bool winograd_supported() { return supported(); }
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ddfast_native, library) {
-  library.def("winograd_conv2d(Tensor input, Tensor weight, Tensor? bias, Tensor? other, bool relu) -> Tensor");
+  library.def(
+      "winograd_conv2d(Tensor input, Tensor weight, Tensor? bias, Tensor? other, bool relu, Tensor? sets=None, "
+      "Tensor? reads=None) -> Tensor");
   library.def("winograd_weight(Tensor weight, bool transposed) -> Tensor");
   library.def("winograd_supported() -> bool");
 }

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ddfast.attribution.estimators import Plan, make_plan
 from ddfast.attribution.flight import Flight
-from ddfast.attribution.forward import Forward, assemble, prepare
+from ddfast.attribution.forward import Forward, assemble, players_of, prepare
 from ddfast.attribution.validation import (
     check_baseline,
     check_chunk_size,
@@ -194,11 +194,13 @@ class MicroBatch:
         count: coalitions of each of its images.
         assembled: whether the tensors are what the last stage of a `Forward` takes, or masked images.
         tensors: of b images under `count` coalitions.
+        sets: the coalitions, int64 [b, count] of `players_of`, where they are known on the CPU.
     """
 
     count: int
     assembled: bool
     tensors: tuple[Tensor, ...]
+    sets: Tensor | None = None
 
 
 @dataclass
@@ -248,12 +250,19 @@ class _ImageGame:
         maps = self._maps(which) if count > 1 and self.forward.cuts else None
         if maps is None:
             return MicroBatch(count, False, (self._masked(which, coalitions),))
-        return MicroBatch(count, True, assemble(self.forward.cuts[-1], maps, coalitions))
+        tensors = assemble(self.forward.cuts[-1], maps, coalitions)
+        if self.images.device.type != "cpu":
+            return MicroBatch(count, True, tensors)
+        sets = players_of(coalitions.cpu()).expand(len(tensors[0]) // count, -1)
+        return MicroBatch(count, True, tensors, sets)
 
     def run(self, batch: MicroBatch) -> Tensor:
         """Class scores [b, k, classes] of a micro-batch."""
         assert self.forward is not None
-        scores = self.forward.last(batch.tensors) if batch.assembled else self.forward.direct(*batch.tensors)
+        if batch.assembled:
+            scores = self.forward.last(batch.tensors, batch.sets)
+        else:
+            scores = self.forward.direct(*batch.tensors)
         images = len(batch.tensors[0])
         check_scores(scores, images)
         if self.evaluated == 0:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from ddfast.attribution.locality import tile_reach
 from ddfast.ops import winograd_conv2d, winograd_weight
 from ddfast.ops._winograd import INPUTS, OUTPUTS, winograd_is_fast, winograd_pays
 
@@ -178,36 +179,60 @@ def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def fuse_epilogues(traced: fx.GraphModule, device: torch.device, dtype: torch.dtype) -> int:
+def fuse_epilogues(
+    traced: fx.GraphModule, device: torch.device, dtype: torch.dtype, share: bool = False
+) -> int:
     """Let convolutions add a residual block's shortcut and apply the ReLU while they write their output.
 
     conv -> relu, conv -> add -> relu and conv -> add, on the CPU in float32 and bfloat16: one pass over memory
     where there were two or three. It changes the graph after `measure` has noted shapes and after `cast`. Returns
     how many convolutions were replaced.
+
+    With `share`, on a graph that `note_reach` has seen, tiles of Winograd's convolutions that masked images of one
+    image have in common are computed once. The graph then takes one input more, `sets` int64 [images, maps] of
+    `winograd_conv2d` or None, and `traced.meta["takes_sets"]` is true.
     """
     if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return 0
     modules = dict(traced.named_modules())
     replaced = 0
+    sets: fx.Node | None = None
     for node in list(traced.graph.nodes):
         if node.op != "call_module" or type(modules[node.target]) is not nn.Conv2d:
             continue
         conv = modules[node.target]
         if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
             continue
-        winograd = dtype == torch.float32 and _takes_winograd(conv, node.meta.get("shape"))
+        winograd = _takes_winograd(conv, node.meta.get("shape"))
+        end, other, relu = _epilogue(node, modules)
+        reach = end.meta.get("reach") if share and winograd else None
+        reads = None if reach is None else tile_reach(reach)
+        if dtype == torch.bfloat16:
+            # Float products take as long as bfloat16's of the direct way where no tile is cut off, so that whatever
+            # is shared is gained.
+            winograd = (
+                winograd and reads is not None and all(side % 2 == 0 for side in node.meta["shape"][-2:])
+            )
         if not winograd and not _has_onednn_fusions():
             continue
-        end, other, relu = _epilogue(node, modules)
         if end is node and not winograd:
             continue
         with traced.graph.inserting_before(end):
             bias = None if conv.bias is None else traced.graph.get_attr(f"{node.target}.bias")
             if winograd:
-                conv.register_buffer("winograd", winograd_weight(conv.weight.detach()), persistent=False)
+                conv.register_buffer(
+                    "winograd", winograd_weight(conv.weight.detach().float()), persistent=False
+                )
                 weight = traced.graph.get_attr(f"{node.target}.winograd")
+                if conv.bias is not None and dtype != torch.float32:
+                    conv.register_buffer("wide_bias", conv.bias.detach().float(), persistent=False)
+                    bias = traced.graph.get_attr(f"{node.target}.wide_bias")
                 arguments: tuple[Any, ...] = (node.args[0], weight, bias, other, relu)
-                new = traced.graph.call_function(winograd_conv2d, arguments)
+                if reads is not None:
+                    sets = sets or _placeholder(traced.graph, "sets")
+                    conv.register_buffer("reads", reads, persistent=False)
+                    arguments += (sets, traced.graph.get_attr(f"{node.target}.reads"))
+                new = traced.graph.call_function(_winograd_conv2d, arguments)
             else:
                 weight = traced.graph.get_attr(f"{node.target}.weight")
                 geometry = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
@@ -220,7 +245,15 @@ def fuse_epilogues(traced: fx.GraphModule, device: torch.device, dtype: torch.dt
     traced.graph.eliminate_dead_code()
     _add_in_place(traced.graph, modules)
     traced.recompile()
+    traced.meta["takes_sets"] = sets is not None
     return replaced
+
+
+def _placeholder(graph: fx.Graph, name: str) -> fx.Node:
+    """A new input of the graph, behind the others."""
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    with graph.inserting_after(last):
+        return graph.placeholder(name)
 
 
 def _add_in_place(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
@@ -228,7 +261,7 @@ def _add_in_place(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
     order = {node: place for place, node in enumerate(graph.nodes)}
 
     def is_convolution(node: fx.Node) -> bool:
-        fused = node.op == "call_function" and node.target in (_onednn_conv2d, winograd_conv2d)
+        fused = node.op == "call_function" and node.target in (_onednn_conv2d, _winograd_conv2d)
         return fused or (node.op == "call_module" and type(modules[str(node.target)]) is nn.Conv2d)
 
     for node in graph.nodes:
@@ -270,6 +303,18 @@ def _takes_winograd(conv: nn.Conv2d, shape: tuple[int, ...] | None) -> bool:
     if shape is None or conv.in_channels % INPUTS or conv.out_channels % OUTPUTS or not winograd_is_fast():
         return False
     return winograd_pays(*shape[-2:])
+
+
+def _winograd_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    other: Tensor | None,
+    relu: bool,
+    sets: Tensor | None = None,
+    reads: Tensor | None = None,
+) -> Tensor:
+    return winograd_conv2d(x, weight, bias, other, relu, sets, reads if sets is not None else None)
 
 
 def _has_onednn_fusions() -> bool:

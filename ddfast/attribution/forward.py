@@ -58,13 +58,22 @@ class Forward:
     precision: str
     reason: str
     checked: bool = field(default=False, init=False)
+    shares: bool = field(default=True, init=False)  # tiles between coalitions, see `folding.fuse_epilogues`
+
+    def _run(
+        self, stage: Stage, inputs: tuple[Tensor, ...], sets: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """A stage of the maps of images under coalitions; `sets` [b, k] are what `players_of` makes of those."""
+        if isinstance(stage, fx.GraphModule) and stage.meta.get("takes_sets"):
+            return stage(*inputs, sets if self.shares else None)
+        return stage(*inputs)
 
     def direct(self, masked: Tensor) -> Tensor:
         """Scores [n, classes] of masked images [n, C, H, W]."""
         with autocast(self.precision, masked.device):
             values: tuple[Tensor, ...] = (masked,)
             for stage in self.stages:
-                values = stage(*values)
+                values = self._run(stage, values)
         return values[0]
 
     def variants(self, masked: Masked, images: int, chunk: int) -> tuple[Tensor, ...]:
@@ -81,15 +90,22 @@ class Forward:
             pieces = []
             for patterns in cut.patterns.split(together):
                 inputs = (masked(patterns),) if before is None else assemble(before, maps, patterns)
+                sets = players_of(patterns).expand(images, -1)
                 with autocast(self.precision, inputs[0].device):
-                    pieces.append([_by_image(features, images) for features in stage(*inputs)])
+                    found = self._run(stage, inputs, sets)
+                pieces.append([_by_image(features, images) for features in found])
             maps = tuple(_join(piece) for piece in zip(*pieces, strict=True))
         return maps
 
-    def last(self, assembled: tuple[Tensor, ...]) -> Tensor:
-        """Scores [n, classes] of what is assembled at the last cut."""
+    def last(self, assembled: tuple[Tensor, ...], sets: Tensor | None = None) -> Tensor:
+        """Scores [n, classes] of what is assembled at the last cut.
+
+        Args:
+            assembled: tensors [n, ...] of b images under k coalitions, n = b k.
+            sets: the coalitions, int64 [b, k] of `players_of`; None: unknown.
+        """
         with autocast(self.precision, assembled[0].device):
-            return self.stages[-1](*assembled)[0]
+            return self._run(self.stages[-1], assembled, sets)[0]
 
     def agrees(self, masked: Masked, maps: tuple[Tensor, ...], players: int) -> bool:
         """Whether assembled features of an image are those that the model computes for it.
@@ -107,7 +123,7 @@ class Forward:
         values: tuple[Tensor, ...] = (masked(coalitions),)
         with autocast(self.precision, values[0].device):
             for stage in self.stages[:-1]:
-                values = stage(*values)
+                values = self._run(stage, values)
         self.checked = True
         for wanted, features, table in zip(values, found, self.cuts[-1].tables, strict=True):
             if table is None:
@@ -123,6 +139,10 @@ class Forward:
                 log.warning("locality reuse is off: %s", self.reason)
                 self.cuts = ()
                 return False
+        shared, alone = self.last(found, players_of(coalitions)[None]), self.last(found)
+        if bool(alone.isfinite().all()) and not _close(shared, alone):
+            self.shares = False
+            log.warning("sharing of tiles between coalitions is off: it changes the scores")
         return True
 
 
@@ -136,6 +156,12 @@ def assemble(cut: Cut, maps: tuple[Tensor, ...], coalitions: Tensor) -> tuple[Te
         else assemble_masked_features(features, coalitions, table)
         for features, table in zip(maps, cut.tables, strict=True)
     )
+
+
+def players_of(coalitions: Tensor) -> Tensor:
+    """int64 [...]: the players of coalitions bool [..., d] as bits; those past the 63rd are left out."""
+    first = coalitions[..., :63].long()
+    return (first << torch.arange(first.shape[-1], device=first.device)).sum(-1)
 
 
 def _by_image(features: Tensor, images: int) -> Tensor:
@@ -284,10 +310,11 @@ def _make(
             under, low = precision, None
             reason += f"; autocast runs it: {refused}"
     folding.cast(graph, low or dtype)
+    locality.note_reach(graph, image_size, grid)
     stages: list[Stage] = []
     for part in _split(graph, found.cuts):
         if under == "float32":
-            folding.fuse_epilogues(part, device, low or dtype)
+            folding.fuse_epilogues(part, device, low or dtype, share=not _compiles())
         stages.append(_accelerated(part, device))
     tables = [
         replace(cut, tables=tuple(None if t is None else t.to(device) for t in cut.tables))

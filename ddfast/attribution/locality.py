@@ -352,6 +352,81 @@ def describe(graph: fx.GraphModule, node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", node.target))
 
 
+# Modules and functions whose output at a location is a function of their inputs at that location.
+_POINTWISE_MODULES = (
+    nn.BatchNorm2d,
+    nn.Identity,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.Hardtanh,
+    nn.LeakyReLU,
+    nn.SiLU,
+    nn.GELU,
+    nn.Hardswish,
+    nn.Dropout,
+    nn.Dropout2d,
+)
+_POINTWISE_FUNCTIONS = (operator.add, torch.add, torch.relu, nn.functional.relu)
+
+
+def note_reach(graph: fx.GraphModule, image_size: tuple[int, int, int], grid: tuple[int, int]) -> None:
+    """Note in `node.meta["reach"]` which patches can reach a location, on a graph that `measure` has seen.
+
+    bool [d, h, w], by the windows of convolutions and poolings: no location depends on another patch. None from the
+    first layer on whose windows are not known here.
+    """
+    modules = dict(graph.named_modules())
+    patches = torch.arange(grid[0] * grid[1])[:, None, None]
+    for node in graph.graph.nodes:
+        shape = node.meta.get("shape")
+        node.meta["reach"] = None
+        if node.op == "placeholder":
+            node.meta["reach"] = player_map(*grid, *image_size[1:]) == patches
+            continue
+        sources = [source.meta["reach"] for source in node.all_input_nodes]
+        if not sources or any(source is None for source in sources) or shape is None or len(shape) != 3:
+            continue
+        module = modules[str(node.target)] if node.op == "call_module" else None
+        if type(module) is nn.Conv2d:
+            reach = _windows(module, sources[0])
+        elif type(module) in (nn.MaxPool2d, nn.AvgPool2d):
+            assert module is not None
+            reach = module(sources[0].float()[:, None])[:, 0] > 0
+        elif type(module) in _POINTWISE_MODULES or (
+            node.op == "call_function" and node.target in _POINTWISE_FUNCTIONS
+        ):
+            reach = torch.stack(sources).any(0) if len({s.shape for s in sources}) == 1 else None
+        else:
+            continue
+        if reach is not None and reach.shape[1:] == shape[1:]:
+            node.meta["reach"] = reach
+
+
+def _windows(conv: nn.Conv2d, reach: Tensor) -> Tensor | None:
+    """What reaches the outputs of a convolution, of what reaches its inputs."""
+    if isinstance(conv.padding, str) or conv.padding_mode != "zeros":
+        return None
+    window = torch.ones(1, 1, *conv.kernel_size)
+    return (
+        nn.functional.conv2d(reach.float()[:, None], window, None, conv.stride, conv.padding, conv.dilation)[
+            :, 0
+        ]
+        > 0
+    )
+
+
+def tile_reach(reach: Tensor) -> Tensor | None:
+    """int64 [ceil(h / 2) * ceil(w / 2)]: a bit for each patch that reaches a tile of 2x2 locations.
+
+    None where there are more patches than bits, or every tile is reached by all of them.
+    """
+    if len(reach) >= 63:
+        return None
+    tiles = nn.functional.max_pool2d(reach.float()[:, None], 2, ceil_mode=True)[:, 0].flatten(1).long()
+    bits = (tiles << torch.arange(len(reach))[:, None]).sum(0)
+    return None if bool((tiles == 1).all()) else bits
+
+
 # --- where to cut
 
 

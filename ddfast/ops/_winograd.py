@@ -50,7 +50,13 @@ def winograd_weight(weight: Tensor, transposed: bool = False) -> Tensor:
 
 
 def winograd_conv2d(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, other: Tensor | None = None, relu: bool = False
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    other: Tensor | None = None,
+    relu: bool = False,
+    sets: Tensor | None = None,
+    reads: Tensor | None = None,
 ) -> Tensor:
     """conv2d(input, w, bias, padding=1) + other, then the ReLU, by 4/9 of the multiplications.
 
@@ -59,24 +65,37 @@ def winograd_conv2d(
     and less than that of its channels-last one, which sums all terms in one chain. A result depends neither
     on the rest of the batch nor on the number of threads.
 
+    Masked images are alike in most places. `sets` and `reads` promise it: maps of one image whose sets of
+    players agree on the players that a tile of 2x2 outputs reads are equal in all that the tile depends on, of
+    `input` and of `other`. The C++ body then computes the tile once and copies it, to the same bits.
+
     Args:
         input: [B, C, H, W] floating point, best channels-last.
-        weight: what `winograd_weight` makes of w [O, C, 3, 3].
-        bias: [O] or None.
-        other: [B, O, H, W] or None, added before the ReLU: the shortcut of a residual block.
+        weight: what `winograd_weight` makes of w [O, C, 3, 3]; float32 with input in bfloat16.
+        bias: [O] or None, in the dtype of weight.
+        other: [B, O, H, W] or None, in the dtype of input, added before the ReLU: the shortcut of a residual
+            block.
         relu: whether negative results become 0.
+        sets: int64 [images, maps], a bit for each player of each map of the batch; None for no promise.
+        reads: int64 [ceil(H / 2) * ceil(W / 2)], a bit for each player that a tile reads; goes with `sets`.
 
     Returns:
-        [B, O, H, W] in channels-last memory format. It has no backward pass.
+        [B, O, H, W] in the dtype of input and channels-last memory format. It has no backward pass.
 
     Raises:
-        TypeError: tensors of different dtypes, or not floating point.
+        TypeError: dtypes that do not fit, or not floating point.
         ValueError: shapes that do not fit.
     """
-    tensors = [t for t in (input, weight, bias, other) if t is not None]
-    if not input.is_floating_point() or any(t.dtype != input.dtype for t in tensors):
+    wide = torch.float32 if input.dtype == torch.bfloat16 else input.dtype
+    dtypes = [
+        (t.dtype, wanted)
+        for t, wanted in ((weight, wide), (bias, wide), (other, input.dtype))
+        if t is not None
+    ]
+    if not input.is_floating_point() or any(dtype != wanted for dtype, wanted in dtypes):
         raise TypeError(
-            f"all tensors must have one floating-point dtype, got {', '.join(str(t.dtype) for t in tensors)}"
+            f"with input in {input.dtype}, weight and bias must be {wide} and other {input.dtype}, "
+            f"got {', '.join(str(dtype) for dtype, _ in dtypes)}"
         )
     if input.ndim != 4:
         raise ValueError(f"input must be [B, C, H, W], got {list(input.shape)}")
@@ -91,7 +110,17 @@ def winograd_conv2d(
         raise ValueError(f"bias must be [{outputs}], got {list(bias.shape)}")
     if other is not None and other.shape != (batch, outputs, height, width):
         raise ValueError(f"other must be {[batch, outputs, height, width]}, got {list(other.shape)}")
-    return torch.ops.ddfast.winograd_conv2d(input, weight, bias, other, relu)
+    tiles = ((height + 1) // 2) * ((width + 1) // 2)
+    if (sets is None) != (reads is None):
+        raise ValueError("sets and reads go together: give both or neither")
+    if sets is not None and reads is not None:
+        if sets.dtype != torch.int64 or sets.ndim != 2 or sets.numel() != batch:
+            raise ValueError(
+                f"sets must be int64 [images, maps], {batch} maps in all, got {sets.dtype} {list(sets.shape)}"
+            )
+        if reads.dtype != torch.int64 or reads.shape != (tiles,):
+            raise ValueError(f"reads must be int64 [{tiles}], got {reads.dtype} {list(reads.shape)}")
+    return torch.ops.ddfast.winograd_conv2d(input, weight, bias, other, relu, sets, reads)
 
 
 @functools.cache
@@ -106,15 +135,14 @@ def winograd_pays(height: int, width: int) -> bool:
     return 16 * tiles <= 0.6 * 9 * height * width
 
 
-def _fake(input: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor | None, relu: bool) -> Tensor:
+def _fake(input: Tensor, weight: Tensor, *_: Any) -> Tensor:
     shape = (input.shape[0], weight.shape[1] * OUTPUTS, *input.shape[2:])
     return input.new_empty(shape).contiguous(memory_format=torch.channels_last)
 
 
-def _native_accepts(
-    input: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor | None, relu: bool
-) -> bool:
-    return winograd_is_fast() and input.dtype == torch.float32 and input.shape[1] % INPUTS == 0
+def _native_accepts(input: Tensor, weight: Tensor, *_: Any) -> bool:
+    served = input.dtype in (torch.float32, torch.bfloat16) and weight.dtype == torch.float32
+    return served and winograd_is_fast() and input.shape[1] % INPUTS == 0
 
 
 def _context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -133,8 +161,10 @@ def _vmap(
     bias: Tensor | None,
     other: Tensor | None,
     relu: bool,
+    sets: Tensor | None = None,
+    reads: Tensor | None = None,
 ) -> tuple[Tensor, int]:
-    """Fold the mapped dimension into the batch; mapped weights run once for each."""
+    """Fold the mapped dimension into the batch; mapped weights run once for each. What maps share is not used."""
     size = info.batch_size
 
     def each(tensor: Tensor | None, dim: int | None) -> list[Tensor | None]:
@@ -145,17 +175,18 @@ def _vmap(
         mapped = zip(
             *(each(t, d) for t, d in zip((input, weight, bias, other), in_dims, strict=False)), strict=True
         )
-        return torch.stack([run(*arguments, relu) for arguments in mapped]), 0
+        return torch.stack([run(*arguments, relu, None, None) for arguments in mapped]), 0
     folded = [
         None if t is None else (t.expand(size, *t.shape) if d is None else t.movedim(d, 0)).flatten(0, 1)
         for t, d in ((input, in_dims[0]), (other, in_dims[3]))
     ]
-    return run(folded[0], weight, bias, folded[1], relu).unflatten(0, (size, -1)), 0
+    return run(folded[0], weight, bias, folded[1], relu, None, None).unflatten(0, (size, -1)), 0
 
 
 define(
     "winograd_conv2d",
-    "(Tensor input, Tensor weight, Tensor? bias, Tensor? other, bool relu) -> Tensor",
+    "(Tensor input, Tensor weight, Tensor? bias, Tensor? other, bool relu, Tensor? sets=None, Tensor? reads=None) "
+    "-> Tensor",
     reference=reference.winograd_conv2d,
     fake=_fake,
     native_accepts=_native_accepts,

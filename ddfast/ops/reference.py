@@ -456,9 +456,19 @@ def normalization_backward(
 
 
 def winograd_conv2d(
-    input: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor | None, relu: bool
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    other: Tensor | None,
+    relu: bool,
+    sets: Tensor | None = None,
+    reads: Tensor | None = None,
 ) -> Tensor:
-    """A 3x3 convolution, stride 1, padding 1, as A^T [(G g G^T) (B^T d B)] A over tiles of 2x2 outputs."""
+    """A 3x3 convolution, stride 1, padding 1, as A^T [(G g G^T) (B^T d B)] A over tiles of 2x2 outputs.
+
+    It computes all of them, whatever `sets` and `reads` promise to be equal.
+    """
+    dtype, input = input.dtype, input.to(weight.dtype)
     batch, _, height, width = input.shape
     to_points = input.new_tensor([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]])
     to_outputs = input.new_tensor([[1, 1, 1, 0], [0, 1, -1, -1]])
@@ -474,4 +484,5 @@ def winograd_conv2d(
         result = result + bias[:, None, None]
     if other is not None:
         result = result + other
-    return (result.relu() if relu else result).contiguous(memory_format=torch.channels_last)
+    result = result.relu() if relu else result
+    return result.to(dtype).contiguous(memory_format=torch.channels_last)

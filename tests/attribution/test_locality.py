@@ -374,3 +374,38 @@ def test_the_users_model_is_left_alone():
         assert before[name][2] == tensor.stride()
         assert torch.equal(before[name][1], tensor)
     assert [(name, id(module), dict(vars(module))) for name, module in model.named_modules()] == modules
+
+
+def test_windows_reach_no_less_than_is_measured():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 5, 2, 2),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2, 1),
+        nn.Conv2d(4, 4, 3, padding=2, dilation=2),
+        nn.Conv2d(4, 4, 3, padding=1, groups=2),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.LazyLinear(3),
+    ).eval()
+    model(torch.zeros(1, 3, 64, 48))
+    graph = tracing.trace(model)
+    locality.measure(graph, torch.randn(1, 3, 64, 48))
+    locality.note_reach(graph, (3, 64, 48), (4, 2))
+    probe = locality.Probe((3, 64, 48), (4, 2), ((4, 2),))  # a class for each patch: every map is local
+    probe.run(graph)
+    noted = {
+        node.name: node.meta["reach"] for node in graph.graph.nodes if node.meta.get("reach") is not None
+    }
+    assert len(noted) == 8
+    for name, reach in noted.items():
+        assert bool((reach | ~probe.seen[name]).all())
+    assert not noted["model_3"].all()
+
+
+def test_what_reaches_a_tile():
+    reach = torch.zeros(3, 3, 3, dtype=torch.bool)
+    reach[0, 0, 0] = reach[1, 2, 2] = reach[2, 0, 2] = reach[0, 0, 2] = True
+    assert locality.tile_reach(reach).tolist() == [1, 5, 0, 2]
+    assert locality.tile_reach(torch.ones(3, 3, 3, dtype=torch.bool)) is None
+    assert locality.tile_reach(torch.zeros(63, 3, 3, dtype=torch.bool)) is None

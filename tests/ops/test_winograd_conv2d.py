@@ -115,6 +115,63 @@ def test_neighbours_and_threads_do_not_change_the_result():
     torch.set_num_threads(threads)
 
 
+def sharing(images, maps, tiles, generator):
+    """Sets of players and what tiles read, at random, and for each map and tile the first map with the same set."""
+    sets = torch.randint(0, 64, (images, maps), generator=generator)
+    reads = torch.randint(0, 64, (tiles,), generator=generator) & torch.randint(
+        0, 64, (tiles,), generator=generator
+    )
+    keys = sets[:, :, None] & reads
+    first = (keys[:, :, None] == keys[:, None]).int().argmax(2)  # [images, maps, tiles]
+    return sets, reads, first + torch.arange(images)[:, None, None] * maps
+
+
+@FAST
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(8, 6), (7, 9), (1, 1)])
+def test_tiles_that_maps_share_are_computed_once(size, dtype):
+    """What the promise does not hold for shows which map a tile was computed for."""
+    images, weight, bias, other = case(2 * 5, 64, 32, *size)
+    images, other, weight = images.to(dtype), other.to(dtype), winograd_weight(weight)
+    rows, cols = (size[0] + 1) // 2, (size[1] + 1) // 2
+    sets, reads, first = sharing(2, 5, rows * cols, torch.Generator().manual_seed(0))
+    assert (first != torch.arange(10).view(2, 5, 1)).any()
+    alone = winograd_conv2d(images, weight, bias, other, True)
+    shared = winograd_conv2d(images, weight, bias, other, True, sets, reads)
+    place = torch.arange(size[0])[:, None] // 2 * cols + torch.arange(size[1]) // 2
+    source = first.flatten(0, 1)[:, place]  # [10, h, w]
+    expected = alone.permute(0, 2, 3, 1)[source, torch.arange(size[0])[:, None], torch.arange(size[1])]
+    assert torch.equal(shared, expected.permute(0, 3, 1, 2))
+
+
+@FAST
+def test_bfloat16_maps_are_rounded_once():
+    images, weight, bias, other = case(2, 64, 32, 9, 8)
+    images, other, weight = images.bfloat16(), other.bfloat16(), winograd_weight(weight)
+    found = winograd_conv2d(images, weight, bias, other, True)
+    wide = winograd_conv2d(images.float(), weight, bias, other.float(), True)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, wide.bfloat16())
+    images[1, 3, 4, 4] = torch.nan
+    assert winograd_conv2d(images, weight).isnan().any(1)[1, 3:6, 3:6].all()
+
+
+def test_sets_and_reads_are_checked():
+    images, weight, _, _ = case(4, 3, 32, 5, 6)
+    weight, sets, reads = winograd_weight(weight), torch.zeros(2, 2, dtype=torch.int64), torch.zeros(9).long()
+    assert torch.equal(
+        winograd_conv2d(images, weight, sets=sets, reads=reads).isfinite(), torch.ones(4, 32, 5, 6).bool()
+    )
+    for wrong, message in (
+        ((sets, None), "together"),
+        ((sets[:1], reads), "sets must be"),
+        ((sets.float(), reads), "sets must be"),
+        ((sets, reads[:8]), "reads must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            winograd_conv2d(images, weight, None, None, False, *wrong)
+
+
 @FAST
 def test_layouts_do_not_change_the_result():
     images, weight, bias, other = case(2, 64, 32, 8, 6)
@@ -178,7 +235,7 @@ def test_vmap(in_dims):
     [
         ({"input": torch.zeros(2, 8, 4)}, ValueError, r"input must be \[B, C, H, W\], got \[2, 8, 4\]"),
         ({"input": torch.zeros(2, 9, 4, 4)}, ValueError, r"weight must be \[16, O / 32, 9, 32\]"),
-        ({"weight": torch.zeros(16, 1, 8, 32).double()}, TypeError, "one floating-point dtype"),
+        ({"weight": torch.zeros(16, 1, 8, 32).double()}, TypeError, "weight and bias must be"),
         ({"bias": torch.zeros(31)}, ValueError, r"bias must be \[32\], got \[31\]"),
         ({"other": torch.zeros(2, 32, 4, 5)}, ValueError, r"other must be \[2, 32, 4, 4\]"),
     ],
