@@ -35,12 +35,12 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
 
 
 def told(name: str, argv: Sequence[str]) -> str:
-    """The command, without the folders of the machine that it ran on."""
+    """The command that makes the same from nothing: without the folders of the machine, and without what was kept."""
     words: list[str] = []
     given = iter(argv)
     for word in given:
         if word in ("--work", "--out"):  # where results are kept decides none of them
             next(given, None)
-        elif not word.startswith(("--work=", "--out=")):
+        elif not word.startswith(("--work=", "--out=", "--kept")):
             words.append(Path(word).name if "/" in word else word)
     return f"Made by `python -m bench.paper {name} {shlex.join(words)}`.\n"

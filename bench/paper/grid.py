@@ -178,7 +178,10 @@ def main(name: str, argv: Sequence[str]) -> int:
     out = arguments.out or RESULTS / "_".join(
         [name, Path(arguments.data).stem, *dict.fromkeys(teacher_at(file).arch for file in files)]
     )
-    blocks = [Block(teacher, student, []) for teacher, student, _ in grid]
+    blocks = [
+        Block(teacher, student, [], [row.name for row in rows_for(recipe, teacher, arguments.rows)])
+        for teacher, student, _ in grid
+    ]
     for (_, _, cells), block in zip(grid, blocks, strict=True):
         for cell in cells:
             found = train_students(

@@ -37,11 +37,15 @@ class Filled:
 
 @dataclass
 class Block:
-    """The finished cells of one teacher and one student."""
+    """The finished cells of one teacher and one student.
+
+    `order` holds the names of the rows from top to bottom.
+    """
 
     teacher: Path
     student: str
     cells: list[Filled]
+    order: Sequence[str]
 
     def at(self, row: str, ipc: int) -> Filled | None:
         """The cell of a row's name."""
@@ -49,13 +53,14 @@ class Block:
 
     @property
     def ipcs(self) -> list[int]:
-        """In the order they were asked for."""
-        return list(dict.fromkeys(each.work.ipc for each in self.cells))
+        """Ascending."""
+        return sorted({each.work.ipc for each in self.cells})
 
     @property
     def rows(self) -> list[Row]:
-        """In the order of the recipe."""
-        return list(dict.fromkeys(each.row for each in self.cells))
+        """Those that have a cell."""
+        found = {each.row.name: each.row for each in self.cells}
+        return [found[name] for name in self.order if name in found]
 
 
 def write(
@@ -82,7 +87,7 @@ def _lines(name: str, block: Block) -> tuple[str, list[Line]]:
     lines = []
     for row in block.rows:
         points = []
-        for ipc in sorted(block.ipcs):
+        for ipc in block.ipcs:
             if (each := block.at(row.name, ipc)) is not None:
                 paper = _paper(name, block, row, ipc)
                 points.append(

@@ -158,15 +158,19 @@ def test_what_is_kept_makes_a_table_of_its_own(toy_folder, toy_teacher, tmp_path
     assert main(["table11", *run, "--kept"]) == 2
     assert "no student of table11 is kept" in capsys.readouterr().err
     assert main(["table11", *run, "--rows", "RDED", "--ipc", "1", "--seeds", "2"]) == 0
-    assert main(["table11", *run, "--rows", "random", "--ipc", "1"]) == 0
-    assert main(["table11", *run, "--kept", "--seeds", "3"]) == 0
+    assert main(["table11", *run, "--rows", "random", "--ipc", "1,2"]) == 0
+    assert main(["table11", *run, "--kept", "--seeds", "3", "--ipc", "2,1"]) == 0
     rows = list(csv.DictReader((tmp_path / "table.csv").open()))
     assert [(row["arm"], row["ipc"], row["seed"]) for row in rows] == [
+        (RANDOM.name, "2", "0"),
         ("RDED", "1", "0"),
         ("RDED", "1", "1"),
         (RANDOM.name, "1", "0"),
     ]
     page = (tmp_path / "table.md").read_text()
+    assert "| method | IPC 1 | IPC 2 | teacher's loss |" in page
+    assert page.index("| RDED |") < page.index(f"| {RANDOM.name} |")
+    assert "--kept" not in page
     assert "IPC 1: 2 of 300 epochs, 1 to 2 of 3 seeds." in page
     assert "IPC 1: 2 epochs, batch 3, seeds 1 to 2" in page
 
