@@ -47,7 +47,7 @@ def commands() -> dict[str, str]:
             isinstance(part, ast.FunctionDef) and part.name == "main" for part in tree.body
         ):
             found[path.stem] = (ast.get_docstring(tree) or "").partition("\n")[0].rstrip(".:")
-    return found
+    return found | {"paper": "The studies of the InfoUtil paper, its numbers beside ours"}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -65,7 +65,8 @@ def main(argv: Sequence[str]) -> int:
         return 0
     name, rest = argv[0], argv[1:]
     if name in (known := commands()):
-        return int(importlib.import_module(f"bench.{name}").main(rest))
+        module = "bench.paper.__main__" if name == "paper" else f"bench.{name}"
+        return int(importlib.import_module(module).main(rest))
     if name != "all" and name not in entries:
         names = ", ".join((*entries, "all", *known))
         print(f"ddfast bench: unknown benchmark {name!r}; known: {names}", file=sys.stderr)
