@@ -18,6 +18,7 @@ import contextlib
 import csv
 import errno
 import importlib
+import io
 import json
 import os
 import random
@@ -707,33 +708,45 @@ def summary(results: Sequence[tuple[str, str, str]]) -> str:
     return "\n".join(lines)
 
 
-def _with_earlier(path: Path, results: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+def _with_earlier(path: Path, results: Sequence[tuple[str, str, str]], commit: str) -> list[list[str]]:
     """Put results into the CSV in place of earlier ones of their families; returns all that it holds then."""
     new = {family for family, _, _ in results}
-    kept: list[tuple[str, str, str]] = []
+    kept: list[list[str]] = []
     if path.is_file():
         with open(path, newline="", encoding="utf-8") as file:
-            kept = [(row[0], row[1], row[2]) for row in list(csv.reader(file))[1:] if row[0] not in new]
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows([("fault", "what", "end"), *kept, *results])
-    return [*kept, *results]
+            kept = [row for row in list(csv.reader(file))[1:] if row[0] not in new]
+    rows = [*kept, *([*result, commit] for result in results)]
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([("fault", "what", "end", "commit"), *rows])
+    atomic_write_text(path, text.getvalue())
+    return rows
 
 
 def _write(path: Path, suite: Suite, seed: int) -> None:
     """The results so far, with those of families that did not run this time."""
-    results = _with_earlier(path.with_suffix(".csv"), suite.results)
-    software = ", ".join(f"{name} {version}" for name, version in facts.software().items())
     revision, dirty = facts.commit()
-    text = (
+    rows = _with_earlier(
+        path.with_suffix(".csv"), suite.results, f"{revision}{' with changes' if dirty else ''}"
+    )
+    atomic_write_text(path, page(rows, path.with_suffix(".csv").name, seed))
+
+
+def page(rows: Sequence[Sequence[str]], by_name: str, seed: int) -> str:
+    """The counts as a page; `rows` are those of the file `by_name`."""
+    at: dict[str, list[str]] = {}
+    for family, commit in dict.fromkeys((row[0], row[3]) for row in rows):
+        at.setdefault(commit, []).append(family)
+    software = ", ".join(f"{name} {version}" for name, version in facts.software().items())
+    runs = [f"{commit}: {', '.join(of)}" for commit, of in at.items()]
+    return (
         "# Faults\n\n"
         f"`python -m bench.faults --seed {seed}`: three classes of 100 images, ConvNet-3 of width 8, shards of {SHARD} "
-        f"sources, {len(suite.wanted)} files compared, {suite.seconds:.1f} s undisturbed. Every fault has to end in "
-        "the bytes of the undisturbed run, or in one clear line that says what to do; lost would be anything else: "
-        f"other bytes, a traceback, a hang. Every fault by name: {path.with_suffix('.csv').name}.\n\n"
-        f"{summary(results)}\n\n"
-        f"{software}, CPU; commit {revision}{' with changes' if dirty else ''}.\n"
+        "sources. Every fault has to end in the bytes of the undisturbed run, or in one clear line that says what to "
+        "do; lost would be anything else: other bytes, a traceback, a hang. Every fault by name and end: "
+        f"{by_name}.\n\n"
+        f"{summary([(row[0], row[1], row[2]) for row in rows])}\n\n"
+        f"{software}, CPU. Run at {'; '.join(runs)}.\n"
     )
-    atomic_write_text(path, text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -111,6 +111,7 @@ def measured(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def stages(source: Source, samples: Sequence[Sample], size: int) -> dict[str, dict[str, float]]:
     """Milliseconds an image in one thread: reading, decoding to the file's own size, and resizing and cutting."""
     from ddfast.data.decoding import decode, decode_fit, pixel_limit
+    from ddfast.data.jpeg import plain_jpeg
     from ddfast.data.native_jpeg import decode_fit_native, torchvision_decodes
 
     def milliseconds(work: Callable[[Any], Any], over: Sequence[Any]) -> float:
@@ -125,15 +126,16 @@ def stages(source: Source, samples: Sequence[Sample], size: int) -> dict[str, di
     decoded = milliseconds(decode, files)
     whole = milliseconds(lambda data: decode_fit(data, size), files)
     found["pillow"] = {"read": reading, "decode": decoded, "resize and crop": max(0.0, whole - decoded)}
-    if torchvision_decodes():
+    plain = [data for data in files if plain_jpeg(data) is not None]
+    if torchvision_decodes() and plain:
         from torchvision.io import ImageReadMode, decode_jpeg
 
         def native(data: bytes) -> torch.Tensor:
             return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
 
         limit = pixel_limit()
-        decoded = milliseconds(native, files)
-        whole = milliseconds(lambda data: decode_fit_native(data, size, max_pixels=limit), files)
+        decoded = milliseconds(native, plain)
+        whole = milliseconds(lambda data: decode_fit_native(data, size, max_pixels=limit), plain)
         found["torchvision"] = {
             "read": reading,
             "decode": decoded,

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench.faults import Outcome, summary
+from bench.faults import Outcome, _with_earlier, page, summary
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,6 +36,17 @@ def test_the_summary_counts_what_was_lost():
         "| disk | 1 | 0 | 0 | 1 | 0 |",
         "| all | 3 | 1 | 0 | 1 | 1 |",
     ]
+
+
+def test_a_family_takes_the_place_of_its_earlier_results(tmp_path):
+    path = tmp_path / "faults.csv"
+    _with_earlier(path, [("kill", "a", "lost: hung"), ("disk", "b", "one clear error")], "one")
+    rows = _with_earlier(path, [("kill", "a", "same bytes")], "two")
+    assert rows == [["disk", "b", "one clear error", "one"], ["kill", "a", "same bytes", "two"]]
+    assert path.read_text().splitlines() == ["fault,what,end,commit", *(",".join(row) for row in rows)]
+    text = page(rows, path.name, 0)
+    assert "| all | 2 | 1 | 0 | 1 | 0 |" in text
+    assert "Run at one: disk; two: kill." in text
 
 
 def test_a_refusal_is_a_line_and_exit_code_2():
