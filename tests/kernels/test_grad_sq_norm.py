@@ -90,6 +90,9 @@ def test_conv2d(where):
         conv2d_case(torch.float32, (2, 20, 4, 4), 40, (3, 3), padding=1, groups=2, layout=last),
         conv2d_case(torch.float16, (2, 20, 4, 4), 40, (3, 3), padding=1, layout=last),
         conv2d_case(torch.float32, (0, 3, 5, 5), 2, (1, 1)),
+        conv2d_case(torch.float32, (2, 20, 6, 5), 18, (1, 1), bias=False),  # one tap, whose pixels lie flat
+        conv2d_case(torch.float32, (2, 20, 6, 5), 18, (1, 1), layout=last),
+        conv2d_case(torch.float32, (2, 20, 7, 5), 18, (1, 1), 2, layout=last),
         conv2d_case(
             torch.float32, (2, 20, 6, 7), 18, (3, 2), (2, 1), (1, 0), (1, 2)
         ),  # tap by tap, two blocks
