@@ -339,8 +339,8 @@ variants; 3x3 convolutions with stride 1 go through Winograd's algorithm in floa
 that several coalitions have in common is computed once, as the players that reach it say. At `auto` the maps are
 bfloat16 and Winograd's products float32; it is taken only where tiles are shared and no tile is cut off by the edge.
 
-What is left: the layers from layer3 on, where nearly every tile is reached by nearly every patch, and the convolutions
-with stride 2, which run in oneDNN near its own limit.
+What is left: the last layers, where every tile is reached by every patch, and the convolutions with stride 2, which
+oneDNN computes for every map.
 """
 
 

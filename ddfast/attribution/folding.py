@@ -2,7 +2,8 @@
 
 Folding multiplies a convolution's weight by its batch norm's scale, and 3x3 convolutions in float32 take Winograd's
 form where the CPU has AVX-512 (`ddfast.ops.winograd_conv2d`), so float32 results keep float32's accuracy but not the
-same last bits as the model's.
+same last bits as the model's. There, what masked images of one image have in common is computed once, to the same
+bits: `locality.note_reach` says which tiles a patch can change. In bfloat16 that is done too, with float products.
 
 `precision="auto"` casts weights and activations to the low precision once, where autocast would cast the
 weights on every call. It is done where every layer of the graph is known to keep float32 sums inside
