@@ -565,8 +565,8 @@ def cut_archives(suite: Suite) -> None:
         list(enumerate(product(("zip", "tar"), ("cut", "grown", "removed"))))
     ):
         packed = Path(shutil.make_archive(os.fspath(suite.work / "packed"), ending, suite.data))
-        away = suite.work / "away"
-        shutil.copyfile(packed, away)
+        kept = suite.work / "kept"
+        shutil.copyfile(packed, kept)
         alone = suite.work / f"packed-{ending}-alone"
         if not alone.exists() and not launch(suite.command(alone, data=packed)).done:
             raise SystemExit(f"the undisturbed run from a {ending} failed")
@@ -583,7 +583,7 @@ def cut_archives(suite: Suite) -> None:
         with suite.folder() as out:
             hook = at_write(2 + number % 3, "after", action=spoil)
             broken = launch(suite.command(out, data=packed), suite.draws.choice((1, 2)), hook)
-            shutil.copyfile(away, packed)
+            shutil.copyfile(kept, packed)
             suite.judge(
                 "archive changed", f"{ending} {what} after write {2 + number % 3}", out, broken, data=packed,
                 wanted=digests(alone),
