@@ -189,7 +189,17 @@ def write_distilled(root: Path) -> Path:
         "image_size": 16,
         "mean": [0.485, 0.456, 0.406],
         "std": [0.229, 0.224, 0.225],
-        "arithmetic": {},
+        "arithmetic": {
+            "micro_batch": 16,
+            "forward_batch": 16,
+            "shard_sources": 256,
+            "threads": 1,
+            "max_pixels": 1 << 26,
+            "max_file_bytes": 1 << 26,
+            "precision": "float32",
+            "device": "cpu",
+            "loader": "pillow",
+        },
         "counts": {"images": 4, "sources": 9, "quarantined": 0},
         "quarantined": {"count": 0, "files": []},
     }

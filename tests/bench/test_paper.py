@@ -51,7 +51,7 @@ def test_every_recipe_runs(name, toy_folder, toy_teacher, tmp_path, shared_work,
     assert "![accuracy against IPC](table.png)" in table
     command = table.rpartition("Made by `")[2]
     assert command.startswith(
-        f"python -m bench.paper {name} --data toy0 --teacher teacher.safetensors --width 8 "
+        f"python -m bench.paper {name} --data {toy_folder.name} --teacher teacher.safetensors --width 8 "
     )
     assert not {"--work", "--out"} & set(command.split())
     assert "IPC 1: 2 of" in table
