@@ -179,6 +179,7 @@ def test_autoaugments_policy_by_size(size, policy):
 # What happens to a batch, in order, in the words of `ddfast.training.student`; by hand from each reference.
 ORDER = {
     "rded": ["shuffle_patches", "resize_boxes", "random_flip", "normalize", "cutmix_box"],
+    "rded_plain": ["normalize"],
     "dc": ["normalize"],
     "dsa": ["normalize", "dsa"],
     "idc": ["normalize", "idc", "cutmix_box"],
@@ -235,6 +236,7 @@ def test_scale_of_the_random_crops(name, scale, monkeypatch):
 # Temperature of the loss, and what its mean over the batch is multiplied by. Hard labels: the cross-entropy.
 REDUCTION = {
     "rded": (20.0, 1.0),
+    "rded_plain": (20.0, 1.0),
     "dc": (1.0, 1.0),
     "dsa": (1.0, 1.0),
     "idc": (1.0, 1.0),
