@@ -218,8 +218,8 @@ class SoftLabels:
         return rest.expand(*values.shape[:2], self.num_classes).scatter(2, indices, values)
 
 
-def read_soft_labels(root: str | Path, num_classes: int) -> SoftLabels:
-    """Read `soft_labels.safetensors` of an output folder.
+def read_soft_labels(root: str | Path, num_classes: int, places: Sequence[int] | None = None) -> SoftLabels:
+    """Read `soft_labels.safetensors` of an output folder, all of it or the images at `places`, in ascending order.
 
     Raises:
         UsageError: it is missing, truncated, damaged, or does not fit `num_classes`.
@@ -232,7 +232,11 @@ def read_soft_labels(root: str | Path, num_classes: int) -> SoftLabels:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            names = list(file.keys())
+            if places is None:
+                tensors = {name: file.get_tensor(name) for name in names}
+            else:
+                tensors = {name: _slices(file.get_slice(name), places) for name in names}
         values = tensors["soft_labels"]
         temperature = float(metadata["temperature"])
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, MemoryError) as error:
@@ -252,6 +256,16 @@ def read_soft_labels(root: str | Path, num_classes: int) -> SoftLabels:
     if not torch.isfinite(values).all():
         raise UsageError(f"{path} holds NaN or infinity: delete it and {_FINISH}")
     return SoftLabels(values, indices, temperature, num_classes)
+
+
+def _slices(stored: Any, places: Sequence[int]) -> Tensor:
+    """The images at ascending places of a tensor in a file, read in runs of neighbours."""
+    parts, first = [], 0
+    for index in range(1, len(places) + 1):
+        if index == len(places) or places[index] != places[index - 1] + 1:
+            parts.append(stored[places[first] : places[index - 1] + 1])
+            first = index
+    return torch.cat(parts) if parts else stored[:0]
 
 
 class DistilledSet(Dataset[tuple[Any, int, Tensor]]):

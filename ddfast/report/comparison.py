@@ -126,7 +126,7 @@ def write_comparison(
                 "values": (
                     f"{arm.bar.mean:.1f}% ± {arm.bar.std:.1f}",
                     len(arm.top1),
-                    len(folder.rows),
+                    folder.images,
                     "–" if arm.covered is None else f"{100 * arm.covered:.0f}%",
                 ),
             }

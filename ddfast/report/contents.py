@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,19 +51,21 @@ class Selected:
 
 @dataclass
 class Folder:
-    """A distilled folder, read.
+    """A distilled folder, read: all of its classes, or of very many those that a report shows.
 
     Attributes:
         root: the folder.
         manifest: `manifest.json`.
-        rows: `train/metadata.jsonl`.
+        images: distilled images of all classes.
+        rows: `train/metadata.jsonl`, as are all below of the shown classes.
         selection: rows of `selection.parquet`, by class, image and tile.
         scores: columns of the score table as arrays, see `ddfast.data.table`; None where there is none.
-        soft_labels: None where there are none.
+        soft_labels: of the images in `rows`; None where there are none.
     """
 
     root: Path
     manifest: dict[str, Any]
+    images: int
     rows: list[dict[str, Any]]
     selection: list[Selected]
     scores: dict[str, NDArray[Any]] | None
@@ -111,6 +113,14 @@ class Folder:
         return image[:, top : top + side, left : left + side]
 
 
+def shown_labels(classes: int) -> NDArray[np.int64]:
+    """Labels whose images, crops and scores a report holds: the first of the table and those of the mosaic, sorted.
+
+    All of up to `SHOWN_TABLE_ROWS` classes, so that the memory of a report does not grow with the number of classes.
+    """
+    return np.union1d(np.arange(min(classes, SHOWN_TABLE_ROWS)), spread(classes, SHOWN_CLASSES))
+
+
 def read_folder(root: str | Path) -> Folder:
     """Read a folder whose images, selection and score table stand; soft labels may be missing.
 
@@ -118,17 +128,27 @@ def read_folder(root: str | Path) -> Folder:
         UsageError: no such folder, or a part that is missing or damaged.
     """
     from ddfast.data.distilled import MANIFEST, METADATA, SOFT_LABELS, read_soft_labels
-    from ddfast.data.table import SELECTION_SCHEMA, read_table, read_tables, to_numpy
+    from ddfast.data.table import SELECTION_SCHEMA, iter_table, to_numpy
 
     root = Path(root)
+    places: list[int] = []
+    rows = []
+    images = 0
     try:
         manifest = json.loads((root / MANIFEST).read_text("utf-8"))
-        rows = [json.loads(line) for line in (root / METADATA).read_text("utf-8").splitlines() if line]
-    except (OSError, ValueError) as error:
+        shown = shown_labels(len(manifest["class_names"]))
+        with open(root / METADATA, encoding="utf-8") as lines:
+            for line in filter(str.strip, lines):
+                row = json.loads(line)
+                if row["label"] in shown:
+                    places.append(images)
+                    rows.append(row)
+                images += 1
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"{root} is no distilled set with images ({error}): run ddfast distill first"
         ) from error
-    columns = to_numpy(read_table(root / SELECTION, SELECTION_SCHEMA))
+    columns = _of_labels((to_numpy(block) for block in iter_table(root / SELECTION, SELECTION_SCHEMA)), shown)
     selection = [
         Selected(
             label=int(columns["label"][i]),
@@ -141,11 +161,36 @@ def read_folder(root: str | Path) -> Folder:
         )
         for i in np.lexsort((columns["tile"], columns["image"], columns["label"]))
     ]
-    scores = to_numpy(read_tables(root / SCORES, columns=_COLUMNS)) if (root / SCORES).is_dir() else None
+    scores = _of_labels(_score_parts(root / SCORES), shown) if (root / SCORES).is_dir() else None
     labels = None
     if (root / SOFT_LABELS).is_file():
-        labels = read_soft_labels(root, len(manifest["class_names"]))
-    return Folder(root, manifest, rows, selection, scores, labels)
+        whole = len(places) == images
+        labels = read_soft_labels(root, len(manifest["class_names"]), None if whole else places)
+    return Folder(root, manifest, images, rows, selection, scores, labels)
+
+
+def _score_parts(folder: Path) -> Iterator[dict[str, NDArray[Any]]]:
+    """The columns of the score table, one part after the other."""
+    from ddfast.data.table import read_table, to_numpy
+
+    paths = sorted(folder.glob("part-*.parquet"))
+    if not paths:
+        raise UsageError(f"no part-*.parquet in {folder}: run the score stage first")
+    for path in paths:
+        yield to_numpy(read_table(path, columns=_COLUMNS))
+
+
+def _of_labels(
+    blocks: Iterable[dict[str, NDArray[Any]]], labels: NDArray[np.int64]
+) -> dict[str, NDArray[Any]]:
+    """The rows of these labels of all blocks, as columns."""
+    kept = []
+    for block in blocks:
+        rows = np.isin(block["label"], labels)
+        kept.append({name: column[rows] for name, column in block.items()})
+    if not kept:
+        raise UsageError(f"{SELECTION} is empty: select again")
+    return {name: np.concatenate([block[name] for block in kept]) for name in kept[0]}
 
 
 def _finite(value: Any) -> float | None:
@@ -168,7 +213,7 @@ def facts(folder: Folder) -> list[Fact]:
     """The run in a handful of numbers."""
     plan = folder.manifest
     counts = plan.get("counts") or {}
-    images, classes = len(folder.rows), len(folder.class_names)
+    images, classes = folder.images, len(folder.class_names)
     tiles = f"{folder.factor}×{folder.factor} tiles an image" if folder.factor > 1 else "one crop an image"
     preset = f"preset {plan['preset']}" if plan.get("preset") else "default settings"
     found = [
@@ -346,7 +391,7 @@ class ClassRow:
 
 
 def class_rows(folder: Folder) -> list[ClassRow]:
-    """All classes, in label order."""
+    """The first `SHOWN_TABLE_ROWS` classes, in label order."""
     images: dict[int, list[int]] = defaultdict(list)
     for place, row in enumerate(folder.rows):
         images[row["label"]].append(place)
@@ -361,7 +406,7 @@ def class_rows(folder: Folder) -> list[ClassRow]:
         labels, counts = np.unique(folder.scores["label"][firsts], return_counts=True)
         sources = dict(zip(labels.tolist(), counts.tolist(), strict=True))
     rows = []
-    for label, name in enumerate(folder.class_names):
+    for label, name in enumerate(folder.class_names[:SHOWN_TABLE_ROWS]):
         numbers = [s for s in (folder.selection[i].score for i in kept[label]) if s is not None]
         read = None
         if where is not None and measured and kept[label] and folder.scores is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,10 +70,11 @@ def write_report(run_dir: str | Path, *, source: Source | None = None, title: st
         histogram=histogram(column.values, column.kept, column.name)
         if column is not None and column.values.size
         else None,
+        scored_classes=_scored_classes(len(folder.class_names)),
         candidates=len(column.values) if column is not None else 0,
         kept=len(column.kept) if column is not None else 0,
-        classes=classes[: contents.SHOWN_TABLE_ROWS],
-        table_note=_table_note(classes),
+        classes=classes,
+        table_note=_table_note(len(folder.class_names)),
         has_score=any(row.score is not None for row in classes),
         has_read=any(row.read is not None for row in classes),
         has_own=any(row.own is not None for row in classes),
@@ -89,7 +89,7 @@ def write_report(run_dir: str | Path, *, source: Source | None = None, title: st
 
 def _heading(folder: Folder) -> str:
     scored = (folder.manifest.get("counts") or {}).get("sources")
-    images = f"{len(folder.rows):,} image{'s' if len(folder.rows) != 1 else ''}"
+    images = f"{folder.images:,} image{'s' if folder.images != 1 else ''}"
     return f"{images} in place of {scored:,}" if scored else f"{images}, distilled"
 
 
@@ -122,10 +122,16 @@ def _kept(select: dict[str, Any]) -> str:
     return f"the crops with the {'highest' if select['order'] == 'high' else 'lowest'} {measure}"
 
 
-def _table_note(classes: Sequence[contents.ClassRow]) -> str:
-    if len(classes) <= contents.SHOWN_TABLE_ROWS:
-        return f"All {len(classes)} classes."
-    return f"The first {contents.SHOWN_TABLE_ROWS} of {len(classes):,} classes."
+def _scored_classes(classes: int) -> str:
+    """Which classes the histogram counts, where it does not count all."""
+    shown = len(contents.shown_labels(classes))
+    return "" if shown == classes else f" of {shown} of {classes:,} classes"
+
+
+def _table_note(classes: int) -> str:
+    if classes <= contents.SHOWN_TABLE_ROWS:
+        return f"All {classes} classes."
+    return f"The first {contents.SHOWN_TABLE_ROWS} of {classes:,} classes."
 
 
 def _quarantined_note(count: int) -> str:

@@ -31,7 +31,7 @@ def layout_note(folder: Folder) -> str:
 
 def gallery_note(folder: Folder, cards: Sequence[Mapping[str, Any]], ranked_by: str | None = None) -> str:
     """What the gallery shows, in a few sentences; `cards` are those of `source_cards`."""
-    said = f"A fixed sample: {len(cards)} of the {len(folder.selection):,} kept crops."
+    said = f"A fixed sample: {len(cards)} of the {folder.images * folder.tiles:,} kept crops."
     if all(card["boxes"] is None for card in cards) and cards:
         return f"{said} Sources are not shown: {cards[0]['reason']}."
     if ranked_by is not None and ranked_by != "score":

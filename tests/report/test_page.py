@@ -153,3 +153,26 @@ def test_every_method_has_its_lead(tmp_path, source, method, said):
     manifest["options"]["select"] = {}
     (root / "manifest.json").write_text(json.dumps(manifest), "utf-8")
     assert said in page_of(root)
+
+
+def test_of_many_classes_a_report_holds_the_shown_ones(tmp_path, monkeypatch):
+    from ddfast.report import contents
+
+    names = [f"class {index}" for index in range(9)]
+    source = write_source(tmp_path / "many", names)
+    write_run(tmp_path / "run", source)
+    everything = contents.read_folder(tmp_path / "run")
+    monkeypatch.setattr(contents, "SHOWN_TABLE_ROWS", 2)
+    monkeypatch.setattr(contents, "SHOWN_CLASSES", 3)
+    assert contents.shown_labels(9).tolist() == [0, 1, 4, 8]
+    folder = contents.read_folder(tmp_path / "run")
+    assert folder.images == everything.images == 9
+    assert [row["label"] for row in folder.rows] == [0, 1, 4, 8]
+    assert [row.label for row in folder.selection] == [0, 1, 4, 8]
+    assert set(folder.scores["label"].tolist()) == {0, 1, 4, 8}
+    # The labels are those of the same images.
+    assert folder.soft_labels.values.equal(everything.soft_labels.values[[0, 1, 4, 8]])
+    assert contents.class_rows(folder) == contents.class_rows(everything)
+    page = write_report(tmp_path / "run", source=source).read_text()
+    assert "candidate crops of 4 of 9 classes" in page
+    assert "The first 2 of 9 classes." in page
