@@ -341,6 +341,9 @@ bfloat16 and Winograd's products float32; it is taken only where tiles are share
 
 What is left: the last layers, where every tile is reached by every patch, and the convolutions with stride 2, which
 oneDNN computes for every map.
+
+What was tried and left: chunks of 16 to 256 masked images, within 12% of each other at float32 and 6% at `auto`; the
+bfloat16 max-pool as maxima of shifted slices, 14 ms in place of 21 on one thread, which is 2% of the pass.
 """
 
 
