@@ -86,8 +86,8 @@ def main(argv: Sequence[str]) -> int:
 def _alone(entry: Entry, options: Sequence[str]) -> int:
     """Run an entry in a process of its own, which its peer shares; returns the exit code.
 
-    An entry's ratio would else depend on those before it: `grad_norm` read 4.0 behind the others in one process, where its
-    peer was faster, and 5.6 alone. Why was not looked into.
+    An entry's ratio would else depend on those before it: `grad_norm` read 4.0 behind the others in one process, where
+    its peer was faster, and 5.6 alone. Why was not looked into.
     """
     paths = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "bench", entry.name, *options]
