@@ -9,7 +9,7 @@ on coalitions drawn at random, image by image; where it does not, all 65,536 are
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,21 +85,39 @@ def whole_games(
 
     Each is written to `work` when it is finished and read from there the next time.
     """
-    make_folder(work)
+    values, keys = _kept(
+        source,
+        samples,
+        size,
+        lambda sample: work / f"{_identity(teacher, size, precision, sample)}.npy",
+        lambda image, sample: _table(teacher, image, sample.label, precision),
+    )
+    return Games(values, keys)
+
+
+def _kept(
+    source: Source,
+    samples: Sequence[Sample],
+    size: int,
+    path_of: Callable[[Sample], Path],
+    values_of: Callable[[Tensor, Sample], Tensor],
+) -> tuple[Tensor, tuple[str, ...]]:
+    """Values of each image's game [N, ...] and the images' keys; a file is written when its game is finished."""
     values: list[Tensor] = []
     keys: list[str] = []
     for sample, image in load(source, samples, size, workers=0):
         if isinstance(image, BadImage):
             continue
-        path = work / f"{_identity(teacher, size, precision, sample)}.npy"
+        path = path_of(sample)
         if not path.exists():
-            game = _table(teacher, image, sample.label, precision)
+            found = values_of(image, sample)
+            make_folder(path.parent)
             with atomic_path(path) as unfinished, unfinished.open("wb") as file:
-                np.save(file, game.numpy())
+                np.save(file, found.numpy())
             say(f"{len(keys) + 1}/{len(samples)} {sample.key}")
         values.append(torch.from_numpy(np.load(path)))
         keys.append(sample.key)
-    return Games(torch.stack(values), tuple(keys))
+    return torch.stack(values), tuple(keys)
 
 
 def sampled_games(
@@ -119,21 +137,14 @@ def sampled_games(
     half = leverage_pairs(torch.tensor([_SAMPLED]), evaluations // 2 - 1, PLAYERS)[0]
     anchors = torch.tensor([False, True])[:, None].expand(2, PLAYERS)
     seen = torch.cat([anchors, half, ~half])
-    make_folder(work)
-    values: list[Tensor] = []
-    keys: list[str] = []
-    for sample, image in load(source, samples, size, workers=0):
-        if isinstance(image, BadImage):
-            continue
-        path = work / f"{_identity(teacher, size, precision, sample)}-{evaluations}.npy"
-        if not path.exists():
-            found = _values(teacher, image, sample.label, numbers(seen), precision)
-            with atomic_path(path) as unfinished, unfinished.open("wb") as file:
-                np.save(file, found.numpy())
-            say(f"{len(keys) + 1}/{len(samples)} {sample.key}")
-        values.append(torch.from_numpy(np.load(path)).double())
-        keys.append(sample.key)
-    return Games(_completed(seen, torch.stack(values)).float(), tuple(keys))
+    values, keys = _kept(
+        source,
+        samples,
+        size,
+        lambda sample: work / f"{_identity(teacher, size, precision, sample)}-{evaluations}.npy",
+        lambda image, sample: _values(teacher, image, sample.label, numbers(seen), precision),
+    )
+    return Games(_completed(seen, values.double()).float(), keys)
 
 
 def _completed(seen: Tensor, values: Tensor) -> Tensor:

@@ -8,8 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-def add_shared(parser: argparse.ArgumentParser) -> None:
-    """Add them to the parser of a study."""
+def study_parser(name: str, description: str | None, *, wrapped: bool = False) -> argparse.ArgumentParser:
+    """The parser of a study with the arguments that all share; its description as it stands, or `wrapped`."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m bench.paper {name}",
+        description=description,
+        formatter_class=argparse.HelpFormatter if wrapped else argparse.RawTextHelpFormatter,
+    )
     parser.add_argument(
         "--data",
         "--dataset",
@@ -32,6 +37,7 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images-per-class", type=int, default=None, help="sources scored of each class")
     parser.add_argument("--factor", default="auto", help="tiles per side; auto: 1 up to 64 px, else 2")
     parser.add_argument("--precision", default="auto", choices=("auto", "float32"))
+    return parser
 
 
 def told(name: str, argv: Sequence[str]) -> str:

@@ -10,7 +10,6 @@ InfoUtil is ahead of RDED at every step. Writes `<out>.csv`, `.md`, `.png` and `
 
 from __future__ import annotations
 
-import argparse
 import csv
 import dataclasses
 import io
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from bench.arms import Arm, Distillation, Setup, Training, alone, digest, teacher_at, test_set
 from bench.compare import made_with, teacher_fact
 from bench.facts import commit
-from bench.paper.arguments import add_shared, told
+from bench.paper.arguments import study_parser, told
 from bench.paper.charts import Line, accuracy_chart
 from bench.paper.cost import forward_seconds, step_seconds
 from bench.paper.recipes import RANDOM
@@ -190,12 +189,7 @@ class Plan:
 
 def main(argv: Sequence[str]) -> int:
     """Run the study."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.paper table4",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    add_shared(parser)
+    parser = study_parser("table4", __doc__)
     parser.add_argument("--student", default=None, help="architecture; default the teacher's")
     parser.add_argument("--width", type=int, default=None, help="channels of a ConvNet's layers")
     parser.add_argument("--ipc", type=int, default=50)

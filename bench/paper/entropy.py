@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import ddfast
 from bench.arms import Arm, Distillation, Setup, teacher_at
 from bench.compare import teacher_fact
-from bench.paper.arguments import add_shared, told
+from bench.paper.arguments import study_parser, told
 from bench.paper.charts import COLOURS, FAINT, GRID, figure
 from bench.paper.teachers import checkpoints, teachers
 from ddfast.data.files import atomic_write_text, make_folder
@@ -59,12 +59,7 @@ def label_entropy(probabilities: torch.Tensor) -> torch.Tensor:
 
 def main(argv: Sequence[str]) -> int:
     """Measure and write."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.paper entropy",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    add_shared(parser)
+    parser = study_parser("entropy", __doc__)
     parser.add_argument("--ipc", type=int, default=10)
     parser.add_argument("--arm", default="random", help="method and options of the set that is labelled")
     arguments = parser.parse_args(argv)

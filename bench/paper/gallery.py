@@ -19,7 +19,7 @@ import numpy as np
 
 from bench.arms import Arm, Distillation, Setup, teacher_at
 from bench.compare import teacher_fact
-from bench.paper.arguments import add_shared, told
+from bench.paper.arguments import study_parser, told
 from bench.paper.teachers import teachers
 from ddfast.data import open_source
 from ddfast.data.decoding import decode_fit
@@ -65,12 +65,7 @@ class Shown:
 
 def main(argv: Sequence[str]) -> int:
     """Make the gallery."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.paper gallery",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    add_shared(parser)
+    parser = study_parser("gallery", __doc__)
     parser.add_argument("--images", type=int, default=1, help="of each class")
     parser.add_argument("--classes", type=int, default=10, help="classes at most")
     parser.add_argument("--arm", default="infoutil", help="method and options whose crops are shown")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bench.arms import Arm, Setup, Training, at_ipc, by_ipc, teacher_at, train_students
 from bench.compare import integers
-from bench.paper.arguments import add_shared
+from bench.paper.arguments import study_parser
 from bench.paper.cost import Work, cost_of
 from bench.paper.page import Block, Filled, write
 from bench.paper.recipes import AS_PAPER, EARLY, EARLY_UP_TO, RECIPES, STAGES, Recipe, Row
@@ -26,10 +26,7 @@ RESULTS = Path(__file__).resolve().parent.parent / "results" / "paper"
 def parse(name: str, argv: Sequence[str]) -> argparse.Namespace:
     """Options of a recipe."""
     recipe = RECIPES[name]
-    parser = argparse.ArgumentParser(
-        prog=f"python -m bench.paper {name}", description=f"{recipe.title}. {recipe.tests}"
-    )
-    add_shared(parser)
+    parser = study_parser(name, f"{recipe.title}. {recipe.tests}", wrapped=True)
     parser.add_argument("--early-teacher", type=Path, default=None, help="label teacher of 10 epochs")
     parser.add_argument(
         "--student", action="append", default=[], help="architectures, in place of the recipe's"

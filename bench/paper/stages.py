@@ -30,7 +30,7 @@ import torch
 from bench import facts
 from bench.arms import Arm, teacher_at
 from bench.compare import teacher_fact
-from bench.paper.arguments import add_shared, told
+from bench.paper.arguments import study_parser, told
 from bench.paper.charts import COLOURS, FAINT, GRID, figure
 from bench.paper.teachers import teachers
 from ddfast.data.files import atomic_write_text, make_folder
@@ -115,12 +115,7 @@ def measure(arm: Arm, arguments: argparse.Namespace, teacher: Path, folder: Path
 
 def main(argv: Sequence[str]) -> int:
     """Run the study."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.paper figure3",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    add_shared(parser)
+    parser = study_parser("figure3", __doc__)
     parser.add_argument("--ipc", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args(argv)
