@@ -18,14 +18,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import ddfast
 from bench import facts
 from ddfast.data.files import atomic_write_text, make_folder
+from ddfast.data.table import read_table
 from ddfast.distillation import distill
 from ddfast.errors import UsageError
 from ddfast.methods import get_method
+from ddfast.methods.pipeline import SCORES
 from ddfast.methods.run import read_plan
 from ddfast.models import Teacher, load_teacher
 from ddfast.progress import say
@@ -85,6 +88,10 @@ class Setup:
         factor: tiles per side, or "auto".
         images_per_class: sources scored of each class.
         precision: of scoring and of the students, "auto" or "float32".
+        own_sets: a set for each student, distilled with the student's seed, so that the deviation over students holds
+            the luck of the pool and of the draws; else one set for all.
+        held_out: judge students on so many training images of each class that were not scored, in place of the test
+            split: what is chosen by them is not chosen on test data. 0: the test split.
     """
 
     data: str
@@ -93,6 +100,8 @@ class Setup:
     factor: str | int = "auto"
     images_per_class: int = 300
     precision: str = "auto"
+    own_sets: bool = False
+    held_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -235,7 +244,7 @@ def student_path(arm: Arm, ipc: int, setup: Setup, training: Training, seed: int
 
 
 def _fully_tested_path(arm: Arm, ipc: int, setup: Setup, training: Training, seed: int) -> Path:
-    distillation = _distillation(arm, ipc, setup, training)
+    distillation = set_of(arm, ipc, setup, training, seed)
     asked = {"distilled": distillation.identity, "training": _identity(setup, training, ipc), "seed": seed}
     plain = re.sub(r"[^A-Za-z0-9.-]+", "_", f"{arm.method}-ipc{ipc}-{training.arch}")
     return setup.work / "students" / f"{plain}-{digest(asked)}.json"
@@ -247,11 +256,11 @@ def _student(arm: Arm, ipc: int, setup: Setup, training: Training, seed: int) ->
         if path.exists():
             found: dict[str, Any] = json.loads(path.read_text("utf-8"))
             return found
-        folder = _distillation(arm, ipc, setup, training).make()
+        folder = set_of(arm, ipc, setup, training, seed).make()
         online = training.labels == "online" and not training.hard
         evaluated = evaluate(
             folder,
-            test_set(setup.data, teacher_at(setup.teacher).image_size),
+            _judging_set(setup, folder),
             arch=training.arch,
             arch_options={} if training.width is None else {"width": training.width},
             batch_size=training.batch_size,
@@ -281,7 +290,10 @@ def _student(arm: Arm, ipc: int, setup: Setup, training: Training, seed: int) ->
     return result
 
 
-def _distillation(arm: Arm, ipc: int, setup: Setup, training: Training) -> Distillation:
+def set_of(arm: Arm, ipc: int, setup: Setup, training: Training, seed: int) -> Distillation:
+    """What the student of a seed is trained on."""
+    if setup.own_sets:
+        arm = dataclasses.replace(arm, settings={**arm.settings, "seed": seed})
     stored = training.labels == "stored" and not training.hard
     return Distillation.of(arm, ipc, setup, training.label_teacher if stored else None)
 
@@ -301,6 +313,7 @@ def _identity(setup: Setup, training: Training, ipc: int) -> dict[str, Any]:
         "epochs": training.epochs or training.rules.epochs_for(ipc),
         "batch_size": training.batch_size,
         "precision": setup.precision,
+        **({"held_out": setup.held_out} if setup.held_out else {}),
     }
 
 
@@ -327,7 +340,15 @@ def combined(students: Sequence[Mapping[str, Any]], arm: str) -> dict[str, Any]:
     )
     commits = list(dict.fromkeys(commit for student in students for commit in student["commits"]))
     last_only = any(student.get("last_only", False) for student in students)
-    return {**first, **together.as_dict(), "arm": arm, "last_only": last_only, "commits": commits}
+    loss = sum(student["teacher_loss"] for student in students) / len(students)
+    return {
+        **first,
+        **together.as_dict(),
+        "arm": arm,
+        "teacher_loss": loss,
+        "last_only": last_only,
+        "commits": commits,
+    }
 
 
 def by_ipc(text: str) -> dict[int, int]:
@@ -378,6 +399,42 @@ def teacher_at(path: Path) -> Teacher:
 def test_set(data: str, size: int) -> ImageSet:
     """The test split, decoded once."""
     return read_test_set(ddfast.data.open_source(data, "test"), size, quiet=True)
+
+
+def _judging_set(setup: Setup, folder: Path) -> ImageSet:
+    size = teacher_at(setup.teacher).image_size
+    if not setup.held_out:
+        return test_set(setup.data, size)
+    scored = np.unique(
+        np.concatenate(
+            [
+                read_table(part, columns=["sample_id"])["sample_id"]
+                for part in (folder / SCORES).glob("part-*.parquet")
+            ]
+        )
+    )
+    return held_out_set(setup.data, size, setup.held_out, tuple(scored.tolist()))
+
+
+@functools.lru_cache(maxsize=2)
+def held_out_set(data: str, size: int, count: int, scored: tuple[int, ...]) -> ImageSet:
+    """`count` training images of each class, in the order of their ids, without the scored ones; read as test images.
+
+    Raises:
+        UsageError: a class has too few that were not scored.
+    """
+    source = ddfast.data.open_source(data, "train")
+    places = np.flatnonzero(~np.isin(source.samples.ids, scored))
+    places = places[np.argsort(source.samples.ids[places], kind="stable")]
+    labels = source.samples.labels[places]
+    chosen = [places[labels == label][:count] for label in range(len(source.class_names))]
+    for name, of_class in zip(source.class_names, chosen, strict=True):
+        if len(of_class) < count:
+            raise UsageError(
+                f"class {name} has {len(of_class)} training images that were not scored, {count} are held out"
+            )
+    samples = [source.samples[place] for place in np.concatenate(chosen)]
+    return read_test_set(source, size, samples=samples, quiet=True)
 
 
 @functools.lru_cache(maxsize=256)

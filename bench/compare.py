@@ -126,12 +126,40 @@ def write(results: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> N
     make_folder(arguments.out.parent)
     atomic_write_text(arguments.out.with_suffix(".csv"), text.getvalue())
     lines = "".join(f"- {fact}\n" for fact in facts(results, arguments))
-    heading = (
-        "Test top-1 after the last epoch, mean ± deviation over seeds; in brackets the best tested epoch.\n"
-    )
     arms = "".join(f"- {arm}\n" for arm in arguments.arm)
-    page = f"{heading}\n{table(results, arguments.ipc)}\n{lines}\nArms:\n{arms}"
+    heading = judged(arguments.own_sets, arguments.held_out)
+    page = f"{heading}\n\n{table(results, arguments.ipc)}\n{lines}\nArms:\n{arms}"
     atomic_write_text(arguments.out.with_suffix(".md"), page)
+
+
+def add_judging(parser: argparse.ArgumentParser) -> None:
+    """How students are judged: arguments that `Setup` and `Training` take."""
+    parser.add_argument(
+        "--last-only", action="store_true", help="test after the last epoch alone: no best tested epoch"
+    )
+    parser.add_argument(
+        "--own-sets",
+        action="store_true",
+        help="distil a set for each student, with its seed: the deviation then holds the luck of pool and draws",
+    )
+    parser.add_argument(
+        "--held-out",
+        type=int,
+        default=0,
+        metavar="N",
+        help="judge by N training images of each class that were not scored, not by the test split: for choosing",
+    )
+
+
+def judged(own_sets: bool, held_out: int) -> str:
+    """What the numbers of a page are."""
+    of = (
+        f"Top-1 in percent on {held_out} held-out training images of each class"
+        if held_out
+        else "Test top-1 in percent"
+    )
+    over = "students, each on a set distilled with its seed" if own_sets else "students of one set"
+    return f"{of} after the last epoch, mean ± deviation over {over}; in brackets the best tested epoch."
 
 
 def integers(text: str) -> list[int]:
@@ -164,6 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--label-teacher", type=Path, default=None, help="labels the students' batches instead of --teacher"
     )
     parser.add_argument("--labels", default="online", choices=("online", "stored"))
+    add_judging(parser)
     parser.add_argument("--work", type=Path, default=Path("runs/compare"))
     parser.add_argument("--out", type=Path, required=True, help="results, without ending")
     arguments = parser.parse_args(argv)
@@ -174,6 +203,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.factor,
         arguments.images_per_class,
         arguments.precision,
+        arguments.own_sets,
+        arguments.held_out,
     )
     results = []
     for arm in [Arm.parse(text) for text in arguments.arm]:
@@ -185,6 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 arguments.label_teacher,
                 epochs=at_ipc(arguments.epochs, ipc),
                 batch_size=arguments.batch_size,
+                last_only=arguments.last_only,
             )
             seeds = range(at_ipc(arguments.seeds, ipc) or 0)
             results.append(train_students(arm, ipc, setup, training, seeds))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from bench.arms import Arm, Distillation, Setup, Training, student_path, teacher_at, test_set
+from bench.arms import Arm, Distillation, Setup, Training, set_of, student_path, teacher_at, test_set
 from ddfast.data import open_source
 from ddfast.methods.run import read_plan
 from ddfast.models import create_model
@@ -106,11 +106,11 @@ def cost_of(work: Sequence[Work]) -> Cost:
         seconds += missing * (
             (epochs + rules.passes_after) * math.ceil(count / batch) * step + tests * forward
         )
-        stored = training.label_teacher if training.labels == "stored" and not training.hard else None
-        distillation = Distillation.of(cell.arm, cell.ipc, cell.setup, stored)
-        plan = read_plan(distillation.folder) if distillation.folder.exists() else None
-        if plan is None or not plan["complete"]:
-            sets[distillation.folder] = distillation
+        for seed in cell.missing:
+            distillation = set_of(cell.arm, cell.ipc, cell.setup, training, seed)
+            plan = read_plan(distillation.folder) if distillation.folder.exists() else None
+            if plan is None or not plan["complete"]:
+                sets[distillation.folder] = distillation
     tables = {}
     for each in sets.values():
         table = f"{each.method}-{each.folder.name.split('-')[1]}"

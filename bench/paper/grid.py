@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench.arms import Arm, Setup, Training, at_ipc, by_ipc, teacher_at, train_students
-from bench.compare import integers
+from bench.compare import add_judging, integers
 from bench.paper.arguments import study_parser
 from bench.paper.cost import Work, cost_of
 from bench.paper.page import Block, Filled, write
@@ -40,9 +40,7 @@ def parse(name: str, argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--rows", default="", help="only some rows: numbers, or words of their names, comma between"
     )
-    parser.add_argument(
-        "--last-only", action="store_true", help="test after the last epoch alone: no best tested epoch"
-    )
+    add_judging(parser)
     parser.add_argument(
         "--kept", action="store_true", help="train nothing: write the table of the students that are kept"
     )
@@ -91,6 +89,8 @@ def cells_of(recipe: Recipe, teacher: Path, student: str, arguments: argparse.Na
         arguments.factor,
         arguments.images_per_class,
         arguments.precision,
+        arguments.own_sets,
+        arguments.held_out,
     )
     return [
         Cell(

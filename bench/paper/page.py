@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.arms import teacher_at
-from bench.compare import STUDENT_COLUMNS, budget, cell, made_with, student_rows, teacher_fact
+from bench.compare import STUDENT_COLUMNS, budget, cell, judged, made_with, student_rows, teacher_fact
 from bench.paper.arguments import told
 from bench.paper.charts import Line, accuracy_chart
 from bench.paper.cost import Work
@@ -138,11 +138,11 @@ def markdown(
     name: str, recipe: Recipe, blocks: Sequence[Block], spent: str, argv: Sequence[str], chart: str
 ) -> str:
     """The page: a table of accuracies and one of claims for each teacher and student, then how it was made."""
+    setup = blocks[0].cells[0].work.setup
     parts = [
         f"# {recipe.title}\n",
         f"{recipe.tests}\n",
-        "Test top-1 in percent after the last epoch, mean ± deviation over seeds; in brackets the best tested epoch. "
-        f"{spent}\n",
+        f"{judged(setup.own_sets, setup.held_out)} {spent}\n",
     ]
     for block in blocks:
         if len(blocks) > 1:

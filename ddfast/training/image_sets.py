@@ -16,6 +16,7 @@ from ddfast.progress import Progress, say
 from ddfast.training.augmentation import normalize
 
 if TYPE_CHECKING:
+    from ddfast.data.samples import Sample
     from ddfast.data.sources import Source
 
 MEMORY_LIMIT = 4 << 30  # bytes of decoded training images that are held at once
@@ -101,17 +102,38 @@ def read_training_set(
     return _read(source, size, None, workers, quiet)
 
 
-def read_test_set(source: Source, size: int, *, workers: int | None = None, quiet: bool = False) -> ImageSet:
-    """A split as RDED tests: the shorter side resized to `size // 7 * 8`, then the centre of size x size."""
-    return _read(source, size, max(size // 7 * 8, size), workers, quiet)
+def read_test_set(
+    source: Source,
+    size: int,
+    *,
+    samples: Sequence[Sample] | None = None,
+    workers: int | None = None,
+    quiet: bool = False,
+) -> ImageSet:
+    """A split, or `samples` of it, as RDED tests: the shorter side resized to `size // 7 * 8`, then the centre of
+    size x size."""
+    return _read(source, size, max(size // 7 * 8, size), workers, quiet, samples)
 
 
-def _read(source: Source, size: int, resize: int | None, workers: int | None, quiet: bool) -> ImageSet:
+def _read(
+    source: Source,
+    size: int,
+    resize: int | None,
+    workers: int | None,
+    quiet: bool,
+    samples: Sequence[Sample] | None = None,
+) -> ImageSet:
     from ddfast.data.loading import load_all
 
-    with Progress(f"decode {source.split}", len(source.samples), "images", quiet=quiet) as progress:
+    samples = source.samples if samples is None else samples
+    with Progress(f"decode {source.split}", len(samples), "images", quiet=quiet) as progress:
         images, labels, bad = load_all(
-            source, size, resize=resize, workers=workers, progress=lambda done, total: progress.advance()
+            source,
+            size,
+            samples=samples,
+            resize=resize,
+            workers=workers,
+            progress=lambda done, total: progress.advance(),
         )
     if bad:
         sample, reason = bad[0]

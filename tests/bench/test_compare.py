@@ -1,8 +1,15 @@
 import csv
 import json
 
+import numpy as np
+import pytest
+import torch
+
 from bench.__main__ import main
-from bench.arms import Arm
+from bench.arms import Arm, Setup, Training, held_out_set, set_of
+from ddfast.data import open_source
+from ddfast.errors import UsageError
+from ddfast.training.image_sets import read_test_set
 from tests.methods.conftest import toy_folder, toy_teacher, toy_test, toy_train
 
 __all__ = ["toy_folder", "toy_teacher", "toy_test", "toy_train"]
@@ -53,3 +60,41 @@ def test_compare_writes_a_row_a_student_and_keeps_what_is_finished(toy_folder, t
     } == stamps
     assert (tmp_path / "table.md").read_text() == table
     assert "| spread |" in capsys.readouterr().out
+
+
+def test_a_set_for_each_student_judged_on_what_was_not_scored(toy_folder, toy_teacher, tmp_path, capsys):
+    words = [
+        *("compare", "--data", toy_folder, "--teacher", toy_teacher, "--arch", "convnet3", "--width", 8),
+        *("--ipc", 1, "--epochs", 1, "--seeds", 2, "--images-per-class", 12, "--precision", "float32"),
+        *("--own-sets", "--held-out", 5, "--last-only", "--arm", "random"),
+        *("--work", tmp_path / "work", "--out", tmp_path / "table"),
+    ]
+    assert main([str(word) for word in words]) == 0
+    page = (tmp_path / "table.md").read_text()
+    assert page.startswith("Top-1 in percent on 5 held-out training images of each class")
+    assert "each on a set distilled with its seed" in page
+    sets = sorted((tmp_path / "work").glob("random-*/manifest.json"))
+    assert sorted(json.loads(path.read_text())["seed"] for path in sets) == [0, 1]
+
+
+def test_a_seed_decides_the_set_only_where_each_student_has_its_own(toy_folder, toy_teacher, tmp_path):
+    arm, training = Arm.parse("random"), Training("convnet3")
+    shared = Setup(str(toy_folder), toy_teacher, tmp_path)
+    own = Setup(str(toy_folder), toy_teacher, tmp_path, own_sets=True)
+    assert set_of(arm, 1, shared, training, 0).folder == set_of(arm, 1, shared, training, 1).folder
+    assert set_of(arm, 1, own, training, 0).folder == set_of(arm, 1, shared, training, 0).folder
+    assert set_of(arm, 1, own, training, 1).folder != set_of(arm, 1, shared, training, 1).folder
+
+
+def test_held_out_images_were_not_scored(toy_folder):
+    source = open_source(str(toy_folder), "train")
+    ids, labels = source.samples.ids, source.samples.labels
+    pairs = [np.flatnonzero(labels == label)[3:5] for label in range(3)]
+    left = [place for pair in pairs for place in sorted(pair, key=lambda place: ids[place])]
+    scored = tuple(np.delete(ids, left).tolist())
+    held_out = held_out_set(str(toy_folder), 16, 2, scored)
+    expected = read_test_set(source, 16, samples=[source.samples[place] for place in left], quiet=True)
+    assert held_out.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert torch.equal(held_out.images, expected.images)
+    with pytest.raises(UsageError, match="has 2 training images that were not scored, 3 are held out"):
+        held_out_set(str(toy_folder), 16, 3, scored)
