@@ -283,6 +283,7 @@ def _student(arm: Arm, ipc: int, setup: Setup, training: Training, seed: int) ->
             "seconds": json.loads((folder / "run.json").read_text("utf-8"))["seconds"],
             "teacher_loss": teacher_loss(folder, setup.teacher),
             "last_only": training.last_only,
+            "threads": torch.get_num_threads(),
             "commits": [facts.commit()[0]],
         }
         atomic_write_text(path, json.dumps(result, indent=1) + "\n")

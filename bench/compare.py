@@ -87,18 +87,27 @@ def budget(results: Sequence[dict[str, Any]]) -> str:
 def made_with(results: Sequence[dict[str, Any]], precision: str) -> str:
     """Arithmetic, versions and the commits that the students come from."""
     commits = list(dict.fromkeys(commit for result in results for commit in result["commits"]))
+    threads = sorted({result["threads"] for result in results})
+    shared = " or ".join(str(count) for count in threads) + (" thread" if threads == [1] else " threads")
     return (
-        f"arithmetic {precision} on {platform.machine()}, torch {torch.__version__}, ddfast {ddfast.__version__}, "
-        f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}"
+        f"arithmetic {precision} on {platform.machine()}, {shared}, torch {torch.__version__}, "
+        f"ddfast {ddfast.__version__}, commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}"
     )
 
 
 def teacher_fact(teacher: Path) -> str:
-    """`convnet3, 24 epochs, test top-1 83.78`."""
+    """``convnet3, epoch 24 of 24, test top-1 83.78 (`ddfast train-teacher --arch convnet3 ...`)``."""
     opened = teacher_at(teacher)
-    epochs = "" if opened.epoch is None else f", {opened.epoch} epochs"
-    accuracy = "" if opened.top1 is None else f", test top-1 {opened.top1:.2f}"
-    return f"{opened.arch}{epochs}{accuracy}"
+    training = opened.facts.get("training", {})
+    told = opened.arch
+    if opened.epoch is not None:
+        told += f", epoch {opened.epoch} of {training.get('epochs', opened.epoch)}"
+    if opened.top1 is not None:
+        told += f", test top-1 {opened.top1:.2f}"
+    if not training:
+        return told
+    options = f"--arch {opened.arch} --epochs {training['epochs']} --image-size {opened.image_size}"
+    return f"{told} (`ddfast train-teacher {options}`)"
 
 
 def facts(results: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> list[str]:

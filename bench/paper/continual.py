@@ -152,6 +152,7 @@ class Plan:
                 "top1": trained.top1,
                 "classes": classes,
                 "epochs": trained.epochs,
+                "threads": torch.get_num_threads(),
                 "commits": [commit()[0]],
             }
             atomic_write_text(path, json.dumps(result) + "\n")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ddfast.errors import UsageError
+from ddfast.ops._philox import philox4x32
 
 if TYPE_CHECKING:
     from ddfast.models import Teacher
@@ -41,6 +42,13 @@ def option(
 def stream(seed: int, name: str) -> int:
     """64-bit key of the random stream `name` under `seed`, so that no two uses of a seed share draws."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little")
+
+
+def drawn(ids: Tensor, seed: int, name: str) -> Tensor:
+    """Uniform draws in [0, 1) of sample ids (int64 [M]) under a seed's stream: float64 [M], exact in float32."""
+    low, high, zero = ids & 0xFFFFFFFF, (ids >> 32) & 0xFFFFFFFF, torch.zeros_like(ids)
+    words = philox4x32(torch.stack((low, high, zero, zero), dim=1), stream(seed, name))[:, 0]
+    return (words >> 8).double() / 2**24
 
 
 @dataclass(frozen=True)

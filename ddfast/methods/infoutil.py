@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ddfast.attribution import list_estimators
-from ddfast.methods.base import Batch, Candidates, Context, Method, Table, option, stream
+from ddfast.methods.base import Batch, Candidates, Context, Method, Table, drawn, option, stream
 from ddfast.methods.scoring import judge
 
 if TYPE_CHECKING:
@@ -231,7 +231,7 @@ class InfoUtil(Method):
         # image.
         best = table.best_within_source(np.where(misread, key + _LAST, key))
         if rank_by == "random":
-            score = _mixed(table.sample_id)
+            score = drawn(torch.from_numpy(table.sample_id), table.seed, "rank").numpy()
         else:
             score = (table.loss if rank_by == "loss" else table.grad_norm).astype(np.float64)
         sign = -1.0 if order == "high" and rank_by != "quantiles" else 1.0
@@ -241,20 +241,16 @@ class InfoUtil(Method):
         return ranked, score
 
     def _spread(self, rows: np.ndarray, needed: int) -> np.ndarray:
-        """`needed` rows at even steps between two quantiles of the ascending norms."""
+        """`needed` rows at even steps between two quantiles of the ascending norms; a single one from their middle."""
         low = self.options.quantile_low * (len(rows) - 1)
         high = self.options.quantile_high * (len(rows) - 1)
-        picks = np.unique(np.rint(np.linspace(low, high, needed)).astype(int))
+        places = np.linspace(low, high, needed) if needed > 1 else np.array([(low + high) / 2])
+        picks = np.unique(np.rint(places).astype(int))
         rest = np.setdiff1d(np.arange(len(rows)), picks)
         return rows[np.r_[picks, rest]]
 
 
 _LAST = 1e12  # added to a key, it ranks behind every finite norm or loss
-
-
-def _mixed(ids: np.ndarray) -> np.ndarray:
-    """A uniform draw in [0, 1) of each id: ids are hashes, so their high bits will do."""
-    return (ids.astype(np.uint64) >> np.uint64(11)).astype(np.float64) / 2.0**53
 
 
 def _signed(word: int) -> int:

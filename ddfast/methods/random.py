@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
-from ddfast.methods.base import Batch, Candidates, Context, Method, Table, stream, whole_images
-from ddfast.ops._philox import philox4x32
+from ddfast.methods.base import Batch, Candidates, Context, Method, Table, drawn, whole_images
 
 
 @dataclass(frozen=True)
@@ -29,12 +27,9 @@ class Random(Method):
 
     def score(self, batch: Batch, context: Context) -> Candidates:
         """One candidate an image: all of it, with a uniform draw for a score."""
-        ids = batch.ids.cpu()
-        counters = torch.stack(
-            (ids & 0xFFFFFFFF, (ids >> 32) & 0xFFFFFFFF, torch.zeros_like(ids), torch.zeros_like(ids)), dim=1
+        return Candidates(
+            boxes=whole_images(batch), score=drawn(batch.ids.cpu(), context.seed, "random").float()
         )
-        draws = philox4x32(counters, stream(context.seed, "random"))[:, :1]
-        return Candidates(boxes=whole_images(batch), score=((draws >> 8).double() / 2**24).float())
 
     def rank(self, table: Table, needed: int) -> tuple[dict[int, np.ndarray], np.ndarray]:
         """Highest draw first."""

@@ -1,10 +1,11 @@
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 
 from ddfast.errors import UsageError
 from ddfast.methods import get_method
-from ddfast.methods.base import Batch, Context
+from ddfast.methods.base import Batch, Context, Table
 from ddfast.methods.scoring import judge, teacher_input
 from ddfast.models import Teacher, create_model
 from ddfast.ops import crop_resize
@@ -160,3 +161,65 @@ def test_both_attributions_place_crops_of_one_size_an_image(attribution, teacher
     assert (found.boxes >= 0).all()
     assert (found.boxes <= 16).all()
     assert found.phi.shape == (6, 16)
+
+
+# Three images of one class, a noisy crop (0) and the clean one (1) of each: norms and losses that every rule orders
+# differently, and one image whose clean crop is misread.
+COLUMNS = {
+    "sample_id": np.array([1, 1, 2, 2, 3, 3]),
+    "label": np.zeros(6, dtype=np.int64),
+    "crop": np.array([0, 1, 0, 1, 0, 1]),
+    "score": np.full(6, np.nan),
+    "grad_norm": np.array([5.0, 1.0, 2.0, 4.0, 6.0, 3.0]),
+    "loss": np.array([0.5, 0.2, 0.1, 0.9, 0.3, 0.6]),
+    "correct": np.array([True, True, True, False, True, True]),
+}
+TABLE = Table(COLUMNS)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        # The paper (IU-8, IU-15): highest norm in each image, then among the images.
+        ({"within": "max_norm", "rank_by": "grad_norm", "order": "high"}, [4, 0, 3]),
+        ({"within": "max_norm", "rank_by": "grad_norm", "order": "low"}, [3, 0, 4]),
+        # The default at one tile: clean crops, lowest loss.
+        ({"within": "clean", "rank_by": "loss", "order": "low"}, [1, 5, 3]),
+        ({"within": "min_loss", "rank_by": "loss", "order": "low"}, [2, 1, 4]),
+        ({"within": "min_loss", "rank_by": "grad_norm", "order": "high"}, [4, 2, 1]),
+        # Image 2 competes with the crop that is read correctly.
+        ({"within": "clean", "rank_by": "grad_norm", "order": "high", "correct_only": True}, [5, 2, 1]),
+    ],
+)
+def test_ranks_by_hand(options, expected):
+    ranked, _ = get_method("infoutil").from_options(options).rank(TABLE, 3)
+    assert ranked[0].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "needed", "first"),
+    # Clean crops by norm: rows 1, 5, 3.
+    [(0, 1, 1, [5]), (0, 1, 2, [1, 3]), (0, 1, 3, [1, 5, 3]), (0.5, 1, 1, [3]), (0.5, 1, 2, [5, 3])],
+)
+def test_quantiles_spread_over_the_norms(low, high, needed, first):
+    options = {
+        "within": "clean",
+        "rank_by": "quantiles",
+        "order": "high",
+        "quantile_low": low,
+        "quantile_high": high,
+    }
+    ranked, _ = get_method("infoutil").from_options(options).rank(TABLE, needed)
+    assert ranked[0][:needed].tolist() == first
+    assert sorted(ranked[0].tolist()) == [1, 3, 5]
+
+
+def test_the_seed_draws_a_random_rank():
+    method = get_method("infoutil").from_options({"within": "clean", "rank_by": "random"}).resolved(1)
+    orders = []
+    for seed in range(20):
+        ranked, score = method.rank(Table(COLUMNS, seed), 3)
+        assert sorted(ranked[0].tolist()) == [1, 3, 5]
+        assert (np.diff(score[ranked[0]]) > 0).all()
+        orders.append(tuple(ranked[0].tolist()))
+    assert len(set(orders)) == 6
