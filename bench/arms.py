@@ -194,6 +194,7 @@ class Distillation:
             identity["label_teacher"] = teacher_at(label_teacher).sha256
         folder = setup.work / f"{arm.method}-{digest(scoring)}-ipc{ipc}-{digest(identity)}"
         arguments = {**given, "data": setup.data, "teacher": setup.teacher, "ipc": ipc}
+        arguments["threads"] = torch.get_num_threads()  # comparisons may share a machine
         if label_teacher is not None:
             arguments["label_teacher"] = label_teacher
         return cls(arm.name, arm.method, arguments, identity, folder)

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from ddfast.methods.pipeline import clock, open_run, relabel, score, select, synthesize
-from ddfast.methods.run import Run
+from ddfast.methods.run import Run, threads_put_back
 from ddfast.models import Teacher
 from ddfast.progress import say
 from ddfast.report import write_report
 
 
+@threads_put_back()
 def distill(
     method: str,
     *,

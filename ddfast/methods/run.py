@@ -13,7 +13,8 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,16 @@ def _forward_batch(image_size: int, device: torch.device) -> int:
     if device.type == "cuda":
         return 2048 if image_size <= 64 else 512
     return 128 if image_size <= 64 else 32
+
+
+@contextmanager
+def threads_put_back() -> Iterator[None]:
+    """Give the process its number of threads back: a run fixes its own, and its caller goes on afterwards."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def threads_of(given: str | int, device: torch.device) -> int:

@@ -172,6 +172,16 @@ def test_kill_9_and_resume_give_the_same_bytes(undisturbed, toy_folder, toy_teac
     assert subprocess.run(command, check=False).returncode == 0  # finished: nothing to do
 
 
+def test_the_caller_keeps_its_threads(toy_folder, toy_teacher, tmp_path):
+    before = torch.get_num_threads()
+    out = distil(toy_folder, toy_teacher, tmp_path / "out", threads=before + 1)
+    assert json.loads((out / "manifest.json").read_text())["arithmetic"]["threads"] == before + 1
+    assert torch.get_num_threads() == before
+    with pytest.raises(UsageError):
+        distil(toy_folder, toy_teacher, tmp_path / "out", threads=before + 1)
+    assert torch.get_num_threads() == before
+
+
 def test_a_truncated_shard_is_scored_again(undisturbed, toy_folder, toy_teacher, tmp_path, monkeypatch):
     out = tmp_path / "run"
     distil(toy_folder, toy_teacher, out, until="score")
