@@ -210,5 +210,7 @@ def budget_note(recipe: Recipe, work: Sequence[Work]) -> str:
         fewest, most = min(len(cell.seeds) for cell in cells), max(len(cell.seeds) for cell in cells)
         if epochs != full or fewest != recipe.seeds:
             seeds = f"{fewest}" if fewest == most else f"{fewest} to {most}"
-            spent.append(f"IPC {ipc}: {epochs} of {full} epochs, {seeds} of {recipe.seeds} seeds")
+            spent.append(
+                f"IPC {ipc}: {epochs} of {full} epochs, {seeds} seeds for the paper's {recipe.seeds}"
+            )
     return "Budget: " + ("; ".join(spent) if spent else f"the paper's, {recipe.seeds} seeds") + "."

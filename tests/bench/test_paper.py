@@ -171,7 +171,7 @@ def test_what_is_kept_makes_a_table_of_its_own(toy_folder, toy_teacher, tmp_path
     assert "| method | IPC 1 | IPC 2 | teacher's loss |" in page
     assert page.index("| RDED |") < page.index(f"| {RANDOM.name} |")
     assert "--kept" not in page
-    assert "IPC 1: 2 of 300 epochs, 1 to 2 of 3 seeds." in page
+    assert "IPC 1: 2 of 300 epochs, 1 to 2 seeds for the paper's 3." in page
     assert "IPC 1: 2 epochs, batch 3, seeds 1 to 2" in page
 
 
@@ -188,6 +188,17 @@ def test_students_tested_once_serve_no_table_of_best_epochs(toy_folder, toy_teac
     capsys.readouterr()
     assert main(["table11", *run, "--last-only", "--cost"]) == 0
     assert "(2 are kept)" in capsys.readouterr().err
+
+
+def test_every_student_may_have_a_set_of_its_own(toy_folder, toy_teacher, tmp_path, capsys):
+    run = words(toy_folder, toy_teacher, tmp_path, "--rows", "RDED", "--ipc", 1, "--seeds", 2, "--own-sets")
+    assert main(["table11", *run, "--cost"]) == 0
+    assert "2 sets to distil, 2 students to train" in capsys.readouterr().err
+    assert main(["table11", *run]) == 0
+    assert len(list((tmp_path / "work").glob("rded-*/manifest.json"))) == 2
+    page = (tmp_path / "table.md").read_text()
+    assert "mean ± deviation over students, each on a set distilled with its seed" in page
+    assert "--own-sets`" in page
 
 
 def test_the_gallery_shows_both_methods_on_the_same_images(toy_folder, toy_teacher, tmp_path, capsys):
