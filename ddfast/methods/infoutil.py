@@ -231,7 +231,8 @@ class InfoUtil(Method):
         # image.
         best = table.best_within_source(np.where(misread, key + _LAST, key))
         if rank_by == "random":
-            score = drawn(torch.from_numpy(table.sample_id), table.seed, "rank").numpy()
+            ids = torch.from_numpy(np.array(table.sample_id))  # a column of a row-wise table, made contiguous
+            score = drawn(ids, table.seed, "rank").numpy()
         else:
             score = (table.loss if rank_by == "loss" else table.grad_norm).astype(np.float64)
         sign = -1.0 if order == "high" and rank_by != "quantiles" else 1.0

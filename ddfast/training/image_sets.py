@@ -14,6 +14,7 @@ from ddfast.errors import UsageError
 from ddfast.ops.precision import autocast
 from ddfast.progress import Progress, say
 from ddfast.training.augmentation import normalize
+from ddfast.training.device import memory_layout
 
 if TYPE_CHECKING:
     from ddfast.data.samples import Sample
@@ -167,12 +168,13 @@ def measure_accuracy(
     precision: str = "float32",
 ) -> Accuracy:
     """Accuracy in eval mode; the model's mode is put back. Of fewer than five classes, top-5 is certain."""
-    was_training = model.training
+    was_training, layout = model.training, memory_layout(model, device)
     model.eval()
     outputs = []
     with torch.inference_mode(), autocast(precision, device):
         for images in test.images.split(EVALUATION_BATCH):
-            outputs.append(model(normalize(images.to(device), mean, std)).cpu())
+            inputs = normalize(images.to(device), mean, std).contiguous(memory_format=layout)
+            outputs.append(model(inputs).cpu())
     model.train(was_training)
     logits = torch.cat(outputs)
     correct = logits.argmax(dim=1) == test.labels

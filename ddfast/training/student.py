@@ -35,7 +35,7 @@ from ddfast.training.augmentation import (
     resize_boxes,
     shuffle_patches,
 )
-from ddfast.training.device import resolve_device
+from ddfast.training.device import memory_layout, resolve_device
 from ddfast.training.image_sets import ImageSet, measure_accuracy
 from ddfast.training.protocol import Protocol, protocol_named
 from ddfast.training.seeding import derived_seed, generator, seeded
@@ -225,7 +225,8 @@ def train_student(
             student = create_model(arch, classes, size, **(arch_options or {}))
     except ValueError as error:
         raise UsageError(str(error)) from error
-    student = student.to(device=where).to(memory_format=torch.channels_last)
+    layout = memory_layout(student, where)
+    student = student.to(device=where).to(memory_format=layout)
     if rules.statistics_twice:
         count_batches_twice(student)
     lr = rules.lr_for(arch, teacher_arch, classes, size)
@@ -260,7 +261,7 @@ def train_student(
                 batch = augmentation(index)
                 targets = labels(batch)
                 with autocast(precision, where):
-                    logits = student(batch.inputs)
+                    logits = student(batch.inputs.contiguous(memory_format=layout))
                 step_loss = loss_scale * distillation_loss(logits, targets, temperature)
                 optimizer.zero_grad(set_to_none=True)
                 step_loss.backward()
@@ -470,11 +471,12 @@ def _online_labels(
         raise UsageError(
             f"the teacher reads {teacher.image_size} px, the distilled images have {distilled.image_size} px"
         )
-    model = copy.deepcopy(teacher.model).to(device=device).to(memory_format=torch.channels_last).eval()
+    layout = memory_layout(teacher.model, device)
+    model = copy.deepcopy(teacher.model).to(device=device).to(memory_format=layout).eval()
 
     def labels(batch: MixedBatch) -> Tensor:
         with torch.no_grad(), autocast(precision, device):
-            logits = model(batch.inputs)
+            logits = model(batch.inputs.contiguous(memory_format=layout))
         return F.softmax(logits.float() / temperature, dim=1)
 
     return labels

@@ -33,7 +33,7 @@ from ddfast.training.augmentation import (
     random_resized_boxes,
     resize_boxes,
 )
-from ddfast.training.device import resolve_device
+from ddfast.training.device import memory_layout, resolve_device
 from ddfast.training.image_sets import (
     ImageSet,
     StreamedSet,
@@ -234,7 +234,7 @@ def fit_teacher(
     if isinstance(train, ImageSet):
         train = train.on(where)
     model = _initial_model(config, len(class_names))
-    model = model.to(device=where).to(memory_format=torch.channels_last)
+    model = model.to(device=where).to(memory_format=memory_layout(model, where))
     optimizer = _optimizer(model, config)
     if out.is_dir():
         raise UsageError(f"the teacher file {out} is a folder: give a file name that ends in .safetensors")
@@ -306,6 +306,7 @@ def _train_epoch(
 ) -> float:
     """One pass; returns the mean cross-entropy over its images."""
     model.train()
+    layout = memory_layout(model, device)
     order = torch.randperm(len(train), generator=generator(config.seed, "order", epoch))
     draws = generator(config.seed, "augmentation", epoch)
     steps = math.ceil(len(train) / config.batch_size)
@@ -320,7 +321,7 @@ def _train_epoch(
             _set_lr(optimizer, config, (epoch - 1 + step / steps) / config.epochs)
             inputs = normalize(_augment(images, config, draws).to(device), mean, std)
             with autocast(config.precision, device):
-                logits = model(inputs)
+                logits = model(inputs.contiguous(memory_format=layout))
             loss = F.cross_entropy(logits.float(), labels.to(device))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

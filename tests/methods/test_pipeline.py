@@ -79,6 +79,20 @@ def test_every_method_distils_at_every_factor(method, factor, toy_folder, toy_te
         assert len(set(ids.tolist())) == len(ids) == 2 * factor**2
 
 
+@pytest.mark.parametrize("rank_by", ["grad_norm", "loss", "quantiles", "random"])
+@pytest.mark.parametrize("within", ["max_norm", "min_loss", "clean"])
+def test_every_ranking_selects_from_one_score_table(
+    rank_by, within, undisturbed, toy_folder, toy_teacher, tmp_path
+):
+    run = tmp_path / "run"
+    out = distil(
+        toy_folder, toy_teacher, run, scores=undisturbed, until="select", rank_by=rank_by, within=within
+    )
+    chosen = to_numpy(read_table(out / "selection.parquet", SELECTION_SCHEMA))
+    ids = chosen["sample_id"].tolist()
+    assert len(set(ids)) == len(ids) == 3 * 2 * 4
+
+
 def test_a_tile_is_the_crop_of_its_source(undisturbed, toy_folder):
     source = ddfast.data.open_source(toy_folder, "train")
     train = ddfast.DistilledSet(undisturbed)
