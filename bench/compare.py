@@ -107,6 +107,7 @@ def teacher_fact(teacher: Path) -> str:
     if not training:
         return told
     options = f"--arch {opened.arch} --epochs {training['epochs']} --image-size {opened.image_size}"
+    options += "".join(f" --{name} {value}" for name, value in opened.arch_options.items())
     return f"{told} (`ddfast train-teacher {options}`)"
 
 
