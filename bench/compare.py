@@ -107,6 +107,8 @@ def teacher_fact(teacher: Path) -> str:
     if not training:
         return told
     options = f"--arch {opened.arch} --epochs {training['epochs']} --image-size {opened.image_size}"
+    if opened.epoch not in (None, training["epochs"]):
+        options += f" --checkpoint-epochs {opened.epoch}"
     options += "".join(f" --{name} {value}" for name, value in opened.arch_options.items())
     return f"{told} (`ddfast train-teacher {options}`)"
 
@@ -169,7 +171,8 @@ def judged(own_sets: bool, held_out: int) -> str:
         else "Test top-1 in percent"
     )
     over = "students, each on a set distilled with its seed" if own_sets else "students of one set"
-    return f"{of} after the last epoch, mean ± deviation over {over}; in brackets the best tested epoch."
+    best = "in brackets the best tested epoch, where several were tested"
+    return f"{of} after the last epoch, mean ± deviation over {over}; {best}."
 
 
 def integers(text: str) -> list[int]:
