@@ -8,12 +8,21 @@ from collections.abc import Callable, Sequence
 
 from bench.paper import continual, entropy, gallery, grid, stages
 from bench.paper.recipes import RECIPES
-from ddfast.errors import DDFastError
+from ddfast.errors import DDFastError, UsageError
 
 Study = Callable[[Sequence[str]], int]
 
+
+def every_table(argv: Sequence[str]) -> int:
+    """Every table of accuracies with the same arguments; what several of them ask for is trained once."""
+    if any(word.partition("=")[0] == "--out" for word in argv):
+        raise UsageError("all writes every table under its own name: leave --out out")
+    return max(grid.main(name, argv) for name in RECIPES)
+
+
 STUDIES: dict[str, tuple[str, Study]] = {
     **{name: (recipe.title, functools.partial(grid.main, name)) for name, recipe in RECIPES.items()},
+    "all": ("every table above, one after another", every_table),
     "table4": (continual.TITLE, continual.main),
     "figure3": (stages.TITLE, stages.main),
     "gallery": ("Figure 1: heatmaps and crops, InfoUtil beside RDED", gallery.main),

@@ -309,6 +309,17 @@ def test_stages_of_every_method_are_measured_apart(toy_folder, toy_teacher, tmp_
     assert (tmp_path / "figure3.png").stat().st_size > 5_000
 
 
+def test_all_is_every_table(toy_folder, toy_teacher, tmp_path, capsys):
+    run = words(toy_folder, toy_teacher, tmp_path, "--student", "convnet3", "--cost")
+    place = run.index("--out")
+    assert main(["all", *run[:place], *run[place + 2 :]]) == 0
+    told = capsys.readouterr().err
+    assert all(f"{recipe.title}: " in told for recipe in RECIPES.values())
+    assert told.count(" sets to distil, ") == len(RECIPES)
+    assert main(["all", *run]) == 2
+    assert "leave --out out" in capsys.readouterr().err
+
+
 def test_a_failed_distillation_is_told(toy_folder, toy_teacher, tmp_path, capsys):
     given = ["--data", str(toy_folder), "--teacher", str(toy_teacher), "--work", str(tmp_path / "work")]
     assert main(["figure3", *given, "--ipc", "0", "--out", str(tmp_path / "figure3")]) == 2
