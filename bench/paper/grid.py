@@ -13,7 +13,7 @@ from bench.compare import add_judging, integers
 from bench.paper.arguments import study_parser
 from bench.paper.cost import Work, cost_of
 from bench.paper.page import Block, Filled, write
-from bench.paper.recipes import AS_PAPER, EARLY, EARLY_UP_TO, RECIPES, STAGES, Recipe, Row
+from bench.paper.recipes import AS_PAPER, EARLY, EARLY_UP_TO, LABELS_OF, RECIPES, STAGES, Recipe, Row
 from bench.paper.teachers import checkpoints, early_teacher, fitting, teachers, teachers_to_train
 from ddfast.errors import UsageError
 from ddfast.models import list_models
@@ -67,7 +67,7 @@ def rows_for(recipe: Recipe, teacher: Path, only: str) -> list[Row]:
             continue
         for path in [*checkpoints(teacher), teacher]:
             age = "the full teacher" if path == teacher else f"epoch {teacher_at(path).epoch}"
-            rows.append(replace(row, name=f"{row.name}, labels of {age}", labels=str(path)))
+            rows.append(replace(row, name=f"{row.name}{LABELS_OF} {age}", labels=str(path)))
     words = [word.strip() for word in only.split(",") if word.strip()]
     kept = [
         row

@@ -15,7 +15,7 @@ from bench.compare import STUDENT_COLUMNS, budget, cell, judged, made_with, stud
 from bench.paper.arguments import told
 from bench.paper.charts import Line, accuracy_chart
 from bench.paper.cost import Work
-from bench.paper.recipes import RANDOM, Gain, Recipe, Row
+from bench.paper.recipes import LABELS_OF, RANDOM, STAGES, Gain, Recipe, Row
 from bench.paper.reported import Reported, data_name, gains, met, model_name
 from ddfast.data.files import atomic_write_text, make_folder
 
@@ -78,7 +78,11 @@ def write(
         for each in block.cells:
             writer.writerows(_csv_rows(name, block, each))
     atomic_write_text(out.with_suffix(".csv"), text.getvalue())
-    accuracy_chart(out, [_lines(name, block) for block in filled], recipe.title)
+    if any(row.labels == STAGES for row in recipe.rows):
+        panels = [panel for block in filled for panel in _lines_by_age(block, len(filled) > 1)]
+        accuracy_chart(out, panels, recipe.title, tick="epoch {}")
+    else:
+        accuracy_chart(out, [_lines(name, block) for block in filled], recipe.title)
     page = markdown(name, recipe, filled, spent, argv, out.with_suffix(".png").name)
     atomic_write_text(out.with_suffix(".md"), page)
     return page
@@ -97,6 +101,22 @@ def _lines(name: str, block: Block) -> tuple[str, list[Line]]:
                 )
         lines.append(Line(row.name, points, row.arm == RANDOM.arm))
     return f"distilled with {teacher_at(block.teacher).arch}, student {block.student}", lines
+
+
+def _lines_by_age(block: Block, several: bool) -> list[tuple[str, list[Line]]]:
+    """A panel for each IPC: accuracy against the epochs of the teacher that labels."""
+    panels = []
+    for ipc in block.ipcs:
+        points: dict[str, list[tuple[int, float, float, float | None]]] = {}
+        for row in block.rows:
+            if (each := block.at(row.name, ipc)) is not None:
+                labels = each.work.training.label_teacher or block.teacher
+                point = (teacher_at(labels).epoch or 0, each.found["mean"], each.found["std"], None)
+                points.setdefault(row.name.partition(LABELS_OF)[0], []).append(point)
+        lines = [Line(name, sorted(of_it), name.startswith("random")) for name, of_it in points.items()]
+        of = f", distilled with {teacher_at(block.teacher).arch}, student {block.student}" if several else ""
+        panels.append((f"IPC {ipc}, against the epochs of the label teacher{of}", lines))
+    return panels
 
 
 def _csv_rows(name: str, block: Block, each: Filled) -> list[list[Any]]:
@@ -209,15 +229,15 @@ def claim_table(name: str, recipe: Recipe, block: Block) -> str:
 
 def _gains(recipe: Recipe, block: Block) -> Sequence[Gain]:
     """The recipe's claims; for rows that stand for a teacher's stages, each stage against the full teacher."""
-    full = ", labels of the full teacher"
+    full = f"{LABELS_OF} the full teacher"
     staged = [
         Gain(
             f"{row.name} over {full.removeprefix(', ')}",
             row.name,
-            row.name.partition(", labels of")[0] + full,
+            row.name.partition(LABELS_OF)[0] + full,
         )
         for row in block.rows
-        if ", labels of epoch" in row.name
+        if f"{LABELS_OF} epoch" in row.name
     ]
     return [*recipe.gains, *staged]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 FULL, EARLY, AS_PAPER, STAGES = "full", "early", "as paper", "stages"
+LABELS_OF = ", labels of"  # in the name of a row that stands for a stage: between it and the teacher's age
 EARLY_UP_TO = 10  # IPC up to which the paper labels with the teacher of epoch 10 (B.2)
 
 
