@@ -1,12 +1,11 @@
 """Augmentation of whole batches at once: one draw of parameters an image, no Python loop over images.
 
-Images are [B, 3, S, S], uint8 or float. Every function draws from the generator it is given. The differentiable
-operations of DSA (Zhao & Bilen, 2021, Sec. 3.3) are for normalised images: what they leave empty is 0, the mean colour.
+Images are [B, 3, S, S], uint8 or float. Every function draws from the generator it is given. What the matching methods
+augment with, differentiably, is in `ddfast.training.differentiable`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -117,77 +116,3 @@ def _strip_index(order: Tensor, size: int, factor: int) -> Tensor:
     new_place = torch.argsort(order, dim=1)  # new_place[b, s] = where strip s went
     # Sorting the pixels, stably, by the new place of their strip concatenates the strips in that order.
     return torch.argsort(new_place[:, strip], dim=1, stable=True)
-
-
-def random_colour(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Brightness, saturation and contrast of each image: x + U(-.5, .5); distance from its grey image times U(0, 2);
-    distance from its mean times U(.5, 1.5)."""
-    brightness, saturation, contrast = torch.rand(3, len(images), 1, 1, 1, generator=generator).to(images)
-    images = images + (brightness - 0.5)
-    grey = images.mean(dim=1, keepdim=True)
-    images = grey + (images - grey) * (2 * saturation)
-    mean = images.mean(dim=(1, 2, 3), keepdim=True)
-    return mean + (images - mean) * (0.5 + contrast)
-
-
-def random_shift(images: Tensor, generator: torch.Generator, share: float = 0.125) -> Tensor:
-    """Move each image by whole pixels, up to `share` of its side on each axis; zeros come in."""
-    count, _, height, width = images.shape
-    rows = _shifted_index(height, share, count, generator).to(images.device)
-    columns = _shifted_index(width, share, count, generator).to(images.device)
-    framed = F.pad(images, (1, 1, 1, 1)).permute(0, 2, 3, 1)
-    batch = torch.arange(count, device=images.device).view(-1, 1, 1)
-    return framed[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def _shifted_index(size: int, share: float, count: int, generator: torch.Generator) -> Tensor:
-    """Pixels of an image framed by one zero, [count, size], that stand at each place after a random shift."""
-    most = int(size * share + 0.5)
-    shift = torch.randint(-most, most + 1, (count, 1), generator=generator)
-    return (torch.arange(size) + shift + 1).clamp(0, size + 1)
-
-
-def random_cutout(images: Tensor, generator: torch.Generator, share: float = 0.5) -> Tensor:
-    """Set a square of `share` of the side to zero in each image, around a uniform centre, clipped at the border."""
-    count, _, height, width = images.shape
-    inside = [_near_a_centre(side, share, count, generator).to(images.device) for side in (height, width)]
-    square = inside[0][:, None, :, None] & inside[1][:, None, None, :]
-    return images.masked_fill(square, 0)
-
-
-def _near_a_centre(size: int, share: float, count: int, generator: torch.Generator) -> Tensor:
-    side = int(size * share + 0.5)
-    first = torch.randint(0, size + (1 - side % 2), (count, 1), generator=generator) - side // 2
-    return (torch.arange(size) >= first) & (torch.arange(size) < first + side)
-
-
-def random_scale(images: Tensor, generator: torch.Generator, most: float = 1.2) -> Tensor:
-    """Scale each axis of each image by a factor uniform in [1 / most, most], bilinear, around the centre."""
-    factor = torch.rand(2, len(images), generator=generator) * (most - 1 / most) + 1 / most
-    zero = torch.zeros(len(images))
-    return _warped(images, torch.stack([factor[0], zero, zero, zero, factor[1], zero], dim=1))
-
-
-def random_rotation(images: Tensor, generator: torch.Generator, degrees: float = 15.0) -> Tensor:
-    """Rotate each image by an angle uniform in [-degrees, degrees], bilinear, around the centre."""
-    angle = (torch.rand(len(images), generator=generator) - 0.5) * 2 * math.radians(degrees)
-    sine, cosine, zero = torch.sin(angle), torch.cos(angle), torch.zeros(len(images))
-    return _warped(images, torch.stack([cosine, -sine, zero, sine, cosine, zero], dim=1))
-
-
-def _warped(images: Tensor, theta: Tensor) -> Tensor:
-    grid = F.affine_grid(theta.view(-1, 2, 3).to(images), list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, align_corners=False)
-
-
-def dsa(images: Tensor, generator: torch.Generator) -> Tensor:
-    """DSA as its evaluation has it: one of six operations for the whole batch, parameters for each image."""
-    operations = (random_colour, random_shift, random_cutout, random_flip, random_scale, random_rotation)
-    return operations[int(torch.randint(len(operations), (), generator=generator))](images, generator)
-
-
-def idc(images: Tensor, generator: torch.Generator) -> Tensor:
-    """IDC's evaluation: mirror and colour always, and one of shift, scale and rotation for the whole batch."""
-    operations = (random_shift, random_scale, random_rotation)
-    images = random_colour(random_flip(images, generator), generator)
-    return operations[int(torch.randint(len(operations), (), generator=generator))](images, generator)

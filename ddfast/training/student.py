@@ -26,8 +26,6 @@ from ddfast.models.teacher import Teacher
 from ddfast.ops.precision import autocast
 from ddfast.progress import Progress
 from ddfast.training.augmentation import (
-    dsa,
-    idc,
     normalize,
     random_crop_flip,
     random_flip,
@@ -36,6 +34,7 @@ from ddfast.training.augmentation import (
     shuffle_patches,
 )
 from ddfast.training.device import memory_layout, resolve_device
+from ddfast.training.differentiable import dsa, idc
 from ddfast.training.image_sets import ImageSet, measure_accuracy
 from ddfast.training.protocol import Protocol, protocol_named
 from ddfast.training.seeding import derived_seed, generator, seeded
