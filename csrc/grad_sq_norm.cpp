@@ -698,7 +698,10 @@ Tensor grad_sq_norm_linear(const Tensor& input, const Tensor& grad_output, bool 
     if (positions > 1 && inputs > 0) {  // the convolution of a row of pixels with kernels of one pixel
       const Convolution conv{inputs, 1, positions, outputs, 1, positions, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 1};
       const bool striped = conv.form() == Form::kDirect && gram_is_cheaper(positions, inputs, outputs);
-      if (!striped && wide_sq_norms(conv, input, grad_output, bias, norms)) return;
+      const auto rows = [&](const Tensor& tensor, int64_t width) {
+        return torch::stable::view(torch::stable::contiguous(tensor), {samples, positions, width});
+      };
+      if (!striped && wide_sq_norms(conv, rows(input, inputs), rows(grad_output, outputs), bias, norms)) return;
     }
     for_each_sample<Sum>(samples, norms, [&](int64_t b) -> double {
       if (positions == 0) return 0;

@@ -5,7 +5,7 @@
 - CPU:  the C++ op `ddfast_native::<name>` where the extension is loaded and accepts the arguments, else the
   reference;
 - CUDA: the Triton launcher `ddfast.kernels.<module>.<name>` where Triton can be imported, else the reference
-  on the GPU;
+  on the GPU, either with the device of the arguments as the current one;
 - Meta: the fake, which only computes shapes.
 
 Which body an op takes on this machine, and why, is what `paths` reports and `ddfast env` prints.
@@ -17,7 +17,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,15 +115,34 @@ def define(
                 check(*args, **kwargs)
             raise
 
-    def cuda(*args: Any, **kwargs: Any) -> Any:
+    LIBRARY.impl(name, _below_autocast(cpu, "cpu"), "CPU")
+    LIBRARY.impl(name, _below_autocast(functools.partial(_on_gpu, op), "cuda"), "CUDA")
+    torch.library.register_fake(f"ddfast::{name}", fake, lib=LIBRARY)
+
+
+def _on_gpu(op: Op, *args: Any, **kwargs: Any) -> Any:
+    """The CUDA body of an op, with the device of its arguments as the current one: Triton launches on that."""
+    with torch.cuda.device(_one_device(op.name, (*args, *kwargs.values()))):
         if op.triton is not None and triton_status()[0]:
             module = importlib.import_module(f"ddfast.kernels.{op.triton}")
-            return getattr(module, name)(*args, **kwargs)
+            return getattr(module, op.name)(*args, **kwargs)
         return op.reference(*args, **kwargs)
 
-    LIBRARY.impl(name, _below_autocast(cpu, "cpu"), "CPU")
-    LIBRARY.impl(name, _below_autocast(cuda, "cuda"), "CUDA")
-    torch.library.register_fake(f"ddfast::{name}", fake, lib=LIBRARY)
+
+def _one_device(name: str, arguments: Iterable[Any]) -> torch.device:
+    """The device of an op's tensors.
+
+    Raises:
+        ValueError: they are on several: a kernel would read memory that is not its own.
+    """
+    devices = list(
+        dict.fromkeys(argument.device for argument in arguments if isinstance(argument, torch.Tensor))
+    )
+    if len(devices) > 1:
+        raise ValueError(
+            f"{name} takes tensors on one device, got {' and '.join(map(str, devices))}: move them to one"
+        )
+    return devices[0]
 
 
 @functools.cache
