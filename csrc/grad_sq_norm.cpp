@@ -9,8 +9,8 @@
 //              the tap sees. So the Gram matrix of the pixels, each taken once, replaces that of the unfolded rows, and
 //              the taps cost an addition each: P^2 C / 2 + T^2 (O / 2 + taps) for P pixels of C channels.
 //
-// There are two bodies. On a CPU with AVX-512 and bfloat16, float32 and bfloat16 take the products of
-// avx512_products.h, which unfold nothing: a position's row is read where it lies in the channels-last image. Elsewhere,
+// There are two bodies. On a CPU with AVX-512, float32 and bfloat16 (widened where the CPU multiplies no bfloat16) take the
+// products of avx512_products.h, which unfold nothing: a position's row is read where it lies in the channels-last image. Elsewhere,
 // and for float64, torch's matrix products multiply unfolded tiles. Products are summed in the dtype of the result,
 // squares in double. A sample's bytes do not depend on its batch, nor, with the former, on the number of threads.
 
@@ -672,7 +672,7 @@ bool wide_sq_norms(const Convolution& conv, Tensor input, Tensor grad_output, bo
   if (last || image_planar) input = torch::stable::contiguous(input);
   if (last || grads_planar) grad_output = torch::stable::contiguous(grad_output);
   const WideConvolution<Pair> pairs(conv, image_planar, grads_planar);
-  if (grad_output.scalar_type() == ScalarType::BFloat16 && pairs.serves()) {
+  if (grad_output.scalar_type() == ScalarType::BFloat16 && avx512::multiplies_bfloat16() && pairs.serves()) {
     wide_sq_norms(pairs, conv, grads_planar, input, grad_output, bias, norms);
     return true;
   }
