@@ -131,12 +131,13 @@ struct Convolution {
   int64_t group_inputs() const { return group_channels() * taps(); }
   bool padded() const { return padding[0] > 0 || padding[1] > 0; }
 
-  // The form with the fewest multiplications whose matrices fit a tile.
-  Form form() const {
+  // The form with the fewest multiplications whose matrices fit a tile. The taps' additions read what the products
+  // before them have left in memory: each costs as much as `tap_cost` multiplications.
+  Form form(double tap_cost = 1) const {
     const double t = positions(), p = pixels(), inputs = group_inputs(), outputs = group_outputs();
     const double direct = t * inputs * outputs;
     const double by_position = t * t * (inputs + outputs) / 2;
-    const double by_pixel = (p * p * group_channels() + t * t * outputs) / 2 + t * t * taps();
+    const double by_pixel = (p * p * group_channels() + t * t * outputs) / 2 + t * t * taps() * tap_cost;
     if (p * p <= kTileElements && by_pixel < std::min(direct, by_position) && taps() > 1) return Form::kPixels;
     return t * t <= kTileElements && by_position < direct ? Form::kPositions : Form::kDirect;
   }
@@ -348,9 +349,13 @@ class WideConvolution {
  public:
   using Element = std::conditional_t<std::is_same_v<Word, float>, float, uint16_t>;
   static constexpr int64_t kTerms = sizeof(Word) / sizeof(Element);
+  // Measured on an AMD EPYC with AVX-512 BF16, one thread, layers of 32 to 256 channels of 14 to 32 px: the time of the
+  // pixels' form is that of its products, at the direct form's rate, and 0.17 ns (0.15 in bfloat16) an addition. So 128
+  // channels of 28 px take 1.22 ms an image in bfloat16 by the direct form in place of 1.65, 96 channels 0.68 for 1.37.
+  static constexpr double kTapCost = 8.0 * kTerms;
 
   WideConvolution(const Convolution& conv, bool image_planar, bool grads_planar)
-      : conv_(conv), form_(conv.form()), image_planar_(image_planar), grads_planar_(grads_planar) {
+      : conv_(conv), form_(conv.form(kTapCost)), image_planar_(image_planar), grads_planar_(grads_planar) {
     height_ = conv.height + 2 * conv.padding[0];
     width_ = conv.width + 2 * conv.padding[1];
     depthwise_ = conv.group_channels() == 1 && conv.group_outputs() == 1 && kTerms == 1;
