@@ -212,7 +212,7 @@ def prepare(
         evaluations: coalitions an image, about: within a sixth of it the choice is the same.
         dtype: dtype of the model's parameters.
         device: where they are.
-        precision: "float32" or "auto"; the latter lowers float32 models only.
+        precision: "float32", "bfloat16" or "auto"; the latter two lower float32 models only.
     """
     if not isinstance(model, nn.Module):
         return _as_it_is(model, dtype, precision, "the model is a function, not a module")

@@ -60,6 +60,7 @@ from ddfast.methods.run import (
     LABEL_TEMPERATURE,
     RUN,
     Run,
+    check_machine,
     check_teacher,
     checked_device,
     command_line,
@@ -81,6 +82,7 @@ from ddfast.methods.run import (
 from ddfast.methods.selection import SELECTION, iter_selection, write_selection
 from ddfast.models import Teacher, load_teacher
 from ddfast.ops import crop_resize
+from ddfast.ops.precision import PRECISIONS
 from ddfast.progress import Progress, say
 from ddfast.ranks import join, usable_cores
 
@@ -140,8 +142,8 @@ def open_run(
             raise UsageError(f"--seed must be in [0, 2^63), got {seed}")
         if image_format not in ("png", "jpeg"):
             raise UsageError(f"--format must be png or jpeg, got {image_format!r}")
-        if precision not in ("float32", "auto"):
-            raise UsageError(f"--precision must be float32 or auto, got {precision!r}")
+        if precision not in PRECISIONS:
+            raise UsageError(f"--precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
         if out.exists() and not out.is_dir():
             raise UsageError(f"{out} is a file; --out must be a folder")
 
@@ -251,6 +253,9 @@ def _follow(run: Run, device: str) -> None:
     difference = first_difference(held, run.plan)
     if difference is not None:
         raise UsageError(f"rank {run.ranks.rank} sees another run than rank 0 ({difference})")
+    check_machine(
+        held["arithmetic"], run.plan["arithmetic"], f"rank {run.ranks.rank} is on another machine: the run"
+    )
     run.plan = held
     checked_device(held, device, run.ranks)
 
@@ -516,6 +521,7 @@ def _shared_scores(folder: Path, plan: dict[str, Any]) -> Path:
         raise UsageError(f"--scores {folder} holds no ddfast run")
     if score_identity(held) != score_identity(plan):
         raise UsageError(f"--scores {folder} was scored with other settings, data or teacher")
+    check_machine(held["arithmetic"], plan["arithmetic"], f"--scores {folder}")
     if not (folder / SELECTION).is_file():
         raise UsageError(f"--scores {folder} is not scored to its end")
     return folder

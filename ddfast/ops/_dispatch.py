@@ -23,7 +23,11 @@ from typing import Any
 
 import torch
 
+from ddfast.errors import UsageError
+
 LIBRARY = torch.library.Library("ddfast", "DEF")
+
+CPU_BODIES = ("portable", "avx512", "avx512_bf16")  # in the order of csrc/cpu_body.h
 
 _OPS: dict[str, Op] = {}
 
@@ -60,6 +64,25 @@ def native_status() -> tuple[bool, str]:
     except (ImportError, OSError) as error:
         return False, f"the extension ddfast._C does not load: {str(error).splitlines()[0]}"
     return True, "C++ extension"
+
+
+@functools.cache
+def cpu_body() -> str:
+    """What computes the ops on this CPU: "reference", or the C++ body for "portable", "avx512" or "avx512_bf16".
+
+    They round in different orders. DDFAST_CPU_BODY chooses a lower one than the CPU's best, DDFAST_NATIVE=0 the
+    reference.
+
+    Raises:
+        UsageError: DDFAST_CPU_BODY names no body, or one that this CPU cannot run.
+    """
+    if not native_status()[0]:
+        return "reference"
+    try:
+        return CPU_BODIES[torch.ops.ddfast_native.cpu_body()]
+    except RuntimeError as error:
+        told = str(error).splitlines()[0]
+        raise UsageError(told[max(told.find("DDFAST_CPU_BODY"), 0) :]) from error
 
 
 @functools.cache

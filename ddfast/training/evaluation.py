@@ -121,7 +121,7 @@ def evaluate(
         protocol: a name of `PROTOCOLS` or a protocol of your own.
         batch_size: images a step; None: the protocol's rule for the IPC.
         autoaugment: torchvision's AutoAugment on the students' images.
-        precision: "float32", or "auto": bfloat16 autocast where the hardware has it.
+        precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 where it is faster.
         device: "auto", "cpu" or "cuda".
         workers: decoding threads for the test split; None: the loader's default.
         quiet: print nothing.

@@ -194,7 +194,7 @@ def train_student(
         seed: fixes the initial weights, the order, the augmentation and CutMix.
         autoaugment: torchvision's AutoAugment on the uint8 image before everything else; policy CIFAR10 up to
             32 px, IMAGENET above.
-        precision: "float32", or "auto": bfloat16 autocast of teacher and student where the hardware has it.
+        precision: "float32", "bfloat16" (autocast of teacher and student), or "auto": bfloat16 where it is faster.
         device: "auto", "cpu" or "cuda".
         quiet: show no progress.
 

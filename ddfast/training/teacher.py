@@ -24,7 +24,7 @@ from ddfast.errors import BadImage, UsageError
 from ddfast.models.normalization import Normalization, normalization
 from ddfast.models.registry import create_model
 from ddfast.models.teacher import Teacher, load_teacher, read_tensors, save_teacher, serialize_tensors
-from ddfast.ops.precision import PRECISIONS, autocast, resolve_precision
+from ddfast.ops.precision import PRECISIONS, autocast, compute_dtype
 from ddfast.progress import Progress, say
 from ddfast.training.augmentation import (
     normalize,
@@ -70,7 +70,7 @@ class TeacherConfig:
         weight_decay: on every parameter.
         momentum: of SGD.
         seed: of the initial weights, the order of the images and the augmentation.
-        precision: "float32", or "auto": bfloat16 autocast where the hardware has it.
+        precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 where it is faster.
         augment: "crop-flip" (black padding of 4 px, random crop, mirror), "rrc-flip" (RandomResizedCrop of
             scale (0.08, 1), mirror), "flip" or "none". None: crop-flip up to 64 px, rrc-flip above.
         normalization: name or (mean, std).
@@ -222,7 +222,7 @@ def fit_teacher(
     """
     config = config.resolved()
     where = resolve_device(device)
-    dtype = resolve_precision(config.precision, where)
+    arithmetic = compute_dtype(config.precision, where)
     if wrong := sorted(epoch for epoch in checkpoint_epochs if not 1 <= epoch <= config.epochs):
         raise UsageError(
             f"checkpoint epochs must lie in 1..{config.epochs}, got {', '.join(map(str, wrong))}"
@@ -240,10 +240,13 @@ def fit_teacher(
         raise UsageError(f"the teacher file {out} is a folder: give a file name that ends in .safetensors")
     make_folder(out.parent)  # before the work, not after it
     state_file = out.with_suffix(".state")
-    epochs_done = _restore(state_file, identity, model, optimizer) if resume and state_file.is_file() else 0
+    epochs_done = 0
+    if resume and state_file.is_file():
+        epochs_done, arithmetic = _restore(state_file, identity, model, optimizer, arithmetic)
+    config = replace(config, precision=arithmetic)  # what a run began with, wherever it goes on
     facts = {
         "training": identity,
-        "arithmetic": str(dtype or torch.float32).removeprefix("torch."),
+        "arithmetic": arithmetic,
         "threads": torch.get_num_threads(),
     }
 
@@ -287,7 +290,7 @@ def fit_teacher(
         if epoch in checkpoint_epochs:
             write(_checkpoint_path(out, epoch), epoch)
         if epoch < config.epochs:
-            _save_state(state_file, identity, epoch, model, optimizer)
+            _save_state(state_file, identity, epoch, model, optimizer, arithmetic)
     write(out, config.epochs)
     if train.bad:
         say(f"left out {len(train.bad)} training images that cannot be decoded", quiet=quiet)
@@ -399,19 +402,32 @@ def _check_identity(path: Path, held: dict[str, Any], wanted: dict[str, Any]) ->
 
 
 def _save_state(
-    path: Path, identity: dict[str, Any], epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer
+    path: Path,
+    identity: dict[str, Any],
+    epoch: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    arithmetic: str,
 ) -> None:
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for index, buffers in optimizer.state_dict()["state"].items():
         tensors |= {
             f"optimizer.{index}.{name}": tensor for name, tensor in buffers.items() if tensor is not None
         }
-    metadata = {STATE_KEY: {"format": STATE_FORMAT, "training": identity, "epoch": epoch}}
+    header = {"format": STATE_FORMAT, "training": identity, "epoch": epoch, "arithmetic": arithmetic}
+    metadata = {STATE_KEY: header}
     atomic_write_bytes(path, serialize_tensors(tensors, metadata))
 
 
-def _restore(path: Path, identity: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Put the state back in place and return the number of finished epochs."""
+def _restore(
+    path: Path,
+    identity: dict[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    arithmetic: str,
+) -> tuple[int, str]:
+    """Put the state back in place. Returns the number of finished epochs and the arithmetic they were computed in,
+    the given one where the state does not say."""
     tensors, metadata = read_tensors(path, path.read_bytes(), what="training state")
     header = metadata.get(STATE_KEY, {})
     if header.get("format") != STATE_FORMAT:
@@ -431,7 +447,7 @@ def _restore(path: Path, identity: dict[str, Any], model: nn.Module, optimizer: 
             held = torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
             state.setdefault(index, {})[name] = held.detach()
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    return int(header["epoch"])
+    return int(header["epoch"]), str(header.get("arithmetic", arithmetic))
 
 
 def _native_size(source: Source) -> int:

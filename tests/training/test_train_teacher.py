@@ -237,7 +237,7 @@ def test_defaults_of_the_learning_rate():
         ({"optimizer": "lion"}, "unknown optimizer 'lion'; known: sgd, adamw"),
         ({"schedule": "step"}, "unknown schedule 'step'; known: cosine, constant"),
         ({"augment": "mixup"}, "unknown augment 'mixup'; known: crop-flip"),
-        ({"precision": "fp16"}, "unknown precision 'fp16'; known: float32, auto"),
+        ({"precision": "fp16"}, "unknown precision 'fp16'; known: float32, bfloat16, auto"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"batch_size": 1}, "batch_size must be at least 2, got 1"),
         ({"lr": -1.0}, "lr must be positive, got -1.0"),
