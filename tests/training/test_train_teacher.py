@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from ddfast.data import open_source
 from ddfast.errors import UsageError
 from ddfast.models import create_model, load_teacher
+from ddfast.ops import precision
 from ddfast.training import ImageSet, TeacherConfig, fit_teacher, read_training_set, train_teacher
 from ddfast.training import teacher as module
 from ddfast.training.augmentation import normalize, random_crop_flip
@@ -95,6 +96,28 @@ def test_a_resumed_run_writes_the_same_bytes(
     checkpoints = [tmp_path / f"{name}-epoch2.safetensors" for name in ("part", "whole")]
     assert checkpoints[0].read_bytes() == checkpoints[1].read_bytes()
     assert not list(tmp_path.glob("*.state"))
+
+
+def test_what_auto_is_stands_from_the_start_of_a_training(toy_train, tmp_path, monkeypatch):
+    config, original = replace(TINY, precision="auto", epochs=2), module._train_epoch
+    monkeypatch.setattr(precision, "cpu_gains_from_bfloat16", lambda: False)
+    whole = fit(toy_train, None, tmp_path / "whole.safetensors", config)
+    assert whole.facts["arithmetic"] == "float32"
+
+    def killed(model, optimizer, train, config, epoch, *rest):
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return original(model, optimizer, train, config, epoch, *rest)
+
+    monkeypatch.setattr(module, "_train_epoch", killed)
+    part = tmp_path / "part.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        fit(toy_train, None, part, config)
+    monkeypatch.setattr(module, "_train_epoch", original)
+    monkeypatch.setattr(precision, "cpu_gains_from_bfloat16", lambda: True)
+    fit(toy_train, None, part, config, resume=True)
+    assert part.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    assert fit(toy_train, None, tmp_path / "new.safetensors", config).facts["arithmetic"] == "bfloat16"
 
 
 def test_dropout_has_a_seed_of_its_own(toy_train, tmp_path, monkeypatch):
