@@ -37,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except BrokenPipeError:
         return 1
-    except KeyboardInterrupt:
-        print("ddfast: interrupted; --resume continues", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"ddfast: interrupted; {stop if stop.args else '--resume continues'}", file=sys.stderr)
         return 130
 
 
@@ -130,7 +130,7 @@ def _add_train_teacher(commands: Any) -> None:
     _data(parser)
     parser.add_argument("--arch", required=True, help="architecture, convnet3 or resnet18 for example")
     parser.add_argument("--epochs", type=int, required=True, help="passes over the training split")
-    parser.add_argument("--out", required=True, help="teacher file to write, .safetensors")
+    parser.add_argument("--out", required=True, help="teacher file to write, .safetensors; a new one")
     parser.add_argument(
         "--checkpoint-epochs",
         type=_integers,
@@ -169,6 +169,18 @@ def _integers(text: str) -> tuple[int, ...]:
 
 
 def _train_teacher(arguments: argparse.Namespace) -> None:
+    try:
+        _train_teacher_whole(arguments)
+    except KeyboardInterrupt:
+        state = Path(arguments.out).with_suffix(".state")
+        kept = "--resume continues behind the last whole epoch" if state.is_file() else _NOTHING_KEPT
+        raise KeyboardInterrupt(kept) from None
+
+
+_NOTHING_KEPT = "no epoch was finished, so nothing was kept: start again"
+
+
+def _train_teacher_whole(arguments: argparse.Namespace) -> None:
     from ddfast.training import train_teacher
 
     names = (

@@ -83,7 +83,48 @@ def save_teacher(
 
     Equal arguments give equal bytes. `facts` are JSON values; `top1` (percent) and `epoch` have a place of
     their own in `Teacher`, the rest arrives in `Teacher.facts`.
+
+    A file that an earlier `save_teacher` wrote is replaced; one that took training, or is no teacher file, stays.
+
+    Raises:
+        UsageError: `path` holds a teacher that `train_teacher` made, or something else, or cannot be written.
     """
+    path = Path(path)
+    if path.exists():
+        held = read_header(path)
+        if held is None:
+            raise UsageError(f"{path} exists already and is no teacher file: give another path or delete it")
+        if "training" in held:
+            raise UsageError(
+                f"{path} holds a teacher made by train-teacher ({held.get('arch')}, {held.get('epoch')} epochs): "
+                "give another path or delete it"
+            )
+    data = teacher_bytes(
+        model,
+        arch=arch,
+        class_names=class_names,
+        image_size=image_size,
+        mean=mean,
+        std=std,
+        arch_options=arch_options,
+        **facts,
+    )
+    atomic_write_bytes(path, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def teacher_bytes(
+    model: nn.Module,
+    *,
+    arch: str,
+    class_names: Sequence[str],
+    image_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    arch_options: Mapping[str, Any] | None = None,
+    **facts: Any,
+) -> bytes:
+    """The bytes of a teacher file. Arguments as `save_teacher`."""
     header = {
         "format": FORMAT,
         "arch": arch,
@@ -94,9 +135,16 @@ def save_teacher(
         "std": [float(value) for value in std],
         **facts,
     }
-    data = serialize_tensors(model.state_dict(), {METADATA_KEY: header})
-    atomic_write_bytes(Path(path), data)
-    return hashlib.sha256(data).hexdigest()
+    return serialize_tensors(model.state_dict(), {METADATA_KEY: header})
+
+
+def read_header(path: Path) -> dict[str, Any] | None:
+    """The metadata of a teacher file of ours; None where there is none, or it is another file or damaged."""
+    try:
+        header = read_tensors(path, path.read_bytes(), what="teacher file")[1].get(METADATA_KEY)
+    except (UsageError, OSError):
+        return None
+    return header if isinstance(header, dict) and header.get("format") == FORMAT else None
 
 
 def serialize_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:
