@@ -35,7 +35,7 @@ from ddfast.data.distilled import (
     write_image,
     write_metadata,
 )
-from ddfast.data.files import atomic_path, make_folder
+from ddfast.data.files import atomic_folder, atomic_path, make_folder
 from ddfast.data.label_parts import (
     is_whole_part,
     join_label_parts,
@@ -580,27 +580,58 @@ def select(run: Run) -> None:
 
 
 def change_ipc(run: Run, ipc: int) -> None:
-    """Turn a scored run to another IPC: what was made from the old selection goes.
+    """Turn a scored run to another IPC: what was made from the old selection goes, a finished set apart.
+
+    A finished set is kept whole in a folder beside the run's, `<out>-ipc<N>`, and can be read as any other.
 
     Raises:
-        UsageError: the pool is too small for it; the run stays as it was.
+        UsageError: the pool is too small for it, or that folder exists; the run stays as it was.
     """
     if ipc == run.plan["ipc"]:
         return
     if ipc < 1:
         raise UsageError(f"--ipc must be at least 1, got {ipc}")
+    held = json.loads(json.dumps(run.plan))
     run.plan["ipc"] = ipc
     run.plan.update(complete=False, counts=None, quarantined=None)
-    run.ranks.on_main("ipc", lambda: _drop_selected(run))
+    run.ranks.on_main("ipc", lambda: _drop_selected(run, held))
 
 
-def _drop_selected(run: Run) -> None:
+def _drop_selected(run: Run, held: dict[str, Any]) -> None:
     _check_counts(run)
+    if held["complete"]:
+        _keep_finished(run, held["ipc"])
     run.save()
     for folder in ("train", _LABEL_PARTS):
         shutil.rmtree(run.out / folder, ignore_errors=True)
     for name in (SELECTION, SOFT_LABELS, QUARANTINED, "report.html", "mosaic.png"):
         (run.out / name).unlink(missing_ok=True)
+
+
+def _keep_finished(run: Run, ipc: int) -> None:
+    """Keep the finished set of an IPC beside the run, before its own files go."""
+    kept = run.out.with_name(f"{run.out.resolve().name}-ipc{ipc}")
+    if kept.exists():
+        raise UsageError(
+            f"the finished set of IPC {ipc} would be kept as {kept}, which exists: move or delete that first"
+        )
+    with atomic_folder(kept) as folder:
+        for entry in sorted(run.out.iterdir()):
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                shutil.copytree(entry, folder / entry.name, copy_function=_linked)
+            else:
+                _linked(entry, folder / entry.name)
+    say(f"kept the finished set of IPC {ipc} as {kept}", quiet=run.quiet)
+
+
+def _linked(source: str | Path, copy: str | Path) -> None:
+    """A second name for a file that is only ever replaced whole; a copy where the file system has no links."""
+    try:
+        os.link(source, copy)
+    except OSError:
+        shutil.copyfile(source, copy)
 
 
 # Synthesize

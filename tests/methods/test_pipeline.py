@@ -225,6 +225,27 @@ def test_selecting_again_for_another_ipc(undisturbed, toy_folder, toy_teacher, t
     assert digests(out) == digests(undisturbed)
 
 
+def test_selecting_again_keeps_a_finished_set(toy_folder, toy_teacher, tmp_path):
+    out = distil(toy_folder, toy_teacher, tmp_path / "run", ipc=1)
+    before = digests(out)
+    change_ipc(reopen(out, quiet=True), 2)
+    assert not (out / "train").exists()
+    kept = tmp_path / "run-ipc1"
+    assert digests(kept) == before
+    for stage in (select, synthesize, relabel, finish):
+        stage(reopen(out, quiet=True))
+    assert digests(kept) == before
+    assert len(ddfast.DistilledSet(kept)) == 3
+    again = digests(out)
+    change_ipc(reopen(out, quiet=True), 1)  # IPC 2 is kept as well
+    assert digests(tmp_path / "run-ipc2") == again
+    for stage in (select, synthesize, relabel, finish):
+        stage(reopen(out, quiet=True))
+    with pytest.raises(UsageError, match=r"run-ipc1, which exists"):
+        change_ipc(reopen(out, quiet=True), 2)
+    assert digests(out) == before
+
+
 def test_a_score_table_serves_another_ipc_but_not_other_settings(
     undisturbed, toy_folder, toy_teacher, tmp_path
 ):
