@@ -34,6 +34,7 @@ from ddfast.errors import UsageError
 from ddfast.methods import get_method
 from ddfast.methods.base import Context, Method, Prepared, stream
 from ddfast.models import Teacher, load_teacher
+from ddfast.models.teacher import is_state_dict
 from ddfast.ops._dispatch import cpu_body, triton_status
 from ddfast.ops._philox import philox4x32
 from ddfast.ops.precision import compute_dtype, cpu_instructions, cpu_multiplies_bfloat16, tf32
@@ -280,7 +281,14 @@ def mixes_machines() -> bool:
 
 
 def _identity(teacher: Teacher) -> dict[str, Any]:
-    return {"arch": teacher.arch, "sha256": teacher.sha256, "top1": teacher.top1, "epoch": teacher.epoch}
+    order = {} if teacher.class_order is None else {"class_order": teacher.class_order}
+    return {
+        "arch": teacher.arch,
+        "sha256": teacher.sha256,
+        "top1": teacher.top1,
+        "epoch": teacher.epoch,
+        **order,
+    }
 
 
 def _forward_batch(image_size: int, device: torch.device) -> int:
@@ -512,7 +520,8 @@ def check_teacher(teacher: Teacher, source: Source, *, role: str = "teacher") ->
     for index, (a, b) in enumerate(zip(theirs, ours, strict=True)):
         if a != b:
             raise UsageError(
-                f"the {role}'s class {index} is {a!r}, that of {source.name} is {b!r}: the class order must match"
+                f"the {role}'s class {index} is {a!r}, that of {source.name} is {b!r}: the class order must match, or "
+                "be said with --class-order (class_order=)"
             )
 
 
@@ -578,14 +587,14 @@ def _reopened(
         check_machine(plan["arithmetic"], machine_arithmetic(found_device), f"the run in {out}")
         plan = _noted(plan)
     source = open_source(data or facts["data"], "train")
-    main = load_teacher(str(teacher or facts["teacher"]), class_names=plan["class_names"])
+    main = _load_again(teacher or facts["teacher"], plan, "teacher")
     labels = label_teacher or facts["label_teacher"]
     run = Run(
         out=out,
         plan=plan,
         source=source,
         teacher=main,
-        label_teacher=main if labels is None else load_teacher(str(labels), class_names=plan["class_names"]),
+        label_teacher=main if labels is None else _load_again(labels, plan, "label_teacher"),
         method=get_method(plan["method"]).from_options(
             {**plan["options"]["score"], **plan["options"]["select"]}
         ),
@@ -605,6 +614,23 @@ def _reopened(
         if found != wanted:
             raise UsageError(f"{what} is not what {out} was started with: its content has changed")
     return run
+
+
+def _load_again(spec: str | Path | None, plan: dict[str, Any], role: str) -> Teacher:
+    """A teacher of a run by its file, with what the manifest says of it."""
+    if spec is None:
+        flag = f"--{role.replace('_', '-')}"
+        raise UsageError(f"the run was started with a teacher that has no file: give its file with {flag}")
+    said: dict[str, Any] = {}
+    if is_state_dict(spec):
+        said = {
+            "arch": plan[role]["arch"],
+            "normalization": (plan["mean"], plan["std"]),
+            "image_size": plan["image_size"],
+        }
+    return load_teacher(
+        str(spec), class_names=plan["class_names"], class_order=plan[role].get("class_order"), **said
+    )
 
 
 def rank_device(device: str, ranks: Ranks) -> torch.device:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import platform
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -65,6 +66,23 @@ def autocast(precision: str, device: torch.device | str) -> AbstractContextManag
     if device.type not in ("cpu", "cuda"):
         return nullcontext()
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+@contextmanager
+def float32_by_default() -> Iterator[None]:
+    """Let new tensors be float32 in a block, or in a decorated function, whatever `torch.set_default_dtype` says.
+
+    The default decides the dtype of weights and of random draws, and with them the result. It is put back at the end.
+    """
+    before = torch.get_default_dtype()
+    if before == torch.float32:
+        yield
+        return
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def cpu_multiplies_bfloat16() -> bool:

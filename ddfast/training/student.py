@@ -22,8 +22,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ddfast.errors import UsageError
 from ddfast.models.registry import create_model
-from ddfast.models.teacher import Teacher
-from ddfast.ops.precision import autocast
+from ddfast.models.teacher import Teacher, checked_logits
+from ddfast.ops.precision import autocast, float32_by_default
 from ddfast.progress import Progress
 from ddfast.training.augmentation import (
     dsa,
@@ -163,6 +163,7 @@ class StudentResult:
     batch_size: int
 
 
+@float32_by_default()
 def train_student(
     distilled: DistilledImages,
     test: ImageSet,
@@ -472,11 +473,13 @@ def _online_labels(
             f"the teacher reads {teacher.image_size} px, the distilled images have {distilled.image_size} px"
         )
     layout = memory_layout(teacher.model, device)
-    model = copy.deepcopy(teacher.model).to(device=device).to(memory_format=layout).eval()
+    model = copy.deepcopy(teacher.model).float().to(device=device).to(memory_format=layout).eval()
 
     def labels(batch: MixedBatch) -> Tensor:
         with torch.no_grad(), autocast(precision, device):
-            logits = model(batch.inputs.contiguous(memory_format=layout))
+            logits = checked_logits(
+                model(batch.inputs.contiguous(memory_format=layout)), distilled.num_classes
+            )
         return F.softmax(logits.float() / temperature, dim=1)
 
     return labels
