@@ -45,6 +45,11 @@ _MAX_LINK_BYTES = 4096
 _MOST_OPEN = 64  # archives kept open between reads, far below the usual limit of 1,024 files
 _MAX_LINKS = 40  # links followed from one to the next, as Linux does
 _MAX_SHARDS = 1_000_000
+_PACKINGS = {
+    **{6: "imploding", 8: "deflate", 9: "Deflate64", 12: "bzip2", 14: "LZMA", 20: "Zstandard", 93: "Zstandard"},
+    **{95: "XZ", 96: "JPEG", 98: "PPMd", 99: "AES encryption"},
+}
+"""Zip methods by number (APPNOTE 4.4.5)."""
 _SPLIT_NAMES = {folder for group in SPLIT_FOLDERS.values() for folder in group}
 
 
@@ -246,22 +251,58 @@ class _ArchiveSource(Source):
 
 
 def _unpacked(data: bytes, member: _Member) -> bytes:
+    """The bytes of a zip member. Raises `BadImage` with the packing's name where this Python cannot unpack it."""
     if member.method == zipfile.ZIP_STORED:
         return data
-    if member.method != zipfile.ZIP_DEFLATED:
-        raise BadImage(f"packed with zip method {member.method}; wanted stored or deflated")
-    unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
-        data = unpacker.decompress(data, member.size + 1)
-    except zlib.error as error:
+        if member.method == zipfile.ZIP_DEFLATED:
+            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, member.size + 1)
+        elif member.method == zipfile.ZIP_BZIP2:
+            import bz2
+
+            data = bz2.BZ2Decompressor().decompress(data, member.size + 1)
+        elif member.method == zipfile.ZIP_LZMA:
+            data = _lzma_unpacked(data, member.size)
+        else:
+            packing = _PACKINGS.get(member.method or 0, "an unknown method")
+            raise BadImage(
+                f"packed with {packing} (zip method {member.method}); wanted stored, deflate, bzip2 or LZMA: "
+                "pack it anew"
+            )
+    except ImportError as error:  # a Python that was built without the library
+        raise BadImage(
+            f"packed with {_PACKINGS[member.method or 0]}, which this Python was built without; pack it with deflate"
+        ) from error
+    except (zlib.error, OSError, ValueError, EOFError, MemoryError, struct.error, LookupError) as error:
         raise BadImage(f"damaged in the archive: {one_line(error)}") from error
     if len(data) != member.size:
         raise BadImage(f"damaged in the archive: not the {member.size} bytes it should have")
     return data
 
 
+def _lzma_unpacked(data: bytes, size: int) -> bytes:
+    """A zip's LZMA: two bytes of version, two of the properties' length, the properties, then the bare stream."""
+    import lzma
+
+    (length,) = struct.unpack_from("<H", data, 2)
+    first, dictionary = struct.unpack_from("<BI", data, 4)
+    # A dictionary larger than the file serves nothing, and a damaged one could ask for 4 GB.
+    packing = {
+        "id": lzma.FILTER_LZMA1,
+        "dict_size": max(4096, min(dictionary, size)),
+        "lc": first % 9,
+        "lp": first // 9 % 5,
+        "pb": first // 45,
+    }
+    try:
+        unpacker = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=[packing])
+        return unpacker.decompress(data[4 + length :], size + 1)
+    except lzma.LZMAError as error:
+        raise ValueError(one_line(error)) from error
+
+
 class ZipSource(_ArchiveSource):
-    """An ImageFolder in a zip. Its files are stored or deflated, as packers do unless told otherwise."""
+    """An ImageFolder in a zip, whose files are stored or packed with deflate, bzip2 or LZMA."""
 
     def __init__(self, path: Path, split: str, name: str) -> None:
         """Read the central directory. Raises `UsageError` as `open_source` does."""
