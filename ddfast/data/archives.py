@@ -13,43 +13,60 @@ import threading
 import zipfile
 import zlib
 from array import array
+from bisect import bisect_left
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import dataclass, field
+from itertools import product, takewhile
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
-from ddfast.data.labels import class_names_of, label_in, label_in_text
+from ddfast.data.labels import class_list, class_names_of, label_in, label_in_text
+from ddfast.data.metadata import METADATA_FILES, MetadataFile, labels_in, overrides_folders
 from ddfast.data.samples import Sample
 from ddfast.data.sources import (
     SPLIT_FOLDERS,
     Source,
     checked_classes,
+    ending_left_out,
     is_hidden,
     is_image,
     machine_refused,
     one_line,
     path_inside,
-    pick_split,
     shown,
     size_refused,
+    spellings,
     utf8,
 )
+from ddfast.data.splits import pick_split, split_word, train_folder
 from ddfast.errors import BadImage, UsageError
 
 _MAX_LABEL_BYTES = 1 << 20  # a .cls, .json or classes.txt larger than this is no label
+_MAX_METADATA_BYTES = 1 << 30
 _MAX_LINK_BYTES = 4096
 _MOST_OPEN = 64  # archives kept open between reads, far below the usual limit of 1,024 files
 _MAX_LINKS = 40  # links followed from one to the next, as Linux does
 _MAX_SHARDS = 1_000_000
+_TAR_PACKINGS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _PACKINGS = {
-    **{6: "imploding", 8: "deflate", 9: "Deflate64", 12: "bzip2", 14: "LZMA", 20: "Zstandard", 93: "Zstandard"},
-    **{95: "XZ", 96: "JPEG", 98: "PPMd", 99: "AES encryption"},
+    6: "imploding",
+    8: "deflate",
+    9: "Deflate64",
+    12: "bzip2",
+    14: "LZMA",
+    20: "Zstandard",
+    93: "Zstandard",
+    95: "XZ",
+    96: "JPEG",
+    98: "PPMd",
+    99: "AES encryption",
 }
 """Zip methods by number (APPNOTE 4.4.5)."""
+_MAIN_IMAGES = {"img", "image", "input", "rgb", "jpg", "jpeg", "png", "photo", "main", "original"}
 _SPLIT_NAMES = {folder for group in SPLIT_FOLDERS.values() for folder in group}
 
 
@@ -118,6 +135,7 @@ class _Layout:
     class_names: list[str]  # in label order
     rows: dict[str, int]  # key -> its row in `members`
     members: _Members
+    left_out: dict[str, int]  # see `Source`
 
 
 class _OpenArchives:
@@ -199,6 +217,7 @@ class _ArchiveSource(Source):
         absolute = [path.absolute() for path in paths]
         self._archives = _OpenArchives(absolute, [path.stat().st_size for path in absolute])
         super().__init__(name, split, layout.class_names, layout.keys)
+        self.left_out = layout.left_out
         self._members = layout.members.take(layout.rows[sample.key] for sample in self.samples)
 
     def size_of(self, sample: Sample) -> int:
@@ -233,6 +252,8 @@ class _ArchiveSource(Source):
     def read(self, sample: Sample) -> bytes:
         """The file's bytes, unpacked. `BadImage` for a damaged one, `UsageError` if the archive is gone."""
         member = self._members[self.samples.position(sample.id)]
+        if member.size < 0:
+            raise BadImage("cannot be read: no such file or directory")
         size_refused(max(member.size, member.stored))
         if member.encrypted:
             raise BadImage("encrypted in the archive")
@@ -310,13 +331,18 @@ class ZipSource(_ArchiveSource):
         try:
             with zipfile.ZipFile(path) as archive:
                 for info in archive.infolist():
-                    if info.is_dir():
-                        tree.add_folder(info.filename)
+                    inside = tree.check(_zip_name(info))
+                    if info.is_dir() or info.filename.endswith("\\"):
+                        tree.add_folder(inside)
                     elif stat.S_ISLNK(info.external_attr >> 16) and info.file_size <= _MAX_LINK_BYTES:
-                        tree.add_link(info.filename, archive.read(info).decode("utf-8", "replace"))
+                        tree.add_link(inside, archive.read(info).decode("utf-8", "replace"))
                     else:
+                        if _labels_images(inside, info.file_size) and not info.flag_bits & 1:
+                            tree.metadata[inside] = archive.read(info)
+                        if inside.rpartition("/")[2] == "classes.txt" and info.file_size <= _MAX_LABEL_BYTES:
+                            tree.class_lists[inside] = archive.read(info)
                         tree.add(
-                            info.filename,
+                            inside,
                             _Member(
                                 archive=0,
                                 offset=info.header_offset,
@@ -344,35 +370,107 @@ class ZipSource(_ArchiveSource):
         super().__init__([path], split, name, tree.layout(split))
 
 
+def _zip_name(info: zipfile.ZipInfo) -> str:
+    """A member's name: UTF-8 where it is that, flagged or not, else code page 437; and `/` where Windows wrote `\\`."""
+    name = info.filename
+    if not info.flag_bits & 0x800:  # without the flag zipfile has decoded code page 437, which loses nothing
+        try:
+            name = name.encode("cp437").decode("utf-8")
+        except UnicodeError:
+            name = info.filename
+    if info.create_system == 0 and "/" not in name:
+        name = name.replace("\\", "/")
+    return name
+
+
+def _labels_images(inside: str, size: int) -> bool:
+    """Whether a member is a metadata file."""
+    return inside.rpartition("/")[2] in METADATA_FILES and size <= _MAX_METADATA_BYTES
+
+
 class TarSource(_ArchiveSource):
-    """WebDataset shards: the ImageFolder layout, or pairs of an image and its label."""
+    """WebDataset shards: the ImageFolder layout, or pairs of an image and its label.
+
+    Shards that say their split in their names, as `train-000.tar` and `val-000.tar`, count as the folders `train/` and
+    `val/` of one archive.
+    """
 
     def __init__(self, paths: Sequence[Path], split: str, name: str) -> None:
         """Scan the shards' headers. Raises `UsageError` as `open_source` does."""
-        tree = _Tree(name)
-        labels: dict[str, bytes] = {}  # "key.cls" or "key.json" -> its content
-        names_file: bytes | None = None
-        for index, path in enumerate(paths):
-            for info, member in _tar_members(path, index):
-                inside = tree.check(utf8(info.name))
-                if info.isdir():
-                    tree.add_folder(inside)
-                elif info.issym():
-                    tree.add_link(inside, utf8(info.linkname))
-                elif info.islnk():  # named from the archive's root
-                    tree.add_link(inside, utf8(info.linkname), base="")
-                elif member is not None:
-                    tree.add(inside, member, once=is_image(inside))
-                    if member.size <= _MAX_LABEL_BYTES and inside.endswith((".cls", ".json")):
-                        labels[inside] = _file_bytes(path, member)
-                    elif member.size <= _MAX_LABEL_BYTES and inside.rpartition("/")[2] == "classes.txt":
-                        names_file = _file_bytes(path, member)
-        beside = paths[0].parent / "classes.txt"
-        if names_file is None and beside.is_file():
-            names_file = beside.read_bytes()
+        shard_splits = _splits_of_shards(paths, split)
+        tree, labels, lists = _scanned(paths, shard_splits, name)
+        if shard_splits and tree.splits_below():  # the shards' folders say it already
+            tree, labels, lists = _scanned(paths, [], name)
         paired = tree.is_paired(labels)
-        layout = tree.paired_layout(labels, names_file, split) if paired else tree.layout(split)
+        if paired:
+            for parent in dict.fromkeys(path.parent for path in paths):
+                if (beside := parent / "classes.txt").is_file():
+                    lists[os.fspath(beside)] = beside.read_bytes()
+        layout = tree.paired_layout(labels, _one_list(lists, name), split) if paired else tree.layout(split)
         super().__init__(paths, split, name, layout)
+
+
+def _splits_of_shards(paths: Sequence[Path], split: str) -> list[str]:
+    """The split of each shard by its name; empty where the names do not tell splits apart."""
+    words = [split_word(path.stem) for path in paths]
+    kinds = [word[0] for word in words if word is not None]
+    if len(kinds) < len(paths):
+        return []
+    # Shards of one split alone are what they are asked for as: the train split, or the test split by its name.
+    told_apart = len(set(kinds)) > 1 or (split == "test" and kinds[0] != "train")
+    return kinds if told_apart else []
+
+
+def _scanned(
+    paths: Sequence[Path], shard_splits: Sequence[str], name: str
+) -> tuple[_Tree, dict[str, bytes], dict[str, bytes]]:
+    """The tree of all shards; "key.cls" or "key.json" -> its content; place of a classes.txt -> its content."""
+    tree = _Tree(name)
+    labels: dict[str, bytes] = {}
+    lists: dict[str, bytes] = {}
+    for index, path in enumerate(paths):
+        above = f"{shard_splits[index]}/" if shard_splits else ""
+        for info, member in _tar_members(path, index):
+            inside = above + tree.check(utf8(info.name))
+            if info.isdir():
+                tree.add_folder(inside)
+            elif info.issym():
+                tree.add_link(inside, utf8(info.linkname))
+            elif info.islnk():  # named from the archive's root
+                tree.add_link(inside, utf8(info.linkname), base=above)
+            elif member is not None:
+                tree.add(inside, member, once=is_image(inside))
+                stem, ending = os.path.splitext(inside)
+                if _labels_images(inside, member.size):
+                    tree.metadata[inside] = _file_bytes(path, member)
+                elif member.size > _MAX_LABEL_BYTES:
+                    continue
+                elif ending.lower() in (".cls", ".json"):
+                    labels[stem + ending.lower()] = _file_bytes(path, member)
+                elif inside.rpartition("/")[2] == "classes.txt":
+                    tree.class_lists[inside] = _file_bytes(path, member)
+                    lists[f"{path}/{inside.removeprefix(above)}"] = tree.class_lists[inside]
+    return tree, labels, lists
+
+
+def _one_list(lists: Mapping[str, bytes], name: str) -> bytes | None:
+    """The class list that all agree on; None where there is none. `UsageError` names two that differ, and where."""
+    first: tuple[str, bytes] | None = None
+    for place, data in lists.items():
+        if first is None:
+            first = place, data
+        elif class_list(data) != (held := class_list(first[1])):
+            here = class_list(data)
+            line = next((n for n, (a, b) in enumerate(zip(held, here, strict=False)) if a != b), None)
+            how = (
+                f"have {len(held)} and {len(here)} lines"
+                if line is None
+                else f"differ in line {line + 1}, {shown([held[line]])} and {shown([here[line]])}"
+            )
+            raise UsageError(
+                f"two class lists of {name} disagree: {first[0]} and {place} {how}; keep the one that the labels mean"
+            )
+    return None if first is None else first[1]
 
 
 def _file_bytes(path: Path, member: _Member) -> bytes:
@@ -385,25 +483,31 @@ def _tar_members(path: Path, index: int) -> Iterator[tuple[tarfile.TarInfo, _Mem
     """Every member of a shard; None unless it is a plain file. Raises `UsageError` for a damaged tar."""
     total = path.stat().st_size
     try:
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            while (info := archive.next()) is not None:
-                member = None
-                if info.isreg():
-                    if info.issparse() or info.offset_data + info.size > total:
-                        what = "a sparse file" if info.issparse() else "the archive ends within a file"
-                        raise UsageError(
-                            f"cannot read {path}: {what} ({shown([utf8(info.name)])}); make it again"
-                        )
-                    member = _Member(archive=index, offset=info.offset_data, stored=info.size, size=info.size)
-                archive.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
-                yield info, member
-            file.seek(
-                archive.offset
-            )  # tarfile takes a damaged header for the end: the end is zeros, or no more bytes
-            if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
-                raise UsageError(
-                    f"cannot read {path}: damaged tar header at byte {archive.offset}; make it again"
-                )
+        with open(path, "rb") as file:
+            start: int | None = 0
+            while start is not None:
+                file.seek(start)
+                with tarfile.open(fileobj=file, mode="r:") as archive:
+                    while (info := archive.next()) is not None:
+                        member = None
+                        if info.isreg():
+                            if info.issparse() or info.offset_data + info.size > total:
+                                sparse = "a sparse file"
+                                what = sparse if info.issparse() else "the archive ends within a file"
+                                raise UsageError(
+                                    f"cannot read {path}: {what} ({shown([utf8(info.name)])}); make it again"
+                                )
+                            member = _Member(index, info.offset_data, info.size, info.size)
+                        archive.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
+                        yield info, member
+                    end = archive.offset
+                if start and end == start and not _is_header(file, start):
+                    return  # rubbish behind the end
+                # tarfile takes a damaged header for the end: the end is zeros, or no more bytes.
+                file.seek(end)
+                if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                    raise UsageError(f"cannot read {path}: damaged tar header at byte {end}; make it again")
+                start = _next_archive(file, end)
     except PermissionError:
         raise
     except (
@@ -415,9 +519,32 @@ def _tar_members(path: Path, index: int) -> Iterator[tuple[tarfile.TarInfo, _Mem
         ArithmeticError,
         RecursionError,
     ) as error:
+        with open(path, "rb") as file:
+            begin = file.read(6)
+        packing = next((kind for magic, kind in _TAR_PACKINGS.items() if begin.startswith(magic)), None)
+        if packing is not None:
+            raise UsageError(
+                f"cannot read {path}: packed with {packing}; unpack it, shards are read in place"
+            ) from error
         raise UsageError(
             f"cannot read {path}: not an uncompressed tar, or damaged ({one_line(error)}); make it again"
         ) from error
+
+
+def _is_header(file: BinaryIO, place: int) -> bool:
+    file.seek(place + 257)
+    return file.read(5) == b"ustar"
+
+
+def _next_archive(file: BinaryIO, place: int) -> int | None:
+    """Where the next archive begins behind the zeros that end one, as `cat a.tar b.tar` leaves it; None at the end."""
+    file.seek(place)
+    while part := file.read(1 << 20):
+        if rest := part.lstrip(b"\0"):
+            found = place + len(part) - len(rest)
+            return found - (found - place) % tarfile.BLOCKSIZE
+        place += len(part)
+    return None
 
 
 def find_shards(pattern: str) -> list[Path]:
@@ -444,15 +571,16 @@ def _braces(pattern: str) -> list[str]:
     choices: list[Sequence[str]] = []
     count = 1
     for position, part in enumerate(re.split(r"\{([^{}]*)\}", pattern)):
-        numbers = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", part)
+        numbers = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})(?:\.\.([1-9]\d{0,5}))?", part)
         if position % 2 == 0:
             choices.append([part])
         elif numbers:
             first, last = int(numbers[1]), int(numbers[2])
-            count *= last - first + 1
+            step = int(numbers[3] or 1)
+            count *= (last - first) // step + 1
             if not 0 < count <= _MAX_SHARDS:
                 raise UsageError(f"shard range {{{part}}} must run upwards, to at most {_MAX_SHARDS} shards")
-            choices.append([f"{number:0{len(numbers[1])}d}" for number in range(first, last + 1)])
+            choices.append([f"{number:0{len(numbers[1])}d}" for number in range(first, last + 1, step)])
         else:
             choices.append(part.split(","))
             count *= len(choices[-1])
@@ -470,6 +598,8 @@ class _Tree:
         self._members: dict[str, int] = {}  # path -> row of the table
         self._folders: set[str] = set()  # those stored in their own right, which may be empty
         self._links: dict[str, str] = {}
+        self.metadata: dict[str, bytes] = {}  # path of a metadata file -> its content
+        self.class_lists: dict[str, bytes] = {}  # path of a classes.txt -> its content
 
     def check(self, name: str) -> str:
         """The path without `.` and double slashes. Raises `UsageError` for one that points outside."""
@@ -508,11 +638,19 @@ class _Tree:
     def _visible(self) -> dict[str, int]:
         """Files and links to files, without those that are hidden or stand in a hidden folder."""
         members = dict(self._members)
+        ordered: list[str] = []
         for link, target in self._links.items():
             for _ in range(_MAX_LINKS):  # of a circle of links nothing remains
                 target = self._links.get(target, target)
             if target in self._members:
                 members[link] = self._members[target]
+            elif not f"{link}/".startswith(f"{target}/"):  # a link to a folder, and to none that it stands in
+                ordered = ordered or sorted(self._members)
+                first = bisect_left(ordered, f"{target}/")
+                for path in takewhile(
+                    lambda path, inside=f"{target}/": path.startswith(inside), ordered[first:]
+                ):
+                    members[link + path[len(target) :]] = self._members[path]
         return {path: member for path, member in members.items() if not _in_hidden(path)}
 
     def _all_folders(self, paths: Iterable[str]) -> set[str]:
@@ -525,105 +663,247 @@ class _Tree:
                 folder = folder.rpartition("/")[0]
         return folders
 
+    def splits_below(self) -> bool:
+        """Whether the folders in the top folders are splits, as in `train/train/`."""
+        return any(path.split("/")[1] in _SPLIT_NAMES for path in self._members if path.count("/") > 1)
+
     def layout(self, split: str) -> _Layout:
         """One split of the ImageFolder layout. Raises `UsageError` as `open_source` does."""
         visible = self._visible()
-        children: dict[str, set[str]] = defaultdict(
-            set
-        )  # "train/" -> the folders in it, "" -> those at the top
+        # "train/" -> the folders in it, "" -> those at the top
+        children: dict[str, set[str]] = defaultdict(set)
         for path in self._all_folders(visible):
             parent, slash, child = path.rpartition("/")
             children[parent + slash].add(child)
         root = ""
         if len(children[""]) == 1 and not children[""] & _SPLIT_NAMES:
             (common,) = children[""]
-            root = f"{common}/" if children[f"{common}/"] else ""
-        folder = pick_split(children[root], split, self.name)
-        prefix = f"{root}{folder}/" if folder else root
-        counts: dict[str, int] = dict.fromkeys(children[prefix], 0)
-        rows: dict[str, int] = {}
-        loose_images = False
-        for path, row in visible.items():
-            if path.startswith(prefix) and is_image(path):
-                key = path[len(prefix) :]
-                class_name, slash, _ = key.partition("/")
-                if slash:
-                    counts[class_name] += 1
-                    rows[key] = row
-                else:
-                    loose_images = True
-        class_names = checked_classes(
-            counts,
-            f"{self.name}/{prefix}".rstrip("/"),
-            loose_images=loose_images,
-            train_classes=children[f"{root}train/"]
-            if folder != "train" and "train" in children[root]
-            else None,
-        )
-        return self._layout(class_names, rows)
+            word = split_word(common)
+            root = f"{common}/" if children[f"{common}/"] and not (word and word[1]) else ""
 
-    def _layout(self, class_names: list[str], rows: dict[str, int]) -> _Layout:
+        def has_classes(folder: str) -> bool:
+            inside = f"{root}{folder}/"
+            loose = (path[len(inside) :] for path in visible if path.startswith(inside))
+            images = any("/" not in path and is_image(path) for path in loose)
+            metadata = any(inside + file in self.metadata for file in METADATA_FILES)
+            return metadata or (bool(children[inside]) and not images)
+
+        folder = pick_split(children[root], split, self.name, has_classes)
+        train = train_folder(children[root], self.name, has_classes)
+        here = self._contents(root, folder, children, visible)
+        there = None if train is None or train == folder else self._contents(root, train, children, visible)
+        train_classes = None if there is None else self._classes_of(there)
+        if here.said is not None:
+            return self._labelled_layout(here, there)
+        spelled = spellings(here.files, train_classes, here.shown)
+        class_names = checked_classes(
+            {spelled[class_name]: paths for class_name, paths in here.files.items()},
+            here.shown,
+            loose_images=here.loose_images,
+            train_classes=train_classes,
+            left_out=here.left_out,
+        )
+        rows = {
+            f"{spelled[class_name]}/{path}": visible[f"{here.prefix}{class_name}/{path}"]
+            for class_name, paths in here.files.items()
+            for path in paths
+        }
+        return self._layout(class_names, rows, here.left_out)
+
+    def _contents(
+        self, root: str, folder: str, children: Mapping[str, set[str]], visible: Mapping[str, int]
+    ) -> _SplitContents:
+        """What stands in the folder of a split."""
+        prefix = f"{root}{folder}/" if folder else root
+        contents = _SplitContents(prefix, f"{self.name}/{prefix}".rstrip("/"))
+        contents.files = {class_name: [] for class_name in children[prefix]}
+        for path in visible:
+            if not path.startswith(prefix):
+                continue
+            class_name, slash, inside = path[len(prefix) :].partition("/")
+            if not is_image(path):
+                if ending := ending_left_out(path.rpartition("/")[2]):
+                    contents.left_out[ending] += 1
+            elif slash:
+                contents.files[class_name].append(inside)
+            else:
+                contents.loose_images = True
+        files = []
+        for path, data in self.metadata.items():
+            where = f"{self.name}/{path}"
+            stands_in = path[: -len(path.rpartition("/")[2])]
+            below = stands_in[len(prefix) :]
+            if stands_in.startswith(prefix) and below.count("/") <= 1 and path in visible:
+                files.append(MetadataFile(where, data, below))
+            elif folder and stands_in == root:
+                files.append(MetadataFile(where, data, "", f"{folder}/"))
+        needed = contents.loose_images or len(contents.files) < 2
+        said = labels_in(files, self.name, needed=needed) if files else {}
+        if said and not needed:
+            images = (
+                f"{class_name}/{path}" for class_name, paths in contents.files.items() for path in paths
+            )
+            if not overrides_folders(said, contents.files, lambda: images, contents.shown):
+                said = {}
+        contents.said = said or None
+        return contents
+
+    def _classes_of(self, train: _SplitContents) -> list[str]:
+        """The classes of a train split, in any order."""
+        if train.said is None:
+            return list(train.files)
+        names = class_names_of(set(train.said.values()), self._names_file(train), self.name)
+        return list(dict.fromkeys(names.values()))
+
+    def _names_file(self, contents: _SplitContents) -> bytes | None:
+        """The `classes.txt` of a split that metadata labels, or the one beside its folder."""
+        beside = "/".join([*contents.prefix.split("/")[:-2], "classes.txt"])
+        return self.class_lists.get(f"{contents.prefix}classes.txt", self.class_lists.get(beside))
+
+    def _labelled_layout(self, here: _SplitContents, there: _SplitContents | None) -> _Layout:
+        """One split of images that metadata labels."""
+        said = here.said or {}
+        train = {} if there is None else there.said or {}
+        names = class_names_of({*said.values(), *train.values()}, self._names_file(here), self.name)
+        train_classes = None if there is None else list(there.files)
+        if train:
+            train_classes = list(dict.fromkeys(names[label] for label in train.values()))
+        spelled = spellings({names[label] for label in said.values()}, train_classes, here.shown)
+        counts = Counter(spelled[names[label]] for label in said.values())
+        class_names = checked_classes(counts, here.shown, train_classes=train_classes, left_out=here.left_out)
+        visible = self._visible()
+        missing = self._table.append(_Member(archive=0, offset=0, stored=0, size=-1))
+        rows = {
+            f"{spelled[names[label]]}/{path}": visible.get(here.prefix + path, missing)
+            for path, label in said.items()
+        }
+        return self._layout(class_names, rows, here.left_out)
+
+    def _layout(self, class_names: list[str], rows: dict[str, int], left_out: Mapping[str, int]) -> _Layout:
         labels = {class_name: label for label, class_name in enumerate(class_names)}
         keys = [(key, labels[key.partition("/")[0]]) for key in rows]
-        return _Layout(keys, class_names, rows, self._table)
+        return _Layout(keys, class_names, rows, self._table, dict(left_out))
 
     def is_paired(self, labels: Mapping[str, bytes]) -> bool:
-        """Whether labels stand beside the images: some image has a .cls, or every image has a .json."""
-        keys = [_webdataset_key(path) for path in self._visible() if is_image(path)]
-        some_class = any(f"{key}.cls" in labels for key in keys)
-        return some_class or (bool(keys) and all(f"{key}.json" in labels for key in keys))
+        """Whether labels stand beside the images: some image has a .cls, or every image a .json and some a label."""
+        stems = {_labelled_stem(path, labels) for path in self._visible() if is_image(path)}
+        if any(f"{stem}.cls" in labels for stem in stems):
+            return True
+        beside = [f"{stem}.json" for stem in stems]
+        return (
+            bool(beside)
+            and all(file in labels for file in beside)
+            and any(_label_of(None, labels[file]) is not None for file in beside)
+        )
 
     def paired_layout(self, labels: Mapping[str, bytes], names_file: bytes | None, split: str) -> _Layout:
         """One split of images with `key.cls` or `key.json` beside them. Raises as `open_source` does.
 
-        Of several images with one key, only that named `key.<extension>` is the sample (`key.mask.png` is
-        none).
+        An image belongs to the label whose key is the longest that its name begins with, up to a dot. Of several
+        images of one key those named `key.<extension>` are samples (`key.mask.png` is none); where there is none such,
+        the only one is, or the only one called `key.img.<extension>` or the like.
         """
-        said: dict[str, int | str] = {}  # path -> class number or name
         visible = self._visible()
+        groups: dict[str, list[str]] = defaultdict(list)
         for path in visible:
-            key = _webdataset_key(path)
-            if is_image(path) and path.count(".", len(key)) == 1:
-                label = _label_of(labels.get(f"{key}.cls"), labels.get(f"{key}.json"))
-                if label is None:
-                    raise UsageError(
-                        f"{self.name} has no label for {shown([path])}: wanted a class number or name in "
-                        f'{shown([key])}.cls, or "label" in {shown([key])}.json'
-                    )
-                said[path] = label
+            if is_image(path):
+                groups[_labelled_stem(path, labels)].append(path)
+        said: dict[str, int | str] = {}  # path -> class number or name
+        for stem, paths in groups.items():
+            label = _label_of(labels.get(f"{stem}.cls"), labels.get(f"{stem}.json"))
+            if label is None:
+                raise UsageError(
+                    f"{self.name} has no label for {shown([paths[0]])}: wanted a class number or name in "
+                    f'{shown([stem])}.cls, or "label" in {shown([stem])}.json'
+                )
+            said |= dict.fromkeys(self._samples_of(stem, paths), label)
         names = class_names_of(said.values(), names_file, self.name)
-        folders = {path.partition("/")[0] for path in said if "/" in path} & _SPLIT_NAMES
-        folder = pick_split(folders, split, self.name)
+        tops = {path.partition("/")[0] for path in said if "/" in path}
+        flat = {path.partition("/")[0] for path in said if path.count("/") == 1}
+        # Pairs stand in a split's folder directly: one of another spelling counts beside its counterpart only.
+        kinds = {word[0] for top in tops if (word := split_word(top)) and word[1]}
+        apart = "train" in kinds and len(kinds) > 1
+        folders = {top for top in tops if top in _SPLIT_NAMES or (apart and top in flat and split_word(top))}
+        folder = pick_split(folders, split, self.name, lambda folder: apart)
+        train = train_folder(folders, self.name, lambda folder: apart)
         prefix = f"{folder}/" if folder else ""
+        place = f"{self.name}/{folder}" if folder else self.name
+        found = {names[label] for path, label in said.items() if path.startswith(prefix)}
+        train_classes = None
+        if train is not None and train != folder:
+            train_classes = {names[label] for path, label in said.items() if path.startswith(f"{train}/")}
+        spelled = spellings(found, train_classes or None, place)
         counts: dict[str, int] = defaultdict(int)
         rows: dict[str, int] = {}
         for path, label in said.items():
             if path.startswith(prefix):
-                counts[names[label]] += 1
-                rows[f"{names[label]}/{path[len(prefix) :]}"] = visible[path]
-        train_classes = {names[label] for path, label in said.items() if path.startswith("train/")}
-        class_names = checked_classes(
-            counts,
-            f"{self.name}/{folder}" if folder else self.name,
-            train_classes=train_classes if folder != "train" and train_classes else None,
+                class_name = spelled[names[label]]
+                counts[class_name] += 1
+                rows[f"{class_name}/{path[len(prefix) :]}"] = visible[path]
+        left_out = Counter(
+            ending
+            for path in visible
+            if path.startswith(prefix) and not is_image(path)
+            if (ending := ending_left_out(path.rpartition("/")[2]))
         )
-        return self._layout(class_names, rows)
+        class_names = checked_classes(counts, place, train_classes=train_classes or None, left_out=left_out)
+        return self._layout(class_names, rows, left_out)
+
+    def _samples_of(self, stem: str, paths: list[str]) -> list[str]:
+        """Those images of one key that are samples."""
+        plain = [path for path in paths if path.rpartition(".")[0] == stem]
+        if plain or len(paths) == 1:
+            return plain or paths
+        main = [path for path in paths if path[len(stem) + 1 :].casefold().split(".")[0] in _MAIN_IMAGES]
+        if len(main) != 1:
+            raise UsageError(
+                f"{self.name} has {shown(sorted(paths))} beside one label: call the sample {shown([stem])}.img and its "
+                "extension, or give each a label of its own"
+            )
+        return main
+
+
+@dataclass
+class _SplitContents:
+    """What stands in the folder of a split of an archive.
+
+    Attributes:
+        prefix: path of the folder, with a slash at its end; "" for the top.
+        shown: for messages.
+        files: class folder -> paths of its images, relative to it.
+        said: path -> label, where metadata labels the images.
+        loose_images: whether images stand beside the class folders.
+        left_out: see `Source`.
+    """
+
+    prefix: str
+    shown: str
+    files: dict[str, list[str]] = field(default_factory=dict)
+    said: dict[str, int | str] | None = None
+    loose_images: bool = False
+    left_out: Counter[str] = field(default_factory=Counter)
 
 
 def _in_hidden(path: str) -> bool:
     return any(is_hidden(part) for part in path.split("/"))
 
 
-def _webdataset_key(path: str) -> str:
-    """WebDataset's key: the path up to the first dot of the file name."""
+def _labelled_stem(path: str, labels: Mapping[str, bytes]) -> str:
+    """The key of an image: the longest that has a label, else WebDataset's, the path up to the first dot of its name."""
     folder, slash, name = path.rpartition("/")
-    return folder + slash + name.partition(".")[0]
+    parts = name.split(".")
+    stems = [folder + slash + ".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)]
+    for ending in (".cls", ".json"):
+        for stem in stems:
+            if stem + ending in labels:
+                return stem
+    return stems[-1]
 
 
 def _label_of(cls: bytes | None, record: bytes | None) -> int | str | None:
     """The class number or name in a .cls, else in a .json."""
     if cls is not None:
-        return label_in_text(cls.decode("utf-8", "replace"))
+        return label_in_text(cls.decode("utf-8-sig", "replace"))
     try:
         fields = json.loads(record or b"null")
     except (ValueError, RecursionError):

@@ -11,8 +11,8 @@ What "RGB" means for the odd modes, so that two machines and two loaders agree:
   alike, save in a colour PPM, whose own maximum is scaled to 255;
 - 32-bit integers and floats: 0..65535 integers as 16 bits, 0..1 floats as a fraction, anything else from its
   own minimum to its own maximum;
-- the orientation in EXIF is applied, and that in XMP where EXIF has none, as `PIL.ImageOps.exif_transpose` does; of an animation or a multi-page file the first frame is taken; ICC profiles
-  are not applied.
+- the orientation in EXIF is applied, and that in XMP where EXIF has none, as `PIL.ImageOps.exif_transpose` does;
+- of an animation or a multi-page file the first frame is taken; ICC profiles are not applied.
 """
 
 from __future__ import annotations
