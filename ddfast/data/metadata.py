@@ -155,7 +155,7 @@ def overrides_folders(
         if slash and folder in known:
             labels_of[folder].add(label)
             folders_of[label].add(folder)
-    if all(len(found) == 1 for found in (*labels_of.values(), *folders_of.values())):
+    if all(len(labels) == 1 for labels in labels_of.values()) and len(labels_of) == len(folders_of):
         return False
     labelled, without = False, None
     for path in images():

@@ -14,6 +14,7 @@ import re
 import unicodedata
 import zipfile
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -284,6 +285,13 @@ def endings_in_words(left_out: Mapping[str, int]) -> str:
     """Counted endings, the most frequent first: `12 .heic, 3 .avif`."""
     ordered = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
     return shown(f"{count} {ending}" for ending, count in ordered)
+
+
+def reasons_in_words(reasons: Iterable[str]) -> str:
+    """Why files could not be read, the most frequent first: ` (unreadable: 4 truncated, 1 empty file)`; "" for none."""
+    counts = Counter(reasons)
+    ordered = sorted(counts, key=lambda reason: (-counts[reason], reason))
+    return f" (unreadable: {shown((f'{counts[r]} {r}' for r in ordered), 3)})" if ordered else ""
 
 
 def path_inside(name: str) -> str | None:

@@ -180,6 +180,7 @@ def train_teacher(
     if out.suffix != ".safetensors":
         raise UsageError(f"the teacher file must end in .safetensors, got {out}")
     source = open_source(data, "train")
+    say(source.left_out_in_words(), quiet=quiet or not source.left_out)
     config = TeacherConfig(image_size=image_size or _native_size(source), **settings).resolved()
     options: dict[str, Any] = {
         "class_names": source.class_names,
@@ -437,11 +438,14 @@ def _restore(path: Path, identity: dict[str, Any], model: nn.Module, optimizer: 
 def _native_size(source: Source) -> int:
     """Shorter side of the first training image that can be decoded, at most 224 px."""
     from ddfast.data.decoding import decode
+    from ddfast.data.sources import reasons_in_words
 
+    reasons = []
     for sample in source.samples:
         try:
             image = decode(source.read(sample))
-        except BadImage:
+        except BadImage as error:
+            reasons.append(str(error))
             continue
         return min(image.shape[1], image.shape[2], 224)
-    raise UsageError(f"{source.name}: no training image can be decoded")
+    raise UsageError(f"{source.name}: no training image can be decoded{reasons_in_words(reasons)}")
