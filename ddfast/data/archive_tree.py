@@ -6,7 +6,7 @@ import json
 from array import array
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +19,7 @@ from ddfast.data.sources import (
     ending_left_out,
     is_hidden,
     is_image,
+    order_remark,
     path_inside,
     shown,
     spellings,
@@ -98,6 +99,7 @@ class Layout:
     rows: dict[str, int]  # key -> its row in `members`
     members: Members
     left_out: dict[str, int]  # see `Source`
+    remarks: list[str]
 
 
 class Tree:
@@ -222,7 +224,9 @@ class Tree:
             class_name, _, path = key.partition("/")
             name = spelled[class_name]
             rows[key if name == class_name else f"{name}/{path}"] = visible[here.prefix + key]
-        return self._layout(class_names, rows, here.left_out)
+        listed = self._names_file(here)
+        remarks = [] if listed is None else order_remark(listed, class_names, self.name)
+        return self._layout(class_names, rows, here.left_out, remarks)
 
     def _contents(
         self, root: str, folder: str, children: Mapping[str, set[str]], visible: Mapping[str, int]
@@ -291,22 +295,36 @@ class Tree:
         }
         return self._layout(class_names, rows, here.left_out)
 
-    def _layout(self, class_names: list[str], rows: dict[str, int], left_out: Mapping[str, int]) -> Layout:
+    def _layout(
+        self,
+        class_names: list[str],
+        rows: dict[str, int],
+        left_out: Mapping[str, int],
+        remarks: Sequence[str] = (),
+    ) -> Layout:
         labels = {class_name: label for label, class_name in enumerate(class_names)}
         keys = [(key, labels[key.partition("/")[0]]) for key in rows]
-        return Layout(keys, class_names, rows, self._table, dict(left_out))
+        return Layout(keys, class_names, rows, self._table, dict(left_out), list(remarks))
 
     def is_paired(self, labels: Mapping[str, bytes]) -> bool:
-        """Whether labels stand beside the images: some image has a .cls, or every image a .json and some a label."""
+        """Whether labels stand beside the images: some image has a .cls, or every image a .json with a label.
+
+        Images in class folders are no pairs where the .json files all say one label, or divide them as the folders do.
+        """
         stems = {_labelled_stem(path, labels) for path in self._visible() if is_image(path)}
         if any(f"{stem}.cls" in labels for stem in stems):
             return True
-        beside = [f"{stem}.json" for stem in stems]
-        return (
-            bool(beside)
-            and all(file in labels for file in beside)
-            and any(_label_of(None, labels[file]) is not None for file in beside)
-        )
+        if not stems or any(f"{stem}.json" not in labels for stem in stems):
+            return False
+        said = {
+            stem: label for stem in stems if (label := _label_of(None, labels[f"{stem}.json"])) is not None
+        }
+        folders = {stem.rpartition("/")[0] for stem in stems}
+        pairs = {(stem.rpartition("/")[0], label) for stem, label in said.items()}
+        if len(folders) > 1 and "" not in folders and len(said) == len(stems):
+            found = set(said.values())
+            return len(found) > 1 and not len(pairs) == len(folders) == len(found)
+        return bool(said)
 
     def paired_layout(self, labels: Mapping[str, bytes], names_file: bytes | None, split: str) -> Layout:
         """One split of images with `key.cls` or `key.json` beside them. Raises as `open_source` does.

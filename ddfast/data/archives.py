@@ -137,7 +137,7 @@ class _ArchiveSource(Source):
         absolute = [path.absolute() for path in paths]
         self._archives = _OpenArchives(absolute, [path.stat().st_size for path in absolute])
         super().__init__(name, split, layout.class_names, layout.keys)
-        self.left_out = layout.left_out
+        self.left_out, self.remarks = layout.left_out, layout.remarks
         self._members = layout.members.take(layout.rows[sample.key] for sample in self.samples)
 
     def size_of(self, sample: Sample) -> int:

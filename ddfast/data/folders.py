@@ -33,6 +33,7 @@ from ddfast.data.sources import (
     is_image,
     machine_refused,
     one_line,
+    order_remark,
     size_refused,
     spellings,
     twins_refused,
@@ -121,6 +122,14 @@ def open_folder(root: Path, split: str, name: str) -> FilesOnDisk:
     def has_classes(folder: str) -> bool:
         return holds_classes(root / folder)
 
+    if len(visible := [folder for folder in top if not is_hidden(folder)]) == 1 and not split_word(
+        visible[0]
+    ):
+        below = {entry.name for entry in listed(root / visible[0], name) if is_folder(entry)}
+        if any(split_word(inner) == ("train", True) for inner in below):
+            raise UsageError(
+                f"{name} holds one folder, which has the splits: give {name}/{visible[0]} instead"
+            )
     folder = pick_split(top, split, name, has_classes)
     train = train_folder(top, name, has_classes)
     here = _Contents(root, folder, name, search=True)
@@ -217,11 +226,6 @@ class FolderSource(FilesOnDisk):
     def __init__(self, here: _Contents, train: _Contents | None, split: str) -> None:
         """Take what stands in the split's folder, and in the train split's. Raises `UsageError` as `open_source`."""
         name = here.name
-        if not here.folder and len(here.class_folders) == 1:
-            (only,) = here.class_folders
-            below = {entry.name for entry in listed(here.place / only, name) if is_folder(entry)}
-            if "train" in below or any(split_word(folder) == ("train", True) for folder in below):
-                raise UsageError(f"{name} holds one folder, which has the splits: give {name}/{only} instead")
         train_classes = None if train is None else _classes_of(train)
         spelled = spellings(here.class_names_on_disk(), train_classes, here.shown)
         listings = {
@@ -242,6 +246,8 @@ class FolderSource(FilesOnDisk):
         sizes = [listings[c].sizes for c in class_names if c in listings]
         super().__init__(name, split, class_names, samples, here.place, np.concatenate(sizes))
         self.left_out = dict(left_out)
+        if (listed_names := _names_file(here, above=bool(here.folder))) is not None:
+            self.remarks = order_remark(listed_names, class_names, name)
         self._elsewhere = {  # key -> path, where the two differ
             f"{spelled[utf8(folder)]}/{clean.decode()}": os.fsdecode(os.fsencode(folder) + b"/" + raw)
             for folder, listing in here.listings().items()
@@ -298,9 +304,9 @@ def _classes_of(train: _Contents) -> list[str]:
     )
 
 
-def _names_file(contents: _Contents) -> bytes | None:
-    """The `classes.txt` of a split that metadata labels, or the one beside its folder."""
-    places = (contents.place / "classes.txt", contents.place.parent / "classes.txt")
+def _names_file(contents: _Contents, *, above: bool = True) -> bytes | None:
+    """The `classes.txt` in the folder of a split, or the one in the folder `above` it."""
+    places = [contents.place / "classes.txt", *([contents.place.parent / "classes.txt"] if above else [])]
     return next((path.read_bytes() for path in places if path.is_file()), None)
 
 

@@ -64,6 +64,7 @@ class Source(ABC):
 
         left_out: ending -> number of the files beside the samples that are none by their ending, as `.heic`; text
             and tables, which nobody takes for images, are not counted.
+        remarks: lines on what is read otherwise than a user may expect.
 
     `read` may be called from many threads. A source of archives keeps some of them open; `close`, or the end of a
     `with` block, closes them, the next `read` opens what it needs again. A source can be pickled.
@@ -84,6 +85,7 @@ class Source(ABC):
         self.split = split
         self.class_names = list(class_names)
         self.left_out: dict[str, int] = {}
+        self.remarks: list[str] = []
         try:
             self.samples = keys if isinstance(keys, SampleList) else SampleList.of(keys)
         except DuplicateId as error:
@@ -113,14 +115,15 @@ class Source(ABC):
         """`size_of` every sample, int64 [N]."""
         return np.fromiter((self.size_of(sample) for sample in self.samples), np.int64, len(self.samples))
 
-    def left_out_in_words(self) -> str:
-        """One line that counts and names `left_out`; "" where nothing was."""
+    def notes(self) -> list[str]:
+        """What a user should hear of, a line each: `remarks`, and what was `left_out`, counted and named."""
         if not self.left_out:
-            return ""
-        return (
+            return self.remarks
+        left_out = (
             f"{self.name}: left out {sum(self.left_out.values())} files of the {self.split} split by their ending: "
             f"{endings_in_words(self.left_out)}; images end in {' '.join(EXTENSIONS)}"
         )
+        return [*self.remarks, left_out]
 
     def fingerprint(self) -> str:
         """32 hex digits over class names, keys and file sizes; equal for a folder and a zip of it."""
@@ -285,6 +288,17 @@ def endings_in_words(left_out: Mapping[str, int]) -> str:
     """Counted endings, the most frequent first: `12 .heic, 3 .avif`."""
     ordered = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
     return shown(f"{count} {ending}" for ending, count in ordered)
+
+
+def order_remark(names_file: bytes, class_names: Sequence[str], name: str) -> list[str]:
+    """A line where a `classes.txt` beside class folders says another order or other names than theirs."""
+    lines = [line.strip() for line in names_file.decode("utf-8-sig", "replace").splitlines() if line.strip()]
+    if lines == list(class_names):
+        return []
+    return [
+        f"{name}: the classes are the folders' names, sorted as text as torchvision's ImageFolder sorts them "
+        f"({shown(class_names, 3)}), and not in the order or by the names of classes.txt ({shown(lines, 3)})"
+    ]
 
 
 def reasons_in_words(reasons: Iterable[str]) -> str:

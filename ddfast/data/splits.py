@@ -9,11 +9,11 @@ from ddfast.data.sources import SPLIT_FOLDERS, is_hidden, shown
 from ddfast.errors import UsageError
 
 _WORDS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("train", "training", "trainset"), "train"),
+    **dict.fromkeys(("test", "testing", "testset", "eval", "evaluation"), "test"),
+    **dict.fromkeys(("val", "valid", "validation", "valset", "dev"), "val"),
 }
-"""The words by which Hugging Face's datasets know a split, and which one each means."""
+"""The words by which Hugging Face's datasets know a split and three more, and which split each means."""
 _EXACT = frozenset(folder for group in SPLIT_FOLDERS.values() for folder in group)
 
 

@@ -211,7 +211,8 @@ def open_run(
     ranks.together("folder", lambda: _follow(run, device))
     run.set_arithmetic()
     say(f"loader: {run.loader.name} ({run.loader.reason})", quiet=run.quiet or run.complete)
-    say(source.left_out_in_words(), quiet=run.quiet or run.complete or not source.left_out)
+    for note in source.notes():
+        say(note, quiet=run.quiet or run.complete)
     _warn_of_crowding(run)
     return run
 

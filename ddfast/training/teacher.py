@@ -180,7 +180,8 @@ def train_teacher(
     if out.suffix != ".safetensors":
         raise UsageError(f"the teacher file must end in .safetensors, got {out}")
     source = open_source(data, "train")
-    say(source.left_out_in_words(), quiet=quiet or not source.left_out)
+    for note in source.notes():
+        say(note, quiet=quiet)
     config = TeacherConfig(image_size=image_size or _native_size(source), **settings).resolved()
     options: dict[str, Any] = {
         "class_names": source.class_names,
