@@ -311,20 +311,22 @@ class Tree:
 
         Images in class folders are no pairs where the .json files all say one label, or divide them as the folders do.
         """
+        if not labels:
+            return False
         stems = {_labelled_stem(path, labels) for path in self._visible() if is_image(path)}
         if any(f"{stem}.cls" in labels for stem in stems):
             return True
-        if not stems or any(f"{stem}.json" not in labels for stem in stems):
+        said = {stem: _label_of(None, labels.get(f"{stem}.json")) for stem in stems}
+        folders = {_class_folder(stem) for stem in stems}
+        if (
+            "" in folders or len(folders) < 2
+        ):  # no class folders: a .json without a label, or none, is refused later
+            return any(label is not None for label in said.values())
+        found = set(said.values())
+        if None in found or any(f"{stem}.json" not in labels for stem in stems):
             return False
-        said = {
-            stem: label for stem in stems if (label := _label_of(None, labels[f"{stem}.json"])) is not None
-        }
-        folders = {stem.rpartition("/")[0] for stem in stems}
-        pairs = {(stem.rpartition("/")[0], label) for stem, label in said.items()}
-        if len(folders) > 1 and "" not in folders and len(said) == len(stems):
-            found = set(said.values())
-            return len(found) > 1 and not len(pairs) == len(folders) == len(found)
-        return bool(said)
+        pairs = {(_class_folder(stem), label) for stem, label in said.items()}
+        return len(found) > 1 and not len(pairs) == len(folders) == len(found)
 
     def paired_layout(self, labels: Mapping[str, bytes], names_file: bytes | None, split: str) -> Layout:
         """One split of images with `key.cls` or `key.json` beside them. Raises as `open_source` does.
@@ -371,12 +373,15 @@ class Tree:
                 class_name = spelled[names[label]]
                 counts[class_name] += 1
                 rows[f"{class_name}/{path[len(prefix) :]}"] = visible[path]
-        left_out = Counter(
-            ending
-            for path in visible
-            if path.startswith(prefix) and not is_image(path)
-            if (ending := ending_left_out(path.rpartition("/")[2]))
-        )
+        sampled = {path.rpartition(".")[0] for path in said} | {_labelled_stem(path, labels) for path in said}
+        left_out: Counter[str] = Counter()
+        for path in visible:
+            file = path.rpartition("/")[2]
+            # What shares a sample's key is a field of it, and what begins with "_" is WebDataset's own.
+            if not path.startswith(prefix) or is_image(path) or file.startswith("_"):
+                continue
+            if _labelled_stem(path, labels) not in sampled and (ending := ending_left_out(file)):
+                left_out[ending] += 1
         class_names = checked_classes(counts, place, train_classes=train_classes or None, left_out=left_out)
         return self._layout(class_names, rows, left_out)
 
@@ -423,6 +428,12 @@ class _SplitContents:
 
 def _in_hidden(path: str) -> bool:
     return any(is_hidden(part) for part in path.split("/"))
+
+
+def _class_folder(path: str) -> str:
+    """The folder that a file stands in, below that of its split; "" for none."""
+    top, _, below = path.rpartition("/")[0].partition("/")
+    return below if split_word(top) else f"{top}/{below}".rstrip("/")
 
 
 def _keys_below(prefix: str, paths: Iterable[str]) -> Iterator[str]:

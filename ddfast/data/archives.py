@@ -483,7 +483,9 @@ def find_shards(pattern: str) -> list[Path]:
         raise UsageError(f"no such shard: {shown(missing)}")
     wrong = [os.fspath(path) for path in paths if path.suffix.lower() != ".tar"]
     if wrong:
-        raise UsageError(f"shards must be uncompressed .tar files, got {shown(wrong)}")
+        raise UsageError(
+            f"shards must be uncompressed .tar files, got {shown(wrong)}; unpack packed ones first"
+        )
     return list(dict.fromkeys(paths))
 
 

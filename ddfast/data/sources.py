@@ -199,7 +199,10 @@ def open_source(data: str | os.PathLike[str], split: str = "train") -> Source:
                 raise UsageError(
                     f"cannot read {name}: not a zip archive, or its end is missing; copy it again"
                 )
-            raise UsageError(f"cannot read {name}: wanted a folder, a .zip or an uncompressed .tar")
+            unpack = (
+                ", so unpack it first" if re.search(r"\.(tar\.\w+|t[gbx]z2?|tzst)$", name.lower()) else ""
+            )
+            raise UsageError(f"cannot read {name}: wanted a folder, a .zip or an uncompressed .tar{unpack}")
         if re.search(r"[{*?\[]", name):
             return TarSource(find_shards(os.fspath(path)), split, name)
     except PermissionError as error:
@@ -376,6 +379,8 @@ def checked_classes(
                 "where the class itself is called train, test or val"
             )
         seen = f"; it holds {endings_in_words(left_out)}" if left_out else ""
+        if left_out and ".tar" in left_out:
+            seen += f", which are given as {place}/*.tar"
         raise UsageError(
             f"no images in {place}: wanted class folders with files ending in {' '.join(EXTENSIONS)}{seen}"
         )
