@@ -44,7 +44,7 @@ from ddfast.data.label_parts import (
 )
 from ddfast.data.loaders import resolve_loader
 from ddfast.data.samples import Sample
-from ddfast.data.sources import open_source
+from ddfast.data.sources import open_source, reasons_in_words
 from ddfast.data.table import (
     SCORE_SCHEMA,
     is_readable,
@@ -226,6 +226,8 @@ def open_run(
     ranks.together("folder", lambda: _follow(run, device))
     run.set_arithmetic()
     say(f"loader: {run.loader.name} ({run.loader.reason})", quiet=run.quiet or run.complete)
+    for note in source.notes():
+        say(note, quiet=run.quiet or run.complete)
     _warn_of_crowding(run)
     return run
 
@@ -320,17 +322,20 @@ def _check_counts(run: Run) -> None:
     counts = np.bincount(labels, minlength=len(run.source.class_names))
     for label in np.flatnonzero(counts < 2 * needed).tolist():
         samples = _samples(run, pool[labels == label])
-        usable = 0
+        usable, reasons = 0, []
         loaded = run.load(samples)
         for _, image in loaded:
-            usable += not isinstance(image, BadImage)
+            if isinstance(image, BadImage):
+                reasons.append(str(image))
+            else:
+                usable += 1
             if usable == needed:
                 break
         loaded.close()
         if usable < needed:
             raise UsageError(
                 f"class {run.source.class_names[label]!r} has {usable} usable images, "
-                f"IPC {run.plan['ipc']} x {run.plan['tiles']} tiles needs {needed}"
+                f"IPC {run.plan['ipc']} x {run.plan['tiles']} tiles needs {needed}{reasons_in_words(reasons)}"
             )
 
 

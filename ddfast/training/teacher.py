@@ -193,6 +193,8 @@ def train_teacher(
     if not resume:
         _check_free(out, checkpoint_epochs)  # before the images are read
     source = open_source(data, "train")
+    for note in source.notes():
+        say(note, quiet=quiet)
     config = TeacherConfig(image_size=image_size or _native_size(source), **settings).resolved()
     options: dict[str, Any] = {
         "class_names": source.class_names,
@@ -600,11 +602,14 @@ def _restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> 
 def _native_size(source: Source) -> int:
     """Shorter side of the first training image that can be decoded, at most 224 px."""
     from ddfast.data.decoding import decode
+    from ddfast.data.sources import reasons_in_words
 
+    reasons = []
     for sample in source.samples:
         try:
             image = decode(source.read(sample))
-        except BadImage:
+        except BadImage as error:
+            reasons.append(str(error))
             continue
         return min(image.shape[1], image.shape[2], 224)
-    raise UsageError(f"{source.name}: no training image can be decoded")
+    raise UsageError(f"{source.name}: no training image can be decoded{reasons_in_words(reasons)}")

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 
 import pytest
 import torch
@@ -302,11 +303,42 @@ def test_too_few_images_names_the_class_and_the_numbers(toy_folder, toy_teacher,
     with pytest.raises(UsageError, match=r"class 'across' has 60 usable images, IPC 16 x 4 tiles needs 64"):
         distil(toy_folder, toy_teacher, tmp_path / "run", ipc=16, images_per_class=100)
     # 61 files, one of them no image: counted by decoding before anything is written.
-    with pytest.raises(UsageError, match=r"class 'across' has 60 usable images, IPC 61 x 1 tiles needs 61"):
+    with pytest.raises(
+        UsageError, match=r"class 'across' has 60 usable images, IPC 61 x 1 tiles needs 61 \(unreadable: 1 "
+    ):
         distil(toy_folder, toy_teacher, tmp_path / "run", ipc=61, factor=1, images_per_class=100)
     with pytest.raises(UsageError, match="--images-per-class is 12"):
         distil(toy_folder, toy_teacher, tmp_path / "run", ipc=10)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("ipc", [2, 40])
+def test_a_class_of_which_nothing_can_be_read_says_why(toy_folder, toy_teacher, tmp_path, ipc):
+    """Said after scoring where there are images enough by their number, and before it where it is close."""
+    packed = tmp_path / "set.zip"
+    with zipfile.ZipFile(packed, "w") as archive:
+        for path in sorted(toy_folder.rglob("*/*/*")):
+            archive.write(path, str(path.relative_to(toy_folder)))
+    data = bytearray(packed.read_bytes())
+    entry = 0
+    while (entry := data.find(b"PK\x01\x02", entry)) >= 0:
+        if b"/across/" in data[entry + 46 : entry + 62]:
+            data[entry + 10] = 9
+        entry += 46
+    packed.write_bytes(data)
+    with pytest.raises(
+        UsageError, match=r"'across' has 0 usable images.* packed with Deflate64 \(zip method 9\)"
+    ):
+        distil(
+            packed,
+            toy_teacher,
+            tmp_path / "run",
+            "random",
+            ipc=ipc,
+            images_per_class=100,
+            factor=1,
+            preflight=False,
+        )
 
 
 def test_a_teacher_of_other_classes_is_refused(toy_folder, toy_teacher, tmp_path):
