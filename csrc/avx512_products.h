@@ -1,4 +1,4 @@
-// Sums of products on CPUs with AVX-512 and its bfloat16 extension: the inner loops of grad_sq_norm_*.
+// Sums of products on CPUs with AVX-512: the inner loops of grad_sq_norm_*.
 //
 // All of it is C += A^T B, where a row of A and the row of B beside it are one term of the sum. A row need not follow the
 // one before it: rows are addressed by two strides (the rows and columns of an image), so that a convolution's input is
@@ -6,7 +6,9 @@
 // bfloat16 of two terms side by side, whose products one instruction adds to a float.
 //
 // Only the functions marked DDFAST_AVX512 hold such instructions, and they call nothing but each other and intrinsics,
-// so that none of them can leak into code for another CPU. Call them only where `supported()`.
+// so that none of them can leak into code for another CPU. Call them only where `supported()`, and those for bfloat16
+// (words of two, elements of 16 bits that are written) only where `multiplies_bfloat16()`: floats need no more than the
+// AVX-512 of 2017.
 
 #pragma once
 
@@ -24,9 +26,12 @@
 #include <cstdint>
 #include <utility>
 
+#include "cpu_body.h"
+
 namespace ddfast::avx512 {
 
-#define DDFAST_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
+// Without avx512bf16: a template has one target for all its types. Its two instructions are written out instead.
+#define DDFAST_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
 
 using Pair = uint32_t;  // two bfloat16, the first in the low half
 
@@ -35,12 +40,9 @@ constexpr int64_t kPanel = 14;      // columns of A that are multiplied at a tim
 constexpr int64_t kChunk = 32;      // ... this many columns of B: 28 registers of sums
 constexpr int64_t kTermBlock = 64;  // of squares, whose sums grow, that are added up before they join a longer sum
 
-inline bool supported() {
-  static const bool found = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                            __builtin_cpu_supports("avx512bf16");
-  return found;
-}
+inline bool supported() { return cpu_body() >= CpuBody::kAvx512; }
+
+inline bool multiplies_bfloat16() { return cpu_body() >= CpuBody::kAvx512Bf16; }
 
 // Rows of words: row (i, j) begins at words + i * outer + j * inner.
 template <typename Word>
@@ -68,7 +70,8 @@ DDFAST_AVX512 inline __m512i broadcast(Pair word) { return _mm512_set1_epi32(sta
 DDFAST_AVX512 inline __m512 multiply_add(__m512 a, __m512 b, __m512 sum) { return _mm512_fmadd_ps(a, b, sum); }
 
 DDFAST_AVX512 inline __m512 multiply_add(__m512i a, __m512i b, __m512 sum) {
-  return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
 }
 
 DDFAST_AVX512 inline __mmask16 lanes(int64_t count) {
@@ -294,7 +297,9 @@ DDFAST_AVX512 inline void store_floats(float* at, __mmask16 mask, __m512 values)
   _mm512_mask_storeu_ps(at, mask, values);
 }
 DDFAST_AVX512 inline void store_floats(uint16_t* at, __mmask16 mask, __m512 values) {
-  _mm256_mask_storeu_epi16(at, mask, (__m256i)_mm512_cvtneps_pbh(values));
+  __m256i rounded;
+  asm("vcvtneps2bf16 %1, %0" : "=v"(rounded) : "v"(values));
+  _mm256_mask_storeu_epi16(at, mask, rounded);
 }
 
 // A channel of a normalisation: normalised = (x - mean) * rstd, gradient = scale * g - offset - slope * normalised.

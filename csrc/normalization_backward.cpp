@@ -113,9 +113,11 @@ void wide_pass(const T* x, const T* g, T* out, int64_t count, bool planar, Chann
 #endif
 }
 
+// Whether they serve this type here: bfloat16 is written by an instruction of its own.
+template <typename T>
 bool wide_registers() {
 #if DDFAST_HAS_AVX512
-  return ddfast::avx512::supported();
+  return std::is_same_v<T, float> ? ddfast::avx512::supported() : ddfast::avx512::multiplies_bfloat16();
 #else
   return false;
 #endif
@@ -160,7 +162,7 @@ std::tuple<Tensor, Tensor> normalization_backward(
       Channels<Sum> each(channels);
       const auto go = [&](auto write, const T* values, const T* grads, T* out) {
         if constexpr (std::is_same_v<T, float> || std::is_same_v<T, torch::headeronly::BFloat16>) {
-          if (wide_registers()) return wide_pass<decltype(write)::value>(values, grads, out, positions, !last, each);
+          if (wide_registers<T>()) return wide_pass<decltype(write)::value>(values, grads, out, positions, !last, each);
         }
         if (last) return pass_rows<decltype(write)::value>(values, grads, out, positions, each);
         pass_planes<decltype(write)::value>(values, grads, out, positions, each);

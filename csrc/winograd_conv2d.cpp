@@ -28,6 +28,8 @@
 #include <utility>
 #include <vector>
 
+#include "cpu_body.h"
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #define DDFAST_HAS_AVX512 1
 #pragma GCC diagnostic push
@@ -53,14 +55,7 @@ constexpr int64_t kChain = 128;   // input channels summed in one chain; the sum
 constexpr int64_t kPanel = 14;    // tiles multiplied at a time, 28 registers of sums
 constexpr int64_t kBlock = 56;    // tiles of a block, at most
 
-bool supported() {
-#if DDFAST_HAS_AVX512
-  static const bool found = __builtin_cpu_supports("avx512f");
-  return found;
-#else
-  return false;
-#endif
-}
+bool supported() { return ddfast::cpu_body() >= ddfast::CpuBody::kAvx512; }
 
 struct Shape {
   int64_t batch, inputs, outputs, height, width;

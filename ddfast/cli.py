@@ -37,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except BrokenPipeError:
         return 1
-    except KeyboardInterrupt:
-        print("ddfast: interrupted; --resume continues", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"ddfast: interrupted; {stop if stop.args else '--resume continues'}", file=sys.stderr)
         return 130
 
 
@@ -87,38 +87,55 @@ def _teacher(parser: argparse.ArgumentParser, *, required: bool, help: str) -> N
     parser.add_argument(
         "--normalization", default=None, help="normalisation of a .pt state dict: imagenet, cifar10, ..."
     )
+    parser.add_argument(
+        "--class-order",
+        default=None,
+        metavar="FILE",
+        help="classes in the order of the teacher's outputs, one a line or JSON, where it is not the data's",
+    )
 
 
-def _load_teacher(arguments: argparse.Namespace, spec: str | None, data: str) -> Any:
-    """A teacher by its file; a bare state dict takes class names and image size from the data."""
+def _load_teacher(
+    arguments: argparse.Namespace,
+    spec: str | None,
+    class_names: Callable[[], Sequence[str]],
+    image_size: int | None,
+    class_order: str | None,
+) -> Any:
+    """A teacher by its file; where that does not name its classes, they and their order are those of the data."""
     from ddfast.models import load_teacher
+    from ddfast.models.teacher import is_state_dict
 
     if spec is None:
         return None
-    if not spec.endswith((".pt", ".pth")) and not spec.startswith("torchvision:"):
-        return load_teacher(spec)
-    from ddfast.data import open_source
-
-    names = open_source(data, "train").class_names
-    size = getattr(arguments, "image_size", None)
-    if spec.startswith("torchvision:"):
-        from ddfast.models import Teacher
-
-        teacher: Teacher = load_teacher(spec)
+    if spec.startswith("torchvision:") and class_order is None:
+        teacher, names = load_teacher(spec), list(class_names())
         # torchvision names its classes in words; a data set of as many folders is taken to be in the same
         # order.
-        return (
-            dataclasses.replace(teacher, class_names=names)
-            if len(names) == len(teacher.class_names)
-            else teacher
-        )
-    return load_teacher(
-        spec,
-        arch=arguments.teacher_arch,
-        normalization=arguments.normalization,
-        class_names=names,
-        image_size=size,
-    )
+        same_number = len(names) == len(teacher.class_names)
+        return dataclasses.replace(teacher, class_names=names) if same_number else teacher
+    said: dict[str, Any] = {"class_order": class_order}
+    if is_state_dict(spec) or (arguments.teacher_arch is not None and not spec.startswith("torchvision:")):
+        said |= {"arch": arguments.teacher_arch, "normalization": arguments.normalization}
+        if is_state_dict(spec) or not _names_itself(spec):
+            said |= {"image_size": image_size, "class_names": class_names()}
+    if class_order is not None:
+        said["class_names"] = class_names()
+    return load_teacher(spec, **said)
+
+
+def _names_itself(spec: str) -> bool:
+    """Whether a file is a teacher file of ours, and no bare safetensors."""
+    from ddfast.models.teacher import read_header
+
+    return read_header(Path(spec)) is not None
+
+
+def _class_names(data: str, split: str = "train") -> Callable[[], Sequence[str]]:
+    """The classes of a data set, read when they are asked for."""
+    from ddfast.data import open_source
+
+    return lambda: open_source(data, split).class_names
 
 
 # train-teacher
@@ -130,7 +147,7 @@ def _add_train_teacher(commands: Any) -> None:
     _data(parser)
     parser.add_argument("--arch", required=True, help="architecture, convnet3 or resnet18 for example")
     parser.add_argument("--epochs", type=int, required=True, help="passes over the training split")
-    parser.add_argument("--out", required=True, help="teacher file to write, .safetensors")
+    parser.add_argument("--out", required=True, help="teacher file to write, .safetensors; a new one")
     parser.add_argument(
         "--checkpoint-epochs",
         type=_integers,
@@ -154,7 +171,9 @@ def _add_train_teacher(commands: Any) -> None:
     parser.add_argument("--width", type=int, default=None, help="channels of a ConvNet's layers; default 128")
     parser.add_argument("--seed", type=int, default=0, help="weights, order and augmentation")
     parser.add_argument(
-        "--precision", default="auto", help="float32, or auto: bfloat16 where the hardware has it"
+        "--precision",
+        default="auto",
+        help="float32, bfloat16, or auto: bfloat16 where it is known to be faster",
     )
     parser.add_argument("--resume", action="store_true", help="continue from the last finished epoch")
     _device(parser)
@@ -169,6 +188,18 @@ def _integers(text: str) -> tuple[int, ...]:
 
 
 def _train_teacher(arguments: argparse.Namespace) -> None:
+    try:
+        _train_teacher_whole(arguments)
+    except KeyboardInterrupt:
+        state = Path(arguments.out).with_suffix(".state")
+        kept = "--resume continues behind the last whole epoch" if state.is_file() else _NOTHING_KEPT
+        raise KeyboardInterrupt(kept) from None
+
+
+_NOTHING_KEPT = "no epoch was finished, so nothing was kept: start again"
+
+
+def _train_teacher_whole(arguments: argparse.Namespace) -> None:
     from ddfast.training import train_teacher
 
     names = (
@@ -233,6 +264,12 @@ def _method_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> N
     parser.add_argument(
         "--label-teacher", default=None, help="another teacher for the soft labels, an early one"
     )
+    parser.add_argument(
+        "--label-class-order",
+        default=None,
+        metavar="FILE",
+        help="the same of the label teacher; default --class-order where its file does not name its classes",
+    )
     parser.add_argument("--ipc", type=int, required=True, help="images per class")
     parser.add_argument("--out", required=True, help="output folder")
     parser.add_argument("--seed", type=int, default=0, help="pool, coalitions, noise and draws")
@@ -248,7 +285,9 @@ def _method_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> N
         "--preset", default=None, help="named option values of the method, `paper` for infoutil"
     )
     parser.add_argument(
-        "--precision", default="float32", help="float32, or auto: bfloat16 where the hardware has it"
+        "--precision",
+        default="float32",
+        help="float32, bfloat16, or auto: bfloat16 where it is known to be faster",
     )
     parser.add_argument("--batch-size", default="auto", help="images in flight; never changes the result")
     parser.add_argument(
@@ -272,7 +311,7 @@ def _method_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> N
     )
     parser.add_argument("--resume", action="store_true", help="continue an unfinished run")
     parser.add_argument(
-        "--no-preflight", action="store_true", help="skip the try of the teacher on 64 images"
+        "--no-preflight", action="store_true", help="skip the try of the teacher on training images"
     )
     _device(parser)
     named = next((word for word in argv[1:] if word in known), None)
@@ -302,8 +341,14 @@ def _distill(arguments: argparse.Namespace, until: str) -> None:
     from ddfast.methods import get_method
 
     method = get_method(arguments.method)
-    teacher = _load_teacher(arguments, arguments.teacher, arguments.data)
-    label_teacher = _load_teacher(arguments, arguments.label_teacher, arguments.data)
+    from ddfast.models.teacher import is_named
+
+    names, size = _class_names(arguments.data), arguments.image_size
+    teacher = _load_teacher(arguments, arguments.teacher, names, size, arguments.class_order)
+    label_order = arguments.label_class_order
+    if label_order is None and arguments.label_teacher is not None and not is_named(arguments.label_teacher):
+        label_order = arguments.class_order
+    label_teacher = _load_teacher(arguments, arguments.label_teacher, names, size, label_order)
     chosen = {
         f.name: getattr(arguments, f.name)
         for f in dataclasses.fields(method.Options)
@@ -402,9 +447,14 @@ def _add_evaluate(commands: Any) -> None:
         help="AutoAugment on the students' images, before the protocol's own augmentation",
     )
     parser.add_argument(
-        "--precision", default="float32", help="float32, or auto: bfloat16 where the hardware has it"
+        "--precision",
+        default="float32",
+        help="float32, bfloat16, or auto: bfloat16 where it is known to be faster",
     )
-    parser.add_argument("--json", default=None, help="also write the whole result to this file")
+    parser.add_argument("--json", default=None, help="also write the whole result to this file, a new one")
+    parser.add_argument(
+        "--no-preflight", action="store_true", help="skip the try of the teacher on test images"
+    )
     _device(parser)
     parser.set_defaults(run=_evaluate)
 
@@ -412,16 +462,34 @@ def _add_evaluate(commands: Any) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     import json
 
-    from ddfast.data.files import atomic_write_text
+    from ddfast.data import DistilledSet
+    from ddfast.data.files import atomic_write_text, make_folder
     from ddfast.training import evaluate
 
+    if arguments.json:  # before the work, not after it
+        if Path(arguments.json).exists():
+            raise UsageError(f"--json {arguments.json} exists already: give another file or delete it")
+        make_folder(Path(arguments.json).parent)
+    if arguments.class_order is not None and arguments.teacher is None:
+        raise UsageError("--class-order says how a teacher's outputs stand: give --teacher as well")
+    teacher = None
+    if arguments.teacher is not None:
+        distilled = DistilledSet(arguments.distilled)
+        teacher = _load_teacher(
+            arguments,
+            arguments.teacher,
+            lambda: distilled.class_names,
+            distilled.image_size,
+            arguments.class_order,
+        )
     result = evaluate(
         arguments.distilled,
         arguments.data,
         arch=arguments.arch,
         arch_options={} if arguments.width is None else {"width": arguments.width},
         seeds=arguments.seeds,
-        teacher=_load_teacher(arguments, arguments.teacher, arguments.data),
+        teacher=teacher,
+        preflight=not arguments.no_preflight,
         epochs=arguments.epochs,
         protocol=arguments.protocol,
         batch_size=arguments.batch_size,
@@ -431,13 +499,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         workers=arguments.workers,
         quiet=arguments.quiet,
     )
-    if arguments.json:
-        atomic_write_text(arguments.json, json.dumps(result.as_dict(), indent=2) + "\n")
     print(
         f"labels {result.labels}, {result.epochs} epochs of batch {result.batch_size}, {len(result.seeds)} seeds"
     )
     print(f"top5 {result.top5_mean:.2f}, best tested epoch {result.best_mean:.2f} ± {result.best_std:.2f}")
-    print(result)
+    print(result, flush=True)
+    if arguments.json:
+        atomic_write_text(arguments.json, json.dumps(result.as_dict(), indent=2) + "\n")
 
 
 # attribute, report, export, demo
@@ -457,18 +525,33 @@ def _add_attribute(commands: Any) -> None:
     parser.add_argument("--value", default="logit", help="logit, prob or logprob")
     parser.add_argument("--limit", type=int, default=64, help="images at most")
     parser.add_argument("--seed", type=int, default=0, help="of the coalitions")
+    parser.add_argument(
+        "--image-size", type=int, default=None, help="side of the images of a .pt state dict in pixels"
+    )
     _device(parser)
     parser.set_defaults(run=_attribute)
 
 
 def _attribute(arguments: argparse.Namespace) -> None:
     from ddfast.models import load_teacher
+    from ddfast.models.teacher import is_state_dict
     from ddfast.report.attribute import attribute_images
 
+    said: dict[str, Any] = {"class_order": arguments.class_order}
+    if is_state_dict(arguments.teacher) or arguments.image_size is not None:
+        said["image_size"] = arguments.image_size
+    if is_state_dict(arguments.teacher) and arguments.class_order is None:
+        try:
+            said["class_names"] = _class_names(arguments.data)()
+        except UsageError as error:
+            raise UsageError(
+                f"{arguments.teacher} does not name its classes, and neither does --data ({error}): say them with "
+                "--class-order"
+            ) from error
     count = attribute_images(
         arguments.data,
         teacher=load_teacher(
-            arguments.teacher, arch=arguments.teacher_arch, normalization=arguments.normalization
+            arguments.teacher, arch=arguments.teacher_arch, normalization=arguments.normalization, **said
         ),
         out=arguments.out,
         grid=arguments.grid,

@@ -6,14 +6,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ddfast.methods.pipeline import clock, open_run, relabel, score, select, synthesize
+from ddfast.methods.pipeline import ClassOrder, clock, open_run, relabel, score, select, synthesize
 from ddfast.methods.run import Run, threads_put_back
 from ddfast.models import Teacher
+from ddfast.ops.precision import float32_by_default
 from ddfast.progress import say
 from ddfast.report import write_report
 
 
 @threads_put_back()
+@float32_by_default()
 def distill(
     method: str,
     *,
@@ -38,6 +40,8 @@ def distill(
     scores: str | Path | None = None,
     resume: bool = False,
     preflight: bool = True,
+    class_order: ClassOrder | None = None,
+    label_class_order: ClassOrder | None = None,
     quiet: bool = False,
     until: str = "relabel",
     **options: Any,
@@ -60,7 +64,8 @@ def distill(
         image_size: side of the distilled images in pixels; default the teacher's.
         image_format: "png" or "jpeg".
         preset: named option values of the method, such as "paper".
-        precision: "float32", or "auto" for the lower precision that the device gains from.
+        precision: "float32", "bfloat16", or "auto", bfloat16 where it is known to be faster; chosen once for all
+            processes of a run.
         device: "auto", "cpu" or "cuda".
         batch_size: images in flight; never changes the result.
         workers: decoding threads; default one a core.
@@ -71,7 +76,12 @@ def distill(
             and else 256.
         scores: folder of an earlier run whose score table has the same settings; it is copied, not computed.
         resume: continue an unfinished run, start a missing one, leave a finished one.
-        preflight: try the teacher on 64 training images first.
+        preflight: try the teacher on 64 to 512 training images first, and refuse it where they speak for another
+            class order or no better than chance.
+        class_order: the classes in the order of the teacher's outputs where that is not the data's: names, {index:
+            name}, or a text or JSON file of them. The outputs are put into the data's order.
+        label_class_order: the same of the label teacher; None: `class_order` too where its file does not name its
+            classes.
         quiet: print nothing.
         until: last stage to run: "score", "select", "synthesize" or "relabel".
         **options: of the method.
@@ -102,6 +112,8 @@ def distill(
         scores=scores,
         resume=resume,
         preflight=preflight,
+        class_order=class_order,
+        label_class_order=label_class_order,
         quiet=quiet,
         options=options,
         loader=loader,

@@ -49,6 +49,7 @@ def _assemble_masked_features(
     image = program // slabs // tiles // chunks
 
     location = tile * LOCATIONS + tl.arange(0, LOCATIONS)
+    entry = table + location.to(tl.int64) * CLASSES
     channel = slab * CHANNELS + tl.arange(0, CHANNELS)
     there = location < locations
     inside = there[:, None] & (channel < channels)[None, :]
@@ -62,7 +63,7 @@ def _assemble_masked_features(
         variant = tl.zeros([LOCATIONS], tl.int64)
         for m in tl.static_range(CLASSES):
             # The table stays in L1; holding M of its columns in registers would spill where M is large.
-            player = tl.load(table + location * CLASSES + m, mask=there, other=-1)
+            player = tl.load(entry + m, mask=there, other=-1)
             present = tl.load(cells + player, mask=there & (player >= 0), other=0) != 0
             variant += present.to(tl.int64) << m
         features = tl.load(maps + (variant * elements)[:, None], mask=inside, other=0)

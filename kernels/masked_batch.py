@@ -57,6 +57,7 @@ def _masked_batch(
     CHANNELS: tl.constexpr,
     IMAGES_INTERLEAVED: tl.constexpr,
     COMPUTE: tl.constexpr,
+    GRID: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """A program owns a run of BLOCK elements of one image, in the channels-last order of the output.
@@ -81,7 +82,7 @@ def _masked_batch(
     channel = element % CHANNELS
     row = element // CHANNELS // width
     col = element // CHANNELS % width
-    player = ((row + 1) * rows - 1) // height * cols + ((col + 1) * cols - 1) // width
+    player = ((row + 1).to(GRID) * rows - 1) // height * cols + ((col + 1).to(GRID) * cols - 1) // width
 
     pixels = images + image * image_stride
     if IMAGES_INTERLEAVED:
@@ -159,8 +160,8 @@ def masked_batch(
         images,
         cells,
         planes,
-        mean,
-        std,
+        None if mean is None else mean.contiguous(),
+        None if std is None else std.contiguous(),
         masked,
         elements,
         height,
@@ -175,6 +176,7 @@ def masked_batch(
         CHANNELS=channels,
         IMAGES_INTERLEAVED=images[0].permute(1, 2, 0).is_contiguous(),
         COMPUTE=tl.float64 if double else tl.float32,
+        GRID=tl.int32 if max((height + 1) * rows, (width + 1) * cols) < 2**31 else tl.int64,
         BLOCK=BLOCK,
         num_warps=4,
         enable_fp_fusion=False,

@@ -36,8 +36,8 @@ def _sum_in_order(values, count):
 @triton.jit
 def _crop_start(first_part, pool, parts, length, crop):
     """First pixel, along one axis, of a crop centred on the window of `pool` parts and kept in the image."""
-    start = first_part * length // parts
-    end = (first_part + pool) * length // parts
+    start = (first_part.to(tl.int64) * length // parts).to(tl.int32)
+    end = ((first_part + pool).to(tl.int64) * length // parts).to(tl.int32)
     return tl.minimum(tl.maximum((start + end - crop) // 2, 0), length - crop)
 
 

@@ -2,8 +2,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from ddfast.cli import main
+from ddfast.models import create_model
 from tests.methods.conftest import toy_folder, toy_teacher, toy_test, toy_train
 
 __all__ = ["toy_folder", "toy_teacher", "toy_test", "toy_train"]
@@ -148,6 +150,82 @@ def test_distill_evaluate_and_report_by_command_line(toy_folder, toy_teacher, tm
     code, printed, err = run("report", out, capsys=capsys)
     assert code == 0, err
     assert (out / "report.html").read_bytes() == before
+
+
+def test_results_of_an_earlier_command_are_never_overwritten(toy_folder, toy_teacher, tmp_path, capsys):
+    (tmp_path / "e.json").write_text("mine")
+    before = toy_teacher.read_bytes()
+    for words in (
+        ("train-teacher", "--data", toy_folder, "--arch", "convnet3", "--epochs", 1, "--out", toy_teacher),
+        (
+            *("evaluate", "--distilled", tmp_path, "--data", toy_folder, "--arch", "convnet3"),
+            *("--json", tmp_path / "e.json"),
+        ),
+        ("attribute", "--data", toy_folder, "--teacher", toy_teacher, "--out", tmp_path),
+        ("demo", "--out", tmp_path),
+    ):
+        code, printed, err = run(*words, capsys=capsys)
+        assert (code, printed, len(err.strip().splitlines())) == (2, "", 1), err
+        assert "exists already" in err or "empty" in err
+    assert toy_teacher.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["e.json"]
+    assert (tmp_path / "e.json").read_text() == "mine"
+
+
+def test_an_interrupted_training_says_what_is_kept(toy_folder, tmp_path, capsys, monkeypatch):
+    from ddfast.training import teacher
+
+    original, epochs = teacher._train_epoch, [0]
+
+    def interrupted(*arguments):
+        if not epochs:
+            raise KeyboardInterrupt
+        epochs.pop()
+        return original(*arguments)
+
+    monkeypatch.setattr(teacher, "_train_epoch", interrupted)
+    words = (
+        "train-teacher",
+        "--data",
+        toy_folder,
+        "--arch",
+        "convnet3",
+        "--epochs",
+        3,
+        "--quiet",
+        "--resume",
+    )
+    words = (*words, "--out", tmp_path / "t.safetensors")
+    assert (
+        run(*words, capsys=capsys)[2]
+        == "ddfast: interrupted; --resume continues behind the last whole epoch\n"
+    )
+    (tmp_path / "t.state").unlink()
+    code, _, err = run(*words, capsys=capsys)
+    assert (code, err) == (
+        130,
+        "ddfast: interrupted; no epoch was finished, so nothing was kept: start again\n",
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_attribute_takes_a_state_dict_and_a_class_order(toy_folder, tmp_path, capsys):
+    torch.manual_seed(0)
+    torch.save(create_model("convnet3", 3, 16).state_dict(), tmp_path / "t.pt")
+    (tmp_path / "order.txt").write_text("rising\ndown\nacross\n")
+    words = ("attribute", "--data", toy_folder, "--teacher", tmp_path / "t.pt", "--teacher-arch", "convnet3")
+    words = (*words, "--image-size", 16, "--limit", 2, "--quiet")
+    code, _, err = run(*words, "--out", tmp_path / "a", capsys=capsys)
+    assert code == 0, err
+    code, _, err = run(
+        *words, "--class-order", tmp_path / "order.txt", "--out", tmp_path / "b", capsys=capsys
+    )
+    assert code == 0, err
+    one, two = ((tmp_path / name / "attribution.csv").read_text() for name in "ab")
+    assert one != two
+    assert [line.split(",")[1] for line in two.splitlines()] == [
+        line.split(",")[1] for line in one.splitlines()
+    ]
 
 
 def test_env_names_every_op(capsys):

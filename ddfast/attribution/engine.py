@@ -71,7 +71,7 @@ def shapley(
         value: the score, "logit" (the model's output), "prob" (its softmax) or "logprob".
         baseline: what absent cells show, after normalisation: a number, one a channel [C], an image [C, H,
             W], or an image for each image [B, C, H, W].
-        precision: "float32", or "auto" for bfloat16 autocast where the hardware has it.
+        precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 where it is faster.
         seed: int, one stream of coalitions for all images, or int64 [B], a stream an image.
         mean: channel means [C] to subtract; None leaves float images as they are.
         std: channel deviations [C] to divide by.

@@ -68,7 +68,7 @@ def settled_shapley(
         confidence: in (0, 1). Above it the window counts as settled.
         value: "logit", "prob" or "logprob".
         baseline: what absent cells show.
-        precision: "float32" or "auto".
+        precision: "float32", "bfloat16" or "auto".
         seed: int, or int64 [B] for a stream an image: how the coalitions are turned and mirrored.
         pool: side of the window in cells.
         mean: channel means [C] to subtract.

@@ -3,15 +3,16 @@
 What "RGB" means for the odd modes, so that two machines and two loaders agree:
 
 - grayscale is repeated over the three channels; a 1-bit image becomes 0 and 255;
-- palettes are looked up; transparency, wherever it comes from, is composited on white;
+- palettes are looked up; transparency, wherever it comes from, is composited on white: a transparent colour is
+  compared at the file's own depth, whole 16 bits of it included;
 - CMYK is read as Adobe writes it (inverted in JPEG, which is what Pillow does) and converted without a
   profile;
 - 16 bits a channel keep their high byte (`value >> 8`), as libpng's strip does, in grayscale and in RGB
-  alike;
+  alike, save in a colour PPM, whose own maximum is scaled to 255;
 - 32-bit integers and floats: 0..65535 integers as 16 bits, 0..1 floats as a fraction, anything else from its
   own minimum to its own maximum;
-- the EXIF orientation is applied; of an animation or a multi-page file the first frame is taken; ICC profiles
-  are not applied.
+- the orientation in EXIF is applied, and that in XMP where EXIF has none, as `PIL.ImageOps.exif_transpose` does;
+- of an animation or a multi-page file the first frame is taken; ICC profiles are not applied.
 """
 
 from __future__ import annotations
@@ -226,7 +227,7 @@ def _open_rgb(data: bytes, max_pixels: int | None) -> Image.Image:
             try:
                 image.load()
                 transpose = _TRANSPOSE.get(_orientation(image))
-                rgb = _to_rgb(image)
+                rgb = _to_rgb(image, _transparent_in_png(image, data) if image.format == "PNG" else None)
                 return rgb.transpose(transpose) if transpose is not None else rgb
             except _PILLOW_ERRORS as error:
                 raise BadImage(_reason(error)) from error
@@ -241,7 +242,34 @@ def _orientation(image: Image.Image) -> int:
     return orientation if isinstance(orientation, int) else 1
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _transparent_in_png(image: Image.Image, data: bytes) -> np.ndarray | None:
+    """Where a PNG of 2, 4 or 16 bits has its transparent colour, bool [H, W]; None for all others.
+
+    Pillow compares that colour, which is of the file's depth, with 8-bit pixels, and not at all in 16-bit grayscale.
+    """
+    depth, wanted = data[24], image.info.get("transparency")
+    if image.mode == "L" and depth < 8 and isinstance(wanted, int):
+        levels = (1 << depth) - 1
+        return np.asarray(image) == (wanted & levels) * (255 // levels)
+    if image.mode.startswith("I;16") and isinstance(wanted, int):
+        return np.asarray(image) == wanted
+    if image.mode == "RGB" and depth == 16 and isinstance(wanted, tuple):
+        # Read as little-endian, the other byte of each value is kept.
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as low:
+            low.tile = [part._replace(args="RGB;16L") for part in low.tile]
+            low.load()
+            values = np.asarray(image).astype(np.uint16) << 8 | np.asarray(low)
+        return (values == np.array(wanted, np.uint16)).all(axis=2)
+    return None
+
+
+def _to_rgb(image: Image.Image, transparent: np.ndarray | None = None) -> Image.Image:
+    """RGB on white; `transparent`, bool [H, W], stands for the transparent colour that `image.info` may have."""
+    if transparent is not None:
+        image.info.pop("transparency")
+        rgb = np.array(_to_rgb(image))
+        rgb[transparent] = 255
+        return Image.fromarray(rgb)
     mode = image.mode
     if mode in ("La", "RGBa"):
         image = image.convert(mode.upper())

@@ -16,6 +16,7 @@ What is remembered, and when it is believed
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import stat
@@ -24,6 +25,7 @@ import time
 import tokenize
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -32,14 +34,15 @@ from pathlib import Path
 import numpy as np
 
 from ddfast.data.files import atomic_path
+from ddfast.data.metadata import METADATA_FILES
 from ddfast.data.samples import sample_ids
-from ddfast.data.sources import is_hidden, is_image, shown, utf8
+from ddfast.data.sources import ending_left_out, is_hidden, is_image, shown, utf8
 from ddfast.errors import UsageError
 
 CACHED_FROM = 10_000
 """Files from which on a listing is remembered."""
 
-_VERSION = 1
+_VERSION = 2
 _SETTLED_NS = 3_000_000_000  # a change this long ago has another time stamp than the next one
 _THREADS = 32  # listings wait for the disk or the network, not for a core
 _NOT_SETTLED = -1
@@ -61,6 +64,8 @@ class ClassListing:
         ids: int64 [n], `sample_id` of "class/path".
         folders: the folders visited, the class folder ("") first, relative to it.
         stamps: int64 [folders, 4]: device, inode, time of content and of status in ns; -1 where not settled.
+        left_out: ending -> number of the files that are no images by their ending.
+        metadata: the metadata files of the class folder itself, by name.
         undecodable: UTF-8 name -> raw name, for names that are not UTF-8. Such a listing is not remembered.
     """
 
@@ -69,6 +74,8 @@ class ClassListing:
     ids: np.ndarray
     folders: list[bytes]
     stamps: np.ndarray
+    left_out: dict[str, int] = field(default_factory=dict)
+    metadata: list[str] = field(default_factory=list)
     undecodable: dict[bytes, bytes] = field(default_factory=dict)
 
 
@@ -131,6 +138,26 @@ def listed(folder: str | Path, name: str) -> list[os.DirEntry[str]]:
         raise UsageError(f"cannot list {place} of {name}: {os.strerror(error.errno or 0).lower()}") from error
 
 
+def holds_classes(place: str | Path) -> bool:
+    """Whether a folder is built as a split is: folders or metadata in it, and no images beside them but labelled ones.
+
+    False where it cannot be listed.
+    """
+    folders = False
+    images = False
+    try:
+        with os.scandir(place) as entries:
+            for entry in entries:
+                if entry.name in METADATA_FILES:
+                    return True
+                if not is_hidden(entry.name):
+                    images |= is_image(entry.name)
+                    folders |= is_folder(entry)
+    except OSError:
+        return False
+    return folders and not images
+
+
 def is_folder(entry: os.DirEntry[str]) -> bool:
     """Whether an entry is a folder or a link to one."""
     try:
@@ -166,6 +193,8 @@ def _list_class(place: str, class_folder: str, above: set[tuple[int, int]], name
     """Every real folder is visited once and none of those `above`, so links cannot lead in circles."""
     found: list[tuple[bytes, int]] = []
     undecodable: dict[bytes, bytes] = {}
+    left_out: Counter[str] = Counter()
+    metadata: list[str] = []
     folders: list[bytes] = []
     stamps: list[tuple[int, int, int, int]] = []
     seen = above | {identity(place)}
@@ -182,7 +211,12 @@ def _list_class(place: str, class_folder: str, above: set[tuple[int, int]], name
                 if which not in seen:
                     seen.add(which)
                     waiting.append((entry.path, f"{prefix}{entry.name}/"))
-            elif is_image(entry.name) and (size := _size(entry)) is not None:
+            elif not prefix and entry.name in METADATA_FILES:
+                metadata.append(entry.name)
+            elif not is_image(entry.name):
+                if ending := ending_left_out(utf8(entry.name)):
+                    left_out[ending] += 1
+            elif (size := _size(entry)) is not None:
                 raw = os.fsencode(prefix + entry.name)
                 clean = utf8(prefix + entry.name).encode("utf-8")
                 found.append((clean, size))
@@ -197,6 +231,8 @@ def _list_class(place: str, class_folder: str, above: set[tuple[int, int]], name
         ids=sample_ids(prefix_bytes + path for path in names),
         folders=folders,
         stamps=np.array(stamps, np.int64).reshape(-1, 4),
+        left_out=dict(left_out),
+        metadata=metadata,
         undecodable=undecodable,
     )
 
@@ -279,6 +315,7 @@ def _write_cache(root: Path, class_folders: Sequence[str], listings: Sequence[Cl
         "folder_counts": np.array([len(listing.folders) for _, listing in kept], np.int64),
         "folders": _text(b"\0".join(folder for _, listing in kept for folder in listing.folders)),
         "stamps": np.concatenate([listing.stamps for _, listing in kept]),
+        "others": _text(json.dumps([[listing.left_out, listing.metadata] for _, listing in kept]).encode()),
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -311,7 +348,7 @@ def _read_cache(root: Path) -> dict[bytes, ClassListing]:
 
 def _unpacked(arrays: dict[str, np.ndarray]) -> Iterator[tuple[bytes, ClassListing]]:
     """The listings of a cache. Raises `ValueError` or `KeyError` for one that makes no sense."""
-    for name in ("classes", "names", "folders"):
+    for name in ("classes", "names", "folders", "others"):
         if arrays[name].dtype != np.uint8:
             raise ValueError(f"{name} is no text")
     for name in ("files", "folder_counts", "sizes", "ids", "stamps"):
@@ -324,8 +361,12 @@ def _unpacked(arrays: dict[str, np.ndarray]) -> Iterator[tuple[bytes, ClassListi
         raise ValueError("a name leads outside")
     ends = np.append(np.flatnonzero(arrays["names"] == 0), len(names))
     file_ends, folder_ends = arrays["files"].cumsum(), arrays["folder_counts"].cumsum()
+    others = json.loads(arrays["others"].tobytes())
     whole = (
-        len(classes) == len(file_ends) == len(folder_ends)
+        isinstance(others, list)
+        and all(_are_others(pair) for pair in others)
+        and len(others) == len(classes)
+        and len(classes) == len(file_ends) == len(folder_ends)
         and int(arrays["files"].min()) > 0
         and int(arrays["folder_counts"].min()) > 0
         and len(ends) == int(file_ends[-1])
@@ -347,6 +388,21 @@ def _unpacked(arrays: dict[str, np.ndarray]) -> Iterator[tuple[bytes, ClassListi
                 ids=arrays["ids"][first:last],
                 folders=folders[first_folder:last_folder],
                 stamps=arrays["stamps"][first_folder:last_folder],
+                left_out=others[index][0],
+                metadata=others[index][1],
             ),
         )
         first, first_folder = last, last_folder
+
+
+def _are_others(pair: object) -> bool:
+    """Whether this is what is remembered of a class's other files: counts by ending, and names of metadata files."""
+    if not isinstance(pair, list) or len(pair) != 2:
+        return False
+    counts, names = pair
+    return (
+        isinstance(counts, dict)
+        and all(type(count) is int and count > 0 for count in counts.values())
+        and isinstance(names, list)
+        and all(name in METADATA_FILES for name in names)
+    )

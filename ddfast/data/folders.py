@@ -1,43 +1,48 @@
-"""Files on disk: an ImageFolder, or images that `metadata.jsonl` or `metadata.csv` labels."""
+"""Files on disk: an ImageFolder, or images that a metadata file labels."""
 
 from __future__ import annotations
 
-import csv
 import errno
-import json
 import os
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from ddfast.data.folder_scan import ClassListing, forget, identity, is_folder, list_classes, listed, sizes_of
-from ddfast.data.labels import LABEL_FIELDS, class_names_of, label_in, label_in_text
-from ddfast.data.samples import DuplicateId, Sample, SampleList
+from ddfast.data.folder_scan import (
+    ClassListing,
+    forget,
+    holds_classes,
+    identity,
+    is_folder,
+    list_classes,
+    listed,
+    sizes_of,
+)
+from ddfast.data.labels import class_names_of
+from ddfast.data.metadata import METADATA_FILES, MetadataFile, labels_in, overrides_folders
+from ddfast.data.samples import DuplicateId, Sample, SampleList, sample_ids
 from ddfast.data.sources import (
     Source,
     checked_classes,
+    ending_left_out,
     is_hidden,
     is_image,
-    is_unicode,
     machine_refused,
     one_line,
-    path_inside,
-    pick_split,
-    shown,
+    order_remark,
     size_refused,
+    spellings,
     twins_refused,
     utf8,
 )
+from ddfast.data.splits import pick_split, split_word, train_folder
 from ddfast.errors import BadImage, UsageError
 
 _GONE = {errno.ENOENT, errno.ENOTDIR}
-
-METADATA_FILES = ("metadata.jsonl", "metadata.csv")
-"""What may label the images of a folder; the first that exists counts."""
 
 
 class FilesOnDisk(Source):
@@ -113,70 +118,145 @@ def open_folder(root: Path, split: str, name: str) -> FilesOnDisk:
     Raises `UsageError` as `open_source` does.
     """
     top = {entry.name for entry in listed(root, name) if is_folder(entry)}
-    place = root / pick_split(top, split, name)
-    if metadata_file(place) is not None and not _has_class_folders(place, name):
-        return MetadataSource(root, split, name)
-    return FolderSource(root, split, name)
+
+    def has_classes(folder: str) -> bool:
+        return holds_classes(root / folder)
+
+    if len(visible := [folder for folder in top if not is_hidden(folder)]) == 1 and not split_word(
+        visible[0]
+    ):
+        below = {entry.name for entry in listed(root / visible[0], name) if is_folder(entry)}
+        if any(split_word(inner) == ("train", True) for inner in below):
+            raise UsageError(
+                f"{name} holds one folder, which has the splits: give {name}/{visible[0]} instead"
+            )
+    folder = pick_split(top, split, name, has_classes)
+    train = train_folder(top, name, has_classes)
+    here = _Contents(root, folder, name, search=True)
+    there = None
+    if train is not None and train != folder:
+        # The metadata in each class folder shows only in a listing, which one of the two splits has to pay for.
+        there = _Contents(root, train, name, search=here.said is not None)
+    return MetadataSource(here, there, split) if here.said is not None else FolderSource(here, there, split)
 
 
-def metadata_file(place: Path) -> Path | None:
-    """The metadata file of a folder, if it has one."""
-    return next((path for file in METADATA_FILES if (path := place / file).is_file()), None)
+class _Contents:
+    """What stands in the folder of a split, which is listed where it has to be.
+
+    Attributes:
+        said: path -> label, where metadata labels the images; None where class folders do.
+        class_folders: the visible folders, by their names on disk.
+        loose_images: whether images stand beside them.
+    """
+
+    def __init__(self, root: Path, folder: str, name: str, *, search: bool) -> None:
+        """`search`: look for metadata in the class folders as well, which lists them."""
+        self.root, self.folder, self.name, self.place = root, folder, name, root / folder
+        self.shown = f"{name.rstrip('/')}/{folder}" if folder else name
+        self.class_folders: list[str] = []
+        self.loose_images = False
+        self.left_out: Counter[str] = Counter()
+        resolved = self.place.resolve()
+        self._above = {identity(parent) for parent in (resolved, *resolved.parents)}
+        for entry in listed(self.place, name):
+            if is_hidden(entry.name):
+                continue
+            if is_folder(entry):
+                if identity(entry.path) not in self._above:
+                    self.class_folders.append(entry.name)
+            elif is_image(entry.name):
+                self.loose_images = True
+            elif ending := ending_left_out(utf8(entry.name)):
+                self.left_out[ending] += 1
+        self._listings: dict[str, ClassListing] | None = None
+        self.said = self._labels(search)
+
+    def listings(self) -> dict[str, ClassListing]:
+        """Class folder -> its images."""
+        if self._listings is None:
+            found = list_classes(self.place, self.class_folders, self._above, self.name)
+            self._listings = dict(zip(self.class_folders, found, strict=True))
+        return self._listings
+
+    def _labels(self, search: bool) -> dict[str, int | str] | None:
+        files = [
+            *_metadata_in(self.place, "", ""),
+            *(_metadata_in(self.root, "", f"{self.folder}/") if self.folder else ()),
+        ]
+        needed = self.loose_images or len(self.class_folders) < 2
+        if needed and any(not file.split for file in files):
+            return labels_in(files, self.name, needed=True)
+        if search:
+            for folder, listing in self.listings().items():
+                if listing.metadata:
+                    files += _metadata_in(self.place, f"{folder}/", "")
+        said = labels_in(files, self.name, needed=needed) if files else {}
+        if not said:
+            return None
+        if needed:
+            return said
+        return said if overrides_folders(said, self.class_folders, self._images, self.shown) else None
+
+    def _images(self) -> Iterator[str]:
+        for folder, listing in self.listings().items():
+            if len(listing.sizes):
+                yield from (f"{folder}/{path}" for path in listing.names.decode().split("\0"))
+
+    def class_names_on_disk(self) -> list[str]:
+        """The class folders' names as valid Unicode."""
+        return [utf8(folder) for folder in self.class_folders]
 
 
-def _has_class_folders(place: Path, name: str) -> bool:
-    """Whether all images stand in folders, of which there are two at least."""
-    visible = [entry for entry in listed(place, name) if not is_hidden(entry.name)]
-    folders = sum(is_folder(entry) for entry in visible)
-    return folders > 1 and not any(is_image(entry.name) for entry in visible if not is_folder(entry))
+def _metadata_in(place: Path, below: str, split: str) -> list[MetadataFile]:
+    """The metadata files in a folder of the split, or, with `split`, in the folder above it."""
+    found = []
+    for file in METADATA_FILES:
+        path = place / below / file
+        if path.is_file():
+            try:
+                found.append(MetadataFile(str(path), path.read_bytes(), below, split))
+            except OSError as error:
+                raise UsageError(f"cannot read {path} ({one_line(error)}); correct it") from error
+    return found
 
 
 class FolderSource(FilesOnDisk):
     """`root/train/<class>/**/*.jpg` and its like. Symbolic links are followed, loops of them are not."""
 
-    def __init__(self, root: Path, split: str, name: str) -> None:
-        """List an existing folder. Raises `UsageError` as `open_source` does."""
-        top = {entry.name for entry in listed(root, name) if is_folder(entry)}
-        folder = pick_split(top, split, name)
-        place = root / folder
-        above = {identity(parent) for parent in (place.resolve(), *place.resolve().parents)}
-        class_folders: list[str] = []
-        loose_images = False
-        for entry in listed(place, name):
-            if is_hidden(entry.name):
-                continue
-            if not is_folder(entry):
-                loose_images |= is_image(entry.name)
-            elif identity(entry.path) not in above:
-                class_folders.append(entry.name)
-        if not folder and len(class_folders) == 1 and os.path.isdir(place / class_folders[0] / "train"):
-            raise UsageError(
-                f"{name} holds one folder, which has the splits: give {name}/{class_folders[0]} instead"
-            )
-        listings = dict(zip(class_folders, list_classes(place, class_folders, above, name), strict=True))
-        train_classes = None
-        if folder != "train" and "train" in top:
-            entries = listed(root / "train", name)
-            train_classes = [utf8(e.name) for e in entries if is_folder(e) and not is_hidden(e.name)]
-        class_names = checked_classes(
-            {utf8(class_folder): len(listing.sizes) for class_folder, listing in listings.items()},
-            f"{name.rstrip('/')}/{folder}" if folder else name,
-            loose_images=loose_images,
-            train_classes=train_classes,
+    def __init__(self, here: _Contents, train: _Contents | None, split: str) -> None:
+        """Take what stands in the split's folder, and in the train split's. Raises `UsageError` as `open_source`."""
+        name = here.name
+        train_classes = None if train is None else _classes_of(train)
+        spelled = spellings(here.class_names_on_disk(), train_classes, here.shown)
+        listings = {
+            spelled[utf8(folder)]: _called(listing, folder, spelled[utf8(folder)])
+            for folder, listing in here.listings().items()
+        }
+        left_out = here.left_out + sum(
+            (Counter(listing.left_out) for listing in listings.values()), Counter()
         )
-        by_class = {utf8(class_folder): listing for class_folder, listing in listings.items()}
-        samples = _samples(class_names, by_class, name)
-        sizes = [by_class[c].sizes for c in class_names if c in by_class]
-        super().__init__(name, split, class_names, samples, place, np.concatenate(sizes))
-        self._undecodable = {  # key -> path, for names that are not UTF-8
-            f"{utf8(class_folder)}/{clean.decode()}": os.fsdecode(os.fsencode(class_folder) + b"/" + raw)
-            for class_folder, listing in listings.items()
-            for clean, raw in _raw_names(class_folder, listing)
+        class_names = checked_classes(
+            {class_name: len(listing.sizes) for class_name, listing in listings.items()},
+            here.shown,
+            loose_images=here.loose_images,
+            train_classes=train_classes,
+            left_out=left_out,
+        )
+        samples = _samples(class_names, listings, name)
+        sizes = [listings[c].sizes for c in class_names if c in listings]
+        super().__init__(name, split, class_names, samples, here.place, np.concatenate(sizes))
+        self.left_out = dict(left_out)
+        if (listed_names := _names_file(here, above=bool(here.folder))) is not None:
+            self.remarks = order_remark(listed_names, class_names, name)
+        self._elsewhere = {  # key -> path, where the two differ
+            f"{spelled[utf8(folder)]}/{clean.decode()}": os.fsdecode(os.fsencode(folder) + b"/" + raw)
+            for folder, listing in here.listings().items()
+            for clean, raw in _raw_names(folder, spelled[utf8(folder)], listing)
         }
 
     def path_of(self, sample: Sample) -> str:
         """Where the file is."""
-        return os.path.join(self._root, self._undecodable.get(sample.key, sample.key))
+        return os.path.join(self._root, self._elsewhere.get(sample.key, sample.key))
 
 
 def _samples(class_names: Sequence[str], listings: dict[str, ClassListing], name: str) -> SampleList:
@@ -199,95 +279,72 @@ def _samples(class_names: Sequence[str], listings: dict[str, ClassListing], name
         raise twins_refused(name, error) from error
 
 
-def _raw_names(class_folder: str, listing: ClassListing) -> list[tuple[bytes, bytes]]:
-    """(UTF-8 name, raw name) of the files whose path is not UTF-8, be it for the class folder's sake."""
-    if utf8(class_folder) == class_folder:
+def _called(listing: ClassListing, folder: str, class_name: str) -> ClassListing:
+    """A listing with the ids of another class name than its folder's."""
+    if class_name == utf8(folder) or not len(listing.sizes):
+        return listing
+    prefix = class_name.encode("utf-8") + b"/"
+    return replace(listing, ids=sample_ids(prefix + path for path in listing.names.split(b"\0")))
+
+
+def _raw_names(folder: str, class_name: str, listing: ClassListing) -> list[tuple[bytes, bytes]]:
+    """(UTF-8 name, raw name) of the files whose path is not their key, be it for the class folder's sake."""
+    if class_name == folder:
         return list(listing.undecodable.items())
     names = listing.names.split(b"\0") if len(listing.sizes) else []
     return [(name, listing.undecodable.get(name, name)) for name in names]
 
 
+def _classes_of(train: _Contents) -> list[str]:
+    """The classes of a train split, in any order."""
+    if train.said is None:
+        return train.class_names_on_disk()
+    return list(
+        dict.fromkeys(class_names_of(set(train.said.values()), _names_file(train), train.name).values())
+    )
+
+
+def _names_file(contents: _Contents, *, above: bool = True) -> bytes | None:
+    """The `classes.txt` in the folder of a split, or the one in the folder `above` it."""
+    places = [contents.place / "classes.txt", *([contents.place.parent / "classes.txt"] if above else [])]
+    return next((path.read_bytes() for path in places if path.is_file()), None)
+
+
 class MetadataSource(FilesOnDisk):
-    """Images of one folder, labelled by `metadata.jsonl` or `metadata.csv` in it.
+    """Images of one folder, labelled by metadata in it, in the folders in it, or in the folder above.
 
     Keys are "class/file name". Files that no row names are no samples; a row whose file is missing is a sample
     that fails. The names of class numbers may stand in `classes.txt` beside the metadata.
     """
 
-    def __init__(self, root: Path, split: str, name: str) -> None:
-        """Read the metadata and the files' sizes. Raises `UsageError` as `open_source` does."""
-        top = {entry.name for entry in listed(root, name) if is_folder(entry)}
-        folder = pick_split(top, split, name)
-        place = root / folder
-        said = _labels_in(place, name)
-        train = _labels_in(root / "train", name) if folder != "train" and "train" in top else None
-        names_file = next(
-            (place / file for file in ("classes.txt", "../classes.txt") if (place / file).is_file()), None
+    def __init__(self, here: _Contents, train: _Contents | None, split: str) -> None:
+        """Take the split's labels and the files' sizes. Raises `UsageError` as `open_source` does."""
+        name, said = here.name, here.said or {}
+        numbers = {*said.values()} | (
+            set() if train is None or train.said is None else {*train.said.values()}
         )
-        names = class_names_of(
-            {*said.values(), *(train or {}).values()},
-            None if names_file is None else names_file.read_bytes(),
-            name,
-        )
-        counts = Counter(names[label] for label in said.values())
-        class_names = checked_classes(
-            counts,
-            f"{name.rstrip('/')}/{folder}" if folder else name,
-            train_classes=None if train is None else {names[label] for label in train.values()},
-        )
+        names = class_names_of(numbers, _names_file(here), name)
+        train_classes = None
+        if train is not None:
+            train_classes = (
+                train.class_names_on_disk()
+                if train.said is None
+                else list(dict.fromkeys(names[label] for label in train.said.values()))
+            )
+        spelled = spellings({names[label] for label in said.values()}, train_classes, here.shown)
+        counts = Counter(spelled[names[label]] for label in said.values())
+        class_names = checked_classes(counts, here.shown, train_classes=train_classes, left_out=here.left_out)
         labels = {class_name: label for label, class_name in enumerate(class_names)}
-        keys = [(f"{names[label]}/{path}", labels[names[label]]) for path, label in said.items()]
+        keys = [
+            (f"{spelled[names[label]]}/{path}", labels[spelled[names[label]]]) for path, label in said.items()
+        ]
         try:
             samples = SampleList.of(keys)
         except DuplicateId as error:
             raise twins_refused(name, error) from error
-        paths = [os.path.join(place, sample.key.partition("/")[2]) for sample in samples]
-        super().__init__(name, split, class_names, samples, place, sizes_of(paths))
+        paths = [os.path.join(here.place, sample.key.partition("/")[2]) for sample in samples]
+        super().__init__(name, split, class_names, samples, here.place, sizes_of(paths))
 
     def path_of(self, sample: Sample) -> str:
         """Where the file is."""
         return os.path.join(self._root, sample.key.partition("/")[2])
-
-
-def _labels_in(place: Path, name: str) -> dict[str, int | str]:
-    """Relative path -> class number or name, from a folder's metadata file; empty where there is none."""
-    path = metadata_file(place)
-    if path is None:
-        return {}
-    said: dict[str, int | str] = {}
-    for number, fields in enumerate(_rows(path, name), start=1):
-        file_name = fields.get("file_name")
-        if not isinstance(file_name, str) or not file_name:
-            raise UsageError(
-                f"row {number} of {path} of {name} has no file_name; wanted a path relative to it"
-            )
-        inside = path_inside(file_name)
-        if not inside or not is_unicode(inside):
-            raise UsageError(f"{path} names a file that points outside of it: {shown([file_name])}; refused")
-        label = label_in(fields)
-        if label is None:
-            raise UsageError(f"row {number} of {path} has no label: wanted one of {', '.join(LABEL_FIELDS)}")
-        if inside in said:
-            raise UsageError(f"{path} names {shown([inside])} twice; keep one row")
-        said[inside] = label
-    return said
-
-
-def _rows(path: Path, name: str) -> Iterator[dict[str, Any]]:
-    """The rows of a metadata file. Raises `UsageError` for what is no JSON or CSV."""
-    try:
-        if path.suffix == ".csv":
-            with open(path, encoding="utf-8-sig", newline="") as file:
-                for row in csv.DictReader(file):
-                    numbers = {key: label_in_text(text) for key, text in row.items() if isinstance(text, str)}
-                    yield {**numbers, "file_name": row.get("file_name")}
-        else:
-            with open(path, encoding="utf-8-sig") as file:
-                for line in file:
-                    if line.strip():
-                        fields = json.loads(line)
-                        if not isinstance(fields, dict):
-                            raise ValueError(f"a line holds {type(fields).__name__}, no object")
-                        yield fields
-    except (OSError, ValueError, RecursionError, csv.Error) as error:
-        raise UsageError(f"cannot read {path} of {name} ({one_line(error)}); correct it") from error

@@ -6,16 +6,21 @@ followed by 00 or by a restart marker (ITU-T T.81, annex B).
 
 from __future__ import annotations
 
+import re
 import struct
 from dataclasses import dataclass
 
 _PROGRESSIVE = 0xC2
 _FRAMES = {0xC0, 0xC1, _PROGRESSIVE}  # baseline, extended and progressive Huffman coding
 _TABLES = {0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)}  # Huffman, quantisation, restart, comment, application
-_START_OF_SCAN, _END_OF_IMAGE, _EXIF, _ADOBE = 0xDA, 0xD9, 0xE1, 0xEE
+_START_OF_SCAN, _END_OF_IMAGE, _APPLICATION_1, _ADOBE = 0xDA, 0xD9, 0xE1, 0xEE
 _YCC = 1  # the colour transform in Adobe's segment that three components usually have
 _IN_SCAN = {0x00, *range(0xD0, 0xD8)}  # what follows FF in entropy-coded data: a stuffed zero or a restart
 _UPRIGHT = 1
+_XMP = b"http://ns.adobe.com/xap/1.0/\0"
+# What Pillow's `exif_transpose` looks for, as an attribute or an element; the namespace's prefix is fixed.
+_XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
+_ALL_COEFFICIENTS = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +43,10 @@ class _Frame:
 def plain_jpeg(data: bytes) -> PlainJpeg | None:
     """The size of a JPEG that needs no judgement; None for every other file.
 
-    Plain is: 8 bits, one component or three in YCbCr, Huffman-coded, in one scan of all components or
-    progressive, upright by its EXIF data, its chain of markers unbroken up to an end-of-image marker. Truncated
-    files, unknown markers in the data, CMYK, RGB and turned photographs are not plain. Damaged entropy-coded data
-    is not looked for.
+    Plain is: 8 bits, one component or three in YCbCr, Huffman-coded, in one scan of all components or in all the
+    scans of a progressive image, upright by its EXIF data and its XMP, its chain of markers unbroken up to an
+    end-of-image marker. Truncated files, progressive ones that lack scans, unknown markers in the data, CMYK, RGB
+    and turned photographs are not plain. Damaged entropy-coded data is not looked for.
     """
     if data[:3] != b"\xff\xd8\xff":
         return None
@@ -53,6 +58,7 @@ def plain_jpeg(data: bytes) -> PlainJpeg | None:
 
 def _walk(data: bytes) -> PlainJpeg | None:
     place, frame, scans = 2, None, 0
+    whole: dict[int, int] = {}  # component -> a bit for each coefficient that has its last bit
     while True:
         if data[place] != 0xFF:
             return None
@@ -61,7 +67,7 @@ def _walk(data: bytes) -> PlainJpeg | None:
         marker = data[place + 1]
         place += 2
         if marker == _END_OF_IMAGE:
-            return frame.jpeg if frame is not None and scans else None
+            return frame.jpeg if frame is not None and scans and _is_whole(frame, whole) else None
         if scans and frame is not None and not frame.progressive:
             return None
         if marker not in _TABLES and marker not in _FRAMES and marker != _START_OF_SCAN:
@@ -74,7 +80,7 @@ def _walk(data: bytes) -> PlainJpeg | None:
         if marker in _FRAMES:
             if frame is not None or (frame := _frame(content, marker)) is None:
                 return None
-        elif (marker == _EXIF and content[:6] == b"Exif\0\0" and _orientation(content[6:]) != _UPRIGHT) or (
+        elif (marker == _APPLICATION_1 and _turned(content)) or (
             marker == _ADOBE and content[:5] == b"Adobe" and content[11] != _YCC
         ):
             return None
@@ -82,7 +88,25 @@ def _walk(data: bytes) -> PlainJpeg | None:
             if frame is None or not _scan_fits(content, frame):
                 return None
             scans += 1
+            first, last, precision = content[-3:]
+            if precision & 0xF == 0:
+                for component in content[1:-3:2]:
+                    whole[component] = whole.get(component, 0) | (2 << last) - (1 << first)
             place = _end_of_scan(data, place)
+
+
+def _is_whole(frame: _Frame, whole: dict[int, int]) -> bool:
+    """Whether every scan of a progressive image is there: decoders smooth one that lacks some, each in its way."""
+    return not frame.progressive or all(
+        whole.get(component, 0) & _ALL_COEFFICIENTS == _ALL_COEFFICIENTS for component in frame.components
+    )
+
+
+def _turned(content: bytes) -> bool:
+    """Whether an application segment says, in EXIF or in XMP, that the image is not upright, or makes no sense."""
+    if content[:6] == b"Exif\0\0":
+        return _orientation(content[6:]) != _UPRIGHT
+    return content.startswith(_XMP) and any(said != b"1" for said in _XMP_ORIENTATION.findall(content))
 
 
 def _scan_fits(content: bytes, frame: _Frame) -> bool:
@@ -131,6 +155,6 @@ def _orientation(tiff: bytes) -> int:
     (entries,) = struct.unpack_from(order + "H", tiff, start)
     for entry in range(entries):
         tag, kind, count, value = struct.unpack_from(order + "HHIH", tiff, start + 2 + 12 * entry)
-        if tag == 0x0112:
+        if tag == 0x0112 and (kind, count, value) != (3, 1, _UPRIGHT):  # of several the last may count
             return value if (kind, count) == (3, 1) else 0
     return _UPRIGHT

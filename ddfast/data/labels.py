@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ddfast.data.sources import is_unicode, shown
@@ -23,33 +23,58 @@ def label_in(fields: Mapping[str, Any]) -> int | str | None:
 
 
 def label_in_text(text: str) -> int | str | None:
-    """The class number or name that a text is; None for an empty one."""
-    text = text.strip()
-    return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else text or None
+    """The class number or name that a text is; None for an empty one.
+
+    A number with zeros in front stays text, `class_names_of` knows what it is.
+    """
+    text = text.strip().removeprefix("\ufeff")
+    return int(text) if re.fullmatch(r"0|[1-9][0-9]{0,8}", text) else text or None
+
+
+def class_list(names_file: bytes) -> list[str]:
+    """The lines of a `classes.txt`: the names of class numbers 0, 1, ... Blank lines at the end are none."""
+    lines = [line.strip() for line in names_file.decode("utf-8-sig", "replace").split("\n")]
+    while lines and not lines[-1]:
+        lines.pop()
+    return lines
 
 
 def class_names_of(said: Collection[int | str], names_file: bytes | None, name: str) -> dict[int | str, str]:
-    """Class name of every label.
+    """Class name of every label. No two classes become one: what would merge them is refused.
 
     Args:
         said: the labels that occur.
         names_file: `classes.txt`, the names of class numbers, one a line; None where there is none. Without it
-            numbers are padded with zeros, to sort as numbers.
+            numbers are padded with zeros, to sort as numbers, and those written with zeros stay as they are.
         name: what the user calls the source, for messages.
 
     Raises:
-        UsageError: a number without a line, an empty name, one with a slash or NUL, or no valid Unicode.
+        UsageError: a number without a line, a name on two lines, a number written in two ways, an empty name, one
+            with a slash or NUL, or no valid Unicode.
     """
-    largest = max((label for label in said if isinstance(label, int)), default=0)
-    lines = names_file.decode("utf-8", "replace").splitlines() if names_file is not None else None
+    lines = class_list(names_file) if names_file is not None else None
+    numbers = {
+        label: number for label in said if (number := _number_in(label, lines is not None)) is not None
+    }
+    largest = max(numbers.values(), default=0)
     if lines is not None and largest >= len(lines):
         raise UsageError(f"classes.txt of {name} has {len(lines)} lines, but class number {largest} occurs")
+    if lines is not None:
+        _check_list(lines, numbers.values(), name)
     names: dict[int | str, str] = {}
+    spelled: dict[int, int | str] = {}  # number -> how it is written
     for label in said:
-        if isinstance(label, str):
-            names[label] = label
-        else:
-            names[label] = lines[label].strip() if lines is not None else f"{label:0{len(str(largest))}d}"
+        if label in numbers and lines is not None:
+            names[label] = lines[numbers[label]]
+            continue
+        names[label] = label if isinstance(label, str) else f"{label:0{len(str(largest))}d}"
+        if lines is None and re.fullmatch(r"[0-9]{1,9}", names[label]):
+            other = spelled.setdefault(int(names[label]), label)
+            if other != label:
+                raise UsageError(
+                    f"{name} writes a label as {other!r} and as {label!r}, which are one number and two names: "
+                    "write it in one way"
+                )
     bad = [class_name for class_name in names.values() if not class_name or {"/", "\0"} & set(class_name)]
     if bad:
         raise UsageError(
@@ -61,3 +86,23 @@ def class_names_of(said: Collection[int | str], names_file: bytes | None, name: 
             f"{name} has a class name that is no valid Unicode ({shown(garbled)}); correct the labels"
         )
     return names
+
+
+def _number_in(label: int | str, listed: bool) -> int | None:
+    """The class number that a label is: beside a class list also one with zeros in front."""
+    if isinstance(label, int):
+        return label
+    return int(label) if listed and re.fullmatch(r"0[0-9]{1,8}", label) else None
+
+
+def _check_list(lines: Sequence[str], numbers: Collection[int], name: str) -> None:
+    """Refuse a class list that gives one name to two classes, one of which occurs."""
+    places: dict[str, list[int]] = {}
+    for number, line in enumerate(lines):
+        places.setdefault(line, []).append(number)
+    for number in sorted(set(numbers)):
+        if lines[number] and len(twins := places[lines[number]]) > 1:
+            raise UsageError(
+                f"classes.txt of {name} names {shown([lines[number]])} on lines "
+                f"{' and '.join(str(twin + 1) for twin in twins)}, which are two classes: give each a name of its own"
+            )

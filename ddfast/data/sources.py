@@ -11,8 +11,10 @@ import hashlib
 import json
 import os
 import re
+import unicodedata
 import zipfile
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -22,8 +24,16 @@ import numpy as np
 from ddfast.data.samples import DuplicateId, Sample, SampleList
 from ddfast.errors import BadImage, UsageError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")
-"""Endings that make a file in a class folder a sample, in any case. Other files are left alone."""
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+"""Endings that make a file in a class folder a sample, in any case: torchvision's ImageFolder's, and GIF."""
+
+_SEGMENTED = frozenset(
+    ("images", "image", "imgs", "img", "masks", "mask", "labels", "label", "annotations", "annotation")
+)
+_BESIDE_IMAGES = frozenset(
+    (".txt", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".md", ".html", ".parquet", ".cls")
+) | {".db", ".ini", ".log", ".url", ".lst", ".index", ".pdf", ".py", ".sh", ".ipynb"}
+"""Endings of what stands beside images and is none: such files are left out without a word."""
 
 MAX_FILE_BYTES = 1 << 30
 """A larger image file is not read: it is no photograph, and an archive may lie about sizes.
@@ -52,6 +62,10 @@ class Source(ABC):
         samples: sorted by label, then key; keys and ids are unique. Their ids and labels are arrays as well:
             `samples.ids` int64 [N] and `samples.labels` int32 [N].
 
+        left_out: ending -> number of the files beside the samples that are none by their ending, as `.heic`; text
+            and tables, which nobody takes for images, are not counted.
+        remarks: lines on what is read otherwise than a user may expect.
+
     `read` may be called from many threads. A source of archives keeps some of them open; `close`, or the end of a
     `with` block, closes them, the next `read` opens what it needs again. A source can be pickled.
     """
@@ -70,6 +84,8 @@ class Source(ABC):
         self.name = name
         self.split = split
         self.class_names = list(class_names)
+        self.left_out: dict[str, int] = {}
+        self.remarks: list[str] = []
         try:
             self.samples = keys if isinstance(keys, SampleList) else SampleList.of(keys)
         except DuplicateId as error:
@@ -98,6 +114,16 @@ class Source(ABC):
     def sizes(self) -> np.ndarray:
         """`size_of` every sample, int64 [N]."""
         return np.fromiter((self.size_of(sample) for sample in self.samples), np.int64, len(self.samples))
+
+    def notes(self) -> list[str]:
+        """What a user should hear of, a line each: `remarks`, and what was `left_out`, counted and named."""
+        if not self.left_out:
+            return self.remarks
+        left_out = (
+            f"{self.name}: left out {sum(self.left_out.values())} files of the {self.split} split by their ending: "
+            f"{endings_in_words(self.left_out)}; images end in {' '.join(EXTENSIONS)}"
+        )
+        return [*self.remarks, left_out]
 
     def fingerprint(self) -> str:
         """32 hex digits over class names, keys and file sizes; equal for a folder and a zip of it."""
@@ -132,9 +158,11 @@ def open_source(data: str | os.PathLike[str], split: str = "train") -> Source:
     Args:
         data: one of
             - a folder with `train/<class>/...` and `test/<class>/...` or `val/<class>/...`, or with the class
-              folders alone, which are a train split; where the images do not stand in class folders,
-              `metadata.jsonl` or `metadata.csv` beside them labels them, as Hugging Face's imagefolder has it:
-              `file_name` and one of "label_name", "class_name", "label";
+              folders alone, which are a train split; `training/`, `validation/`, `Test/`, `val2017/` and their
+              like are read as splits where they cannot be classes. `metadata.jsonl`, `metadata.csv` or
+              `metadata.parquet` labels the images as Hugging Face's imagefolder has it, by `file_name` and one of
+              "label_name", "class_name", "label": where the images do not stand in class folders, and where its
+              labels divide them otherwise than their folders do;
             - a .zip of the same layout, which may stand in one common folder;
             - WebDataset shards: an uncompressed .tar, or several as `part-{000..003}.tar` or `part-*.tar`,
               with that layout, or with pairs `key.jpg` and `key.cls` (a class number or name; `key.json` with
@@ -171,7 +199,10 @@ def open_source(data: str | os.PathLike[str], split: str = "train") -> Source:
                 raise UsageError(
                     f"cannot read {name}: not a zip archive, or its end is missing; copy it again"
                 )
-            raise UsageError(f"cannot read {name}: wanted a folder, a .zip or an uncompressed .tar")
+            unpack = (
+                ", so unpack it first" if re.search(r"\.(tar\.\w+|t[gbx]z2?|tzst)$", name.lower()) else ""
+            )
+            raise UsageError(f"cannot read {name}: wanted a folder, a .zip or an uncompressed .tar{unpack}")
         if re.search(r"[{*?\[]", name):
             return TarSource(find_shards(os.fspath(path)), split, name)
     except PermissionError as error:
@@ -250,6 +281,36 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(EXTENSIONS)
 
 
+def ending_left_out(name: str) -> str:
+    """The ending for which a file that is no sample is left out, "" for one that nobody takes for an image."""
+    ending = os.path.splitext(name)[1].lower()
+    return "" if ending in _BESIDE_IMAGES else ending or "no ending"
+
+
+def endings_in_words(left_out: Mapping[str, int]) -> str:
+    """Counted endings, the most frequent first: `12 .heic, 3 .avif`."""
+    ordered = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
+    return shown(f"{count} {ending}" for ending, count in ordered)
+
+
+def order_remark(names_file: bytes, class_names: Sequence[str], name: str) -> list[str]:
+    """A line where a `classes.txt` beside class folders says another order or other names than theirs."""
+    lines = [line.strip() for line in names_file.decode("utf-8-sig", "replace").splitlines() if line.strip()]
+    if lines == list(class_names):
+        return []
+    return [
+        f"{name}: the classes are the folders' names, sorted as text as torchvision's ImageFolder sorts them "
+        f"({shown(class_names, 3)}), and not in the order or by the names of classes.txt ({shown(lines, 3)})"
+    ]
+
+
+def reasons_in_words(reasons: Iterable[str]) -> str:
+    """Why files could not be read, the most frequent first: ` (unreadable: 4 truncated, 1 empty file)`; "" for none."""
+    counts = Counter(reasons)
+    ordered = sorted(counts, key=lambda reason: (-counts[reason], reason))
+    return f" (unreadable: {shown((f'{counts[r]} {r}' for r in ordered), 3)})" if ordered else ""
+
+
 def path_inside(name: str) -> str | None:
     """A relative path without `.` and double slashes; None for one that points outside of where it stands."""
     parts = re.split(r"[/\\]", name)
@@ -258,20 +319,34 @@ def path_inside(name: str) -> str | None:
     return "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
-def pick_split(folders: Collection[str], split: str, name: str) -> str:
-    """The one of `folders` that holds `split`; "" where nothing is split, which is a train split.
+def spellings(found: Collection[str], train_classes: Collection[str] | None, place: str) -> dict[str, str]:
+    """Class name as found -> class name in the train split, where the two differ in Unicode's composition only.
 
-    Raises `UsageError` where the split is missing, naming those that exist.
+    A file system or a packer may decompose an accented letter, so that one name has two spellings that look alike.
+
+    Args:
+        found: class names of a split.
+        train_classes: those of the train split, when this is another.
+        place: the folder they were found in, for messages.
+
+    Raises:
+        UsageError: two classes of one split whose names look alike, which `==` tells apart and no reader can.
     """
-    for candidate in SPLIT_FOLDERS[split]:
-        if candidate in folders:
-            return candidate
-    known = [folder for group in SPLIT_FOLDERS.values() for folder in group if folder in folders]
-    if split == "train" and not known:
-        return ""
-    wanted = " or ".join(f"{folder}/" for folder in SPLIT_FOLDERS[split])
-    found = ", ".join(f"{folder}/" for folder in known) or "no split folders, so that all of it is train"
-    raise UsageError(f"{name} has no {split} split: wanted {wanted}, found {found}")
+    for names, where in ((found, place), (train_classes or (), "the train split")):
+        seen: dict[str, str] = {}
+        for class_name in sorted(names):
+            twin = seen.setdefault(unicodedata.normalize("NFC", class_name), class_name)
+            if twin != class_name:
+                raise UsageError(
+                    f"{where} has the class {class_name} twice, composed and decomposed Unicode ({twin!a} and "
+                    f"{class_name!a}): rename one, or put their files together if they are one class"
+                )
+    if train_classes is None:
+        return {class_name: class_name for class_name in found}
+    known = {unicodedata.normalize("NFC", class_name): class_name for class_name in train_classes}
+    return {
+        class_name: known.get(unicodedata.normalize("NFC", class_name), class_name) for class_name in found
+    }
 
 
 def checked_classes(
@@ -280,6 +355,7 @@ def checked_classes(
     *,
     loose_images: bool = False,
     train_classes: Collection[str] | None = None,
+    left_out: Mapping[str, int] | None = None,
 ) -> list[str]:
     """Check what was found and fix the label order.
 
@@ -288,6 +364,7 @@ def checked_classes(
         place: the folder they were found in, for messages.
         loose_images: whether images stand beside the class folders; said where there are no others.
         train_classes: the classes of the train split, when this is another.
+        left_out: ending -> number of the files that are no images by their ending; named where nothing else is there.
 
     Returns:
         class names in label order, sorted as plain strings.
@@ -297,18 +374,38 @@ def checked_classes(
     """
     if not any(files.values()):
         if loose_images:
-            raise UsageError(f"images without class folders in {place}: wanted one folder for each class")
+            raise UsageError(
+                f"images without class folders in {place}: wanted one folder for each class, in a folder of them "
+                "where the class itself is called train, test or val"
+            )
+        seen = f"; it holds {endings_in_words(left_out)}" if left_out else ""
+        if left_out and ".tar" in left_out:
+            seen += f", which are given as {place}/*.tar"
         raise UsageError(
-            f"no images in {place}: wanted class folders with files ending in {' '.join(EXTENSIONS)}"
+            f"no images in {place}: wanted class folders with files ending in {' '.join(EXTENSIONS)}{seen}"
         )
     empty = sorted(class_name for class_name, paths in files.items() if not paths)
     if empty:
-        raise UsageError(f"class without images in {place}: {shown(empty)}; add images or remove the folder")
+        seen = f" ({place} also holds {endings_in_words(left_out)}, which are left out)" if left_out else ""
+        raise UsageError(
+            f"class without images in {place}: {shown(empty)}; add images or remove the folder{seen}"
+        )
     if train_classes is not None:
         unknown = sorted(set(files) - set(train_classes))
         if unknown:
-            raise UsageError(f"{place} has classes that the train split lacks: {shown(unknown)}")
+            cases = {class_name.casefold(): class_name for class_name in train_classes}
+            alike = next((cases[new.casefold()] for new in unknown if new.casefold() in cases), None)
+            hint = (
+                "" if alike is None else f"; the train split writes {alike}, and upper and lower case differ"
+            )
+            raise UsageError(f"{place} has classes that the train split lacks: {shown(unknown)}{hint}")
     class_names = sorted(files if train_classes is None else train_classes)
+    folded = {class_name.casefold() for class_name in files}
+    if len(files) > 1 and folded <= _SEGMENTED and folded & {"images", "image", "imgs", "img"}:
+        raise UsageError(
+            f"{place} has {shown(f'{folder}/' for folder in sorted(files))}: images beside masks or annotations, and "
+            "no classes; wanted one folder for each class, or other names if these are classes"
+        )
     if len(class_names) < 2:
         raise UsageError(
             f"one class only in {place}: {shown(class_names)}; wanted at least two class folders"

@@ -10,12 +10,14 @@ the same way. What is one file (selection, metadata, manifest, report) is rank 0
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import heapq
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ from ddfast.data.distilled import (
     write_image,
     write_metadata,
 )
-from ddfast.data.files import atomic_path, make_folder
+from ddfast.data.files import atomic_folder, atomic_path, make_folder
 from ddfast.data.label_parts import (
     is_whole_part,
     join_label_parts,
@@ -42,7 +44,7 @@ from ddfast.data.label_parts import (
 )
 from ddfast.data.loaders import resolve_loader
 from ddfast.data.samples import Sample
-from ddfast.data.sources import open_source
+from ddfast.data.sources import open_source, reasons_in_words
 from ddfast.data.table import (
     SCORE_SCHEMA,
     is_readable,
@@ -60,6 +62,7 @@ from ddfast.methods.run import (
     LABEL_TEMPERATURE,
     RUN,
     Run,
+    check_machine,
     check_teacher,
     checked_device,
     command_line,
@@ -80,15 +83,20 @@ from ddfast.methods.run import (
 )
 from ddfast.methods.selection import SELECTION, iter_selection, write_selection
 from ddfast.models import Teacher, load_teacher
+from ddfast.models.teacher import checked_logits, is_named, with_class_order, with_outputs_in
 from ddfast.ops import crop_resize
+from ddfast.ops.precision import PRECISIONS
 from ddfast.progress import Progress, say
 from ddfast.ranks import join, usable_cores
+from ddfast.training.preflight import chance_hits as _chance_hits  # noqa: F401, its old place
+from ddfast.training.preflight import check_reading, drawn_places, images_to_try, read_images, try_teacher
+
+ClassOrder = str | Path | Sequence[str] | Mapping[Any, Any]
 
 SCORES = "scores"
 QUARANTINED = "quarantined.jsonl"
 _LISTED_QUARANTINED = 1000  # files that the manifest names; the table beside it names all
 _LABEL_PARTS = ".soft-labels"
-_PREFLIGHT_IMAGES = 64
 _LABEL_BATCH = 64  # tiles labelled together; fixed, because it decides the last bits
 _LABEL_PART = (
     2048  # most images in one part of the soft labels, the unit of resumption and of work for a rank
@@ -122,6 +130,8 @@ def open_run(
     loader: str = "auto",
     threads: str | int = "auto",
     label_top_k: str | int = "auto",
+    class_order: ClassOrder | None = None,
+    label_class_order: ClassOrder | None = None,
 ) -> Run:
     """Check everything that can be checked, then claim the output folder. Arguments as `distill`.
 
@@ -140,14 +150,19 @@ def open_run(
             raise UsageError(f"--seed must be in [0, 2^63), got {seed}")
         if image_format not in ("png", "jpeg"):
             raise UsageError(f"--format must be png or jpeg, got {image_format!r}")
-        if precision not in ("float32", "auto"):
-            raise UsageError(f"--precision must be float32 or auto, got {precision!r}")
+        if precision not in PRECISIONS:
+            raise UsageError(f"--precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
         if out.exists() and not out.is_dir():
             raise UsageError(f"{out} is a file; --out must be a folder")
 
     def plan_run() -> Run:
-        main = _teacher(teacher)
-        labels = main if label_teacher is None else _teacher(label_teacher)
+        names = source.class_names
+        main = _teacher(teacher, names, class_order)
+        order = label_class_order
+        if order is None and label_teacher is not None and not is_named(label_teacher):
+            order = class_order  # an early checkpoint of the same training
+        same = label_teacher is None or (label_teacher is teacher and label_class_order is None)
+        labels = main if same or label_teacher is None else _teacher(label_teacher, names, order)
         for held, role in ((main, "teacher"), (labels, "label teacher")):
             check_teacher(held, source, role=role)
         if (labels.image_size, labels.mean, labels.std) != (main.image_size, main.mean, main.std):
@@ -211,6 +226,8 @@ def open_run(
     ranks.together("folder", lambda: _follow(run, device))
     run.set_arithmetic()
     say(f"loader: {run.loader.name} ({run.loader.reason})", quiet=run.quiet or run.complete)
+    for note in source.notes():
+        say(note, quiet=run.quiet or run.complete)
     _warn_of_crowding(run)
     return run
 
@@ -222,6 +239,7 @@ def _claim(run: Run, scores: str | Path | None, resume: bool, preflight: bool, t
     if held is None:
         run.set_arithmetic()
         _check_counts(run)
+        _check_outputs(run)
         if preflight:
             _preflight(run)
     elif threads != "auto" and held["arithmetic"]["threads"] != wanted["arithmetic"]["threads"]:
@@ -251,6 +269,9 @@ def _follow(run: Run, device: str) -> None:
     difference = first_difference(held, run.plan)
     if difference is not None:
         raise UsageError(f"rank {run.ranks.rank} sees another run than rank 0 ({difference})")
+    check_machine(
+        held["arithmetic"], run.plan["arithmetic"], f"rank {run.ranks.rank} is on another machine: the run"
+    )
     run.plan = held
     checked_device(held, device, run.ranks)
 
@@ -266,8 +287,19 @@ def _warn_of_crowding(run: Run) -> None:
         )
 
 
-def _teacher(given: str | Path | Teacher) -> Teacher:
-    return given if isinstance(given, Teacher) else load_teacher(str(given))
+def _teacher(
+    given: str | Path | Teacher, class_names: Sequence[str], class_order: ClassOrder | None
+) -> Teacher:
+    """A teacher of this run's own, in eval mode, its outputs in the order of the data where their order was said."""
+    if not isinstance(given, Teacher):
+        names = None if class_order is None else class_names
+        return load_teacher(str(given), class_order=class_order, class_names=names)
+    held = dataclasses.replace(given, model=copy.deepcopy(given.model).float().eval())
+    if class_order is not None:
+        return with_class_order(held, class_order, class_names)
+    if held.class_order is not None and set(held.class_names) == set(class_names):
+        return with_outputs_in(held, class_names)
+    return held
 
 
 def _earlier_seconds(out: Path) -> dict[str, float]:
@@ -290,17 +322,20 @@ def _check_counts(run: Run) -> None:
     counts = np.bincount(labels, minlength=len(run.source.class_names))
     for label in np.flatnonzero(counts < 2 * needed).tolist():
         samples = _samples(run, pool[labels == label])
-        usable = 0
+        usable, reasons = 0, []
         loaded = run.load(samples)
         for _, image in loaded:
-            usable += not isinstance(image, BadImage)
+            if isinstance(image, BadImage):
+                reasons.append(str(image))
+            else:
+                usable += 1
             if usable == needed:
                 break
         loaded.close()
         if usable < needed:
             raise UsageError(
                 f"class {run.source.class_names[label]!r} has {usable} usable images, "
-                f"IPC {run.plan['ipc']} x {run.plan['tiles']} tiles needs {needed}"
+                f"IPC {run.plan['ipc']} x {run.plan['tiles']} tiles needs {needed}{reasons_in_words(reasons)}"
             )
 
 
@@ -310,36 +345,45 @@ def _samples(run: Run, places: Iterable[int]) -> Iterator[Sample]:
 
 
 def _preflight(run: Run) -> None:
-    """Try the teachers on 64 training images: near chance means a class-order mismatch, the usual cause of
-    failures."""
-    classes = len(run.source.class_names)
-    loaded = run.load(_samples(run, run.pool()[: 2 * _PREFLIGHT_IMAGES]))
-    pairs = [(image, s.label) for s, image in loaded if not isinstance(image, BadImage)][:_PREFLIGHT_IMAGES]
+    """Try the teachers on training images: see `ddfast.training.preflight`."""
+    names = run.source.class_names
+    count = images_to_try(run.plan["image_size"], run.device)
+    places = drawn_places(run.source.samples.labels, len(names), count)
+    loaded = run.load(_samples(run, places))
+    pairs = [(image, s.label) for s, image in loaded if not isinstance(image, BadImage)]
     if not pairs:
         return
     images = torch.stack([image for image, _ in pairs])
     labels = torch.tensor([label for _, label in pairs])
-    for teacher, role in ((run.teacher, "teacher"), (run.label_teacher, "label teacher")):
-        logits = _logits(teacher, images, run)
-        hits = int((logits.argmax(dim=1) == labels).sum())
-        if hits <= _chance_hits(len(pairs), classes):
-            raise UsageError(
-                f"the {role} reads {hits} of {len(pairs)} training images correctly, near chance for "
-                f"{classes} classes: "
-                "its class order or normalisation does not match the data (--no-preflight goes on regardless)"
-            )
+    for teacher, role in _teachers(run):
+        model = teacher.model.to(run.device)
+        found = try_teacher(model, images, teacher.mean, teacher.std, len(names), run.device, role=role)
+        check_reading(
+            read_images(found, labels, len(names)),
+            names,
+            role=role,
+            what="training images",
+            top1=teacher.top1,
+            way_out=" (--no-preflight goes on regardless)",
+            quiet=run.quiet,
+        )
 
 
-def _chance_hits(trials: int, classes: int, tail: float = 0.01) -> int:
-    """The most hits that guessing reaches, but for a share `tail` of tries (binomial quantile)."""
-    p = 1 / classes
-    mass, total = (1 - p) ** trials, 0.0
-    for hits in range(trials):
-        total += mass
-        if total >= 1 - tail:
-            return hits
-        mass *= (trials - hits) / (hits + 1) * p / (1 - p)
-    return trials
+def _teachers(run: Run) -> list[tuple[Teacher, str]]:
+    """The teachers of a run with their roles; one that has both roles once."""
+    if run.label_teacher is run.teacher:
+        return [(run.teacher, "teacher")]
+    return [(run.teacher, "teacher"), (run.label_teacher, "label teacher")]
+
+
+def _check_outputs(run: Run) -> None:
+    """See on two black images that the teachers return logits of their classes."""
+    side, classes = run.plan["image_size"], len(run.source.class_names)
+    for teacher, role in _teachers(run):
+        images = torch.zeros(2, 3, side, side, dtype=torch.uint8)
+        try_teacher(
+            teacher.model.to(run.device), images, teacher.mean, teacher.std, classes, run.device, role=role
+        )
 
 
 def _logits(teacher: Teacher, images: Tensor, run: Run) -> Tensor:
@@ -348,9 +392,8 @@ def _logits(teacher: Teacher, images: Tensor, run: Run) -> Tensor:
     std = torch.tensor(teacher.std, device=run.device).view(1, 3, 1, 1)
     batch = (images.to(run.device).float().div_(255) - mean) / std
     with torch.no_grad():
-        logits = (
-            teacher.model.to(run.device)(batch.contiguous(memory_format=torch.channels_last)).float().cpu()
-        )
+        outputs = teacher.model.to(run.device)(batch.contiguous(memory_format=torch.channels_last))
+        logits = checked_logits(outputs, len(teacher.class_names)).float().cpu()
     if not bool(torch.isfinite(logits).all()):
         raise UsageError("the teacher returns NaN or infinity: its weights are damaged, train it again")
     return logits
@@ -516,6 +559,7 @@ def _shared_scores(folder: Path, plan: dict[str, Any]) -> Path:
         raise UsageError(f"--scores {folder} holds no ddfast run")
     if score_identity(held) != score_identity(plan):
         raise UsageError(f"--scores {folder} was scored with other settings, data or teacher")
+    check_machine(held["arithmetic"], plan["arithmetic"], f"--scores {folder}")
     if not (folder / SELECTION).is_file():
         raise UsageError(f"--scores {folder} is not scored to its end")
     return folder
@@ -547,27 +591,58 @@ def select(run: Run) -> None:
 
 
 def change_ipc(run: Run, ipc: int) -> None:
-    """Turn a scored run to another IPC: what was made from the old selection goes.
+    """Turn a scored run to another IPC: what was made from the old selection goes, a finished set apart.
+
+    A finished set is kept whole in a folder beside the run's, `<out>-ipc<N>`, and can be read as any other.
 
     Raises:
-        UsageError: the pool is too small for it; the run stays as it was.
+        UsageError: the pool is too small for it, or that folder exists; the run stays as it was.
     """
     if ipc == run.plan["ipc"]:
         return
     if ipc < 1:
         raise UsageError(f"--ipc must be at least 1, got {ipc}")
+    held = json.loads(json.dumps(run.plan))
     run.plan["ipc"] = ipc
     run.plan.update(complete=False, counts=None, quarantined=None)
-    run.ranks.on_main("ipc", lambda: _drop_selected(run))
+    run.ranks.on_main("ipc", lambda: _drop_selected(run, held))
 
 
-def _drop_selected(run: Run) -> None:
+def _drop_selected(run: Run, held: dict[str, Any]) -> None:
     _check_counts(run)
+    if held["complete"]:
+        _keep_finished(run, held["ipc"])
     run.save()
     for folder in ("train", _LABEL_PARTS):
         shutil.rmtree(run.out / folder, ignore_errors=True)
     for name in (SELECTION, SOFT_LABELS, QUARANTINED, "report.html", "mosaic.png"):
         (run.out / name).unlink(missing_ok=True)
+
+
+def _keep_finished(run: Run, ipc: int) -> None:
+    """Keep the finished set of an IPC beside the run, before its own files go."""
+    kept = run.out.with_name(f"{run.out.resolve().name}-ipc{ipc}")
+    if kept.exists():
+        raise UsageError(
+            f"the finished set of IPC {ipc} would be kept as {kept}, which exists: move or delete that first"
+        )
+    with atomic_folder(kept) as folder:
+        for entry in sorted(run.out.iterdir()):
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                shutil.copytree(entry, folder / entry.name, copy_function=_linked)
+            else:
+                _linked(entry, folder / entry.name)
+    say(f"kept the finished set of IPC {ipc} as {kept}", quiet=run.quiet)
+
+
+def _linked(source: str | Path, copy: str | Path) -> None:
+    """A second name for a file that is only ever replaced whole; a copy where the file system has no links."""
+    try:
+        os.link(source, copy)
+    except OSError:
+        shutil.copyfile(source, copy)
 
 
 # Synthesize

@@ -34,7 +34,10 @@ from ddfast.errors import UsageError
 from ddfast.methods import get_method
 from ddfast.methods.base import Context, Method, Prepared, stream
 from ddfast.models import Teacher, load_teacher
+from ddfast.models.teacher import is_state_dict
+from ddfast.ops._dispatch import cpu_body, triton_status
 from ddfast.ops._philox import philox4x32
+from ddfast.ops.precision import compute_dtype, cpu_instructions, cpu_multiplies_bfloat16, tf32
 from ddfast.ranks import Ranks, join, usable_cores
 from ddfast.training.device import resolve_device
 
@@ -43,12 +46,14 @@ LABEL_TEMPERATURE = 20.0
 SHARD_SOURCES = 256  # sources in one score shard, the unit of commit and of work for a rank
 MICRO_BATCH = 16  # sources scored together; fixed, because it decides the last bits
 # What may change between the start of a run and its resumption without changing the result.
-_RESULTS = ("complete", "counts", "quarantined", "prepared")
+_RESULTS = ("complete", "counts", "quarantined", "prepared", "mixed_machines")
 _ARITHMETIC = {
     **dict.fromkeys(("micro_batch", "forward_batch", "shard_sources", "threads"), int),
     **dict.fromkeys(("max_pixels", "max_file_bytes"), int),
     **dict.fromkeys(("precision", "device", "loader"), str),
 }
+# Of the arithmetic, what the machine decides; manifests of earlier versions do not have it.
+_MACHINE = ("instructions", "ops", "tf32")
 _MOST_THREADS = {"cpu": 16, "cuda": 4}  # of a process by default; a GPU's process has little to do on the CPU
 _MOST_FULL_LABELS = 2048  # classes up to which a soft label is stored whole by default
 _LABEL_TOP_K = 256  # probabilities stored of a soft label above that
@@ -84,7 +89,7 @@ class Run:
             image_size=self.plan["image_size"],
             factor=self.plan["factor"],
             seed=self.plan["seed"],
-            precision=arithmetic["precision"],
+            precision=dtype_of(self.plan),
             forward_batch=arithmetic["forward_batch"],
             device=self.device,
             prepared=self.prepared,
@@ -205,7 +210,9 @@ def make_plan(
             "shard_sources": SHARD_SOURCES,
             "threads": threads,
             "precision": precision,
+            "compute_dtype": compute_dtype(precision, device),
             "device": device.type,
+            **machine_arithmetic(device),
             "loader": loader,
             "max_pixels": max_pixels,
             "max_file_bytes": file_limit(),
@@ -216,8 +223,72 @@ def make_plan(
     }
 
 
+def machine_arithmetic(device: torch.device) -> dict[str, str]:
+    """What of the arithmetic the machine decides, beside the type of its device.
+
+    "instructions": the CPU's, or the GPU's architecture; "ops": the body of `ddfast.ops`; "tf32": what may round
+    float32 to it.
+
+    Raises:
+        UsageError: DDFAST_CPU_BODY names no body of this CPU.
+    """
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        instructions, ops = f"sm_{major}{minor}", "triton" if triton_status()[0] else "reference"
+    else:
+        body = cpu_body()
+        instructions, ops = cpu_instructions(), body if body == "reference" else f"c++ {body}"
+    return {"instructions": instructions, "ops": ops, "tf32": tf32(device)}
+
+
+def dtype_of(plan: dict[str, Any]) -> str:
+    """The precision that a run computes in, "float32" or "bfloat16": chosen when it started, for all its processes."""
+    arithmetic = plan["arithmetic"]
+    if "compute_dtype" in arithmetic or arithmetic["precision"] != "auto":
+        return str(arithmetic.get("compute_dtype", arithmetic["precision"]))
+    # A manifest of an earlier version, in which auto asked for less.
+    multiplies = cpu_multiplies_bfloat16() if arithmetic["device"] == "cpu" else None
+    if multiplies is None:
+        return compute_dtype("auto", arithmetic["device"])
+    return "bfloat16" if multiplies else "float32"
+
+
+def check_machine(held: dict[str, Any], here: dict[str, Any], what: str) -> None:
+    """Refuse a machine that would give a run other last bits, unless DDFAST_MIXED_MACHINES=1 asks for it.
+
+    What a manifest does not say is not compared.
+
+    Args:
+        held, here: the arithmetic that the run began with, and that of this machine.
+        what: the run, for the message.
+
+    Raises:
+        UsageError: they differ.
+    """
+    if mixes_machines():
+        return
+    for key in _MACHINE:
+        if key in held and key in here and held[key] != here[key]:
+            raise UsageError(
+                f"{what} was started with {key} {held[key]!r} and would end in other bytes with {here[key]!r}: "
+                "go on where it is the same, or set DDFAST_MIXED_MACHINES=1 to let the last bits differ"
+            )
+
+
+def mixes_machines() -> bool:
+    """Whether DDFAST_MIXED_MACHINES=1 lets machines that round otherwise work on a run, whose manifest then says so."""
+    return os.environ.get("DDFAST_MIXED_MACHINES", "0") == "1"
+
+
 def _identity(teacher: Teacher) -> dict[str, Any]:
-    return {"arch": teacher.arch, "sha256": teacher.sha256, "top1": teacher.top1, "epoch": teacher.epoch}
+    order = {} if teacher.class_order is None else {"class_order": teacher.class_order}
+    return {
+        "arch": teacher.arch,
+        "sha256": teacher.sha256,
+        "top1": teacher.top1,
+        "epoch": teacher.epoch,
+        **order,
+    }
 
 
 def _forward_batch(image_size: int, device: torch.device) -> int:
@@ -248,7 +319,7 @@ def threads_of(given: str | int, device: torch.device) -> int:
         UsageError: neither `auto` nor a positive number.
     """
     if given == "auto":
-        given = os.environ.get("DDFAST_THREADS") or min(usable_cores(), _MOST_THREADS[device.type])
+        given = os.environ.get("DDFAST_THREADS") or min(usable_cores(), _MOST_THREADS.get(device.type, 4))
     try:
         count = int(given)
     except ValueError:
@@ -299,7 +370,15 @@ def score_identity(plan: dict[str, Any]) -> dict[str, Any]:
     """The part of a plan that decides the score table: two runs that agree on it can share one."""
     keys = ("method", "seed", "factor", "image_size", "images_per_class", "class_names", "data", "arithmetic")
     teacher = plan["teacher"] if get_method(plan["method"]).needs_teacher else None
-    return {**{key: plan[key] for key in keys}, "options": plan["options"]["score"], "teacher": teacher}
+    # What the machine decides is checked apart: who may mix machines must find the shards of all of them.
+    redundant = (*_MACHINE, *(() if plan["arithmetic"]["precision"] == "auto" else ("compute_dtype",)))
+    arithmetic = {key: value for key, value in plan["arithmetic"].items() if key not in redundant}
+    return {
+        **{key: plan[key] for key in keys},
+        "arithmetic": arithmetic,
+        "options": plan["options"]["score"],
+        "teacher": teacher,
+    }
 
 
 def score_digest(plan: dict[str, Any]) -> str:
@@ -326,7 +405,7 @@ def start(out: Path, plan: dict[str, Any], resume: bool) -> dict[str, Any]:
             raise UsageError(f"{out} is not empty and holds no ddfast run; choose another folder")
         make_folder(out)
         sweep_temporary(out)
-        return plan
+        return _noted(plan)
     difference = first_difference(held, plan)
     if difference is not None:
         raise UsageError(
@@ -335,8 +414,15 @@ def start(out: Path, plan: dict[str, Any], resume: bool) -> dict[str, Any]:
     if not resume:
         state = "a finished run" if held["complete"] else "an unfinished run"
         raise UsageError(f"{out} already holds {state} of the same settings; continue it with --resume")
+    if not held["complete"]:
+        check_machine(held["arithmetic"], plan["arithmetic"], f"the run in {out}")
     sweep_temporary(out)
-    return held
+    return _noted(held)
+
+
+def _noted(plan: dict[str, Any]) -> dict[str, Any]:
+    """The plan, which says whether machines of different arithmetic were let in."""
+    return {**plan, "mixed_machines": True} if mixes_machines() and not plan["complete"] else plan
 
 
 def read_plan(out: Path) -> dict[str, Any] | None:
@@ -360,18 +446,26 @@ def read_plan(out: Path) -> dict[str, Any] | None:
 def _is_arithmetic(plan: dict[str, Any]) -> bool:
     """Whether a manifest says all that decides the arithmetic."""
     said = plan.get("arithmetic")
-    return isinstance(said, dict) and all(
-        isinstance(said.get(key), kind) for key, kind in _ARITHMETIC.items()
+    return (
+        isinstance(said, dict)
+        and all(isinstance(said.get(key), kind) for key, kind in _ARITHMETIC.items())
+        and all(isinstance(said.get(key, ""), str) for key in _MACHINE)
+        and said.get("compute_dtype", "float32") in ("float32", "bfloat16")
     )
 
 
 def first_difference(held: dict[str, Any], wanted: dict[str, Any]) -> str | None:
-    """The first setting in which two plans differ, in words; results and the thread count do not count."""
+    """The first setting in which two plans differ, in words.
+
+    Results do not count, nor what of the arithmetic is settled when a run starts (the threads, the dtype that
+    `auto` is) or is `check_machine`'s to say.
+    """
+    settled = ("threads", "compute_dtype", *_MACHINE)
 
     def walk(a: Any, b: Any, place: str) -> str | None:
         if isinstance(a, dict) and isinstance(b, dict):
             for key in [*b, *(key for key in a if key not in b)]:
-                if (place == "" and key in _RESULTS) or (place == "arithmetic" and key == "threads"):
+                if (place == "" and key in _RESULTS) or (place == "arithmetic" and key in settled):
                     continue
                 found = walk(a.get(key), b.get(key), f"{place}.{key}" if place else key)
                 if found:
@@ -426,7 +520,8 @@ def check_teacher(teacher: Teacher, source: Source, *, role: str = "teacher") ->
     for index, (a, b) in enumerate(zip(theirs, ours, strict=True)):
         if a != b:
             raise UsageError(
-                f"the {role}'s class {index} is {a!r}, that of {source.name} is {b!r}: the class order must match"
+                f"the {role}'s class {index} is {a!r}, that of {source.name} is {b!r}: the class order must match, or "
+                "be said with --class-order (class_order=)"
             )
 
 
@@ -488,15 +583,18 @@ def _reopened(
     except (OSError, ValueError) as error:
         raise UsageError(f"{out / RUN} is missing or damaged: give --data and --teacher") from error
     found_device = checked_device(plan, device, ranks)
+    if not plan["complete"]:
+        check_machine(plan["arithmetic"], machine_arithmetic(found_device), f"the run in {out}")
+        plan = _noted(plan)
     source = open_source(data or facts["data"], "train")
-    main = load_teacher(str(teacher or facts["teacher"]), class_names=plan["class_names"])
+    main = _load_again(teacher or facts["teacher"], plan, "teacher")
     labels = label_teacher or facts["label_teacher"]
     run = Run(
         out=out,
         plan=plan,
         source=source,
         teacher=main,
-        label_teacher=main if labels is None else load_teacher(str(labels), class_names=plan["class_names"]),
+        label_teacher=main if labels is None else _load_again(labels, plan, "label_teacher"),
         method=get_method(plan["method"]).from_options(
             {**plan["options"]["score"], **plan["options"]["select"]}
         ),
@@ -516,6 +614,23 @@ def _reopened(
         if found != wanted:
             raise UsageError(f"{what} is not what {out} was started with: its content has changed")
     return run
+
+
+def _load_again(spec: str | Path | None, plan: dict[str, Any], role: str) -> Teacher:
+    """A teacher of a run by its file, with what the manifest says of it."""
+    if spec is None:
+        flag = f"--{role.replace('_', '-')}"
+        raise UsageError(f"the run was started with a teacher that has no file: give its file with {flag}")
+    said: dict[str, Any] = {}
+    if is_state_dict(spec):
+        said = {
+            "arch": plan[role]["arch"],
+            "normalization": (plan["mean"], plan["std"]),
+            "image_size": plan["image_size"],
+        }
+    return load_teacher(
+        str(spec), class_names=plan["class_names"], class_order=plan[role].get("class_order"), **said
+    )
 
 
 def rank_device(device: str, ranks: Ranks) -> torch.device:

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from ddfast.data.files import explained, make_folder, temporary_path
+from ddfast.data.sources import reasons_in_words
 from ddfast.data.table import (
     FEATURES,
     SELECTION_SCHEMA,
@@ -23,6 +24,7 @@ from ddfast.data.table import (
     iter_table,
     make_table,
     part_path,
+    read_facts,
     read_table,
     table_writer,
     to_numpy,
@@ -67,7 +69,7 @@ def write_selection(run: Run, scores: Path, parts: int) -> None:
             with table_writer(run.out / SELECTION, SELECTION_SCHEMA) as write:
                 rows = _score_rows(scores, parts, _row(width))
                 for names, group in zip(classes, _by_group(rows, classes, scratch, _row(width)), strict=True):
-                    write(_selected(run, names, group))
+                    write(_selected(run, names, group, scores))
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
@@ -145,7 +147,15 @@ def _deal(rows: np.ndarray, starts: np.ndarray, scratch: Path) -> None:
             file.write(part.tobytes())
 
 
-def _selected(run: Run, labels: range, rows: np.ndarray) -> pa.Table:
+def _reasons(scores: Path, class_name: str) -> Iterator[str]:
+    """Why files of a class could not be read when they were scored."""
+    for part in sorted(scores.glob("part-*.parquet")):
+        for row in read_facts(part).get("quarantined", ()):
+            if row["path"].startswith(f"{class_name}/"):
+                yield row["reason"]
+
+
+def _selected(run: Run, labels: range, rows: np.ndarray, scores: Path) -> pa.Table:
     """The selection of some classes from all of their rows."""
     table = Table({name: rows[name] for name in rows.dtype.names or ()}, run.plan["seed"])
     ranked, values = run.method.rank(table, run.needed)
@@ -160,9 +170,10 @@ def _selected(run: Run, labels: range, rows: np.ndarray) -> pa.Table:
     for label in labels:
         found = ranked.get(label, np.empty(0, dtype=np.int64))
         if len(found) < run.needed:
+            class_name = run.source.class_names[label]
             raise UsageError(
-                f"class {run.source.class_names[label]!r} has {len(found)} usable images, IPC {ipc} x {tiles} "
-                f"tiles needs {run.needed}"
+                f"class {class_name!r} has {len(found)} usable images, IPC {ipc} x {tiles} "
+                f"tiles needs {run.needed}{reasons_in_words(_reasons(scores, class_name))}"
             )
         chosen.append(found[: run.needed][order])
     places = np.concatenate(chosen)

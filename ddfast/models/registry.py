@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ddfast.models.condensation import alexnet_in, resnet18_in, resnetap10, vgg11_in
 from ddfast.models.convnet import DEPTHS, ConvNet
 from ddfast.models.resnet import resnet, small_resnet
+from ddfast.ops.precision import float32_by_default
 
 Builder = Callable[..., nn.Module]
 
@@ -82,6 +83,7 @@ def list_models() -> list[str]:
     return sorted(_BUILDERS)
 
 
+@float32_by_default()
 def create_model(name: str, num_classes: int, image_size: int | None = None, **options: Any) -> nn.Module:
     """Build a freshly initialised classifier of normalised images [B, 3, S, S] -> logits [B, num_classes].
 

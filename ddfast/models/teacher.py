@@ -8,10 +8,13 @@ published weights load as well.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import hashlib
 import io
 import json
 import pickle
+import re
 import struct
 import warnings
 from collections.abc import Mapping, Sequence
@@ -24,11 +27,16 @@ from torch import Tensor, nn
 
 from ddfast.data.files import atomic_write_bytes
 from ddfast.errors import UsageError
+from ddfast.models.checkpoint import find_weights
+from ddfast.models.class_order import output_places, read_class_order
+from ddfast.models.normalization import Normalization
 from ddfast.models.normalization import normalization as resolve_normalization
 from ddfast.models.registry import create_model
 
 FORMAT = "ddfast-teacher-1"
 METADATA_KEY = "ddfast_teacher"
+
+STATE_DICT_ENDINGS = (".pt", ".pth", ".ckpt", ".bin", ".pt.tar", ".pth.tar")
 
 NormalizationChoice = str | tuple[Sequence[float], Sequence[float]]
 
@@ -50,6 +58,7 @@ class Teacher:
         arch_options: keyword arguments of `create_model`.
         facts: further metadata of the file, such as the training configuration.
         path: what it was loaded from, a file or `torchvision:NAME`; None where it was made in memory.
+        class_order: the order of the outputs in the file where `class_order=` said it; None where the file does.
 
     """
 
@@ -65,6 +74,7 @@ class Teacher:
     arch_options: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     path: str | None = None
+    class_order: list[str] | None = None
 
 
 def save_teacher(
@@ -83,7 +93,48 @@ def save_teacher(
 
     Equal arguments give equal bytes. `facts` are JSON values; `top1` (percent) and `epoch` have a place of
     their own in `Teacher`, the rest arrives in `Teacher.facts`.
+
+    A file that an earlier `save_teacher` wrote is replaced; one that took training, or is no teacher file, stays.
+
+    Raises:
+        UsageError: `path` holds a teacher that `train_teacher` made, or something else, or cannot be written.
     """
+    path = Path(path)
+    if path.exists():
+        held = read_header(path)
+        if held is None:
+            raise UsageError(f"{path} exists already and is no teacher file: give another path or delete it")
+        if "training" in held:
+            raise UsageError(
+                f"{path} holds a teacher made by train-teacher ({held.get('arch')}, {held.get('epoch')} epochs): "
+                "give another path or delete it"
+            )
+    data = teacher_bytes(
+        model,
+        arch=arch,
+        class_names=class_names,
+        image_size=image_size,
+        mean=mean,
+        std=std,
+        arch_options=arch_options,
+        **facts,
+    )
+    atomic_write_bytes(path, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def teacher_bytes(
+    model: nn.Module,
+    *,
+    arch: str,
+    class_names: Sequence[str],
+    image_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    arch_options: Mapping[str, Any] | None = None,
+    **facts: Any,
+) -> bytes:
+    """The bytes of a teacher file. Arguments as `save_teacher`."""
     header = {
         "format": FORMAT,
         "arch": arch,
@@ -94,9 +145,16 @@ def save_teacher(
         "std": [float(value) for value in std],
         **facts,
     }
-    data = serialize_tensors(model.state_dict(), {METADATA_KEY: header})
-    atomic_write_bytes(Path(path), data)
-    return hashlib.sha256(data).hexdigest()
+    return serialize_tensors(model.state_dict(), {METADATA_KEY: header})
+
+
+def read_header(path: Path) -> dict[str, Any] | None:
+    """The metadata of a teacher file of ours; None where there is none, or it is another file or damaged."""
+    try:
+        header = read_tensors(path, path.read_bytes(), what="teacher file")[1].get(METADATA_KEY)
+    except (UsageError, OSError):
+        return None
+    return header if isinstance(header, dict) and header.get("format") == FORMAT else None
 
 
 def serialize_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:
@@ -116,36 +174,170 @@ def load_teacher(
     normalization: NormalizationChoice | None = None,
     class_names: Sequence[str] | None = None,
     image_size: int | None = None,
+    class_order: str | Path | Sequence[str] | Mapping[Any, Any] | None = None,
 ) -> Teacher:
     """Load a teacher in eval mode, float32, on the CPU.
 
     Args:
-        spec: a `.safetensors` file of ours; a `.pt` or `.pth` state dict (weights only); or
-            `torchvision:NAME`, whose published weights torchvision downloads.
-        arch: architecture of a `.pt` state dict. For a file of ours it may only repeat what the file says.
-        normalization: name or (mean, std) for a `.pt` state dict; ImageNet's where None.
-        class_names: classes in the order of the outputs, needed by a `.pt` state dict. `torchvision:NAME`
+        spec: a `.safetensors` file of ours; a state dict or checkpoint of PyTorch (`.pt`, `.pth`, `.ckpt`, `.bin`;
+            tensors and plain values only), whose wrappers (`module.`, `_orig_mod.`, ...) and containers
+            (`state_dict`, `model`, ...) are looked through; or `torchvision:NAME`, whose published weights
+            torchvision downloads.
+        arch: architecture of a state dict. For a file of ours it may only repeat what the file says.
+        normalization: name or (mean, std) for a state dict; ImageNet's where None.
+        class_names: classes in the order of the outputs, needed by a state dict. `torchvision:NAME`
             brings its own, which `class_names` replaces.
-        image_size: side in pixels, needed by a `.pt` state dict.
+        image_size: side in pixels, needed by a state dict.
+        class_order: the classes in the order of the file's outputs, or a file of them (see `read_class_order`).
+            The outputs of the model are then put into the order of `class_names`; without `class_names` they stay
+            as they are and get these names.
 
     Raises:
         UsageError: one line: no such file, truncated, a pickle, no metadata, weights that do not fit the
-            architecture, or an argument that contradicts the file.
+            architecture or are NaN, an argument that contradicts the file, or a class order that does not fit.
 
     """
+    order = None if class_order is None else read_class_order(class_order, class_names)
+    if order is not None and class_names is not None:
+        output_places(order, class_names)
+    names = class_names if order is None else order
     text = str(spec)
     if text.startswith("torchvision:"):
-        return _load_torchvision(text.removeprefix("torchvision:"), class_names, image_size)
-    path = Path(spec)
-    if not path.is_file():
+        teacher = _load_torchvision(text.removeprefix("torchvision:"), names, image_size)
+    else:
+        path = Path(spec)
+        if not path.is_file():
+            raise UsageError(
+                f"no teacher file {path}: give a .safetensors file of train-teacher, a .pt state dict "
+                "or torchvision:NAME"
+            )
+        data = path.read_bytes()
+        if is_state_dict(path):
+            teacher = _load_state_dict(path, data, arch, normalization, names, image_size)
+        else:
+            teacher = _load_safetensors(
+                path, data, arch, normalization, names, image_size, renamed=order is not None
+            )
+    if order is None:
+        return teacher
+    teacher.class_order = order
+    return teacher if class_names is None else with_outputs_in(teacher, class_names)
+
+
+def is_state_dict(spec: str | Path) -> bool:
+    """Whether a teacher is a state dict by the ending of its name, which needs its architecture and classes said."""
+    text = str(spec)
+    return not text.startswith("torchvision:") and text.lower().endswith(STATE_DICT_ENDINGS)
+
+
+def is_named(given: str | Path | Teacher) -> bool:
+    """Whether a teacher says itself which class each of its outputs is."""
+    if isinstance(given, Teacher):
+        return True
+    return not is_state_dict(given) and not str(given).startswith("torchvision:")
+
+
+def with_class_order(
+    teacher: Teacher,
+    class_order: str | Path | Sequence[str] | Mapping[Any, Any],
+    class_names: Sequence[str],
+) -> Teacher:
+    """A copy of a teacher whose outputs stand in the order of `class_names`, where `class_order` says how they stood.
+
+    The given one stays as it is; one that was loaded with this class order already is returned.
+
+    Raises:
+        UsageError: the class order does not fit the teacher or `class_names`.
+    """
+    order = read_class_order(class_order, class_names)
+    if teacher.class_order == order and list(teacher.class_names) == list(class_names):
+        return teacher
+    if teacher.class_order not in (None, order):
+        raise UsageError("the teacher was loaded with another class order: give it once")
+    if len(order) != len(teacher.class_names):
         raise UsageError(
-            f"no teacher file {path}: give a .safetensors file of train-teacher, a .pt state dict "
-            "or torchvision:NAME"
+            f"the class order names {len(order)} classes, the teacher has {len(teacher.class_names)} outputs"
         )
-    data = path.read_bytes()
-    if path.suffix in (".pt", ".pth"):
-        return _load_state_dict(path, data, arch, normalization, class_names, image_size)
-    return _load_safetensors(path, data, arch, normalization, class_names, image_size)
+    renamed = dataclasses.replace(teacher, class_names=order, class_order=order)
+    return with_outputs_in(renamed, class_names)
+
+
+def with_outputs_in(teacher: Teacher, class_names: Sequence[str]) -> Teacher:
+    """A copy of a teacher whose outputs are put from the order of its `class_names` into that of the given ones.
+
+    Raises:
+        UsageError: these are other classes.
+    """
+    places = output_places(teacher.class_names, class_names)
+    model = _with_permuted_outputs(teacher.model, torch.tensor(places), teacher.image_size)
+    return dataclasses.replace(teacher, model=model, class_names=list(class_names))
+
+
+def _with_permuted_outputs(model: nn.Module, places: Tensor, image_size: int) -> nn.Module:
+    """A copy whose output i is output `places[i]`: by the rows of its last layer, or else by a step behind it."""
+    if bool((places == torch.arange(len(places))).all()):
+        return model
+    permuted = copy.deepcopy(model)
+    linears = [module for module in permuted.modules() if isinstance(module, nn.Linear)]
+    if linears and linears[-1].out_features == len(places):
+        with torch.no_grad():
+            for parameter in (linears[-1].weight, linears[-1].bias):
+                if parameter is not None:
+                    parameter.copy_(parameter[places.to(parameter.device)])
+            draws = torch.Generator().manual_seed(0)
+            like = next(model.parameters())
+            images = torch.randn(2, 3, image_size, image_size, generator=draws).to(like.device, like.dtype)
+            try:
+                before, after = model(images), permuted(images)
+            except (RuntimeError, ValueError, TypeError):
+                before, after = None, None
+        if isinstance(before, Tensor) and isinstance(after, Tensor) and before.ndim == 2:
+            wanted = before[:, places.to(before.device)]
+            if torch.allclose(after, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max())):
+                return permuted
+    return PermutedOutputs(copy.deepcopy(model), places).train(model.training)
+
+
+class PermutedOutputs(nn.Module):
+    """A model whose output i is output `places[i]` of `model`."""
+
+    places: Tensor
+
+    def __init__(self, model: nn.Module, places: Tensor) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("places", places)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, 3, S, S] -> logits [B, C]."""
+        return self.model(images).index_select(1, self.places)
+
+
+def checked_logits(output: Any, classes: int, role: str = "teacher") -> Tensor:
+    """What a teacher's model returned, where it is logits of its classes.
+
+    Args:
+        output: of the model.
+        classes: C.
+        role: of the teacher, for the message.
+
+    Returns:
+        The logits, [B, C].
+
+    Raises:
+        UsageError: another type than a tensor, or another shape.
+    """
+    if not isinstance(output, Tensor):
+        raise UsageError(
+            f"the {role}'s model returns a {type(output).__name__}, wanted logits, a tensor [B, {classes}]: wrap it "
+            "in a module whose forward returns them (output.logits, or output[0])"
+        )
+    if output.ndim != 2 or output.shape[1] != classes or not output.is_floating_point():
+        raise UsageError(
+            f"the {role}'s model returns {str(output.dtype).removeprefix('torch.')} {list(output.shape)}, wanted "
+            f"logits of its {classes} classes, floating [B, {classes}]"
+        )
+    return output
 
 
 def _load_safetensors(
@@ -155,13 +347,17 @@ def _load_safetensors(
     normalization: NormalizationChoice | None,
     class_names: Sequence[str] | None,
     image_size: int | None,
+    *,
+    renamed: bool,
 ) -> Teacher:
     tensors, metadata = read_tensors(path, data, what="teacher file")
     header = metadata.get(METADATA_KEY)
+    if METADATA_KEY not in metadata and arch is not None:
+        return _from_weights(path, data, tensors, arch, normalization, class_names, image_size)
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise UsageError(
             f"{path} has no {FORMAT} metadata, so its architecture and classes are unknown: "
-            "make it with train-teacher or save_teacher, or give a .pt state dict with its architecture"
+            "make it with train-teacher or save_teacher, or give its architecture (--teacher-arch) as well"
         )
     facts = dict(header)
     facts.pop("format")
@@ -184,9 +380,13 @@ def _load_safetensors(
         raise UsageError(
             f"{path}: its metadata lacks {error.args[0]}; make the file again with save_teacher"
         ) from error
-    wanted = (
-        resolve_normalization(normalization) if normalization is not None else (teacher.mean, teacher.std)
-    )
+    if renamed and class_names is not None:
+        if len(class_names) != len(teacher.class_names):
+            raise UsageError(
+                f"the class order names {len(class_names)} classes, {path} has {len(teacher.class_names)}"
+            )
+        teacher.class_names = list(class_names)
+    wanted = _normalization(normalization) if normalization is not None else (teacher.mean, teacher.std)
     for name, given, held in (
         ("arch", arch, teacher.arch),
         ("image_size", image_size, teacher.image_size),
@@ -212,7 +412,11 @@ def _load_state_dict(
     image_size: int | None,
 ) -> Teacher:
     if arch is None or class_names is None or image_size is None:
-        given = {"the architecture": arch, "class_names": class_names, "image_size": image_size}
+        given = {
+            "the architecture (--teacher-arch)": arch,
+            "class_names": class_names,
+            "image_size (--image-size)": image_size,
+        }
         missing = ", ".join(name for name, value in given.items() if value is None)
         raise UsageError(f"{path} is a bare state dict: it needs {missing} as well")
     try:
@@ -223,24 +427,35 @@ def _load_state_dict(
         *(pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError),
         *(TypeError, OSError, ArithmeticError, AssertionError, MemoryError),
     ) as error:
-        if _looks_pickled(data):
+        found = re.search(r"GLOBAL (\S+) was not", str(error))
+        if found:
+            reason = f"holds Python objects ({found[1]}); only tensors are read from such a file"
+        elif _looks_pickled(data):
             reason = "holds Python objects, or is truncated; only tensors are read from such a file"
         else:
             reason = "is not a PyTorch file"
         raise UsageError(
             f"{path} {reason}: convert it with torch.save(model.state_dict(), ...) where it came from"
         ) from error
-    for wrapper in ("state_dict", "model"):
-        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
-            state = state[wrapper]
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UsageError(
-            f"{path} holds no state dict of tensors: convert it with torch.save(model.state_dict(), ...)"
-        )
-    tensors = {str(name).removeprefix("module."): value for name, value in state.items()}
-    mean, std = resolve_normalization(normalization if normalization is not None else "imagenet")
+    return _from_weights(path, data, state, arch, normalization, class_names, image_size)
+
+
+def _from_weights(
+    path: Path,
+    data: bytes,
+    state: Any,
+    arch: str,
+    normalization: NormalizationChoice | None,
+    class_names: Sequence[str] | None,
+    image_size: int | None,
+) -> Teacher:
+    """A teacher from a file that holds weights and nothing about them."""
+    if class_names is None or image_size is None:
+        missing = "class_names" if class_names is None else "image_size (--image-size)"
+        raise UsageError(f"{path} holds weights alone: it needs {missing} as well")
+    mean, std = _normalization(normalization if normalization is not None else "imagenet")
     return Teacher(
-        model=_fit(path, tensors, arch, len(class_names), image_size, {}),
+        model=_fit(path, state, arch, len(class_names), image_size, {}),
         arch=arch,
         class_names=list(class_names),
         image_size=image_size,
@@ -249,6 +464,13 @@ def _load_state_dict(
         sha256=hashlib.sha256(data).hexdigest(),
         path=str(path),
     )
+
+
+def _normalization(given: NormalizationChoice) -> Normalization:
+    try:
+        return resolve_normalization(given)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def _load_torchvision(name: str, class_names: Sequence[str] | None, image_size: int | None) -> Teacher:
@@ -322,13 +544,13 @@ def _looks_pickled(data: bytes) -> bool:
 
 def _fit(
     path: Path,
-    tensors: Mapping[str, Tensor],
+    state: Any,
     arch: str,
     num_classes: int,
     image_size: int,
     options: Mapping[str, Any],
 ) -> nn.Module:
-    """A model of `arch` holding `tensors`, or a UsageError that names the first weight that does not fit."""
+    """A model of `arch` holding the weights in `state`, or a UsageError that names what does not fit."""
     try:
         with torch.random.fork_rng(
             devices=[]
@@ -336,20 +558,16 @@ def _fit(
             model = create_model(arch, num_classes, image_size, **options)
     except ValueError as error:
         raise UsageError(f"{path}: {error}") from error
-    wanted = model.state_dict()
-    for name in [*wanted, *tensors]:
-        if name not in tensors:
-            problem = f"it lacks {name}"
-        elif name not in wanted:
-            problem = f"it has {name}, which {arch} has not"
-        elif tensors[name].shape != wanted[name].shape:
-            problem = f"{name} is {list(tensors[name].shape)}, {arch} has {list(wanted[name].shape)}"
-        else:
-            continue
+    try:
+        weights = find_weights(state, model.state_dict(), arch, num_classes)
+    except ValueError as error:
         raise UsageError(
-            f"{path} does not fit {arch} with {num_classes} classes at {image_size} px: {problem}"
-        )
-    model.load_state_dict(dict(tensors))
+            f"{path} does not fit {arch} with {num_classes} classes at {image_size} px: {error}"
+        ) from error
+    model.load_state_dict(weights)
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and bool(torch.isnan(tensor).any()):
+            raise UsageError(f"{path} holds NaN in {name}: its weights are damaged, train it again")
     return _ready(model)
 
 

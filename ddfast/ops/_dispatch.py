@@ -5,7 +5,7 @@
 - CPU:  the C++ op `ddfast_native::<name>` where the extension is loaded and accepts the arguments, else the
   reference;
 - CUDA: the Triton launcher `ddfast.kernels.<module>.<name>` where Triton can be imported, else the reference
-  on the GPU;
+  on the GPU, either with the device of the arguments as the current one;
 - Meta: the fake, which only computes shapes.
 
 Which body an op takes on this machine, and why, is what `paths` reports and `ddfast env` prints.
@@ -17,13 +17,17 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ddfast.errors import UsageError
+
 LIBRARY = torch.library.Library("ddfast", "DEF")
+
+CPU_BODIES = ("portable", "avx512", "avx512_bf16")  # in the order of csrc/cpu_body.h
 
 _OPS: dict[str, Op] = {}
 
@@ -60,6 +64,25 @@ def native_status() -> tuple[bool, str]:
     except (ImportError, OSError) as error:
         return False, f"the extension ddfast._C does not load: {str(error).splitlines()[0]}"
     return True, "C++ extension"
+
+
+@functools.cache
+def cpu_body() -> str:
+    """What computes the ops on this CPU: "reference", or the C++ body for "portable", "avx512" or "avx512_bf16".
+
+    They round in different orders. DDFAST_CPU_BODY chooses a lower one than the CPU's best, DDFAST_NATIVE=0 the
+    reference.
+
+    Raises:
+        UsageError: DDFAST_CPU_BODY names no body, or one that this CPU cannot run.
+    """
+    if not native_status()[0]:
+        return "reference"
+    try:
+        return CPU_BODIES[torch.ops.ddfast_native.cpu_body()]
+    except RuntimeError as error:
+        told = str(error).splitlines()[0]
+        raise UsageError(told[max(told.find("DDFAST_CPU_BODY"), 0) :]) from error
 
 
 @functools.cache
@@ -115,15 +138,34 @@ def define(
                 check(*args, **kwargs)
             raise
 
-    def cuda(*args: Any, **kwargs: Any) -> Any:
+    LIBRARY.impl(name, _below_autocast(cpu, "cpu"), "CPU")
+    LIBRARY.impl(name, _below_autocast(functools.partial(_on_gpu, op), "cuda"), "CUDA")
+    torch.library.register_fake(f"ddfast::{name}", fake, lib=LIBRARY)
+
+
+def _on_gpu(op: Op, *args: Any, **kwargs: Any) -> Any:
+    """The CUDA body of an op, with the device of its arguments as the current one: Triton launches on that."""
+    with torch.cuda.device(_one_device(op.name, (*args, *kwargs.values()))):
         if op.triton is not None and triton_status()[0]:
             module = importlib.import_module(f"ddfast.kernels.{op.triton}")
-            return getattr(module, name)(*args, **kwargs)
+            return getattr(module, op.name)(*args, **kwargs)
         return op.reference(*args, **kwargs)
 
-    LIBRARY.impl(name, _below_autocast(cpu, "cpu"), "CPU")
-    LIBRARY.impl(name, _below_autocast(cuda, "cuda"), "CUDA")
-    torch.library.register_fake(f"ddfast::{name}", fake, lib=LIBRARY)
+
+def _one_device(name: str, arguments: Iterable[Any]) -> torch.device:
+    """The device of an op's tensors.
+
+    Raises:
+        ValueError: they are on several: a kernel would read memory that is not its own.
+    """
+    devices = list(
+        dict.fromkeys(argument.device for argument in arguments if isinstance(argument, torch.Tensor))
+    )
+    if len(devices) > 1:
+        raise ValueError(
+            f"{name} takes tensors on one device, got {' and '.join(map(str, devices))}: move them to one"
+        )
+    return devices[0]
 
 
 @functools.cache

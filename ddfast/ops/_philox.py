@@ -8,7 +8,6 @@ Triton's interpreter and a GPU.
 
 from __future__ import annotations
 
-import functools
 from statistics import NormalDist
 
 import torch
@@ -77,7 +76,15 @@ def normal_quantiles() -> torch.Tensor:
 
 def quantile_table(device: torch.device) -> torch.Tensor:
     """`normal_quantiles()` on `device`, copied there once and shared: not to be written to."""
-    return _QUANTILES if device.type == "cpu" else _quantiles_on(device)
+    if device.type == "cpu":
+        return _QUANTILES
+    if device not in _COPIES:
+        with torch.inference_mode(False):
+            copy = _QUANTILES.to(device)
+        if type(copy) is not torch.Tensor:  # a stand-in of a tracer, good for this call alone
+            return copy
+        _COPIES[device] = copy
+    return _COPIES[device]
 
 
 def _make_quantiles() -> torch.Tensor:
@@ -87,11 +94,7 @@ def _make_quantiles() -> torch.Tensor:
 
 
 _QUANTILES = _make_quantiles()  # takes a millisecond
-
-
-@functools.cache
-def _quantiles_on(device: torch.device) -> torch.Tensor:
-    return _QUANTILES.to(device)
+_COPIES: dict[torch.device, torch.Tensor] = {}  # on other devices
 
 
 def _multiply(words: torch.Tensor, constant: int) -> tuple[torch.Tensor, torch.Tensor]:

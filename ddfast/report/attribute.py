@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import csv
+import dataclasses
 import io
 import unicodedata
 from collections.abc import Sequence
@@ -20,6 +22,8 @@ from ddfast.data.files import atomic_folder, atomic_write_bytes, atomic_write_te
 from ddfast.data.loading import load
 from ddfast.data.sources import Sample, Source, is_image, open_source, shown
 from ddfast.errors import BadImage, UsageError
+from ddfast.models.teacher import checked_logits
+from ddfast.ops.precision import float32_by_default
 from ddfast.progress import Progress, say
 from ddfast.report.charts import boxes_over, heat_over
 from ddfast.report.contents import spread
@@ -79,6 +83,7 @@ class LooseFiles(Source):
         """Nothing stays open."""
 
 
+@float32_by_default()
 def attribute_images(
     data: str | Path,
     *,
@@ -134,7 +139,8 @@ def attribute_images(
     targets = None if isinstance(source, LooseFiles) else _teacher_labels(source, teacher)
     samples = [source.samples[place] for place in spread(len(source.samples), limit)]
     where = resolve_device(device)
-    teacher.model.to(where)
+    # A copy, so that the caller's model stays where and as it is.
+    teacher = dataclasses.replace(teacher, model=copy.deepcopy(teacher.model).float().eval().to(where))
     found: list[Attributed] = []
     waiting: list[tuple[Sample, Tensor]] = []
     bad = 0
@@ -221,7 +227,10 @@ def _attributed(
     mean, std = torch.tensor(teacher.mean, device=device), torch.tensor(teacher.std, device=device)
     with torch.no_grad():
         normalised = (images.float() / 255 - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
-        logits = teacher.model(normalised.contiguous(memory_format=torch.channels_last)).float()
+        outputs = teacher.model(normalised.contiguous(memory_format=torch.channels_last))
+    logits = checked_logits(outputs, len(teacher.class_names)).float()
+    if not bool(torch.isfinite(logits).all()):
+        raise UsageError("the teacher returns NaN or infinity: its weights are damaged, train it again")
     choices = logits.argmax(dim=1)
     labels = choices if targets is None else torch.tensor([targets[s.label] for s, _ in batch], device=device)
     scores = {"prob": logits.softmax(dim=1), "logprob": logits.log_softmax(dim=1)}.get(value, logits)

@@ -61,13 +61,17 @@ def _versions() -> Iterable[tuple[str, str]]:
 def _cpu() -> str:
     import torch
 
-    from ddfast.ops.precision import cpu_multiplies_bfloat16
+    from ddfast.ops._dispatch import cpu_body
+    from ddfast.ops.precision import cpu_gains_from_bfloat16, cpu_multiplies_bfloat16
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    bfloat16 = "in hardware" if cpu_multiplies_bfloat16() else "emulated, so precision auto is float32"
+    bfloat16 = "in hardware" if cpu_multiplies_bfloat16() else "emulated"
+    if not cpu_gains_from_bfloat16():
+        slow = " but slow" if bfloat16 == "in hardware" else ""
+        bfloat16 += f"{slow}, so precision auto is float32"
     return (
         f"{usable} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, "
-        f"bfloat16 {bfloat16}"
+        f"bfloat16 {bfloat16}, ops {cpu_body()}"
     )
 
 

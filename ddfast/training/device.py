@@ -12,7 +12,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
     """`auto` is the GPU where there is one, else the CPU.
 
     Raises:
-        UsageError: a CUDA device on a machine without one, or a name torch does not know.
+        UsageError: a CUDA device that this machine does not have, or a name torch does not know.
 
     """
     if str(device) == "auto":
@@ -23,6 +23,10 @@ def resolve_device(device: str | torch.device) -> torch.device:
         raise UsageError(f"unknown device {device!r}: give auto, cpu or cuda") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"device {device} was asked for, but torch sees no GPU: give auto or cpu")
+    if chosen.type == "cuda" and chosen.index is not None and chosen.index >= torch.cuda.device_count():
+        raise UsageError(
+            f"device {device} was asked for, but torch sees {torch.cuda.device_count()} GPUs, from cuda:0 on"
+        )
     return chosen
 
 

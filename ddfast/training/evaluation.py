@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -12,9 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ddfast.errors import UsageError
-from ddfast.models.teacher import Teacher, load_teacher
+from ddfast.models.teacher import Teacher, load_teacher, with_class_order, with_outputs_in
+from ddfast.ops.precision import float32_by_default
 from ddfast.progress import say
+from ddfast.training.device import resolve_device
 from ddfast.training.image_sets import ImageSet, read_test_set
+from ddfast.training.preflight import check_reading, drawn_places, images_to_try, read_images, try_teacher
 from ddfast.training.protocol import Protocol, protocol_named
 from ddfast.training.student import DistilledImages, train_student
 
@@ -90,6 +94,7 @@ class EvaluationResult:
         return f"top1 {self.mean:.2f} ± {self.std:.2f}"
 
 
+@float32_by_default()
 def evaluate(
     distilled: str | Path | DistilledSet | DistilledImages,
     data: str | Path | ImageSet,
@@ -106,6 +111,8 @@ def evaluate(
     device: str = "auto",
     workers: int | None = None,
     quiet: bool = False,
+    class_order: str | Path | Sequence[str] | Mapping[Any, Any] | None = None,
+    preflight: bool = True,
 ) -> EvaluationResult:
     """Train students of `arch` on a distilled set and test them.
 
@@ -121,13 +128,17 @@ def evaluate(
         protocol: a name of `PROTOCOLS` or a protocol of your own.
         batch_size: images a step; None: the protocol's rule for the IPC.
         autoaugment: torchvision's AutoAugment on the students' images.
-        precision: "float32", or "auto": bfloat16 autocast where the hardware has it.
+        precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 where it is faster.
         device: "auto", "cpu" or "cuda".
         workers: decoding threads for the test split; None: the loader's default.
         quiet: print nothing.
+        class_order: the classes in the order of the teacher's outputs, as `ddfast.distill` takes it.
+        preflight: try the teacher on test images first: refuse one whose outputs stand in another class order, and
+            warn of one that reads few.
 
     Raises:
-        UsageError: no test split, classes or image sizes that differ, no labels, or an unknown name.
+        UsageError: no test split, classes or image sizes that differ, no labels, an unknown name, or a teacher in
+            another class order.
 
     """
     chosen = list(range(seeds)) if isinstance(seeds, int) else [int(seed) for seed in seeds]
@@ -139,8 +150,19 @@ def evaluate(
         raise UsageError(str(error)) from error
     images = read_distilled(distilled)
     if teacher is not None and not isinstance(teacher, Teacher):
-        teacher = load_teacher(teacher)
+        names = None if class_order is None else images.class_names
+        teacher = load_teacher(teacher, class_order=class_order, class_names=names)
+    elif teacher is not None and class_order is not None:
+        teacher = with_class_order(teacher, class_order, images.class_names)
+    elif (
+        teacher is not None
+        and teacher.class_order is not None
+        and set(teacher.class_names) == set(images.class_names)
+    ):
+        teacher = with_outputs_in(teacher, images.class_names)
     test = data if isinstance(data, ImageSet) else _open_test(data, images, workers, quiet)
+    if teacher is not None and preflight:
+        _try_on_test(teacher, test, images, resolve_device(device), quiet)
     students = []
     for seed in chosen:
         student = train_student(
@@ -197,6 +219,31 @@ def read_distilled(distilled: str | Path | DistilledSet | DistilledImages) -> Di
         factor=math.isqrt(soft_labels.shape[1]),
         soft_labels=soft_labels,
         temperature=opened.temperature,
+    )
+
+
+def _try_on_test(
+    teacher: Teacher, test: ImageSet, images: DistilledImages, device: torch.device, quiet: bool
+) -> None:
+    """Refuse a teacher that does not read test images; one of other classes or another size is refused later on."""
+    if list(teacher.class_names) != list(images.class_names) or teacher.image_size != test.images.shape[-1]:
+        return
+    model = copy.deepcopy(teacher.model).to(device).float().eval()
+    places = drawn_places(
+        test.labels.cpu().numpy(), images.num_classes, images_to_try(teacher.image_size, device)
+    )
+    index = torch.from_numpy(places)
+    tried = test.images[index.to(test.images.device)]
+    found = try_teacher(model, tried, teacher.mean, teacher.std, images.num_classes, device)
+    check_reading(
+        read_images(found, test.labels.cpu()[index], images.num_classes),
+        images.class_names,
+        role="teacher",
+        what="test images",
+        top1=teacher.top1,
+        way_out=" (--no-preflight goes on regardless)",
+        quiet=quiet,
+        chance_will_do=True,  # students of any labels can be compared
     )
 
 

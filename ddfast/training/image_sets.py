@@ -125,6 +125,7 @@ def _read(
     samples: Sequence[Sample] | None = None,
 ) -> ImageSet:
     from ddfast.data.loading import load_all
+    from ddfast.data.sources import reasons_in_words
 
     samples = source.samples if samples is None else samples
     with Progress(f"decode {source.split}", len(samples), "images", quiet=quiet) as progress:
@@ -145,6 +146,7 @@ def _read(
     if not len(labels):
         raise UsageError(
             f"{source.name}: none of the {len(bad)} images of the {source.split} split can be decoded"
+            f"{reasons_in_words(reason for _, reason in bad)}"
         )
     return ImageSet(images, labels, {sample.key for sample, _ in bad})
 

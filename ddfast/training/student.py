@@ -22,8 +22,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ddfast.errors import UsageError
 from ddfast.models.registry import create_model
-from ddfast.models.teacher import Teacher
-from ddfast.ops.precision import autocast
+from ddfast.models.teacher import Teacher, checked_logits
+from ddfast.ops.precision import autocast, float32_by_default
 from ddfast.progress import Progress
 from ddfast.training.augmentation import (
     normalize,
@@ -162,6 +162,7 @@ class StudentResult:
     batch_size: int
 
 
+@float32_by_default()
 def train_student(
     distilled: DistilledImages,
     test: ImageSet,
@@ -193,7 +194,7 @@ def train_student(
         seed: fixes the initial weights, the order, the augmentation and CutMix.
         autoaugment: torchvision's AutoAugment on the uint8 image before everything else; policy CIFAR10 up to
             32 px, IMAGENET above.
-        precision: "float32", or "auto": bfloat16 autocast of teacher and student where the hardware has it.
+        precision: "float32", "bfloat16" (autocast of teacher and student), or "auto": bfloat16 where it is faster.
         device: "auto", "cpu" or "cuda".
         quiet: show no progress.
 
@@ -471,11 +472,13 @@ def _online_labels(
             f"the teacher reads {teacher.image_size} px, the distilled images have {distilled.image_size} px"
         )
     layout = memory_layout(teacher.model, device)
-    model = copy.deepcopy(teacher.model).to(device=device).to(memory_format=layout).eval()
+    model = copy.deepcopy(teacher.model).float().to(device=device).to(memory_format=layout).eval()
 
     def labels(batch: MixedBatch) -> Tensor:
         with torch.no_grad(), autocast(precision, device):
-            logits = model(batch.inputs.contiguous(memory_format=layout))
+            logits = checked_logits(
+                model(batch.inputs.contiguous(memory_format=layout)), distilled.num_classes
+            )
         return F.softmax(logits.float() / temperature, dim=1)
 
     return labels

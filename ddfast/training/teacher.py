@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +20,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddfast.data.files import atomic_write_bytes, make_folder
+from ddfast.data.files import atomic_write_bytes, explained, make_folder, temporary_path
 from ddfast.errors import BadImage, UsageError
 from ddfast.models.normalization import Normalization, normalization
 from ddfast.models.registry import create_model
-from ddfast.models.teacher import Teacher, load_teacher, read_tensors, save_teacher, serialize_tensors
-from ddfast.ops.precision import PRECISIONS, autocast, resolve_precision
+from ddfast.models.teacher import (
+    Teacher,
+    load_teacher,
+    read_header,
+    read_tensors,
+    serialize_tensors,
+    teacher_bytes,
+)
+from ddfast.ops.precision import PRECISIONS, autocast, compute_dtype, float32_by_default
 from ddfast.progress import Progress, say
 from ddfast.training.augmentation import (
     normalize,
@@ -70,7 +78,7 @@ class TeacherConfig:
         weight_decay: on every parameter.
         momentum: of SGD.
         seed: of the initial weights, the order of the images and the augmentation.
-        precision: "float32", or "auto": bfloat16 autocast where the hardware has it.
+        precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 where it is faster.
         augment: "crop-flip" (black padding of 4 px, random crop, mirror), "rrc-flip" (RandomResizedCrop of
             scale (0.08, 1), mirror), "flip" or "none". None: crop-flip up to 64 px, rrc-flip above.
         normalization: name or (mean, std).
@@ -141,6 +149,7 @@ class TeacherConfig:
         )
 
 
+@float32_by_default()
 def train_teacher(
     data: str | Path,
     *,
@@ -160,18 +169,20 @@ def train_teacher(
 
     Args:
         data: an image folder, archive or named set, as `ddfast.data.open_source` takes it.
-        out: the teacher file, `.safetensors`. Checkpoints stand beside it as `<stem>-epoch<N>.safetensors`.
+        out: the teacher file, `.safetensors`. Checkpoints stand beside it as `<stem>-epoch<N>.safetensors`. Neither
+            may exist yet, unless `resume` finds that they are of this run.
         image_size: side in pixels; None: the shorter side of the first training image, at most 224.
         checkpoint_epochs: epochs after which a checkpoint is written.
         device: "auto", "cpu" or "cuda".
         workers: decoding workers; None: the loader's default.
-        resume: continue a killed run from its last whole epoch; starts where there is nothing to continue,
-            and returns at once where `out` was finished by the same configuration.
+        resume: continue a killed run from its last whole epoch, with its number of threads; starts where there
+            is nothing to continue, and returns at once where `out` was finished by the same configuration.
         quiet: print nothing.
         settings: the other fields of `TeacherConfig`; `arch` and `epochs` are required.
 
     Raises:
-        UsageError: bad arguments or data, or with `resume` a run of another configuration.
+        UsageError: bad arguments or data, files of an earlier run in the way, or with `resume` a run of another
+            configuration.
 
     """
     from ddfast.data import open_source
@@ -179,7 +190,11 @@ def train_teacher(
     out = Path(out)
     if out.suffix != ".safetensors":
         raise UsageError(f"the teacher file must end in .safetensors, got {out}")
+    if not resume:
+        _check_free(out, checkpoint_epochs)  # before the images are read
     source = open_source(data, "train")
+    for note in source.notes():
+        say(note, quiet=quiet)
     config = TeacherConfig(image_size=image_size or _native_size(source), **settings).resolved()
     options: dict[str, Any] = {
         "class_names": source.class_names,
@@ -190,8 +205,8 @@ def train_teacher(
         "resume": resume,
         "quiet": quiet,
     }
-    if resume and out.is_file():
-        return _finished(out, _identity(config, options["data_fingerprint"]), checkpoint_epochs)
+    if resume and out.exists():
+        return _finished(out, _identity(config, options["data_fingerprint"]), checkpoint_epochs, quiet)
     try:
         test_source = open_source(data, "test")
     except UsageError as error:
@@ -203,6 +218,7 @@ def train_teacher(
     return fit_teacher(train, test, config, **options)
 
 
+@float32_by_default()
 def fit_teacher(
     train: ImageSet | StreamedSet,
     test: ImageSet | None,
@@ -218,11 +234,10 @@ def fit_teacher(
 ) -> Teacher:
     """`train_teacher` on decoded sets: training images of `config.stored_size`, test images of `image_size`.
 
-    `data_fingerprint` names the data in the file and in the check of a resumed run.
+    `data_fingerprint` names the data in the file and in the check of a resumed run. Errors as `train_teacher`.
     """
     config = config.resolved()
     where = resolve_device(device)
-    dtype = resolve_precision(config.precision, where)
     if wrong := sorted(epoch for epoch in checkpoint_epochs if not 1 <= epoch <= config.epochs):
         raise UsageError(
             f"checkpoint epochs must lie in 1..{config.epochs}, got {', '.join(map(str, wrong))}"
@@ -231,26 +246,47 @@ def fit_teacher(
         raise UsageError(f"training needs at least 2 images, got {len(train)}")
     mean, std = config.mean_std
     identity = _identity(config, data_fingerprint)
+    state_file = _state_path(out)
+    if not resume:
+        _check_free(out, checkpoint_epochs)
+    elif out.exists():
+        _state_header(state_file, strict=True)
+        return _finished(out, identity, checkpoint_epochs, quiet)
     if isinstance(train, ImageSet):
         train = train.on(where)
     model = _initial_model(config, len(class_names))
     model = model.to(device=where).to(memory_format=memory_layout(model, where))
     optimizer = _optimizer(model, config)
-    if out.is_dir():
-        raise UsageError(f"the teacher file {out} is a folder: give a file name that ends in .safetensors")
     make_folder(out.parent)  # before the work, not after it
-    state_file = out.with_suffix(".state")
-    epochs_done = _restore(state_file, identity, model, optimizer) if resume and state_file.is_file() else 0
+    for path in (out, state_file, *_checkpoint_paths(out, checkpoint_epochs)):
+        _sweep(path)
+    arithmetic: dict[str, Any] = {
+        "arithmetic": compute_dtype(config.precision, where),
+        "threads": torch.get_num_threads(),
+        "device": where.type,
+    }
+    epochs_done = 0
+    if not resume:
+        _keep_foreign(state_file, quiet)
+    elif header := _state_header(state_file, strict=True):
+        _check_identity(state_file, header["training"], identity)
+        arithmetic = _continued(state_file, header, arithmetic)
+        epochs_done = _restore(state_file, model, optimizer)
+        say(f"continuing {out} behind epoch {epochs_done} of {config.epochs}", quiet=quiet)
+    else:
+        say(f"nothing to resume at {out}: starting", quiet=quiet)
+    if resume:
+        _check_checkpoints(out, checkpoint_epochs, identity, epochs_done)
+    config = replace(config, precision=arithmetic["arithmetic"])  # what a run began with, wherever it goes on
     facts = {
         "training": identity,
-        "arithmetic": str(dtype or torch.float32).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
+        "arithmetic": arithmetic["arithmetic"],
+        "threads": arithmetic["threads"],
     }
 
     def write(path: Path, epoch: int) -> None:
         top1 = None if test is None else round(measure_accuracy(model, test, mean, std, where).top1, 4)
-        save_teacher(
-            path,
+        data = teacher_bytes(
             model,
             arch=config.arch,
             class_names=class_names,
@@ -264,31 +300,31 @@ def fit_teacher(
             unreadable=len(train.bad),
             **facts,
         )
+        atomic_write_bytes(path, data)
         reached = "" if top1 is None else f", test top-1 {top1:.2f}%"
         say(f"wrote {path}{reached}", quiet=quiet)
 
     say(
         f"training {config.arch} for {config.epochs} epochs on {len(train)} images of {config.image_size} px "
-        f"({where.type}, {facts['arithmetic']}, {config.optimizer} lr {config.lr:g} {config.schedule})",
+        f"({where.type}, {arithmetic['arithmetic']}, {config.optimizer} lr {config.lr:g} {config.schedule})",
         quiet=quiet,
     )
-    for epoch in range(epochs_done + 1, config.epochs + 1):
-        start = time.perf_counter()
-        loss = _train_epoch(model, optimizer, train, config, epoch, where, quiet)
-        rate = len(train) / (time.perf_counter() - start)
-        if not math.isfinite(loss):
-            raise UsageError(f"the loss became {loss} in epoch {epoch}: lower lr (now {config.lr:g})")
-        reached = ""
-        if test is not None and not quiet:
-            reached = (
-                f", test top-1 {measure_accuracy(model, test, mean, std, where, config.precision).top1:.2f}%"
-            )
-        say(f"epoch {epoch}/{config.epochs}: loss {loss:.4f}{reached}, {rate:.0f} images/s", quiet=quiet)
-        if epoch in checkpoint_epochs:
-            write(_checkpoint_path(out, epoch), epoch)
-        if epoch < config.epochs:
-            _save_state(state_file, identity, epoch, model, optimizer)
-    write(out, config.epochs)
+    with _threads(arithmetic["threads"]):
+        for epoch in range(epochs_done + 1, config.epochs + 1):
+            start = time.perf_counter()
+            loss = _train_epoch(model, optimizer, train, config, epoch, where, quiet)
+            rate = len(train) / (time.perf_counter() - start)
+            if not math.isfinite(loss):
+                raise UsageError(f"the loss became {loss} in epoch {epoch}: lower lr (now {config.lr:g})")
+            reached = ""
+            if test is not None and not quiet:
+                reached = f", test top-1 {measure_accuracy(model, test, mean, std, where, config.precision).top1:.2f}%"
+            say(f"epoch {epoch}/{config.epochs}: loss {loss:.4f}{reached}, {rate:.0f} images/s", quiet=quiet)
+            if epoch in checkpoint_epochs:
+                write(_checkpoint_path(out, epoch), epoch)
+            if epoch < config.epochs:
+                _save_state(state_file, identity, arithmetic, epoch, model, optimizer)
+        write(out, config.epochs)
     if train.bad:
         say(f"left out {len(train.bad)} training images that cannot be decoded", quiet=quiet)
     state_file.unlink(missing_ok=True)
@@ -377,16 +413,111 @@ def _checkpoint_path(out: Path, epoch: int) -> Path:
     return out.with_name(f"{out.stem}-epoch{epoch}.safetensors")
 
 
-def _finished(out: Path, identity: dict[str, Any], checkpoint_epochs: Sequence[int]) -> Teacher:
-    teacher = load_teacher(out)
-    _check_identity(out, teacher.facts.get("training", {}), identity)
-    for epoch in checkpoint_epochs:
-        if not _checkpoint_path(out, epoch).is_file():
+def _checkpoint_paths(out: Path, epochs: Sequence[int]) -> list[Path]:
+    return [_checkpoint_path(out, epoch) for epoch in epochs]
+
+
+def _state_path(out: Path) -> Path:
+    return out.with_suffix(".state")
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Compute on `count` threads: their number changes the order of sums."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _sweep(path: Path) -> None:
+    """Remove what a killed run left half-written beside `path`."""
+    prefix = temporary_path(path).name.rsplit("-", 1)[0] + "-"
+    with explained(path):
+        for entry in list(path.parent.iterdir()):
+            if entry.name.startswith(prefix) and entry.name.removeprefix(prefix).isdigit():
+                entry.unlink(missing_ok=True)
+
+
+def _check_free(out: Path, checkpoint_epochs: Sequence[int]) -> None:
+    """Refuse to write over what stands, a teacher, a checkpoint or a run that can be continued."""
+    for path in (out, *_checkpoint_paths(out, checkpoint_epochs)):
+        if path.is_dir():
             raise UsageError(
-                f"{out} is finished, but has no checkpoint of epoch {epoch}: leave out --resume to train anew"
+                f"the teacher file {path} is a folder: give a file name that ends in .safetensors"
             )
-    out.with_suffix(".state").unlink(missing_ok=True)
-    return teacher
+        if path.exists():
+            raise UsageError(
+                f"{path} exists already ({_described(path)}): give another --out, delete it to train anew, "
+                "or use --resume if it is of this run"
+            )
+    header = _state_header(_state_path(out))
+    if header is not None:
+        raise UsageError(
+            f"{_state_path(out)} holds an unfinished run, {header['epoch']} of "
+            f"{header['training'].get('epochs')} epochs: continue it with --resume, give another --out, or delete it "
+            "to train anew"
+        )
+
+
+def _described(path: Path) -> str:
+    """What a file in the way is, in words."""
+    header = read_header(path)
+    if header is None:
+        return "not a teacher file"
+    reached = "" if header.get("top1") is None else f", top-1 {header['top1']:.2f}%"
+    epochs = "" if header.get("epoch") is None else f", {header['epoch']} epochs"
+    return f"a teacher, {header.get('arch')}{epochs}{reached}"
+
+
+def _keep_foreign(state_file: Path, quiet: bool) -> None:
+    """Put a file that is no training state, or a damaged one, out of the way of the state."""
+    if not state_file.exists():
+        return
+    number = 1
+    while (kept := state_file.with_name(f"{state_file.name}.kept-{number}")).exists():
+        number += 1
+    with explained(kept):
+        state_file.rename(kept)
+    say(f"{state_file} is no training state that can be continued: kept as {kept.name}", quiet=quiet)
+
+
+def _finished(out: Path, identity: dict[str, Any], checkpoint_epochs: Sequence[int], quiet: bool) -> Teacher:
+    """The teacher of a finished run of this configuration."""
+    if out.is_dir():
+        raise UsageError(f"the teacher file {out} is a folder: give a file name that ends in .safetensors")
+    _check_teacher_identity(out, identity)
+    _check_checkpoints(out, checkpoint_epochs, identity, identity["epochs"])
+    state_file = _state_path(out)
+    if _state_header(state_file) is not None:
+        state_file.unlink()
+    say(f"{out} is finished", quiet=quiet)
+    return load_teacher(out)
+
+
+def _check_checkpoints(
+    out: Path, checkpoint_epochs: Sequence[int], identity: dict[str, Any], epochs_done: int
+) -> None:
+    """Of a resumed run: past checkpoints are there, and none that will be written belongs to another run."""
+    for epoch in checkpoint_epochs:
+        path = _checkpoint_path(out, epoch)
+        if path.exists():
+            _check_teacher_identity(path, identity)
+        elif epoch <= epochs_done:
+            raise UsageError(
+                f"{out} is past epoch {epoch}, but has no checkpoint of epoch {epoch}: leave that out, or give "
+                "another --out to train anew"
+            )
+
+
+def _check_teacher_identity(path: Path, wanted: dict[str, Any]) -> None:
+    header = read_header(path)
+    if header is None or not isinstance(header.get("training"), dict):
+        kind = "is no teacher file" if header is None else "was not made by train-teacher"
+        raise UsageError(f"{path} {kind}, so it cannot be resumed: give another --out")
+    _check_identity(path, header["training"], wanted)
 
 
 def _check_identity(path: Path, held: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -394,29 +525,63 @@ def _check_identity(path: Path, held: dict[str, Any], wanted: dict[str, Any]) ->
         name = different[0]
         raise UsageError(
             f"{path} belongs to a run with another {name} ({held.get(name)}, now {wanted[name]}): "
-            "give the same settings, or leave out --resume to train anew"
+            "give the same settings, or another --out to train anew"
         )
 
 
+def _continued(path: Path, header: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """The arithmetic that a run began with: its precision and its threads stay, its device must be there."""
+    held = {**now, **header.get("arithmetic", {})}
+    if held["device"] != now["device"]:
+        raise UsageError(
+            f"{path} was begun with device {held['device']} and would end in other bytes with {now['device']}: resume "
+            "it where it was begun, or give another --out to train anew"
+        )
+    return held
+
+
 def _save_state(
-    path: Path, identity: dict[str, Any], epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer
+    path: Path,
+    identity: dict[str, Any],
+    arithmetic: dict[str, Any],
+    epoch: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
 ) -> None:
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for index, buffers in optimizer.state_dict()["state"].items():
         tensors |= {
             f"optimizer.{index}.{name}": tensor for name, tensor in buffers.items() if tensor is not None
         }
-    metadata = {STATE_KEY: {"format": STATE_FORMAT, "training": identity, "epoch": epoch}}
-    atomic_write_bytes(path, serialize_tensors(tensors, metadata))
+    header = {"format": STATE_FORMAT, "training": identity, "arithmetic": arithmetic, "epoch": epoch}
+    atomic_write_bytes(path, serialize_tensors(tensors, {STATE_KEY: header}))
 
 
-def _restore(path: Path, identity: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def _state_header(path: Path, *, strict: bool = False) -> dict[str, Any] | None:
+    """What a training state says of itself; None where there is no such file, or without `strict` where it is another.
+
+    Raises:
+        UsageError: with `strict`, a file that is damaged or no training state.
+    """
+    if not path.exists():
+        return None
+    try:
+        data = path.read_bytes()
+        header = read_tensors(path, data, what="training state")[1].get(STATE_KEY)
+    except (UsageError, OSError):
+        if strict:
+            raise
+        return None
+    if isinstance(header, dict) and header.get("format") == STATE_FORMAT:
+        return header
+    if strict:
+        raise UsageError(f"{path} is not a training state of this version: delete it, or leave out --resume")
+    return None
+
+
+def _restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Put the state back in place and return the number of finished epochs."""
     tensors, metadata = read_tensors(path, path.read_bytes(), what="training state")
-    header = metadata.get(STATE_KEY, {})
-    if header.get("format") != STATE_FORMAT:
-        raise UsageError(f"{path} is not a training state of this version: delete it, or leave out --resume")
-    _check_identity(path, header["training"], identity)
     model.load_state_dict(
         {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
     )
@@ -431,17 +596,20 @@ def _restore(path: Path, identity: dict[str, Any], model: nn.Module, optimizer: 
             held = torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
             state.setdefault(index, {})[name] = held.detach()
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    return int(header["epoch"])
+    return int(metadata[STATE_KEY]["epoch"])
 
 
 def _native_size(source: Source) -> int:
     """Shorter side of the first training image that can be decoded, at most 224 px."""
     from ddfast.data.decoding import decode
+    from ddfast.data.sources import reasons_in_words
 
+    reasons = []
     for sample in source.samples:
         try:
             image = decode(source.read(sample))
-        except BadImage:
+        except BadImage as error:
+            reasons.append(str(error))
             continue
         return min(image.shape[1], image.shape[2], 224)
-    raise UsageError(f"{source.name}: no training image can be decoded")
+    raise UsageError(f"{source.name}: no training image can be decoded{reasons_in_words(reasons)}")

@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import stat
+import sys
 import tarfile
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -229,20 +230,101 @@ def test_a_member_that_unpacks_to_more_than_it_says_is_stopped(tmp_path: Path) -
         source.read(source.samples[0])
 
 
-def test_unusual_zip_methods_and_encryption_are_bad_images(tmp_path: Path) -> None:
-    path = tmp_path / "set.zip"
-    write_zip(path, small_set(), zipfile.ZIP_LZMA)
-    source = open_source(path)
-    with pytest.raises(BadImage, match="packed with zip method 14; wanted stored or deflated"):
-        source.read(source.samples[0])
-    write_zip(path, small_set(), zipfile.ZIP_STORED)
+@pytest.mark.parametrize("method", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
+def test_lzma_and_bzip2_are_unpacked(tmp_path: Path, method: int) -> None:
+    path = write_zip(tmp_path / "set.zip", WHOLE, method)
+    assert contents(path) == contents(write_zip(tmp_path / "stored.zip", WHOLE, zipfile.ZIP_STORED))
     data = bytearray(path.read_bytes())
-    central = data.index(b"PK\x01\x02")
-    data[central + 8] |= 1
+    data[60] ^= 0xFF
     path.write_bytes(data)
+    source = open_source(path)
+    first = data.index(b"train/c0/0.png")
+    assert first < 60  # within the first member
+    with pytest.raises(BadImage, match="damaged in the archive"):
+        source.read(next(sample for sample in source.samples if sample.key == "c0/0.png"))
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
+def test_an_lzma_or_bzip2_member_larger_than_it_says_is_stopped(tmp_path: Path, method: int) -> None:
+    files = {"train/a/0.png": b"\0" * 5_000_000, "train/b/0.png": b"x"}
+    path = write_zip(tmp_path / "set.zip", files, method)
+    path.write_bytes(
+        path.read_bytes().replace((5_000_000).to_bytes(4, "little"), (100).to_bytes(4, "little"))
+    )
+    source = open_source(path)
+    with pytest.raises(BadImage, match="not the 100 bytes it should have"):
+        source.read(source.samples[0])
+
+
+def with_method(path: Path, method: int, flags: int = 0) -> Path:
+    """The zip with another method and more flags in the central directory's entries."""
+    data = bytearray(path.read_bytes())
+    place = 0
+    while (place := data.find(b"PK\x01\x02", place)) >= 0:
+        data[place + 8] |= flags
+        data[place + 10 : place + 12] = method.to_bytes(2, "little")
+        place += 4
+    path.write_bytes(data)
+    return path
+
+
+def test_what_python_cannot_unpack_gives_the_packings_name(tmp_path: Path) -> None:
+    for method, words in ((9, "packed with Deflate64"), (98, "packed with PPMd"), (77, "an unknown method")):
+        path = with_method(write_zip(tmp_path / f"{method}.zip", small_set(), zipfile.ZIP_STORED), method)
+        source = open_source(path)
+        with pytest.raises(BadImage, match=rf"{words} \(zip method {method}\); wanted stored, deflate"):
+            source.read(source.samples[0])
+    path = with_method(write_zip(tmp_path / "set.zip", small_set(), zipfile.ZIP_STORED), 0, flags=1)
     source = open_source(path)
     with pytest.raises(BadImage, match="encrypted"):
         source.read(source.samples[0])
+
+
+def test_a_python_without_lzma_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(write_zip(tmp_path / "set.zip", small_set(), zipfile.ZIP_LZMA))
+    monkeypatch.setitem(sys.modules, "lzma", None)
+    with pytest.raises(BadImage, match="packed with LZMA, which this Python was built without"):
+        source.read(source.samples[0])
+
+
+def renamed_in_zip(path: Path, names: list[bytes], system: int = 3) -> Path:
+    """A zip of one image for each name, stored byte for byte and without the flag of UTF-8."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for number, name in enumerate(names):
+            info = zipfile.ZipInfo(chr(ord("A") + number) * len(name))
+            info.create_system = system
+            archive.writestr(info, png(number))
+    data = path.read_bytes()
+    for number, name in enumerate(names):
+        data = data.replace(bytes([ord("A") + number]) * len(name), name)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("names", "system", "classes"),
+    [
+        (["train/café/1.png".encode(), "train/日本/11.png".encode()], 3, ["café", "日本"]),
+        ([b"train/caf\x82/1.png", b"train/tea/111.png"], 3, ["café", "tea"]),
+        ([b"train\\cat\\1.png", b"train\\doggy\\1.png"], 0, ["cat", "doggy"]),
+    ],
+)
+def test_zip_names_without_the_flag_are_read_as_they_were_meant(
+    tmp_path: Path, names: list[bytes], system: int, classes: list[str]
+) -> None:
+    source = open_source(renamed_in_zip(tmp_path / "set.zip", names, system))
+    assert source.class_names == classes
+    assert [source.read(sample) for sample in source.samples] == [png(0), png(1)]
+
+
+def test_a_link_to_a_folder_is_followed(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "set.tar", {f"pool/{n}/{i}.png": png(i) for n in "ab" for i in range(2)})
+    with tarfile.open(path, "a") as archive:
+        for name, target in (("train/cat", "../pool/a"), ("train/dog", "../pool/b"), ("train/cat/up", "..")):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = tarfile.SYMTYPE, target
+            archive.addfile(info)
+    assert contents(path) == {f"{c}/{i}.png": png(i) for c in ("cat", "dog") for i in range(2)}
 
 
 def test_of_two_zip_members_with_one_name_the_last_counts(tmp_path: Path) -> None:

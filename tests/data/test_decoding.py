@@ -457,3 +457,51 @@ def test_damage_is_not_reported_on_the_terminal(capfd: pytest.CaptureFixture[str
         for broken in (data[:cut], data[:cut] + b"\xff" * 20 + data[cut + 20 :]):
             assert len(decoded_or_reason(broken)) > 0
     assert capfd.readouterr() == ("", "")
+
+
+# The transparent colour of a PNG, compared at the file's own depth
+
+
+def raw_png(depth: int, colour: int, row: bytes, transparent: bytes) -> bytes:
+    """A PNG of one row, of so many bits a channel; colour type 0 is grayscale, 2 RGB."""
+    width = len(row) * 8 // depth // (3 if colour == 2 else 1)
+    header = struct.pack(">IIBBBBB", width, 1, depth, colour, 0, 0, 0)
+    chunks = (b"IHDR", header), (b"tRNS", transparent), (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks
+    )
+
+
+@pytest.mark.parametrize(
+    ("depth", "row", "transparent", "wanted"),
+    [
+        (1, b"\x0f", 1, [0, 0, 0, 0, 255, 255, 255, 255]),
+        (1, b"\x0f", 0, [255] * 8),
+        (2, b"\x1b", 2, [0, 85, 255, 255]),
+        (4, b"\x12\x3f", 3, [17, 34, 255, 255]),
+        (8, b"\1\2\3\4", 3, [1, 2, 255, 4]),
+        (16, b"\1\0\2\0\3\0\3\1", 0x300, [1, 2, 255, 3]),
+        (16, b"\xff\xff\xff\0\0\xff", 0xFF, [255, 255, 255]),
+    ],
+)
+def test_a_transparent_gray_is_white(depth: int, row: bytes, transparent: int, wanted: list[int]) -> None:
+    image = decode(raw_png(depth, 0, row, transparent.to_bytes(2, "big")))
+    assert image.tolist() == [[wanted]] * 3
+
+
+@pytest.mark.parametrize(
+    ("depth", "row", "transparent", "wanted"),
+    [
+        (8, [1, 2, 3, 4, 5, 6], (4, 5, 6), [[1, 2, 3], [255] * 3]),
+        (16, [0x100, 0x200, 0x300, 0x100, 0x200, 0x301], (0x100, 0x200, 0x300), [[255] * 3, [1, 2, 3]]),
+        (16, [0x104, 0x205, 0x306, 0x400, 0x500, 0x600], (0x104, 0x205, 0x306), [[255] * 3, [4, 5, 6]]),
+        (16, [4, 5, 6, 0x400, 0x500, 0x600], (4, 5, 6), [[255] * 3, [4, 5, 6]]),
+    ],
+)
+def test_a_transparent_colour_is_white(
+    depth: int, row: list[int], transparent: tuple[int, ...], wanted: list[list[int]]
+) -> None:
+    data = b"".join(value.to_bytes(depth // 8, "big") for value in row)
+    image = decode(raw_png(depth, 2, data, b"".join(value.to_bytes(2, "big") for value in transparent)))
+    assert image.permute(1, 2, 0).tolist() == [wanted]

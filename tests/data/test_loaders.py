@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ddfast.data import dali, loaders
-from ddfast.data.decoding import decode_fit
+from ddfast.data.decoding import decode_fit, fit
 from ddfast.data.jpeg import PlainJpeg, plain_jpeg
 from ddfast.data.loaders import LOADERS, Loader, dali_missing, resolve_loader
 from ddfast.data.loading import load_all
@@ -394,3 +394,127 @@ def test_photographs_and_the_crops_chosen_from_them_agree(name: str) -> None:
 def test_pictures_in_the_tests_are_what_they_say() -> None:
     assert Image.open(io.BytesIO(every_kind()["a/cmyk.jpg"])).mode == "CMYK"
     assert Image.open(io.BytesIO(every_kind()["b/sixteen.png"])).mode.startswith("I;16")
+
+
+# Odd files: all loaders agree, or all hand them to Pillow
+
+PACKET = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/"%s</x:xmpmeta>'
+ATTRIBUTE, ELEMENT = (
+    b' tiff:Orientation="%d"/>',
+    b"><tiff:Orientation>%d</tiff:Orientation></rdf:Description>",
+)
+
+
+def adobe(transform: int) -> bytes:
+    return b"\xff\xee\0\x0eAdobe\0d\0\0\0\0" + bytes([transform])
+
+
+def with_sampling(data: bytes, factors: int) -> bytes:
+    """A JPEG whose first component has other sampling factors, which hold as many blocks."""
+    changed = bytearray(data)
+    changed[changed.index(b"\xff\xc0") + 11] = factors
+    return bytes(changed)
+
+
+def scan_starts(data: bytes) -> list[int]:
+    return [place for place in range(len(data)) if data[place : place + 2] == b"\xff\xda"]
+
+
+def odd_files() -> dict[str, bytes]:
+    """JPEGs that decoders may take differently."""
+    square, picture = {"width": 64, "height": 64}, Image.fromarray(smooth(64, 64))
+    whole, halved = jpeg(2, **square, subsampling=2), jpeg(2, **square, subsampling=1)
+    staged = jpeg(2, **square, progressive=True)
+    restarted = jpeg(2, **square, restart_marker_blocks=2)
+    third = restarted.index(b"\xff\xd3")
+    twice = Image.Exif()
+    twice[0x0112] = 1
+    exif = twice.tobytes()
+    entry = exif.index(b"\x01\x12")
+    last_counts = (
+        exif[: entry - 1] + b"\2" + exif[entry : entry + 12] + exif[entry : entry + 8] + b"\0\6\0\0\0\0\0\0"
+    )
+    odd = {f"attribute{n}": jpeg(xmp=PACKET % (ATTRIBUTE % n)) for n in (1, 3, 6, 8)}
+    odd |= {f"element{n}": jpeg(xmp=PACKET % (ELEMENT % n)) for n in (1, 2, 5, 7, 9)}
+    odd |= {f"exif{n}-xmp6": jpeg(xmp=PACKET % (ATTRIBUTE % 6), exif=orientation(n)) for n in (0, 1, 3, 9)}
+    odd |= {
+        f"exif{head.hex()}": jpeg(exif=b"Exif\0\0" + head + exif[10:])
+        for head in (b"MM\0*", b"MM*\0", b"II\0*")
+    }
+    odd |= {f"adobe{n}": whole[:20] + adobe(n) + whole[20:] for n in (0, 1, 2)}
+    odd |= {
+        "exif-twice": jpeg(exif=last_counts),
+        "4:1:1": with_sampling(whole, 0x41),
+        "4:1:0": with_sampling(whole, 0x14),
+        "4:4:0": with_sampling(halved, 0x12),
+        "gray": with_sampling(encoded(picture.convert("L"), "JPEG"), 0x22),
+        "no-jfif": whole[:2] + whole[20:],
+        "cut": whole[: len(whole) * 2 // 3] + b"\xff\xd9",
+        "staged-cut": staged[: len(staged) * 9 // 10] + b"\xff\xd9",
+        "restart-wrong": restarted[:third] + b"\xff\xd6" + restarted[third + 2 :],
+        "restart-gone": restarted[:third] + restarted[third + 2 :],
+        "padded": whole[:-2] + b"\0\0\0\xff\xd9",
+        "filled": whole.replace(b"\xff\xdb", b"\xff\xff\xff\xdb", 1),
+        "twice": whole + halved,
+        "profile": jpeg(icc_profile=b"x" * 3000),
+        "pictures": encoded(
+            Image.fromarray(smooth(64, 64)), "MPO", save_all=True, append_images=[Image.new("RGB", (64, 64))]
+        ),
+        "ycck": encoded(picture.convert("CMYK"), "JPEG"),
+        "twelve-bits": whole.replace(b"\xff\xc0\0\x11\x08", b"\xff\xc1\0\x11\x0c"),
+    }
+    odd |= {f"scans{n}": staged[: scan_starts(staged)[n]] + b"\xff\xd9" for n in (1, 3, -1)}
+    return {f"a/{name}.jpg": data for name, data in odd.items()}
+
+
+def orientation(value: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = value
+    return exif
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_odd_jpegs_give_pillows_image_or_reason(name: str) -> None:
+    images = odd_files()
+    found, wanted = results(name, images), results("pillow", images)
+    for key, image in wanted.items():
+        if isinstance(image, BadImage):
+            assert str(found[key]) == str(image), key
+        elif plain_jpeg(images[key]) is None:
+            assert torch.equal(found[key], image), key  # type: ignore[arg-type]
+        else:
+            assert_near(found[key], image, name)  # type: ignore[arg-type]
+    assert isinstance(wanted["a/twelve-bits.jpg"], BadImage)
+
+
+def test_what_is_turned_or_lacks_scans_is_not_plain() -> None:
+    plain = {
+        key.removeprefix("a/").removesuffix(".jpg") for key, data in odd_files().items() if plain_jpeg(data)
+    }
+    assert {"attribute1", "element1", "4:1:1", "4:1:0", "4:4:0", "twice", "pictures", "adobe1"} <= plain
+    assert not plain & {
+        "attribute3",
+        "attribute6",
+        "element5",
+        "element9",
+        "exif1-xmp6",
+        "exif3-xmp6",
+        "exif-twice",
+    }
+    assert not plain & {"scans1", "scans3", "scans-1", "adobe0", "adobe2", "ycck", "twelve-bits"}
+
+
+@pytest.mark.parametrize("name", [*FAST, "pillow"])
+def test_orientation_is_what_exif_transpose_makes_of_it(name: str) -> None:
+    images = {
+        key: data
+        for key, data in odd_files().items()
+        if "attribute" in key or "element" in key or "exif" in key
+    }
+    for key, image in results(name, images).items():
+        with Image.open(io.BytesIO(images[key])) as opened:
+            wanted = fit(ImageOps.exif_transpose(opened).convert("RGB"), 24)
+        if name == "pillow":
+            assert torch.equal(image, wanted), key  # type: ignore[arg-type]
+        else:
+            assert_near(image, wanted, name)  # type: ignore[arg-type]

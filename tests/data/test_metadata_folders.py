@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from pathlib import Path
@@ -12,7 +13,7 @@ from ddfast.data.folders import FolderSource, MetadataSource
 from ddfast.data.loading import load_all
 from ddfast.data.sources import open_source
 from ddfast.errors import BadImage, UsageError
-from tests.data.rendering import png, small_set, write_folder
+from tests.data.rendering import png, small_set, write_folder, write_tar, write_zip
 
 
 def lines(*rows: object) -> bytes:
@@ -128,3 +129,101 @@ def test_what_hugging_face_writes_is_read(tmp_path: Path) -> None:
     )
     source = open_source(root)
     assert sorted(row["label"] for row in loaded) == [source.class_names[s.label] for s in source.samples]
+
+
+# Metadata beside, above and in several folders
+
+
+PARTS = {f"train/part{p}/{n}.png": png(10 * p + n) for p in (1, 2) for n in (0, 1)}
+DIVIDED = "".join(f"part{p}/{n}.png,{('cat', 'dog')[n]}\n" for p in (1, 2) for n in (0, 1))
+HEAD = "file_name,label\n"
+
+
+def as_table(text: str) -> bytes:
+    """The rows of a CSV as Parquet."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names, *rows = (line.split(",") for line in text.splitlines())
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({name: [row[n] for row in rows] for n, name in enumerate(names)}), buffer)
+    return buffer.getvalue()
+
+
+LAYOUTS = {
+    "beside": {"train/metadata.csv": (HEAD + DIVIDED).encode()},
+    "parquet": {"train/metadata.parquet": as_table(HEAD + DIVIDED)},
+    "above": {"metadata.csv": (HEAD + DIVIDED.replace("part", "train/part")).encode()},
+    "in each": {f"train/part{p}/metadata.csv": f"{HEAD}0.png,cat\n1.png,dog\n".encode() for p in (1, 2)},
+}
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_metadata_that_divides_the_folders_labels_them(tmp_path: Path, kind: str, layout: str) -> None:
+    files = PARTS | LAYOUTS[layout]
+    folder = write_folder(tmp_path / "set", files)
+    writers = {"zip": write_zip, "tar": write_tar}
+    source = open_source(folder if kind == "folder" else writers[kind](tmp_path / f"a.{kind}", files))
+    assert source.class_names == ["cat", "dog"]
+    assert {sample.key: source.read(sample) for sample in source.samples} == {
+        f"{('cat', 'dog')[n]}/part{p}/{n}.png": png(10 * p + n) for p in (1, 2) for n in (0, 1)
+    }
+    assert source.fingerprint() == open_source(folder).fingerprint()
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        HEAD + "part1/0.png,cat\npart1/1.png,cat\npart2/0.png,dog\npart2/1.png,dog\n",
+        "file_name,text\npart1/0.png,a\n",
+        HEAD + "elsewhere/0.png,cat\nelsewhere/1.png,dog\n",
+        HEAD,
+        "no table",
+    ],
+)
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_metadata_that_agrees_or_says_nothing_leaves_the_folders(
+    tmp_path: Path, kind: str, table: str
+) -> None:
+    files = PARTS | {"train/metadata.csv": table.encode()}
+    data = write_folder(tmp_path / "a", files) if kind == "folder" else write_zip(tmp_path / "a.zip", files)
+    source = open_source(data)
+    assert source.class_names == ["part1", "part2"]
+    assert source.counts() == [2, 2]
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_metadata_of_some_images_only_is_refused_with_both_readings(tmp_path: Path, kind: str) -> None:
+    files = PARTS | {"train/metadata.csv": f"{HEAD}part1/0.png,cat\npart1/1.png,dog\n".encode()}
+    data = write_folder(tmp_path / "a", files) if kind == "folder" else write_zip(tmp_path / "a.zip", files)
+    assert "metadata that divides part1/ but has no label for part2/0.png: label every image" in refusal(data)
+
+
+def test_two_metadata_files_that_disagree_are_refused(tmp_path: Path) -> None:
+    files = (
+        PARTS
+        | LAYOUTS["beside"]
+        | {"train/metadata.jsonl": lines({"file_name": "part1/0.png", "label": "hen"})}
+    )
+    message = refusal(write_folder(tmp_path, files))
+    assert "metadata.jsonl labels part1/0.png 'hen'" in message
+    assert "metadata.csv 'cat': keep one of them" in message
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_the_test_split_follows_labels_of_the_train_split(tmp_path: Path, kind: str) -> None:
+    files = PARTS | LAYOUTS["beside"] | {"test/dog/0.png": png(1), "test/cat/0.png": png(2)}
+    data = write_folder(tmp_path / "a", files) if kind == "folder" else write_zip(tmp_path / "a.zip", files)
+    source = open_source(data, "test")
+    assert [(sample.key, sample.label) for sample in source.samples] == [("cat/0.png", 0), ("dog/0.png", 1)]
+
+
+def test_a_row_without_a_file_in_an_archive_is_a_sample_that_fails(tmp_path: Path) -> None:
+    files = images(count=3) | {"train/metadata.jsonl": rows()}
+    source = open_source(write_zip(tmp_path / "a.zip", files))
+    assert source.fingerprint() == open_source(write_folder(tmp_path / "a", files)).fingerprint()
+    _, _, bad = load_all(source, 4, workers=0)
+    assert [(sample.key, reason) for sample, reason in bad] == [
+        ("dog/3.png", "cannot be read: no such file or directory")
+    ]

@@ -19,7 +19,7 @@ from ddfast.data.folders import FolderSource
 from ddfast.data.samples import sample_id
 from ddfast.data.sources import EXTENSIONS, open_source, shown
 from ddfast.errors import BadImage, UsageError
-from tests.data.rendering import png, small_set, write_folder
+from tests.data.rendering import png, small_set, write_folder, write_tar, write_zip
 
 
 def refusal(data: str | Path, split: str = "train") -> str:
@@ -374,3 +374,90 @@ def test_sources_pickle_and_close(tmp_path: Path) -> None:
         assert again.samples == source.samples
         assert again.read(again.samples[0]) == png(0)
         assert repr(source) == f"FolderSource({str(tmp_path)!r}, 'train', 2 classes, 4 samples)"
+
+
+# Class names that look alike, and files that are left out
+
+
+COMPOSED, DECOMPOSED = "caf\u00e9", "cafe\u0301"
+
+
+@pytest.mark.parametrize("names", [(COMPOSED, DECOMPOSED), (DECOMPOSED, COMPOSED)])
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
+def test_a_class_composed_here_and_decomposed_there_is_one(
+    tmp_path: Path, kind: str, names: tuple[str, str]
+) -> None:
+    files = {
+        f"{split}/{name}/{n}.png": png(n)
+        for split, name in zip(("train", "test"), names, strict=True)
+        for n in (0, 1)
+    }
+    files |= {"train/tea/0.png": png(7), "test/tea/0.png": png(8)}
+    writers = {"folder": write_folder, "zip": write_zip, "tar": write_tar}
+    source = open_source(writers[kind](tmp_path / f"set.{kind}", files), "test")
+    assert source.class_names == sorted([names[0], "tea"])
+    assert {sample.key: source.read(sample) for sample in source.samples} == {
+        f"{names[0]}/0.png": png(0),
+        f"{names[0]}/1.png": png(1),
+        "tea/0.png": png(8),
+    }
+    assert [sample.id for sample in source.samples] == [sample_id(sample.key) for sample in source.samples]
+
+
+def test_a_class_in_both_compositions_is_refused(tmp_path: Path) -> None:
+    message = refusal(write_folder(tmp_path, {f"train/{c}/0.png": png() for c in (COMPOSED, DECOMPOSED)}))
+    assert r"('cafe\u0301' and 'caf\xe9'): rename one" in message
+
+
+def test_classes_that_differ_in_case_are_two_and_a_missing_one_says_so(tmp_path: Path) -> None:
+    write_folder(
+        tmp_path, {f"train/{c}/0.png": png() for c in ("Cat", "cat", "Dog")} | {"test/dog/0.png": png()}
+    )
+    assert open_source(tmp_path).class_names == ["Cat", "Dog", "cat"]
+    assert "lacks: dog; the train split writes Dog, and upper and lower case differ" in refusal(
+        tmp_path, "test"
+    )
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
+def test_what_is_left_out_by_its_ending_is_counted_and_named(tmp_path: Path, kind: str) -> None:
+    others = {f"train/c0/{n}.HEIC": b"x" for n in range(3)} | {
+        "train/c1/deep/a.avif": b"x",
+        "train/c1/raw": b"x",
+    }
+    silent = {"train/c0/a.txt": b"", "train/c0/.b.heic": b"", "train/c0/a.json": b"{}", "notes.docx": b""}
+    writers = {"folder": write_folder, "zip": write_zip, "tar": write_tar}
+    source = open_source(writers[kind](tmp_path / f"set.{kind}", small_set() | others | silent))
+    assert source.left_out == {".heic": 3, ".avif": 1, "no ending": 1}
+    (note,) = source.notes()
+    assert (
+        "left out 5 files of the train split by their ending: 3 .heic, 1 .avif, 1 no ending; images end in"
+        in note
+    )
+    only = writers[kind](
+        tmp_path / f"only.{kind}", {f"train/{c}/{n}.jxl": b"" for c in "ab" for n in range(2)}
+    )
+    assert "it holds 4 .jxl" in refusal(only)
+    some = writers[kind](tmp_path / f"some.{kind}", {"train/a/0.png": png(), "train/b/0.heic": b""})
+    assert "class without images" in refusal(some)
+    assert "1 .heic" in refusal(some)
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_a_class_list_beside_class_folders_is_remarked_on(tmp_path: Path, kind: str) -> None:
+    files = {f"train/{n}/0.png": png(n) for n in range(12)} | {
+        "classes.txt": b"".join(b"n%d\n" % n for n in range(12))
+    }
+    data = write_folder(tmp_path / "a", files) if kind == "folder" else write_zip(tmp_path / "a.zip", files)
+    source = open_source(data)
+    assert source.class_names[:4] == ["0", "1", "10", "11"]
+    (note,) = source.notes()
+    assert "sorted as text as torchvision's ImageFolder sorts them (0, 1, 10 and 9 more)" in note
+
+
+def test_images_beside_masks_are_no_classes(tmp_path: Path) -> None:
+    for n, names in enumerate([("images", "masks"), ("Images", "Annotations"), ("imgs", "labels", "masks")]):
+        root = write_folder(tmp_path / str(n), {f"train/{c}/0.png": png() for c in names})
+        assert "images beside masks or annotations, and no classes" in refusal(root)
+    root = write_folder(tmp_path / "faces", {f"train/{c}/0.png": png() for c in ("masks", "mask")})
+    assert open_source(root).class_names == ["mask", "masks"]

@@ -55,7 +55,16 @@ def run(launcher: str, cases: Sequence[tuple], *, where: str = "interpreter") ->
     if where == "cuda":
         on_gpu = [tuple(_to(argument, "cuda") for argument in case) for case in cases]
         return [_to(_poisoned(_launcher(launcher), case), "cpu") for case in on_gpu]
-    return _in_process("interpret", {"launcher": launcher, "cases": list(cases)}, TRITON_INTERPRET="1")
+    return run_each([(launcher, case) for case in cases])
+
+
+def run_each(calls: Sequence[tuple[str, tuple]], *, where: str = "interpreter") -> list[Any]:
+    """As `run`, of several launchers in one process: pairs (launcher, case)."""
+    if where == "cuda":
+        return [run(launcher, [case], where=where)[0] for launcher, case in calls]
+    return _in_process(
+        "interpret", {"launcher": " and ".join(dict(calls)), "calls": list(calls)}, TRITON_INTERPRET="1"
+    )
 
 
 def compile_ahead(
@@ -115,8 +124,7 @@ def _in_process(mode: str, request: dict[str, Any], **environment: str) -> Any:
 
 
 def _interpret(request: dict[str, Any]) -> list[Any]:
-    launcher = _launcher(request["launcher"])
-    return [_poisoned(launcher, case) for case in request["cases"]]
+    return [_poisoned(_launcher(launcher), case) for launcher, case in request["calls"]]
 
 
 def _compile(request: dict[str, Any]) -> list[dict[str, Any]]:

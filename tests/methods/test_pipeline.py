@@ -1,23 +1,27 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 
 import pytest
 import torch
 import torchvision
 
 import ddfast
+from ddfast.cli import main
 from ddfast.data import files
 from ddfast.data.decoding import decode_fit
 from ddfast.data.table import SELECTION_SCHEMA, read_table, read_tables, to_numpy
 from ddfast.distillation import finish
 from ddfast.errors import UsageError
 from ddfast.methods import get_method, list_methods
-from ddfast.methods.pipeline import _chance_hits, change_ipc, relabel, score, select, synthesize
+from ddfast.methods.pipeline import change_ipc, relabel, score, select, synthesize
 from ddfast.methods.run import reopen
+from ddfast.models import create_model, save_teacher
 from tests.methods.conftest import digests
 
 
@@ -222,6 +226,27 @@ def test_selecting_again_for_another_ipc(undisturbed, toy_folder, toy_teacher, t
     assert digests(out) == digests(undisturbed)
 
 
+def test_selecting_again_keeps_a_finished_set(toy_folder, toy_teacher, tmp_path):
+    out = distil(toy_folder, toy_teacher, tmp_path / "run", ipc=1)
+    before = digests(out)
+    change_ipc(reopen(out, quiet=True), 2)
+    assert not (out / "train").exists()
+    kept = tmp_path / "run-ipc1"
+    assert digests(kept) == before
+    for stage in (select, synthesize, relabel, finish):
+        stage(reopen(out, quiet=True))
+    assert digests(kept) == before
+    assert len(ddfast.DistilledSet(kept)) == 3
+    again = digests(out)
+    change_ipc(reopen(out, quiet=True), 1)  # IPC 2 is kept as well
+    assert digests(tmp_path / "run-ipc2") == again
+    for stage in (select, synthesize, relabel, finish):
+        stage(reopen(out, quiet=True))
+    with pytest.raises(UsageError, match=r"run-ipc1, which exists"):
+        change_ipc(reopen(out, quiet=True), 2)
+    assert digests(out) == before
+
+
 def test_a_score_table_serves_another_ipc_but_not_other_settings(
     undisturbed, toy_folder, toy_teacher, tmp_path
 ):
@@ -278,11 +303,42 @@ def test_too_few_images_names_the_class_and_the_numbers(toy_folder, toy_teacher,
     with pytest.raises(UsageError, match=r"class 'across' has 60 usable images, IPC 16 x 4 tiles needs 64"):
         distil(toy_folder, toy_teacher, tmp_path / "run", ipc=16, images_per_class=100)
     # 61 files, one of them no image: counted by decoding before anything is written.
-    with pytest.raises(UsageError, match=r"class 'across' has 60 usable images, IPC 61 x 1 tiles needs 61"):
+    with pytest.raises(
+        UsageError, match=r"class 'across' has 60 usable images, IPC 61 x 1 tiles needs 61 \(unreadable: 1 "
+    ):
         distil(toy_folder, toy_teacher, tmp_path / "run", ipc=61, factor=1, images_per_class=100)
     with pytest.raises(UsageError, match="--images-per-class is 12"):
         distil(toy_folder, toy_teacher, tmp_path / "run", ipc=10)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("ipc", [2, 40])
+def test_a_class_of_which_nothing_can_be_read_says_why(toy_folder, toy_teacher, tmp_path, ipc):
+    """Said after scoring where there are images enough by their number, and before it where it is close."""
+    packed = tmp_path / "set.zip"
+    with zipfile.ZipFile(packed, "w") as archive:
+        for path in sorted(toy_folder.rglob("*/*/*")):
+            archive.write(path, str(path.relative_to(toy_folder)))
+    data = bytearray(packed.read_bytes())
+    entry = 0
+    while (entry := data.find(b"PK\x01\x02", entry)) >= 0:
+        if b"/across/" in data[entry + 46 : entry + 62]:
+            data[entry + 10] = 9
+        entry += 46
+    packed.write_bytes(data)
+    with pytest.raises(
+        UsageError, match=r"'across' has 0 usable images.* packed with Deflate64 \(zip method 9\)"
+    ):
+        distil(
+            packed,
+            toy_teacher,
+            tmp_path / "run",
+            "random",
+            ipc=ipc,
+            images_per_class=100,
+            factor=1,
+            preflight=False,
+        )
 
 
 def test_a_teacher_of_other_classes_is_refused(toy_folder, toy_teacher, tmp_path):
@@ -316,16 +372,136 @@ def test_preflight_stops_a_teacher_near_chance(toy_folder, toy_teacher, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+def rotated_file(toy_teacher, path):
+    """The teacher with its outputs in another order than its file says, and that order."""
+    teacher = ddfast.load_teacher(toy_teacher)
+    fields = {
+        name: getattr(teacher, name)
+        for name in ("arch", "class_names", "image_size", "mean", "std", "arch_options")
+    }
+    with torch.no_grad():
+        for parameter in (teacher.model.classifier.weight, teacher.model.classifier.bias):
+            parameter.copy_(parameter.roll(1, dims=0))
+    save_teacher(path, teacher.model, **fields)
+    return [teacher.class_names[-1], *teacher.class_names[:-1]]
+
+
+def test_preflight_names_the_order_that_a_teacher_must_have(toy_folder, toy_teacher, tmp_path, capsys):
+    order = rotated_file(toy_teacher, tmp_path / "t.safetensors")
+    found = r"of 180 training images correctly, near chance for 3 classes: it reads '\w+' images as '\w+'"
+    with pytest.raises(UsageError, match=f"the teacher reads .* {found}.*--class-order"):
+        distil(toy_folder, tmp_path / "t.safetensors", tmp_path / "run")
+    with pytest.raises(UsageError, match=f"the label teacher reads .* {found}"):
+        distil(toy_folder, toy_teacher, tmp_path / "run", label_teacher=tmp_path / "t.safetensors")
+    assert not (tmp_path / "run").exists()
+    distil(toy_folder, toy_teacher, tmp_path / "run", quiet=False, until="score")
+    assert re.search(r"^teacher reads 1\d\d of 180 training images \(\d+%\)$", capsys.readouterr().err, re.M)
+    (tmp_path / "order.txt").write_text("\n".join(order) + "\n")
+    for given in (order, tmp_path / "order.txt"):
+        distil(
+            toy_folder,
+            tmp_path / "t.safetensors",
+            tmp_path / "one",
+            class_order=given,
+            label_teacher=toy_teacher,
+            resume=True,
+        )
+
+
+def test_a_class_order_gives_the_set_of_the_right_teacher(toy_folder, toy_teacher, undisturbed, tmp_path):
+    order = rotated_file(toy_teacher, tmp_path / "t.safetensors")
+    out = tmp_path / "run"
+    distil(toy_folder, tmp_path / "t.safetensors", out, class_order=order, until="score")
+    for stage in (select, synthesize, relabel, finish):
+        stage(reopen(out, quiet=True))
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["teacher"]["class_order"] == manifest["label_teacher"]["class_order"] == order
+    ours, theirs = digests(out), digests(undisturbed)
+    changed = {name for name in theirs if ours[name] != theirs[name]}
+    assert changed <= {
+        "manifest.json",
+        "report.html",
+        "scores/part-00000.parquet",
+        "train/metadata.jsonl",
+        "selection.parquet",
+        "soft_labels.safetensors",
+    }
+    one, two = ddfast.DistilledSet(out), ddfast.DistilledSet(undisturbed)
+    torch.testing.assert_close(one.soft_labels, two.soft_labels, atol=2e-3, rtol=0)
+    with pytest.raises(UsageError, match=r"different run \(teacher.class_order"):
+        distil(toy_folder, tmp_path / "t.safetensors", out, resume=True, preflight=False)
+
+
+def test_the_stages_take_up_a_state_dict_with_its_class_order(toy_folder, tmp_path, capsys):
+    torch.manual_seed(0)
+    model = create_model("convnet3", 3, 16)
+    torch.save({"model": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "t.pt")
+    (tmp_path / "order.json").write_text('{"0": "rising", "1": "down", "2": "across"}')
+    words = (
+        *(
+            "score",
+            "rded",
+            "--data",
+            toy_folder,
+            "--teacher",
+            tmp_path / "t.pt",
+            "--teacher-arch",
+            "convnet3",
+        ),
+        *("--image-size", 16, "--class-order", tmp_path / "order.json", "--ipc", 1, "--images-per-class", 4),
+        *("--out", tmp_path / "run", "--no-preflight", "--quiet"),
+    )
+    assert main([str(word) for word in words]) == 0
+    for stage in ("select", "synthesize", "relabel"):
+        assert main([stage, str(tmp_path / "run"), "--quiet"]) == 0
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["complete"]
+    capsys.readouterr()
+
+
+def test_a_teacher_of_the_caller_comes_back_as_it_was(toy_folder, toy_teacher, tmp_path):
+    teacher = ddfast.load_teacher(toy_teacher)
+    teacher.model.double().train()
+    distil(toy_folder, teacher, tmp_path / "run")
+    assert teacher.model.training
+    assert {p.dtype for p in teacher.model.parameters()} == {torch.float64}
+    assert teacher.model.blocks[0].weight.is_contiguous()
+
+
+@pytest.mark.parametrize("preflight", [True, False])
+def test_a_teacher_that_returns_no_tensor_is_one_line(toy_folder, toy_teacher, tmp_path, preflight):
+    teacher = ddfast.load_teacher(toy_teacher)
+    teacher.model = InDict(teacher.model)
+    with pytest.raises(UsageError, match=r"returns a dict, wanted logits, a tensor \[B, 3\]"):
+        distil(toy_folder, teacher, tmp_path / "run", preflight=preflight)
+    assert not (tmp_path / "run").exists()
+
+
+class InDict(torch.nn.Module):
+    """As Hugging Face's models return their logits."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        return {"logits": self.model(images)}
+
+
+def test_a_default_dtype_of_float64_changes_no_byte(undisturbed, toy_folder, toy_teacher, tmp_path):
+    torch.set_default_dtype(torch.float64)
+    try:
+        out = distil(toy_folder, toy_teacher, tmp_path / "run")
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert digests(out) == digests(undisturbed)
+
+
 class Rotate(torch.nn.Module):
     """Classes in another order: the usual mistake."""
 
     def forward(self, logits):
         return logits.roll(1, dims=1)
-
-
-def test_chance_hits_is_the_binomial_quantile():
-    # scipy.stats.binom.ppf(0.99, 64, p) for p = 1/2, 1/10, 1/1000
-    assert [_chance_hits(64, classes) for classes in (2, 10, 1000)] == [41, 12, 1]
 
 
 def test_no_space_left_is_one_clear_error(toy_folder, toy_teacher, tmp_path, monkeypatch):

@@ -2,17 +2,22 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ddfast.errors import UsageError
+from ddfast.methods import pipeline, run
+from ddfast.ops import precision
+from ddfast.ops._dispatch import cpu_body
 from ddfast.ranks import Ranks, _agree_on_round, join
 from tests.methods.conftest import digests
 from tests.methods.test_pipeline import distil
@@ -242,7 +247,104 @@ def test_a_run_keeps_the_limits_that_decide_what_it_leaves_out(
     assert json.loads((out / "manifest.json").read_text())["arithmetic"]["max_pixels"] == 100000
 
 
-@pytest.mark.parametrize("damage", [{}, {"max_pixels": "100"}, {"loader": None}])
+def arithmetic_of(out):
+    return json.loads((out / "manifest.json").read_text())["arithmetic"]
+
+
+def test_the_manifest_says_what_of_the_machine_decides_the_last_bits(toy_folder, toy_teacher, tmp_path):
+    out = distil(toy_folder, toy_teacher, tmp_path / "run", until="score")
+    said = arithmetic_of(out)
+    assert said["instructions"].split()[0] == torch.backends.cpu.get_cpu_capability()
+    assert said["ops"] == (cpu_body() if cpu_body() == "reference" else f"c++ {cpu_body()}")
+    assert (said["tf32"], said["compute_dtype"]) == ("none", "float32")
+
+
+@pytest.mark.parametrize("key", ["instructions", "ops", "tf32"])
+def test_all_that_a_machine_decides_is_compared_and_what_is_not_known_is_not(key):
+    here = run.machine_arithmetic(torch.device("cpu"))
+    run.check_machine(here, here, "it")
+    run.check_machine({name: value for name, value in here.items() if name != key}, {**here, key: "?"}, "it")
+    with pytest.raises(UsageError, match=rf"^it was started with {key} .*, or set DDFAST_MIXED_MACHINES=1"):
+        run.check_machine(here, {**here, key: "?"}, "it")
+
+
+def test_another_machine_is_refused_unless_it_is_asked_for(toy_folder, toy_teacher, tmp_path, monkeypatch):
+    key, other = "instructions", "AVX2"
+    whole = distil(toy_folder, toy_teacher, tmp_path / "whole")
+    out = distil(toy_folder, toy_teacher, tmp_path / "run", until="score")
+    before = digests(out)
+    here = arithmetic_of(out)[key]
+    moved = {**run.machine_arithmetic(torch.device("cpu")), key: other}
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(run, "machine_arithmetic", lambda device: moved)
+        words = re.escape(f"was started with {key} {here!r} and would end in other bytes with {other!r}")
+        for go_on in (
+            lambda: distil(toy_folder, toy_teacher, out, resume=True),
+            lambda: distil(toy_folder, toy_teacher, tmp_path / "other", scores=out),
+            lambda: run.reopen(out),
+        ):
+            with pytest.raises(UsageError, match=words) as refused:
+                go_on()
+            assert "\n" not in str(refused.value)
+        assert digests(out) == before
+        distil(toy_folder, toy_teacher, whole, resume=True)  # nothing is left to compute
+        elsewhere.setenv("DDFAST_MIXED_MACHINES", "1")
+        distil(toy_folder, toy_teacher, out, resume=True)
+    assert json.loads((out / "manifest.json").read_text())["mixed_machines"] is True
+    assert arithmetic_of(out)[key] == here
+
+
+def test_ranks_on_other_machines_are_refused(toy_folder, toy_teacher, tmp_path):
+    out = distil(toy_folder, toy_teacher, tmp_path / "run", until="score")
+    plan = json.loads((out / "manifest.json").read_text())
+    other = {
+        **plan,
+        "arithmetic": {**plan["arithmetic"], "instructions": "AVX2", "compute_dtype": "bfloat16"},
+    }
+    second = SimpleNamespace(ranks=Ranks(rank=1, size=2), out=out, plan=other)
+    with pytest.raises(UsageError, match=r"rank 1 .* started with instructions '.*with 'AVX2'"):
+        pipeline._follow(second, "cpu")
+    second.plan["arithmetic"]["instructions"] = plan["arithmetic"]["instructions"]
+    pipeline._follow(second, "cpu")
+    assert second.plan["arithmetic"]["compute_dtype"] == "float32"  # rank 0 has chosen
+
+
+def test_what_auto_is_stands_from_the_start_of_a_run(toy_folder, toy_teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(precision, "cpu_gains_from_bfloat16", lambda: False)
+    whole = distil(toy_folder, toy_teacher, tmp_path / "whole", precision="auto")
+    out = distil(toy_folder, toy_teacher, tmp_path / "run", precision="auto", until="score")
+    assert arithmetic_of(out)["compute_dtype"] == "float32"
+    monkeypatch.setattr(precision, "cpu_gains_from_bfloat16", lambda: True)
+    distil(toy_folder, toy_teacher, out, precision="auto", resume=True)
+    assert digests(out) == digests(whole)
+    assert run.reopen(out).context.precision == "float32"
+    assert distil(toy_folder, toy_teacher, tmp_path / "new", precision="auto", until="score")
+    assert arithmetic_of(tmp_path / "new")["compute_dtype"] == "bfloat16"
+
+
+def test_a_manifest_of_an_earlier_version_goes_on(toy_folder, toy_teacher, tmp_path):
+    whole = distil(toy_folder, toy_teacher, tmp_path / "whole")
+    out = distil(toy_folder, toy_teacher, tmp_path / "run", until="score")
+    plan = json.loads((out / "manifest.json").read_text())
+    for key in ("instructions", "ops", "tf32", "compute_dtype"):
+        del plan["arithmetic"][key]
+    (out / "manifest.json").write_text(json.dumps(plan))
+    distil(toy_folder, toy_teacher, out, resume=True)
+    assert (out / "soft_labels.safetensors").read_bytes() == (whole / "soft_labels.safetensors").read_bytes()
+    assert "instructions" not in arithmetic_of(out)
+
+
+def test_auto_of_an_earlier_version_is_what_it_was(monkeypatch):
+    plan = {"arithmetic": {"precision": "auto", "device": "cpu"}}
+    monkeypatch.setattr(precision, "cpu_gains_from_bfloat16", lambda: False)
+    for multiplies, dtype in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(run, "cpu_multiplies_bfloat16", lambda multiplies=multiplies: multiplies)
+        assert run.dtype_of(plan) == dtype
+
+
+@pytest.mark.parametrize(
+    "damage", [{}, {"max_pixels": "100"}, {"loader": None}, {"compute_dtype": "fp8"}, {"ops": 3}]
+)
 def test_a_manifest_without_its_arithmetic_is_refused(damage, toy_folder, toy_teacher, tmp_path):
     out = distil(toy_folder, toy_teacher, tmp_path / "run", until="score")
     plan = json.loads((out / "manifest.json").read_text())

@@ -69,6 +69,18 @@ def test_equal_teachers_are_equal_bytes_whatever_their_layout(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.safetensors", "two.safetensors"]
 
 
+def test_a_trained_teacher_and_other_files_are_not_saved_over(tmp_path):
+    path = tmp_path / "teacher.safetensors"
+    a_file(path)
+    a_file(path, note="replaces its own")
+    a_file(path, training={"epochs": 90})
+    for held, message in ((path.read_bytes(), "made by train-teacher"), (b"mine", "is no teacher file")):
+        path.write_bytes(held)
+        with pytest.raises(UsageError, match=message):
+            a_file(path)
+        assert path.read_bytes() == held
+
+
 def test_loading_leaves_the_global_generator_alone(tmp_path):
     a_file(tmp_path / "teacher.safetensors")
     torch.manual_seed(3)

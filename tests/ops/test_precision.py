@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -20,8 +23,8 @@ def test_float32_never_autocasts():
 
 
 @pytest.mark.parametrize(("hardware", "dtype"), [(True, torch.bfloat16), (False, None)])
-def test_auto_is_bfloat16_where_the_cpu_multiplies_it(monkeypatch, hardware, dtype):
-    monkeypatch.setattr(precision, "cpu_multiplies_bfloat16", lambda: hardware)
+def test_auto_is_bfloat16_where_the_cpu_gains_from_it(monkeypatch, hardware, dtype):
+    monkeypatch.setattr(precision, "cpu_gains_from_bfloat16", lambda: hardware)
     assert resolve_precision("auto", "cpu") == dtype
     with autocast("auto", "cpu"):
         assert product_dtype() == (dtype or torch.float32)
@@ -46,8 +49,68 @@ def test_older_torch_is_asked_through_its_predicates(monkeypatch):
     assert precision.cpu_multiplies_bfloat16()
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "vendor", "gains"),
+    [
+        ({"avx512_bf16": True}, "AuthenticAMD", True),
+        ({"avx512_bf16": True}, "GenuineIntel", False),
+        ({"avx512_bf16": True}, "", False),
+        ({"avx512_bf16": True, "amx_bf16": True}, "GenuineIntel", True),
+        ({"avx512_f": True}, "AuthenticAMD", False),
+        ({}, "GenuineIntel", False),
+    ],
+)
+def test_auto_takes_what_is_known_to_be_faster(monkeypatch, capabilities, vendor, gains):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    monkeypatch.setattr(precision, "cpu_vendor", lambda: vendor)
+    assert precision.cpu_gains_from_bfloat16() == gains
+    assert precision.compute_dtype("auto", "cpu") == ("bfloat16" if gains else "float32")
+    assert precision.compute_dtype("bfloat16", "cpu") == "bfloat16"  # whoever asks for it gets it
+    assert precision.compute_dtype("float32", "cpu") == "float32"
+
+
+def test_bfloat16_by_name_computes_in_it():
+    with autocast("bfloat16", "cpu"):
+        assert product_dtype() == torch.bfloat16
+    assert resolve_precision("bfloat16", "meta") is None
+
+
+def test_the_instructions_name_torch_s_kernels_and_the_bfloat16_units(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    assert precision.cpu_instructions() == "AVX2 amx_bf16"
+
+
+@pytest.fixture
+def switches():
+    """The backends with a switch for TF32, which are put back as they were."""
+    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [backend.allow_tf32 for backend in backends]
+    yield backends
+    for backend, allowed in zip(backends, before, strict=True):
+        backend.allow_tf32 = allowed
+
+
+@pytest.mark.parametrize("convolutions", [True, False])
+@pytest.mark.parametrize("products", [True, False])
+def test_tf32_is_told(switches, convolutions, products):
+    switches[0].allow_tf32, switches[1].allow_tf32 = convolutions, products
+    told = ["convolutions"] * convolutions + ["products"] * products
+    assert precision.tf32("cuda:1") == (", ".join(told) or "none")
+    assert precision.tf32("cpu") == "none"
+
+
+def test_tf32_is_told_where_the_new_names_were_set_apart():
+    program = (
+        "import torch; from ddfast.ops.precision import tf32; "
+        "torch.backends.cudnn.conv.fp32_precision = 'ieee'; print(tf32('cuda'))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "none"
+
+
 def test_an_unknown_precision_is_refused():
-    with pytest.raises(ValueError, match="one of float32, auto, got 'bf16'"):
+    with pytest.raises(ValueError, match="one of float32, bfloat16, auto, got 'bf16'"):
         resolve_precision("bf16", "cpu")
 
 

@@ -1,4 +1,6 @@
+import copy
 import json
+import re
 import statistics
 from dataclasses import replace
 
@@ -164,3 +166,56 @@ def test_data_of_other_classes_is_refused(distilled, toy_folder):
 def test_bad_options_are_usage_errors(distilled, toy_test, options, message):
     with pytest.raises(UsageError, match=message):
         evaluate(distilled, toy_test, arch="convnet3", quiet=True, **options)
+
+
+@pytest.fixture(scope="module")
+def skilled(tmp_path_factory, toy_train):
+    config = TeacherConfig(
+        arch="convnet3", epochs=6, image_size=SIZE, arch_options={"width": 16}, batch_size=32
+    )
+    out = tmp_path_factory.mktemp("skilled") / "teacher.safetensors"
+    return fit_teacher(toy_train, None, config, class_names=CLASSES, out=out, quiet=True)
+
+
+def in_order(teacher, places):
+    """A teacher file's copy with its outputs in another order than it says."""
+    model = copy.deepcopy(teacher.model)
+    with torch.no_grad():
+        for parameter in (model.classifier.weight, model.classifier.bias):
+            parameter.copy_(parameter[places].clone())
+    return replace(teacher, model=model)
+
+
+def test_a_teacher_in_another_class_order_is_refused_or_put_right(distilled, skilled, toy_test, capsys):
+    options = {"arch": "convnet3", "epochs": 1, "seeds": 1}
+    right = evaluate(distilled, toy_test, teacher=skilled, **options)
+    assert re.search(r"^teacher reads [789]\d of 90 test images \(\d+%\)$", capsys.readouterr().err, re.M)
+    turned = in_order(skilled, [2, 0, 1])
+    with pytest.raises(UsageError, match=r"reads '\w+' images as '\w+'.*another class order.*--class-order"):
+        evaluate(distilled, toy_test, teacher=turned, **options)
+    order = [CLASSES[place] for place in (2, 0, 1)]
+    mended = evaluate(distilled, toy_test, teacher=turned, class_order=order, **options)
+    assert mended.top1 == pytest.approx(right.top1, abs=2)
+    evaluate(distilled, toy_test, teacher=turned, preflight=False, **options)
+
+
+def test_a_teacher_that_returns_no_logits_is_one_line(distilled, teacher, toy_test):
+    class InTuple(torch.nn.Module):
+        def forward(self, images):
+            return teacher[0].model(images), None
+
+    wrong = replace(teacher[0], model=InTuple())
+    for preflight in (True, False):
+        with pytest.raises(UsageError, match="returns a tuple, wanted logits"):
+            evaluate(distilled, toy_test, arch="convnet3", teacher=wrong, epochs=1, preflight=preflight)
+
+
+def test_a_default_dtype_of_float64_changes_nothing(distilled, teacher, toy_test):
+    options = {"arch": "convnet3", "epochs": 2, "seeds": 1, "teacher": teacher[1], "quiet": True}
+    expected = evaluate(distilled, toy_test, **options)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = evaluate(distilled, toy_test, **options)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found == expected

@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from ddfast.data import open_source
+from ddfast.data.files import temporary_path
 from ddfast.errors import UsageError
 from ddfast.models import create_model, load_teacher
+from ddfast.ops import precision
 from ddfast.training import ImageSet, TeacherConfig, fit_teacher, read_training_set, train_teacher
 from ddfast.training import teacher as module
 from ddfast.training.augmentation import normalize, random_crop_flip
@@ -95,6 +97,28 @@ def test_a_resumed_run_writes_the_same_bytes(
     checkpoints = [tmp_path / f"{name}-epoch2.safetensors" for name in ("part", "whole")]
     assert checkpoints[0].read_bytes() == checkpoints[1].read_bytes()
     assert not list(tmp_path.glob("*.state"))
+
+
+def test_what_auto_is_stands_from_the_start_of_a_training(toy_train, tmp_path, monkeypatch):
+    config, original = replace(TINY, precision="auto", epochs=2), module._train_epoch
+    monkeypatch.setattr(precision, "cpu_gains_from_bfloat16", lambda: False)
+    whole = fit(toy_train, None, tmp_path / "whole.safetensors", config)
+    assert whole.facts["arithmetic"] == "float32"
+
+    def killed(model, optimizer, train, config, epoch, *rest):
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return original(model, optimizer, train, config, epoch, *rest)
+
+    monkeypatch.setattr(module, "_train_epoch", killed)
+    part = tmp_path / "part.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        fit(toy_train, None, part, config)
+    monkeypatch.setattr(module, "_train_epoch", original)
+    monkeypatch.setattr(precision, "cpu_gains_from_bfloat16", lambda: True)
+    fit(toy_train, None, part, config, resume=True)
+    assert part.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    assert fit(toy_train, None, tmp_path / "new.safetensors", config).facts["arithmetic"] == "bfloat16"
 
 
 def test_dropout_has_a_seed_of_its_own(toy_train, tmp_path, monkeypatch):
@@ -237,7 +261,7 @@ def test_defaults_of_the_learning_rate():
         ({"optimizer": "lion"}, "unknown optimizer 'lion'; known: sgd, adamw"),
         ({"schedule": "step"}, "unknown schedule 'step'; known: cosine, constant"),
         ({"augment": "mixup"}, "unknown augment 'mixup'; known: crop-flip"),
-        ({"precision": "fp16"}, "unknown precision 'fp16'; known: float32, auto"),
+        ({"precision": "fp16"}, "unknown precision 'fp16'; known: float32, bfloat16, auto"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"batch_size": 1}, "batch_size must be at least 2, got 1"),
         ({"lr": -1.0}, "lr must be positive, got -1.0"),
@@ -281,3 +305,126 @@ def test_a_damaged_state_is_refused(toy_train, tmp_path):
     (tmp_path / "t.state").write_bytes(out.read_bytes())
     with pytest.raises(UsageError, match="not a training state"):
         fit(toy_train, None, out, resume=True)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_what_an_earlier_run_wrote_is_never_overwritten(toy_train, toy_folder, tmp_path):
+    out, one = tmp_path / "t.safetensors", replace(TINY, epochs=1)
+    fit(toy_train, None, out, one, checkpoint_epochs=[1])
+    before = contents(tmp_path)
+    for config in (one, replace(one, seed=1)):
+        with pytest.raises(UsageError, match=r"exists already \(a teacher, convnet3, 1 epochs\).*--resume"):
+            fit(toy_train, None, out, config)
+    with pytest.raises(UsageError, match="exists already"):  # before the data is even opened
+        train_teacher(tmp_path / "nowhere", out=out, arch="convnet3", epochs=1)
+    out.rename(tmp_path / "other.safetensors")
+    with pytest.raises(UsageError, match=r"t-epoch1.safetensors exists already"):
+        fit(toy_train, None, out, replace(one, seed=1), checkpoint_epochs=[1])
+    with pytest.raises(UsageError, match=r"t-epoch1.safetensors belongs to a run with another seed"):
+        fit(toy_train, None, out, replace(one, seed=1), checkpoint_epochs=[1], resume=True)
+    (tmp_path / "other.safetensors").rename(out)
+    assert contents(tmp_path) == before
+    out.write_bytes(b"my notes")
+    for resume, message in ((False, "not a teacher file"), (True, "is no teacher file")):
+        with pytest.raises(UsageError, match=message):
+            fit(toy_train, None, out, one, resume=resume)
+    assert out.read_bytes() == b"my notes"
+
+
+def test_an_unfinished_run_is_kept_unless_it_is_resumed(toy_train, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "t.safetensors"
+    kill_at_write(monkeypatch, 1)
+    with pytest.raises(Killed):
+        fit(toy_train, None, out)
+    monkeypatch.undo()
+    before = (tmp_path / "t.state").read_bytes()
+    with pytest.raises(UsageError, match=r"t.state holds an unfinished run, 1 of 3 epochs: continue"):
+        fit(toy_train, None, out)
+    with pytest.raises(UsageError, match=r"another batch_size \(32, now 16\)"):
+        fit(toy_train, None, out, replace(TINY, batch_size=16), resume=True)
+    with pytest.raises(UsageError, match="has no checkpoint of epoch 1"):
+        fit(toy_train, None, out, checkpoint_epochs=[1], resume=True)
+    assert (tmp_path / "t.state").read_bytes() == before
+    fit_teacher(toy_train, None, TINY, class_names=CLASSES, out=out, resume=True)
+    assert "behind epoch 1 of 3" in capsys.readouterr().err
+    finished = fit_teacher(toy_train, None, TINY, class_names=CLASSES, out=out, resume=True)
+    assert "t.safetensors is finished" in capsys.readouterr().err
+    assert finished.epoch == 3
+    fit_teacher(toy_train, None, TINY, class_names=CLASSES, out=tmp_path / "new.safetensors", resume=True)
+    assert "nothing to resume at" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_state_is_put_aside(toy_train, tmp_path):
+    (tmp_path / "t.state").write_bytes(b"mine")
+    fit(toy_train, None, tmp_path / "t.safetensors", replace(TINY, epochs=2))
+    assert (tmp_path / "t.state.kept-1").read_bytes() == b"mine"
+    assert not (tmp_path / "t.state").exists()
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing may catch it on the way."""
+
+
+def kill_at_write(monkeypatch, whole):
+    """Die at the write behind `whole` whole ones, half of its bytes on the disk, as SIGKILL leaves them."""
+    original, left = module.atomic_write_bytes, [whole]
+
+    def dying(path, data):
+        left[0] -= 1
+        if left[0] < 0:
+            temporary_path(path).write_bytes(data[: len(data) // 2])
+            raise Killed
+        original(path, data)
+
+    monkeypatch.setattr(module, "atomic_write_bytes", dying)
+
+
+def test_a_run_killed_while_it_writes_resumes_to_the_same_bytes(toy_train, tmp_path, monkeypatch):
+    small, config = ImageSet(toy_train.images[::4], toy_train.labels[::4]), replace(TINY, epochs=3)
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "part").mkdir()
+    fit(small, None, tmp_path / "whole" / "t.safetensors", config, checkpoint_epochs=[1, 3])
+    out = tmp_path / "part" / "t.safetensors"
+    for whole in (0, 1, 2, 1, 1):  # dies in the checkpoint, both states, the last checkpoint and the teacher
+        kill_at_write(monkeypatch, whole)
+        with pytest.raises(Killed):
+            fit(small, None, out, config, checkpoint_epochs=[1, 3], resume=True)
+        monkeypatch.undo()
+    assert sorted(contents(tmp_path / "part"))[-3:] == [
+        "t-epoch1.safetensors",
+        "t-epoch3.safetensors",
+        "t.state",
+    ]
+    assert [path for path in (tmp_path / "part").iterdir() if ".tmp-" in path.name]
+    fit(small, None, out, config, checkpoint_epochs=[1, 3], resume=True)
+    assert contents(tmp_path / "part") == contents(tmp_path / "whole")
+
+
+def test_a_resumed_run_keeps_its_threads(toy_train, tmp_path, monkeypatch):
+    before = torch.get_num_threads()
+    kill_at_write(monkeypatch, 1)
+    with pytest.raises(Killed):
+        fit(toy_train, None, tmp_path / "t.safetensors")
+    monkeypatch.undo()
+    torch.set_num_threads(before + 1)
+    try:
+        teacher = fit(toy_train, None, tmp_path / "t.safetensors", resume=True)
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+    assert teacher.facts["threads"] == before
+
+
+def test_a_default_dtype_of_float64_changes_nothing(toy_train, toy_test, tmp_path):
+    fit(toy_train, toy_test, tmp_path / "one.safetensors")
+    torch.set_default_dtype(torch.float64)
+    try:
+        fit(toy_train, toy_test, tmp_path / "two.safetensors")
+        assert torch.get_default_dtype() == torch.float64
+        assert create_model("convnet3", 3, SIZE).classifier.weight.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()

@@ -1,0 +1,41 @@
+import pytest
+import torch
+
+from ddfast.ops import _dispatch, normal_quantiles, reference
+from tests.kernels.harness import WHERE, run_each
+from tests.ops import layouts
+
+OPS = {op.name: f"{op.triton}.{op.name}" for op in _dispatch._OPS.values() if op.triton is not None}
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_every_argument_may_lie_in_memory_in_any_way(where):
+    cases = [(op, what, given) for op in sorted(OPS) for what, given in layouts.together(op)]
+    results = run_each([(OPS[op], given) for op, _, given in cases], where=where)
+    for (op, what, given), found in zip(cases, results, strict=True):
+        expected = getattr(reference, op)(*layouts.contiguous(given))
+        found, expected = (r if isinstance(r, tuple | list) else (r,) for r in (found, expected))
+        for one, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(
+                one, wanted, rtol=1e-4, atol=1e-4, msg=lambda text, at=f"{op}, {what}": f"{at}: {text}"
+            )
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_a_fine_grid_over_a_long_image_overflows_no_index(where):
+    """Rows of cells times pixels is more than 2^31, which the image itself is not."""
+    rows, long = 50_000, 2**26
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(1, 1, rows, 1, generator=generator)
+    coalitions = torch.rand(1, rows, generator=generator) < 0.5
+    masked = (images, coalitions, torch.zeros(1), None, None, rows, 1, torch.float32)
+    phi, ids = torch.randn(2, 64, generator=generator), torch.tensor([3, 4])
+    boxes = (phi, ids, normal_quantiles(), 7, 64, 1, [1], 2, True, 0.5, long, 1, [2**20], [1], 1.0)
+    calls = [("masked_batch.masked_batch", masked), ("noisy_crop_boxes.noisy_crop_boxes", boxes)]
+    for found, expected in zip(
+        run_each(calls, where=where),
+        (reference.masked_batch(*masked), reference.noisy_crop_boxes(*boxes)),
+        strict=True,
+    ):
+        assert torch.equal(found, expected)
+    assert int(expected.max()) > 2**25
