@@ -356,7 +356,8 @@ class WideConvolution {
     depthwise_ = conv.group_channels() == 1 && conv.group_outputs() == 1 && kTerms == 1;
     if (depthwise_) form_ = Form::kDirect;
     steps_ = (conv.out_width + kTerms - 1) / kTerms;
-    if (conv.groups == 1 && conv.dilation[1] == 1) {
+    // A kernel's row is one run, but not where channels are multiplied one by one: each tap has sums of its own then.
+    if (conv.groups == 1 && conv.dilation[1] == 1 && !depthwise_) {
       for (int64_t ky = 0; ky < conv.kernel[0]; ++ky) {
         runs_.push_back({ky * conv.dilation[0] * width_ * conv.channels, conv.kernel[1] * conv.channels});
       }
