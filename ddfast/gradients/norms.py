@@ -164,18 +164,22 @@ def vmap_norms(model: nn.Module, images: Tensor, labels: Tensor) -> NormsAndLogi
     """
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise UnservedModel("TorchScript, which torch.func does not transform")
-    own = {id(parameter): parameter.detach() for parameter in model.parameters()}
-    parameters = {key: parameter for key, parameter in own.items() if parameter.is_floating_point()}
 
     def sample_loss(parameters: dict[int, Tensor], image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         with substituted(model, {**own, **parameters}):
             logits = _logits(model(image[None]), 1)
         return _cross_entropy(logits, label[None]), logits[0]
 
-    with untouched(model, parameters=True), torch.enable_grad():
-        with torch.autocast(images.device.type, enabled=False), _ContiguousGradients():
-            per_sample = vmap(grad(sample_loss, has_aux=True), in_dims=(None, 0, 0))
-            gradients, logits = per_sample(parameters, images.clone(), labels)
+    with (
+        untouched(model, parameters=True),
+        torch.enable_grad(),
+        torch.autocast(images.device.type, enabled=False),
+        _ContiguousGradients(),
+    ):
+        own = {id(parameter): parameter.detach() for parameter in model.parameters()}
+        parameters = {key: parameter for key, parameter in own.items() if parameter.is_floating_point()}
+        per_sample = vmap(grad(sample_loss, has_aux=True), in_dims=(None, 0, 0))
+        gradients, logits = per_sample(parameters, images.clone(), labels)
     return _norm(gradients.values(), images), logits
 
 
@@ -204,7 +208,7 @@ def loop_norms(model: nn.Module, images: Tensor, labels: Tensor) -> NormsAndLogi
 
 
 def _gradients(
-    model: nn.Module, image: Tensor, label: Tensor, logits: Tensor, parameters: list[Tensor]
+    model: nn.Module, image: Tensor, label: Tensor, logits: Tensor, parameters: Sequence[Tensor]
 ) -> Sequence[Tensor | None]:
     """The gradient of one image's loss, for each parameter; None where it has none."""
     loss = _cross_entropy(logits, label)

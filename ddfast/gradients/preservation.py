@@ -32,18 +32,20 @@ def untouched(model: nn.Module, *, parameters: bool) -> Iterator[None]:
     saved = [(container, _copied(container)) for container in containers]
     own = {id(parameter): parameter for parameter in model.parameters()}
     tensors = {id(t): t for t in _tensors(model, containers) if parameters or id(t) not in own}
-    values: list[tuple[Tensor, Tensor]] = []
+    values: list[tuple[Tensor, Tensor, int]] = []
     generators = [(g, g.get_state()) for c in containers for g in _items(c) if isinstance(g, torch.Generator)]
     try:
         for tensor in tensors.values():
             if _copies(tensor):
                 value = tensor.data
                 tensor.data = value.clone()
-                values.append((tensor, value))
+                values.append((tensor, value, tensor._version))
         yield
     finally:
-        for tensor, value in values:
+        for tensor, value, version in values:
             tensor.data = value
+            if tensor._version != version:  # a graph that waits for its backward pass would take it for changed
+                torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
         for generator, state in generators:
             generator.set_state(state)
         for container, copy in saved:
