@@ -699,7 +699,11 @@ Tensor grad_sq_norm_linear(const Tensor& input, const Tensor& grad_output, bool 
     if (positions > 1 && inputs > 0) {  // the convolution of a row of pixels with kernels of one pixel
       const Convolution conv{inputs, 1, positions, outputs, 1, positions, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 1};
       const bool striped = conv.form() == Form::kDirect && gram_is_cheaper(positions, inputs, outputs);
-      if (!striped && wide_sq_norms(conv, input, grad_output, bias, norms)) return;
+      // Of four dimensions they would be taken for [B, C, H, W].
+      const auto as_rows = [&](const Tensor& rows, int64_t width) {
+        return torch::stable::view(torch::stable::contiguous(rows), {samples, positions, width});
+      };
+      if (!striped && wide_sq_norms(conv, as_rows(input, inputs), as_rows(grad_output, outputs), bias, norms)) return;
     }
     for_each_sample<Sum>(samples, norms, [&](int64_t b) -> double {
       if (positions == 0) return 0;

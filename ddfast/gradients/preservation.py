@@ -44,7 +44,9 @@ def untouched(model: nn.Module, *, parameters: bool) -> Iterator[None]:
     finally:
         for tensor, value, version in values:
             tensor.data = value
-            if tensor._version != version:  # a graph that waits for its backward pass would take it for changed
+            if (
+                tensor._version != version
+            ):  # a graph that waits for its backward pass would take it for changed
                 torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
         for generator, state in generators:
             generator.set_state(state)
