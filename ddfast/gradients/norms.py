@@ -377,8 +377,8 @@ def _check_arguments(
         raise ValueError("images and labels must hold values, got a tensor on the meta device")
     if len(labels) and int(labels.min()) < 0:
         raise ValueError(f"labels must be classes, 0 or more, got {int(labels.min())}")
-    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
+        raise ValueError(f"chunk_size must be a whole number from 1 on, got {chunk_size}")
 
 
 def _prepared(

@@ -690,7 +690,7 @@ def test_layers_that_do_not_mind_may_be_in_training_mode():
             {"labels": torch.zeros(4, dtype=torch.int64)},
             r"labels must be int64 \[5\], .* got torch.int64 \(4,\)",
         ),
-        ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
+        ({"chunk_size": 0}, "chunk_size must be a whole number from 1 on, got 0"),
         ({"mean": (0.5,)}, r"mean and std must be \[C\] for images \[B, C, H, W\], got \(1,\)"),
     ],
 )

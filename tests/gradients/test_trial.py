@@ -103,9 +103,13 @@ CHANGES = {
     "closure": lambda model: setattr(model, "closed", (lambda value: lambda: value[0])([True])),
     "global": lambda model: globals().update(MIXES=True),
     "forward": replace_forward,
-    "hook": lambda model: model.layers.register_forward_hook(lambda m, a, out: out - out.mean(0) + out.square()),
+    "hook": lambda model: model.layers.register_forward_hook(
+        lambda m, a, out: out - out.mean(0) + out.square()
+    ),
     "a method of the class": lambda model: setattr(
-        Switched, "body", lambda self, x: Mixing.body(types.SimpleNamespace(layers=self.layers, how="mean"), x)
+        Switched,
+        "body",
+        lambda self, x: Mixing.body(types.SimpleNamespace(layers=self.layers, how="mean"), x),
     ),
 }
 
@@ -155,7 +159,9 @@ class Chance(Head):
 @pytest.mark.parametrize("how", ["dropout", "noise", "rare", "python"])
 def test_a_model_that_returns_something_else_each_time_is_refused(how, method):
     torch.manual_seed(0)
-    with pytest.raises(ValueError, match=r"Chance\) returns other logits for the same images each time.*chance"):
+    with pytest.raises(
+        ValueError, match=r"Chance\) returns other logits for the same images each time.*chance"
+    ):
         grad_norm(Chance(how).eval(), torch.rand(5, 3, 6, 6), LABELS, method)
 
 
