@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
+_CONSTANTS = (type(None), bool, int, str)  # most attributes are
+_CONTAINERS = (dict, OrderedDict, list, tuple, set)
 _DEPTH = 6  # of containers and objects within each other
 _COUNT = 100_000  # of values; beyond, an object is known by its identity
 
@@ -42,6 +45,9 @@ class _View:
         return id(kind), of_class, self.value(vars(module), 0)
 
     def value(self, value: Any, depth: int) -> Any:
+        kind = type(value)
+        if kind in _CONSTANTS or (kind in _CONTAINERS and not value):
+            return value if kind in _CONSTANTS else kind.__name__
         self.left -= 1
         if isinstance(value, _PLAIN):
             return type(value).__name__, repr(value) if isinstance(value, float | complex) else value

@@ -12,6 +12,7 @@ import sys
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from operator import is_
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,12 +29,12 @@ def untouched(model: nn.Module, *, parameters: bool) -> Iterator[None]:
 
     Values stay in the memory that they have: for the time of the context the model's tensors have copies of them.
     """
-    containers = list(_containers(model))
-    saved = [(container, _copied(container)) for container in containers]
+    containers = _containers(model)
+    saved = _Saved(containers)
     own = {id(parameter): parameter for parameter in model.parameters()}
     tensors = {id(t): t for t in _tensors(model, containers) if parameters or id(t) not in own}
     values: list[tuple[Tensor, Tensor, int]] = []
-    generators = [(g, g.get_state()) for c in containers for g in _items(c) if isinstance(g, torch.Generator)]
+    generators = [(g, g.get_state()) for c in containers for g in _items(c) if type(g) is torch.Generator]
     try:
         for tensor in tensors.values():
             if _copies(tensor):
@@ -50,8 +51,7 @@ def untouched(model: nn.Module, *, parameters: bool) -> Iterator[None]:
                 torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
         for generator, state in generators:
             generator.set_state(state)
-        for container, copy in saved:
-            _restore(container, copy)
+        saved.restore()
 
 
 @contextmanager
@@ -63,9 +63,10 @@ def substituted(model: nn.Module, substitutes: Mapping[int, Tensor]) -> Iterator
         substitutes: what stands for a tensor of the model, by the tensor's `id`, wherever the model keeps it: under
             several names, or in a list as a recurrent layer does.
     """
-    saved = [(container, _copied(container)) for container in _containers(model)]
+    containers = [container for container in _containers(model) if container]
+    saved = _Saved(containers)
     try:
-        for container, _ in saved:
+        for container in containers:
             if isinstance(container, dict):
                 for name, value in container.items():
                     container[name] = _substitute(value, substitutes)
@@ -73,14 +74,13 @@ def substituted(model: nn.Module, substitutes: Mapping[int, Tensor]) -> Iterator
                 container[:] = [_substitute(value, substitutes) for value in container]
         yield
     finally:
-        for container, copy in saved:
-            _restore(container, copy)
+        saved.restore()
 
 
 @contextmanager
 def without_inference_tensors(model: nn.Module) -> Iterator[None]:
     """Context in which copies stand for a model's inference tensors, which autograd cannot save."""
-    tensors = {id(t): t for t in _tensors(model, list(_containers(model))) if t.is_inference()}
+    tensors = {id(t): t for t in _tensors(model, _containers(model)) if t.is_inference()}
     if not tensors:
         yield
         return
@@ -122,26 +122,33 @@ def differentiable(parameters: Iterable[Tensor]) -> Iterator[None]:
                 parameter._backward_hooks = hooks
 
 
-def _containers(model: nn.Module) -> Iterator[Any]:
+def _containers(model: nn.Module) -> list[Any]:
     """Every container that the modules' attributes are, or hold through containers alone."""
-    seen: set[int] = set()
+    found: list[Any] = []
     waiting: list[Any] = [vars(m) for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    seen = {id(container) for container in waiting}
     while waiting:
-        value = waiting.pop()
-        if isinstance(value, SimpleNamespace):
-            value = vars(value)
-        if isinstance(value, tuple):
-            waiting.extend(value)
-        elif type(value) in _CONTAINERS and id(value) not in seen:
-            seen.add(id(value))
-            waiting.extend(_items(value))
-            yield value
+        container = waiting.pop()
+        found.append(container)
+        for value in container.values() if isinstance(container, dict) else container:
+            kind = type(value)
+            if kind is SimpleNamespace:
+                value, kind = vars(value), dict
+            if kind is tuple:
+                waiting.append(value)
+            elif kind in _CONTAINERS and id(value) not in seen:
+                seen.add(id(value))
+                waiting.append(value) if value else found.append(value)
+    return [container for container in found if type(container) is not tuple]
 
 
 def _tensors(model: nn.Module, containers: list[Any]) -> Iterator[Tensor]:
     for container in containers:
-        for value in _items(container):
-            yield from (v for v in (value if isinstance(value, tuple) else [value]) if isinstance(v, Tensor))
+        for value in _items(container) if container else ():
+            if isinstance(value, Tensor):
+                yield value
+            elif type(value) is tuple:
+                yield from (v for v in value if isinstance(v, Tensor))
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule):
             yield from module.parameters(recurse=False)
@@ -158,26 +165,40 @@ def _copies(tensor: Tensor) -> bool:
     return plain and tensor.grad_fn is None and not tensor.is_inference()
 
 
-def _copied(container: Any) -> Any:
-    return dict(container) if isinstance(container, dict) else type(container)(container)
+class _Saved:
+    """What containers hold."""
+
+    def __init__(self, containers: list[Any]) -> None:
+        self.empty = [container for container in containers if not container]
+        self.filled = [
+            (container, dict(container) if isinstance(container, dict) else type(container)(container))
+            for container in containers
+            if container
+        ]
+
+    def restore(self) -> None:
+        """Make the containers hold that again, each in its place in memory."""
+        for container in self.empty:
+            if container:
+                container.clear()
+        for container, copy in self.filled:
+            if _same(container, copy):
+                continue
+            container.clear()
+            if isinstance(container, dict | set):
+                container.update(copy)
+            else:
+                container.extend(copy)
 
 
-def _restore(container: Any, copy: Any) -> None:
+def _same(container: Any, copy: Any) -> bool:
+    if len(container) != len(copy):
+        return False
+    if isinstance(container, set):
+        return container == copy
     if isinstance(container, dict):
-        same = list(container) == list(copy)
-    else:
-        same = len(container) == len(copy)
-    if same and not isinstance(container, set):
-        same = all(a is b for a, b in zip(_items(container), _items(copy), strict=True))
-    elif same:
-        same = container == copy
-    if same:
-        return
-    container.clear()
-    if isinstance(container, dict | set):
-        container.update(copy)
-    else:
-        container.extend(copy)
+        return container.keys() == copy.keys() and all(map(is_, container.values(), copy.values()))
+    return all(map(is_, container, copy))
 
 
 def _substitute(value: Any, substitutes: Mapping[int, Tensor]) -> Any:
