@@ -25,7 +25,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from ddfast.gradients.layers import LAYERS, Conv2d, Layer, squared
-from ddfast.gradients.preservation import untouched
+from ddfast.gradients.preservation import tensors_of, untouched
 from ddfast.ops.reference import accumulation_dtype
 
 
@@ -108,13 +108,14 @@ class _ParameterUses(TorchFunctionMode):
         self.count: Counter[int] = Counter()  # uses of each parameter
         self.anchor = torch.zeros((), requires_grad=True)  # see _Tap
         self.shared: dict[int, Tensor] = {}  # per-sample gradients of parameters with more than one use
+        self.kept = {id(tensor) for tensor in tensors_of(model)}
         self.refusal: str | None = None
         self.squares: Tensor
 
     def marked(self, result: Any) -> Any:
         """A result that depends on the images, marked so."""
         for value in _values(result):
-            if isinstance(value, Tensor) and id(value) not in self.owners:
+            if isinstance(value, Tensor) and id(value) not in self.kept:
                 value._ddfast_of_images = True  # type: ignore[attr-defined]
         return result
 

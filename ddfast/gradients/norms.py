@@ -23,7 +23,7 @@ from ddfast.gradients.preservation import (
     untouched,
     without_inference_tensors,
 )
-from ddfast.gradients.trial import Trial
+from ddfast.gradients.trial import Trial, raised
 from ddfast.ops.reference import accumulation_dtype
 
 METHODS = ("auto", "ghost", "vmap", "loop", "last_layer")
@@ -303,7 +303,7 @@ def _dispatched(
         ]
         return torch.cat([norms for norms, _ in parts]), torch.cat([logits for _, logits in parts])
 
-    trial = Trial.of(model, prepare(images[: chunk_size or _CHUNK]), _forward, loop_norms)
+    trial = Trial(model, prepare(images[: chunk_size or _CHUNK]), _forward, loop_norms)
     if int(labels.max()) >= trial.classes:
         raise ValueError(
             f"labels must be classes from 0 to {trial.classes - 1}, the model's outputs, got {int(labels.max())}"
@@ -322,6 +322,13 @@ def _dispatched(
             return in_chunks(partial(trial.held, name, norms_by[name]), defaults[name])
         except UnservedModel as reason:  # a use that the trial did not show
             trial.refusals[name] = str(reason)
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:
+            found = in_chunks(loop_norms, _CHUNK)  # where the model itself fails, so does this
+            trial.refusals[name] = raised(error)
+            trial.warn(chain, "loop")
+            return found
     trial.warn(chain, "loop")
     return in_chunks(loop_norms, _CHUNK)
 

@@ -77,10 +77,15 @@ def substituted(model: nn.Module, substitutes: Mapping[int, Tensor]) -> Iterator
         saved.restore()
 
 
+def tensors_of(model: nn.Module) -> list[Tensor]:
+    """Every tensor that a model keeps: its parameters and buffers, and those in its attributes."""
+    return list(_tensors(model, _containers(model)))
+
+
 @contextmanager
 def without_inference_tensors(model: nn.Module) -> Iterator[None]:
     """Context in which copies stand for a model's inference tensors, which autograd cannot save."""
-    tensors = {id(t): t for t in _tensors(model, _containers(model)) if t.is_inference()}
+    tensors = {id(t): t for t in tensors_of(model) if t.is_inference()}
     if not tensors:
         yield
         return

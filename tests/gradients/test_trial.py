@@ -165,6 +165,40 @@ def test_a_model_that_returns_something_else_each_time_is_refused(how, method):
         grad_norm(Chance(how).eval(), torch.rand(5, 3, 6, 6), LABELS, method)
 
 
+class AtMost(Head):
+    def body(self, x):
+        assert len(x) <= 2, "two at most"
+        return self.layers(x)
+
+
+def test_what_raises_at_the_chunks_size_ends_in_the_loop():
+    torch.manual_seed(0)
+    model, images = AtMost(conv()).eval(), torch.rand(5, 3, 6, 6)
+    said = check(model, images, LABELS)
+    assert len(said) == 1
+    assert (
+        "the ghost method does not serve AtMost, using the loop over images: it raises AssertionError: two"
+        in said[0]
+    )
+    assert check(AtMost(conv()).eval(), images, LABELS, chunk_size=2) == []
+
+
+def test_an_image_that_the_model_refuses_is_the_models_own_error():
+    class Picky(Head):
+        def body(self, x):
+            if not x.sum().isfinite():
+                raise OverflowError("not finite")
+            return self.layers(x)
+
+    torch.manual_seed(0)
+    model, images = Picky(conv()).eval(), torch.rand(5, 3, 6, 6)
+    check(model, images, LABELS)
+    images[4] = float("inf")
+    with pytest.raises(OverflowError, match="not finite"):
+        grad_norm(model, images, LABELS)
+    check(model, images[:4], LABELS[:4])
+
+
 def test_numbers_drawn_in_vain_do_no_harm():
     torch.manual_seed(0)
     model, images = Head(conv()).eval(), torch.rand(5, 3, 6, 6)
