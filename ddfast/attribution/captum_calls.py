@@ -138,7 +138,7 @@ class KernelShapCall:
         cells = grid_game is not None and torch.equal(grid_game.players, torch.arange(self.d))
         plan = make_plan(estimator, grid_game.grid if grid_game and cells else self.d, self.n_samples, seeds)
         phi = torch.zeros(self.streams, self.d, dtype=torch.float64)
-        empty = torch.zeros(0)
+        empty = torch.zeros(0, dtype=torch.float64)
         with self._progress(self.streams * plan.size) as advance:
             for start in range(0, plan.size, _PLAN_ROWS):
                 coalitions, projection = plan.rows(start, min(start + _PLAN_ROWS, plan.size))

@@ -72,7 +72,7 @@ def grad_cam(
     not_finite = torch.zeros((), dtype=torch.int64, device=images.device)
 
     def checked_scores(inputs: Tensor) -> Tensor:
-        scores = model(inputs)
+        scores = model(inputs.clone())  # it may write to what it is given
         check_scores(scores, len(inputs))
         check_labels(labels, scores.shape[1])
         not_finite.add_((~scores.isfinite()).any(dim=1).sum())
@@ -83,7 +83,7 @@ def grad_cam(
     average_rows = _cell_average(images.shape[2], rows).to(images.device)
     average_cols = _cell_average(images.shape[3], cols).to(images.device)
 
-    cells = [torch.empty(0, rows * cols, device=images.device)]
+    cells = [torch.empty(0, rows * cols, dtype=torch.float32, device=images.device)]
     for part, target in zip(images.split(chunk), labels.split(chunk), strict=True):
         if not len(part):
             continue
@@ -128,4 +128,4 @@ def _cell_average(size: int, cells: int) -> Tensor:
     ends = torch.arange(cells + 1) * size // cells
     pixel = torch.arange(size)
     inside = (pixel >= ends[:-1, None]) & (pixel < ends[1:, None])
-    return inside / inside.sum(dim=1, keepdim=True)
+    return inside.float() / inside.sum(dim=1, keepdim=True).float()
