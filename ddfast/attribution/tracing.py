@@ -137,8 +137,8 @@ def _compare_calls(model: nn.Module, graph: fx.GraphModule, images: Tensor) -> N
     """Raise where the graph does not make the model's calls: a stand-in passed for a tensor, or did not."""
     try:
         given, made = recorded(graph, images.clone(), model)
-    except TRACE_ERRORS as error:
-        raise CannotTraceError(f"the traced graph cannot be run: {_first_line(error)}") from error
+    except TRACE_ERRORS:
+        return  # whoever runs it node by node says which one fails
     result, wanted = recorded(model, images.clone(), model)
     if isinstance(given, Tensor) and isinstance(result, Tensor) and not torch.equal(given, result):
         allowed = 1e-3 * result.abs().amax()
