@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ddfast.attribution.estimators import Plan, make_plan
 from ddfast.attribution.flight import Flight
 from ddfast.attribution.forward import Forward, assemble, made_up_image, players_of, prepare
-from ddfast.attribution.inspection import Inspection, RandomStates, alike, check_rows, inspect, look
+from ddfast.attribution.inspection import Inspection, alike, check_rows, inspect, look
+from ddfast.attribution.random_states import RandomStates
 from ddfast.attribution.validation import (
     as_tensors,
     check_baseline,
@@ -280,7 +281,12 @@ class _ImageGame:
                 self.inspection = Inspection(full, scores, None, calls, False)
                 return
             half = self._masked(slice(last, last + 1), (torch.arange(d) % 2 == 0)[None], self.dtype)
-            other = made_up_image((full.shape[1], full.shape[2], full.shape[3]))[None].to(full)
+            if full.is_cuda:  # an index that a made-up value leads to may end the process there
+                other = full.flip(-1)
+            else:
+                # Larger than the others, so that a maximum over the batch is seen as well as a mean.
+                scale = 2 * torch.maximum(full.abs().amax(), half.abs().amax()).clamp(min=0.5)
+                other = scale * made_up_image((full.shape[1], full.shape[2], full.shape[3]))[None].to(full)
             images = torch.cat([half, full, other]).contiguous(memory_format=torch.channels_last)
             self.inspection = inspect(self.model, images, self.labels, self.chunk)
 

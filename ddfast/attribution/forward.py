@@ -25,8 +25,8 @@ from torch import Tensor, fx, nn
 
 from ddfast.attribution import folding, locality, tracing
 from ddfast.attribution.call_log import Log
-from ddfast.attribution.inspection import RandomStates
 from ddfast.attribution.locality import Cut, Locality
+from ddfast.attribution.random_states import RandomStates
 from ddfast.attribution.validation import check_model
 from ddfast.ops import assemble_masked_features
 from ddfast.ops.precision import autocast, resolve_precision
@@ -80,7 +80,9 @@ class Forward:
         with autocast(self.precision, masked.device):
             values: tuple[Tensor, ...] = (masked,)
             for stage in self.stages:
-                values = self._run(stage.function if once and isinstance(stage, CudaGraphs) else stage, values)
+                values = self._run(
+                    stage.function if once and isinstance(stage, CudaGraphs) else stage, values
+                )
         return values[0]
 
     def variants(

@@ -7,22 +7,23 @@ for a model has to give what the model gives. Both are looked at in every call, 
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ddfast.attribution.call_log import Log, recorded
+from ddfast.attribution.random_states import RandomStates, equal_states
 from ddfast.attribution.tracing import is_compiled
 from ddfast.attribution.validation import check_labels, check_scores
 
 _RUNS = 8
-_SMALL_DRAW = 4096  # numbers; a call that draws fewer is repeated often, as one rare event may decide its result
+_SMALL_DRAW = (
+    4096  # numbers; a call that draws fewer is repeated often, as one rare event may decide its result
+)
 
 _BATCH_ADVICE = (
     "Shapley values are of one image at a time: give layers that normalise over the batch running statistics, "
@@ -54,7 +55,7 @@ def inspect(model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, c
 
     Args:
         model: module in eval mode, or function.
-        images: [3, C, H, W] as the model takes them; no two alike.
+        images: [3, C, H, W] as the model takes them, the last one made up; no two alike.
         labels: int64 [B], which have to be classes of the model.
         chunk: masked images in one forward pass, later on.
 
@@ -67,13 +68,7 @@ def inspect(model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, c
         before = states.now()
         alone = _alone(model, images)
         check_labels(labels, alone.shape[1])
-        try:
-            scores, calls = look(model, images)
-        except Exception:
-            if chunk > 1:
-                raise
-            # Every pass takes one image, and one is all that the model takes.
-            scores, calls = alone.expand(3, -1), None
+        scores, calls, images = _together(model, images, alone if chunk == 1 else None)
         check_scores(scores, 3)
         draws = states.differ(before)
         if draws and _draws_decide(model, images):
@@ -131,7 +126,9 @@ def _rounding(model: Callable[[Tensor], Tensor], images: Tensor, row: int) -> fl
     given, moved = _row(model, images, row), 0.0
     size = max(float(images[row].abs().amax()), 1.0) * torch.finfo(images.dtype).eps * 8
     for phase in range(3):
-        pattern = torch.arange(images[row].numel(), device=images.device).add(phase).sin().view(images[row].shape)
+        pattern = (
+            torch.arange(images[row].numel(), device=images.device).add(phase).sin().view(images[row].shape)
+        )
         other = images.clone()
         other[row] += (size * pattern).to(images.dtype)
         moved = max(moved, float((_row(model, other, row) - given).abs().amax()))
@@ -155,6 +152,25 @@ def alike(given: Tensor, wanted: Tensor, *, fine: bool = False, low: bool = Fals
     given, wanted = given.double(), wanted.double()
     difference, scale = (given - wanted).abs(), wanted.abs().amax()
     return not bool((difference > allowed * scale.clamp(min=1e-30)).any())
+
+
+def _together(
+    model: Callable[[Tensor], Tensor], images: Tensor, alone: Tensor | None
+) -> tuple[Any, Log | None, Tensor]:
+    """Scores of the images together, the calls, and the images; `alone`: scores for a model that takes one only."""
+    try:
+        return *look(model, images), images
+    except Exception as error:
+        try:
+            # Perhaps the one that is made up has values that no image has: the second, mirrored, in its place.
+            images = images.clone()
+            images[2] = images[1].flip(-1)
+            return *look(model, images), images
+        except Exception:
+            if alone is None:
+                raise error from None
+            # Every pass takes one image, and one is all that the model takes.
+            return alone.expand(3, -1), None, images
 
 
 def _alone(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
@@ -183,44 +199,6 @@ def _first_line(error: Exception) -> str:
 
 
 # --- random numbers
-
-
-class RandomStates:
-    """The generators that a model may draw from: torch's, numpy's and Python's."""
-
-    def __init__(self) -> None:
-        self._first = self.now()
-
-    @staticmethod
-    def now() -> tuple[Any, ...]:
-        """Their states."""
-        gpu = ()
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            gpu = (torch.cuda.get_rng_state(),)
-        return torch.get_rng_state(), random.getstate(), np.random.get_state(), *gpu
-
-    def differ(self, before: tuple[Any, ...]) -> bool:
-        """Whether one of them has drawn since."""
-        return not _equal(self.now(), before)
-
-    def restore(self) -> None:
-        """Set them back to where they were when this was made, where they are not there."""
-        now = self.now()
-        if _equal(now, self._first):
-            return
-        torch.set_rng_state(self._first[0])
-        random.setstate(self._first[1])
-        np.random.set_state(self._first[2])
-        if len(self._first) > 3:
-            torch.cuda.set_rng_state(self._first[3])
-
-
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, tuple):
-        return len(one) == len(other) and all(_equal(a, b) for a, b in zip(one, other, strict=True))
-    if isinstance(one, Tensor):
-        return torch.equal(one, other)
-    return bool(np.array_equal(one, other)) if isinstance(one, np.ndarray) else one == other
 
 
 def _draws_decide(model: Callable[[Tensor], Tensor], images: Tensor) -> bool:
@@ -263,7 +241,7 @@ class _Chance(TorchFunctionMode):
         state = _device_states()
         result = function(*args, **kwargs)
         depends = any(id(t) in self.tainted for t in read)
-        if not depends and not _equal(_device_states(), state):
+        if not depends and not equal_states(_device_states(), state):
             depends = any(map(_changed, read, kept)) or _varies(function, args, kwargs, result)
         if depends:
             given = _tensors_of(result)

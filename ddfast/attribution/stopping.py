@@ -18,7 +18,8 @@ from ddfast.attribution.designs import kept_rounds
 from ddfast.attribution.engine import DEFAULT_CHUNK_SIZE, Channels, _ImageGame
 from ddfast.attribution.estimators import relabellings
 from ddfast.attribution.game_prior import GamePrior, Grid
-from ddfast.attribution.inspection import Inspection, RandomStates
+from ddfast.attribution.inspection import Inspection
+from ddfast.attribution.random_states import RandomStates
 from ddfast.attribution.validation import (
     as_tensors,
     check_baseline,

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as module_hooks
 
 from ddfast.attribution.call_log import recorded
+from ddfast.attribution.random_states import RandomStates
 
 # A forward written for tensors may raise anything when it meets the tracer's stand-ins.
 TRACE_ERRORS = (Exception,)
@@ -103,14 +104,15 @@ def trace(model: Callable[[Tensor], Tensor], images: Tensor | None = None) -> fx
     if {id(module) for module in model.modules()} & {id(module) for module in entry.modules()}:
         raise CannotTraceError("the model's modules do not let themselves be copied")
     before = _kept(entry)
-    random = torch.get_rng_state()
+    states = RandomStates()
+    drawn = states.now()
     try:
         with _ONE_TRACE:
             graph = _Tracer().trace(entry)
     except TRACE_ERRORS as error:
         raise CannotTraceError(f"torch.fx cannot trace the model: {_first_line(error)}") from error
-    if not torch.equal(random, torch.get_rng_state()):
-        torch.set_rng_state(random)
+    if states.differ(drawn):
+        states.restore()
         raise CannotTraceError("the model's forward draws random numbers")
     changed = [name for name, value in _kept(entry).items() if before.get(name) != value]
     if changed:
@@ -147,7 +149,9 @@ def _compare_calls(model: nn.Module, graph: fx.GraphModule, images: Tensor) -> N
     for call, own in zip_longest(made, wanted):
         if call != own:
             name = (own or call)[0]
-            raise CannotTraceError(f"the model's forward does otherwise than its trace, at its call of {name}")
+            raise CannotTraceError(
+                f"the model's forward does otherwise than its trace, at its call of {name}"
+            )
 
 
 def fingerprint(model: nn.Module) -> int:

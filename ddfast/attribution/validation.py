@@ -82,6 +82,8 @@ def check_finite(bad: int, evaluated: int, what: str) -> None:
 
 def check_model(model: Callable[[Tensor], Tensor], images: Tensor | None = None) -> None:
     """Every module is in eval mode and the parameters are where the images are."""
+    if not callable(model):
+        raise ValueError(f"model must be a module or a function of images, got {type(model).__name__}")
     if not isinstance(model, nn.Module):
         return
     for name, module in model.named_modules():
