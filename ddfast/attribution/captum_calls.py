@@ -138,7 +138,7 @@ class KernelShapCall:
         cells = grid_game is not None and torch.equal(grid_game.players, torch.arange(self.d))
         plan = make_plan(estimator, grid_game.grid if grid_game and cells else self.d, self.n_samples, seeds)
         phi = torch.zeros(self.streams, self.d, dtype=torch.float64)
-        empty = torch.zeros(0)
+        empty = torch.zeros(0, dtype=torch.float64)
         with self._progress(self.streams * plan.size) as advance:
             for start in range(0, plan.size, _PLAN_ROWS):
                 coalitions, projection = plan.rows(start, min(start + _PLAN_ROWS, plan.size))
@@ -300,7 +300,9 @@ class ShapleyCall:
             masks,
             int(self.player.max()) + 1,
         )
-        empty = _refusals_go_to_captum(self.game.run, full_baselines, target, additional)
+        # The forward function may write to what it is given.
+        own = tuple(base.clone() for base in full_baselines)
+        empty = _refusals_go_to_captum(self.game.run, own, target, additional)
         empty = empty.reshape(1) if isinstance(empty, Tensor) and empty.dim() == 0 else empty
         _find_output_mode_and_verify(
             empty, self.game.examples, perturbations_per_eval, masks, allow_multi_outputs=True
@@ -478,6 +480,9 @@ def _run(
     target: Any,
     additional: tuple[Any, ...] | None,
 ) -> Any:
+    if additional is not None:
+        # The forward function may write to them, and the next coalition needs them as they were.
+        additional = tuple(value.clone() if isinstance(value, Tensor) else value for value in additional)
     return _run_forward(forward_func, inputs, target, additional)
 
 

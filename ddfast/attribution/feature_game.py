@@ -347,6 +347,7 @@ class GridGame(FeatureGame):
             "float32",
             evaluations=self.evaluations,
             chunk=rows_per_forward,
+            compared=True,
         )
         return super().values(coalitions, rows_per_forward=rows_per_forward, **options)
 
