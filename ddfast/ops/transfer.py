@@ -1,0 +1,60 @@
+"""Copies between the host and a GPU that nothing waits for: by way of pinned memory, in the order of the stream.
+
+On a CPU every function here returns what it was given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`. From the host it goes through pinned memory, and the host goes on at once.
+
+    The pinned copy is the caching allocator's, which keeps it until the stream has read it.
+    """
+    if tensor.device == device or device.type == "cpu" or tensor.device.type != "cpu":
+        return tensor if tensor.device == device else tensor.to(device)
+    return pinned(tensor).to(device, non_blocking=True)
+
+
+def pinned(tensor: Tensor) -> Tensor:
+    """The tensor in page-locked memory, from which a GPU copies by itself."""
+    return tensor.pin_memory()
+
+
+class Arriving:
+    """Tensors on their way to the host: `wait` has them, and is the only place that waits for the device.
+
+    Args:
+        tensors: of one device; what happens to them afterwards in the stream does not matter.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._event = None
+        self._tensors = list(tensors)
+        if not self._tensors or self._tensors[0].device.type == "cpu":
+            return
+        self._tensors = [landing(tensor).copy_(tensor, non_blocking=True) for tensor in self._tensors]
+        self._event = copied(tensors[0].device)
+
+    def wait(self) -> list[Tensor]:
+        """The tensors on the host."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._tensors
+
+
+def landing(tensor: Tensor) -> Tensor:
+    """Page-locked memory on the host for a tensor of a device."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+
+
+def copied(device: torch.device) -> torch.Event:
+    """An event behind all that the current stream of `device` was given so far."""
+    event = torch.Event(device)
+    event.record()
+    return event

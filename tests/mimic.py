@@ -1,0 +1,182 @@
+"""A device that is not there: tensors that say they are on a GPU, computed on the CPU, with every crossing counted.
+
+What a run does on a GPU is decided by the device of its tensors: which copies it makes, and where the host stops and
+waits. On the device `mimic` all of that happens for real, only the arithmetic is the CPU's; so the results can be held
+against those of the CPU to the bit, and what would wait for a GPU is known without one.
+
+It registers torch's device for backends written in Python, which cannot be taken back: use it in a process of its own.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
+
+from ddfast.ops import transfer
+
+NAME = "mimic"
+
+
+class _Backend(_DummyBackendModule):
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+
+_setup_privateuseone_for_python_backend(NAME, _Backend())
+DEVICE = torch.device(NAME, 0)
+
+WAITS: list[str] = []
+"""What the host has waited for, an entry each: the operation, and the lines of ddfast that asked for it."""
+
+# Operations whose result the host reads, or whose shape it has to know.
+_READ = (
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "equal",
+    "is_nonzero",
+    "unique_dim",
+    "_unique2",
+    "repeat_interleave",
+)
+
+
+class OnDevice(Tensor):
+    """A tensor of the device; `inner` holds its numbers on the CPU."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> OnDevice:
+        made = Tensor._make_wrapper_subclass(
+            cls,
+            inner.size(),
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device=DEVICE,
+        )
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _computed(func, args, kwargs or {})
+
+    # What torch answers from memory that is not there.
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
+    def data_ptr(self) -> int:
+        return self.inner.data_ptr()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.inner.untyped_storage()
+
+    def set_(self, storage: torch.UntypedStorage, *geometry: Any) -> OnDevice:
+        return OnDevice(self.inner.new_empty(0).set_(storage, *geometry))
+
+
+class _Mode(TorchDispatchMode):
+    """Puts what is made on the device, where no argument says so, there too."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _computed(func, args, kwargs or {})
+
+
+class _Pinned(Tensor):
+    """A tensor in page-locked memory."""
+
+
+def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    found: list[Tensor] = []
+    tree_map_only(Tensor, found.append, (args, kwargs))
+    there = any(isinstance(tensor, OnDevice) for tensor in found)
+    name = func.__name__.partition(".")[0]
+    goes_there, kwargs = there, dict(kwargs)
+    if kwargs.get("device") is not None:
+        goes_there = torch.device(kwargs["device"]).type == NAME
+        kwargs["device"] = torch.device("cpu")
+    kwargs.pop("pin_memory", None)
+    crosses = bool(found) and goes_there != there
+    if name == "copy_":
+        sides = [isinstance(tensor, OnDevice) for tensor in args[:2]]
+        goes_there, crosses = sides[0], sides[0] != sides[1]
+    free = kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2])
+    pinned_memory = any(getattr(tensor, "pinned", False) for tensor in found)
+    waits = crosses and not (free and pinned_memory)
+    # Without output_size, repeat_interleave of a tensor of counts reads how much it will be.
+    reads = name in _READ and there and not (name == "repeat_interleave" and kwargs.get("output_size"))
+    if waits or reads:
+        WAITS.append(f"{name}: {_place()}")
+    args, kwargs = tree_map_only(OnDevice, lambda tensor: tensor.inner, (args, kwargs))
+    result = func(*args, **kwargs)
+    if not goes_there:
+        if name == "copy_" and getattr(args[0], "pinned", False):
+            return args[0]
+        return result
+    if name.endswith("_") and there and not name.startswith("_"):
+        target = next(tensor for tensor in found if isinstance(tensor, OnDevice))
+        if isinstance(result, Tensor) and result is target.inner:
+            return target
+    return tree_map_only(Tensor, OnDevice, result)
+
+
+def _place() -> str:
+    frames = [frame for frame in traceback.extract_stack() if "ddfast" in frame.filename.split("/")[-3:-1]
+              or "/ddfast/" in frame.filename]  # fmt: skip
+    return " < ".join(
+        f"{frame.filename.rpartition('/ddfast/')[2]}:{frame.lineno}" for frame in frames[:-4:-1]
+    )
+
+
+def _marked(tensor: Tensor) -> Tensor:
+    tensor = tensor.clone()
+    tensor.pinned = True  # type: ignore[attr-defined]
+    return tensor
+
+
+class _Event:
+    def synchronize(self) -> None:
+        WAITS.append(f"event: {_place()}")
+
+
+@contextmanager
+def mimic() -> Iterator[None]:
+    """Context in which the device exists."""
+    with (
+        mock.patch.object(transfer, "pinned", _marked),
+        mock.patch.object(transfer, "landing", lambda t: _marked(torch.empty(t.shape, dtype=t.dtype))),
+        mock.patch.object(transfer, "copied", lambda device: _Event()),
+        mock.patch.object(torch.backends.cudnn, "enabled", False),
+        _Mode(),
+    ):
+        yield
+
+
+def moved(model: nn.Module) -> nn.Module:
+    """The model, its tensors on the device. It is changed."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(OnDevice(parameter.detach()), parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = OnDevice(buffer)
+    return model
+
+
+def waits_of(call: Callable[[], Any]) -> list[str]:
+    """What a call waits for."""
+    before = len(WAITS)
+    call()
+    return WAITS[before:]
