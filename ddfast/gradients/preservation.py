@@ -35,12 +35,19 @@ def untouched(model: nn.Module, *, parameters: bool) -> Iterator[None]:
     tensors = {id(t): t for t in _tensors(model, containers) if parameters or id(t) not in own}
     values: list[tuple[Tensor, Tensor, int]] = []
     generators = [(g, g.get_state()) for c in containers for g in _items(c) if type(g) is torch.Generator]
+    memory: dict[int, torch.UntypedStorage] = {}  # copies, which tensors share where they shared the original
     try:
         for tensor in tensors.values():
             if _copies(tensor):
                 value = tensor.data
-                tensor.data = value.clone()
+                storage = value.untyped_storage()
+                if storage._cdata not in memory:
+                    memory[storage._cdata] = storage.clone()
+                copy = value.new_empty(0).set_(
+                    memory[storage._cdata], value.storage_offset(), value.size(), value.stride()
+                )
                 values.append((tensor, value, tensor._version))
+                tensor.data = copy
         yield
     finally:
         for tensor, value, version in values:
@@ -167,7 +174,7 @@ def _items(container: Any) -> list[Any]:
 def _copies(tensor: Tensor) -> bool:
     """Whether a tensor's values may be exchanged for a copy of them."""
     plain = type(tensor) in _TENSORS and tensor.layout == torch.strided and not tensor.is_quantized
-    return plain and tensor.grad_fn is None and not tensor.is_inference()
+    return plain and tensor.grad_fn is None and not tensor.is_inference() and not tensor.is_meta
 
 
 class _Saved:

@@ -152,6 +152,20 @@ class Counting(Head):
         return x + self.calls + self.plain[0]
 
 
+class Views(Head):
+    """A buffer that is a part of another's memory."""
+
+    def __init__(self):
+        super().__init__(conv())
+        whole = torch.zeros(2, 8, 1, 1)
+        self.register_buffer("whole", whole)
+        self.register_buffer("part", whole[1])
+
+    def body(self, x):
+        self.whole.add_(1)
+        return self.layers(x) * self.part
+
+
 class Clamped(Head):
     """Works on its weights themselves."""
 
@@ -358,6 +372,7 @@ MODELS = {
     "tied": TiedAcross,
     "in a list": InAList,
     "counting": Counting,
+    "views": Views,
     "data clamped": lambda: Clamped("data"),
     "clamped": lambda: Clamped("in place"),
     "parametrized weight norm": lambda: Head(parametrizations.weight_norm(conv()), nn.ReLU()),
