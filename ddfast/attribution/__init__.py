@@ -1,6 +1,6 @@
 """Which parts of an image carry its class: Shapley values of grid cells, and Grad-CAM beside them."""
 
-from ddfast.attribution.crops import CropRule, shapley_crops
+from ddfast.attribution.crops import CropRule, shapley_crops, unread_crops
 from ddfast.attribution.engine import VALUES, shapley
 from ddfast.attribution.estimators import ESTIMATORS, list_estimators
 from ddfast.attribution.forward import locality_of
@@ -19,4 +19,5 @@ __all__ = [
     "settled_shapley",
     "shapley",
     "shapley_crops",
+    "unread_crops",
 ]

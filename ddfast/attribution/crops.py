@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from ddfast.attribution.engine import Channels, evaluations, start, weights
 from ddfast.attribution.validation import as_tensors
 from ddfast.ops import noisy_crop_boxes, shapley_crop_boxes
+from ddfast.ops.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,38 @@ class CropRule:
         return noisy_crop_boxes(phi.float(), sample_ids, grid=grid, image_size=image_size, **asdict(self))
 
 
+def shapley_crops(
+    model: Callable[[Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    sample_ids: Tensor,
+    rule: CropRule,
+    **settings: Any,
+) -> tuple[Tensor, Tensor]:
+    """`ddfast.shapley` and the crops that its heatmaps ask for, with the bits of the one after the other.
+
+    The last forward pass of an image ends in `ddfast.ops.shapley_crop_boxes`: one launch from the model's outputs
+    to phi and boxes.
+
+    Args:
+        model, images, labels: those of `shapley`.
+        sample_ids: int64 [B], any 64 bits that name the image; the noise of its crops follows from them.
+        rule: window, size, number and noise of the crops.
+        settings: grid, n_samples, estimator, value, baseline, precision, seed, mean, std and chunk_size of `shapley`.
+
+    Returns:
+        phi [B, d], as `shapley`; and boxes int32 [B, crops, 4], (x0, y0, x1, y1) in pixels, x1 and y1 exclusive.
+
+    Raises:
+        ValueError, TypeError: as `shapley` and `noisy_crop_boxes`.
+    """
+    phi, boxes, _ = unread_crops(model, images, labels, sample_ids, rule, check=True, **settings)
+    return phi, boxes
+
+
 @torch.inference_mode(False)
 @torch.no_grad()
-def shapley_crops(
+def unread_crops(
     model: Callable[[Tensor], Tensor],
     images: Tensor,
     labels: Tensor,
@@ -51,23 +82,11 @@ def shapley_crops(
     mean: Channels = None,
     std: Channels = None,
     chunk_size: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`ddfast.shapley` and the crops that its heatmaps ask for, with the bits of the one after the other.
+    check: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`shapley_crops` that waits for nothing on a GPU, and the number of masked images that got NaN or infinity.
 
-    The last forward pass of an image ends in `ddfast.ops.shapley_crop_boxes`: one launch from the model's outputs
-    to phi and boxes.
-
-    Args:
-        model, images, labels, grid, n_samples, estimator, value, baseline, precision, seed, mean, std,
-            chunk_size: those of `shapley`.
-        sample_ids: int64 [B], any 64 bits that name the image; the noise of its crops follows from them.
-        rule: window, size, number and noise of the crops.
-
-    Returns:
-        phi [B, d], as `shapley`; and boxes int32 [B, crops, 4], (x0, y0, x1, y1) in pixels, x1 and y1 exclusive.
-
-    Raises:
-        ValueError, TypeError: as `shapley` and `noisy_crop_boxes`.
+    Who reads that number, int64 on the device, has to refuse the rest where it is not 0; with `check` it is done here.
     """
     images, labels = as_tensors(images, labels)
     if sample_ids.shape != (len(images),):
@@ -88,11 +107,11 @@ def shapley_crops(
         chunk_size=chunk_size,
     )
     image_size = (images.shape[2], images.shape[3])
-    partial, sample_ids = game.nothing(), sample_ids.to(images.device)
+    partial, sample_ids = game.nothing(), to_device(sample_ids, images.device)
     dtype = torch.float64 if game.dtype == torch.float64 else torch.float32
-    heatmaps = [partial[:0].to(dtype)]
-    boxes = [rule.boxes(heatmaps[0], sample_ids[:0], game.grid, image_size)]
-    for which, scores, projection, last in evaluations(game, plan, chunk):
+    heatmaps: list[Tensor] = []
+    boxes: list[Tensor] = []
+    for which, scores, projection, last in evaluations(game, plan, chunk, check=check):
         if not last:
             partial[which] += game.project(which, scores, projection)
             continue
@@ -109,4 +128,8 @@ def shapley_crops(
         )
         heatmaps.append(phi.to(dtype))
         boxes.append(placed)
-    return torch.cat(heatmaps), torch.cat(boxes)
+    if not heatmaps:
+        heatmaps = [partial.to(dtype)]
+        boxes = [rule.boxes(heatmaps[0], sample_ids, game.grid, image_size)]
+    phi, placed = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in (heatmaps, boxes))
+    return phi, placed, game.bad_scores()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ddfast.attribution.estimators import Plan, make_plan
+from ddfast.attribution.estimators import Plan, SampledPlan, make_plan
 from ddfast.attribution.flight import Flight
 from ddfast.attribution.forward import Forward, assemble, made_up_image, players_of, prepare
 from ddfast.attribution.inspection import Inspection, alike, check_rows, inspect, look
@@ -28,6 +28,8 @@ from ddfast.attribution.validation import (
 from ddfast.ops import masked_batch, shapley_heatmap
 from ddfast.ops._attribution import VALUES
 from ddfast.ops.precision import autocast, resolve_precision
+from ddfast.ops.transfer import statistic, to_device
+from ddfast.unchanged import found_of
 
 DEFAULT_CHUNK_SIZE = 128
 
@@ -137,7 +139,9 @@ def start(
         ValueError, TypeError: as `shapley`.
     """
     check_images(images, labels)
-    check_model(model, images)
+    known = _known(model, images, grid, precision, baseline, mean, std)
+    if known is None or known.inspection is None:
+        check_model(model, images)
     rows, cols = check_grid(grid, images)
     resolve_precision(precision, images.device)
     if value not in VALUES:
@@ -148,23 +152,73 @@ def start(
     game = _ImageGame(
         model,
         images,
-        labels.to(images.device),
+        to_device(labels, images.device),
         (rows, cols),
         value,
         baseline,
-        mean,
-        std,
+        *(_statistics(mean, std, images) if known is None else known.statistics),
         precision,
         chunk=chunk,
+        known=known,
     )
     game.look()  # before a design is searched for, which may take seconds
     plan = make_plan(estimator, (rows, cols), n_samples, seed)
+    if isinstance(plan, SampledPlan):
+        plan = plan.on(images.device)
     game.evaluations = plan.size
     return game, plan, chunk
 
 
-def evaluations(game: _ImageGame, plan: Plan, chunk: int) -> Iterator[tuple[slice, Tensor, Tensor, bool]]:
+def _statistics(mean: Channels, std: Channels, images: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    return statistic(mean, images.device), statistic(std, images.device)
+
+
+@dataclass
+class _Known:
+    """What is known of a model that is held unchanged, for one kind of call: looked for in the first, then used.
+
+    Attributes:
+        statistics: mean and standard deviation, on the device.
+        inspection: what was seen of the model.
+        forwards: the model prepared, by the evaluations an image.
+        empty: class scores [1, 1, classes] of the empty coalition, alike.
+        batches: evaluations an image at which a large batch was held against the model itself.
+    """
+
+    statistics: tuple[Tensor | None, Tensor | None]
+    inspection: Inspection | None = None
+    forwards: dict[int, Forward] = field(default_factory=dict)
+    empty: dict[int, Tensor] = field(default_factory=dict)
+    batches: set[int] = field(default_factory=set)
+
+
+def _known(
+    model: Callable[[Tensor], Tensor],
+    images: Tensor,
+    grid: int | tuple[int, int],
+    precision: str,
+    baseline: float | Tensor,
+    mean: Channels,
+    std: Channels,
+) -> _Known | None:
+    """What is known of a model for calls like this one; None where it may have changed since the last."""
+    found = found_of(model)
+    if found is None or any(isinstance(value, Tensor) for value in (baseline, mean, std)):
+        return None
+    settings = (tuple(images.shape[1:]), images.dtype, images.device, grid, precision, baseline)
+    numbers = tuple(None if values is None else tuple(values) for values in (mean, std))
+    key = ("shapley", *settings, *numbers)
+    if key not in found:
+        found[key] = _Known(_statistics(mean, std, images))
+    return found[key]
+
+
+def evaluations(
+    game: _ImageGame, plan: Plan, chunk: int, *, check: bool = True
+) -> Iterator[tuple[slice, Tensor, Tensor, bool]]:
     """Run the plan, one forward pass after another.
+
+    Without `check` nobody has looked yet whether the scores are numbers: `game.bad_scores` counts them.
 
     Yields:
         (which, scores, projection, last): class scores [b, k, classes] of the images `which` under k coalitions,
@@ -177,6 +231,8 @@ def evaluations(game: _ImageGame, plan: Plan, chunk: int) -> Iterator[tuple[slic
     states = RandomStates() if game.draws else None
     try:
         yield from _evaluations(game, plan, chunk)
+        if check:
+            game.check_finite()
     finally:
         if states is not None:
             states.restore()
@@ -187,7 +243,7 @@ def _evaluations(game: _ImageGame, plan: Plan, chunk: int) -> Iterator[tuple[sli
     if images and not game.baseline_per_image:
         # Nothing of an image shows in the empty coalition: one evaluation serves all.
         coalitions, projection = plan.rows(0, 1)
-        scores = game.scores(slice(0, 1), _of(slice(0, 1), coalitions))
+        scores = game.empty_scores(_of(slice(0, 1), coalitions))
         yield slice(None), scores.expand(images, -1, -1), projection, False
         first = 1
     chunks = _chunks(images, first, plan.size, chunk)
@@ -199,7 +255,6 @@ def _evaluations(game: _ImageGame, plan: Plan, chunk: int) -> Iterator[tuple[sli
     for (which, begin, end), scores in game.flight.run(chunks, micro_batch, game.run):
         projection = plan.rows(begin, end)[1]
         yield which, scores, _of(which, projection), end == plan.size
-    game.check_finite()
 
 
 @dataclass(frozen=True)
@@ -243,6 +298,7 @@ class _ImageGame:
     evaluations: int = 0  # an image, of the whole game; 0: a call's own count tells
     chunk: int = DEFAULT_CHUNK_SIZE
     compared: bool = False
+    known: _Known | None = None
     inspection: Inspection | None = None
     evaluated: int = 0
     not_finite: list[Tensor] = field(default_factory=list)
@@ -260,6 +316,14 @@ class _ImageGame:
         """Class scores [b, k, classes] of the images `which` under coalitions bool [k, d] or [b, k, d]."""
         return self.run(self.micro_batch(which, coalitions))
 
+    def empty_scores(self, coalitions: Tensor) -> Tensor:
+        """Class scores [1, 1, classes] of the empty coalition, in which nothing of any image shows."""
+        if self.known is None:
+            return self.scores(slice(0, 1), coalitions)
+        if self.evaluations not in self.known.empty:
+            self.known.empty[self.evaluations] = self.scores(slice(0, 1), coalitions)
+        return self.known.empty[self.evaluations]
+
     @property
     def draws(self) -> bool:
         """Whether the model draws random numbers, if only such as do not count."""
@@ -271,6 +335,8 @@ class _ImageGame:
         Raises:
             ValueError: as `inspect`.
         """
+        if self.known is not None and self.inspection is None:
+            self.inspection = self.known.inspection
         if self.inspection is not None or not len(self.images):
             return
         d, last = self.grid[0] * self.grid[1], len(self.images) - 1
@@ -289,13 +355,15 @@ class _ImageGame:
                 other = scale * made_up_image((full.shape[1], full.shape[2], full.shape[3]))[None].to(full)
             images = torch.cat([half, full, other]).contiguous(memory_format=torch.channels_last)
             self.inspection = inspect(self.model, images, self.labels, self.chunk)
+        if self.known is not None:
+            self.known.inspection = self.inspection
 
     def micro_batch(self, which: slice, coalitions: Tensor) -> MicroBatch:
         """The images `which` under coalitions bool [k, d] or [b, k, d], ready for the model."""
         count = coalitions.shape[-2]
         if self.forward is None or (not self.evaluations and count > self._planned):
             self._planned = self.evaluations or count
-            self.forward = self._prepared()
+            self.forward = self._known_forward()
         cuts = self.forward.cuts
         maps = self._maps(which) if count > 1 and cuts else None
         if maps is None:
@@ -306,6 +374,14 @@ class _ImageGame:
             return MicroBatch(count, True, tensors, which, coalitions)
         sets = players_of(coalitions.cpu()).expand(len(tensors[0]) // count, -1)
         return MicroBatch(count, True, tensors, which, coalitions, sets)
+
+    def _known_forward(self) -> Forward:
+        if self.known is None:
+            return self._prepared()
+        if self._planned not in self.known.forwards:
+            self.known.forwards[self._planned] = self._prepared()
+        self._batch_compared = self._planned in self.known.batches
+        return self.known.forwards[self._planned]
 
     def _prepared(self) -> Forward:
         """The model's `Forward`, which gives what the model gives for the inspected images."""
@@ -360,6 +436,9 @@ class _ImageGame:
         if not self.compared and not self._batch_compared and images > 3:
             scores = self._compared(batch, scores)
             self._batch_compared = True
+            if self.known is not None:
+                self.known.forwards[self._planned] = self.forward
+                self.known.batches.add(self._planned)
         self.evaluated += images
         self.not_finite.append((~scores.isfinite()).any(dim=1).sum())
         return scores.unflatten(0, (-1, batch.count))
@@ -402,7 +481,7 @@ class _ImageGame:
             baseline = baseline[which]
         return masked_batch(
             self.images[which],
-            coalitions.to(self.images.device),
+            to_device(coalitions, self.images.device),
             grid=self.grid,
             baseline=baseline,
             mean=self.mean,
@@ -441,14 +520,19 @@ class _ImageGame:
 
     def check_finite(self) -> None:
         """Raise where a score was NaN or infinite. Read once, at the end: on a GPU every read waits."""
-        bad = int(torch.stack(self.not_finite).sum()) if self.not_finite else 0
-        check_finite(bad, self.evaluated, "masked images")
+        check_finite(int(self.bad_scores()), self.evaluated, "masked images")
+
+    def bad_scores(self) -> Tensor:
+        """How many masked images got NaN or infinity so far, int64 on the device."""
+        if not self.not_finite:
+            return torch.zeros((), dtype=torch.int64, device=self.images.device)
+        return torch.stack(self.not_finite).sum()
 
 
 def weights(projection: Tensor, scores: Tensor) -> Tensor:
     """Rows of a projection on the device of the scores, in the dtype that `shapley_heatmap` takes with theirs."""
     dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
-    return projection.to(scores.device, dtype)
+    return to_device(projection.to(dtype), scores.device)
 
 
 def _chunks(images: int, first: int, size: int, chunk: int) -> Iterator[tuple[slice, int, int]]:

@@ -34,6 +34,7 @@ from ddfast.attribution.coalitions import (
 )
 from ddfast.attribution.design import design
 from ddfast.attribution.game_prior import GamePrior, Grid
+from ddfast.ops.transfer import to_device
 
 MAX_EXACT_PLAYERS = 20
 _ANCHOR_WEIGHT = 1e6
@@ -49,7 +50,7 @@ class Plan(Protocol):
         ...
 
     def rows(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Coalitions bool [(S,) stop - start, d] and their projection float64 alike, both on the CPU."""
+        """Coalitions bool [(S,) stop - start, d] and their projection float64 alike."""
         ...
 
 
@@ -68,6 +69,12 @@ class SampledPlan:
     def rows(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Rows `start` to `stop - 1` of both."""
         return self.coalitions[..., start:stop, :], self.projection[..., start:stop, :]
+
+    def on(self, device: torch.device) -> SampledPlan:
+        """The same plan in the memory of a device."""
+        if device.type == "cpu":
+            return self
+        return SampledPlan(to_device(self.coalitions, device), to_device(self.projection, device))
 
     def of_one_stream(self) -> SampledPlan:
         """The plan of a single stream, [K, d], in which a coalition that was drawn twice is evaluated once.

@@ -30,6 +30,7 @@ from ddfast.attribution.random_states import RandomStates
 from ddfast.attribution.validation import check_model
 from ddfast.ops import assemble_masked_features
 from ddfast.ops.precision import autocast, resolve_precision
+from ddfast.ops.transfer import to_device
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +168,7 @@ class Forward:
 
 def assemble(cut: Cut, maps: tuple[Tensor, ...], coalitions: Tensor) -> tuple[Tensor, ...]:
     """The tensors of a cut [b k, C, h, w] under coalitions bool [k, d] or [b, k, d]."""
-    coalitions = coalitions.to(maps[0].device)
+    coalitions = to_device(coalitions, maps[0].device)
     return tuple(
         # Where only the shape is read, one number stands for all.
         features.new_zeros(()).expand(len(features) * coalitions.shape[-2], *features.shape[2:])

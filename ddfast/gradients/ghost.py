@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 from weakref import WeakSet
 
@@ -27,6 +28,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from ddfast.gradients.layers import LAYERS, Conv2d, Layer, squared
 from ddfast.gradients.preservation import tensors_of, untouched
 from ddfast.ops.reference import accumulation_dtype
+from ddfast.unchanged import found_of
 
 
 class UnservedModel(Exception):
@@ -79,7 +81,9 @@ def _ghost_squares(
         _LayoutError: a view of a feature map is impossible, and `keep_layout` is off.
     """
     uses = _ParameterUses(model, images.shape[0], keep_layout)
-    with untouched(model, parameters=False), torch.enable_grad():
+    # A model that is held unchanged is the caller's to run; of another's, a forward pass must leave no trace.
+    traceless = untouched(model, parameters=False) if found_of(model) is None else nullcontext()
+    with traceless, torch.enable_grad():
         with uses:
             outputs = model(uses.marked(images.clone()))
         if uses.refusal is not None:  # which the model may have caught

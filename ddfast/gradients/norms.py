@@ -25,6 +25,8 @@ from ddfast.gradients.preservation import (
 )
 from ddfast.gradients.trial import Trial, raised
 from ddfast.ops.reference import accumulation_dtype
+from ddfast.ops.transfer import to_device
+from ddfast.unchanged import found_of
 
 METHODS = ("auto", "ghost", "vmap", "loop", "last_layer")
 LOSSES = ("cross_entropy",)
@@ -33,6 +35,7 @@ _CHUNK = 32  # images; bounds the activations that one backward pass keeps
 _VMAP_BYTES = 2**28  # of per-sample gradients that live at a time
 
 NormsAndLogits = tuple[Tensor, Tensor]
+Norms = Callable[[nn.Module, Tensor, Tensor], NormsAndLogits]
 
 
 @overload
@@ -122,6 +125,19 @@ def grad_norm(
             (the norm of an image would depend on its neighbours or on chance), or, for last_layer, a model that does
             not end in a Linear layer.
     """
+    found = found_of(model)
+    kind = (method, images.dtype, tuple(images.shape[1:]), images.device, chunk_size, len(images))
+    key = ("grad_norm", *kind, torch.is_autocast_enabled(images.device.type)) if len(images) else None
+    if found is not None and key in found:
+        # What served the last call of this kind, on a model that was held unchanged since then.
+        served, dtype = found[key]
+        with torch.inference_mode(False):
+            prepare = partial(_prepared, mean=mean, std=std, dtype=dtype)
+            norms, logits = _in_chunks(
+                served, model, images, to_device(labels, images.device), prepare, chunk_size or _CHUNK
+            )
+        return (norms, logits) if return_logits else norms
+
     _check_arguments(model, images, labels, method, loss, chunk_size)
     _require_eval(model)
 
@@ -136,7 +152,9 @@ def grad_norm(
                 logits = _forward(model, prepare(images)) if return_logits else images.new_empty(0)
                 norms = torch.empty(0, dtype=accumulation_dtype(dtype), device=images.device)
             else:
-                norms, logits = _dispatched(method, model, images, labels, prepare, chunk_size)
+                norms, logits, served = _dispatched(method, model, images, labels, prepare, chunk_size)
+                if found is not None and served is ghost_norms:
+                    found[key] = served, dtype
     return (norms, logits) if return_logits else norms
 
 
@@ -291,17 +309,11 @@ def _dispatched(
     labels: Tensor,
     prepare: Callable[[Tensor], Tensor],
     chunk_size: int | None,
-) -> NormsAndLogits:
-    """Norms and logits of all images, by the first method of the chain that serves the model."""
+) -> tuple[Tensor, Tensor, Norms]:
+    """Norms and logits of all images, by the first method of the chain that serves the model; and that method."""
 
-    def in_chunks(norms: Callable[..., NormsAndLogits], default: int) -> NormsAndLogits:
-        parts = [
-            norms(model, prepare(some), their_labels)
-            for some, their_labels in zip(
-                images.split(chunk_size or default), labels.split(chunk_size or default), strict=True
-            )
-        ]
-        return torch.cat([norms for norms, _ in parts]), torch.cat([logits for _, logits in parts])
+    def in_chunks(norms: Norms, default: int) -> NormsAndLogits:
+        return _in_chunks(norms, model, images, labels, prepare, chunk_size or default)
 
     trial = Trial(model, prepare(images[: chunk_size or _CHUNK]), _forward, loop_norms)
     if int(labels.max()) >= trial.classes:
@@ -309,7 +321,7 @@ def _dispatched(
             f"labels must be classes from 0 to {trial.classes - 1}, the model's outputs, got {int(labels.max())}"
         )
     if method == "last_layer":
-        return in_chunks(last_layer_norms, _CHUNK)
+        return *in_chunks(last_layer_norms, _CHUNK), last_layer_norms
     gradient_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     defaults = {"ghost": _CHUNK, "vmap": max(1, min(_CHUNK, _VMAP_BYTES // max(gradient_bytes, 1)))}
     chain = {"auto": ("ghost", "vmap"), "ghost": ("ghost", "vmap"), "vmap": ("vmap",), "loop": ()}[method]
@@ -319,7 +331,7 @@ def _dispatched(
             continue
         trial.warn(chain, name)
         try:
-            return in_chunks(partial(trial.held, name, norms_by[name]), defaults[name])
+            return *in_chunks(partial(trial.held, name, norms_by[name]), defaults[name]), norms_by[name]
         except UnservedModel as reason:  # a use that the trial did not show
             trial.refusals[name] = str(reason)
         except (torch.OutOfMemoryError, MemoryError):
@@ -328,9 +340,27 @@ def _dispatched(
             found = in_chunks(loop_norms, _CHUNK)  # where the model itself fails, so does this
             trial.refusals[name] = raised(error)
             trial.warn(chain, "loop")
-            return found
+            return *found, loop_norms
     trial.warn(chain, "loop")
-    return in_chunks(loop_norms, _CHUNK)
+    return *in_chunks(loop_norms, _CHUNK), loop_norms
+
+
+def _in_chunks(
+    norms: Norms,
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    prepare: Callable[[Tensor], Tensor],
+    size: int,
+) -> NormsAndLogits:
+    """Norms and logits of all images, `size` in a pass."""
+    parts = [
+        norms(model, prepare(some), their_labels)
+        for some, their_labels in zip(images.split(size), labels.split(size), strict=True)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([norms for norms, _ in parts]), torch.cat([logits for _, logits in parts])
 
 
 def _forward(model: nn.Module, images: Tensor) -> Tensor:

@@ -56,9 +56,9 @@ class Batch:
     """One micro-batch of decoded sources.
 
     Attributes:
-        images: uint8 [M, 3, S, S].
-        labels: int64 [M].
-        ids: int64 [M], stable sample ids.
+        images: uint8 [M, 3, S, S], on the device.
+        labels: int64 [M], on the host.
+        ids: int64 [M], stable sample ids, on the host.
     """
 
     images: Tensor
@@ -78,6 +78,8 @@ class Candidates:
         correct: bool [M, K] or None, whether the teacher's first choice on the crop is the label.
         phi: float32 [M, d] or None, attribution of the image's grid cells.
         features: float32 [M, F] or None, what the teacher's last layer sees of the image; K is 1 then.
+        damaged: int64 [] or None, for how many images or crops the teacher returned NaN or infinity. Whoever reads the
+            rows refuses them where it is not 0: on a GPU that is later, so that nothing waits for it.
     """
 
     boxes: Tensor
@@ -87,6 +89,7 @@ class Candidates:
     correct: Tensor | None = None
     phi: Tensor | None = None
     features: Tensor | None = None
+    damaged: Tensor | None = None
 
 
 def whole_images(batch: Batch) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ddfast.attribution import list_estimators
 from ddfast.methods.base import Batch, Candidates, Context, Method, Table, drawn, option, stream
 from ddfast.methods.scoring import judge
+from ddfast.ops.transfer import to_device
 
 if TYPE_CHECKING:
     from ddfast.attribution import CropRule
@@ -160,17 +161,19 @@ class InfoUtil(Method):
     def score(self, batch: Batch, context: Context) -> Candidates:
         """Both stages' measurements of one micro-batch: attribution, crops, gradient norms (Algorithm 1)."""
         # Stage 1. phi_f(x_i) by f_D (Eqs. 4 and 5); its average pooling, noised, gives the crops xi_i.
-        phi, boxes = self._informative_crops(batch, context)
+        phi, boxes, damaged = self._informative_crops(batch, context)
         # Stage 2. g_i = || grad_theta l(f_D(xi_i), y_i) ||.
         norm = "auto" if self.options.norm == "full" else "last_layer"
         verdict = judge(
             batch.images, boxes, batch.labels, context, scoring_input=self.options.scoring_input, norm=norm
         )
-        return Candidates(boxes, None, verdict.grad_norm, verdict.loss, verdict.correct, phi)
+        damaged = verdict.damaged if damaged is None else damaged + verdict.damaged
+        return Candidates(boxes, None, verdict.grad_norm, verdict.loss, verdict.correct, phi, damaged=damaged)
 
-    def _informative_crops(self, batch: Batch, context: Context) -> tuple[Tensor, Tensor]:
-        """Attribution phi [M, d] of the grid cells, and crop boxes int32 [M, K, 4] around its best windows."""
-        from ddfast.attribution import grad_cam, shapley_crops
+    def _informative_crops(self, batch: Batch, context: Context) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Attribution phi [M, d] of the grid cells, crop boxes int32 [M, K, 4] around its best windows, and for how
+        many masked images the teacher returned no number."""
+        from ddfast.attribution import grad_cam, unread_crops
 
         teacher, options, rule = context.teacher, self.options, self._crop_rule(context)
         assert teacher is not None
@@ -178,13 +181,14 @@ class InfoUtil(Method):
             phi = grad_cam(
                 teacher.model,
                 batch.images,
-                batch.labels,
+                to_device(batch.labels, batch.images.device),
                 grid=options.grid,
                 mean=torch.tensor(teacher.mean),
                 std=torch.tensor(teacher.std),
             )
-            return phi, rule.boxes(phi, batch.ids, options.grid, context.image_size)
-        return shapley_crops(
+            ids = to_device(batch.ids, phi.device)
+            return phi, rule.boxes(phi, ids, options.grid, context.image_size), None
+        return unread_crops(
             teacher.model,
             batch.images,
             batch.labels,

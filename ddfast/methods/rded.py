@@ -16,6 +16,7 @@ from torch import Tensor
 from ddfast.methods.base import Batch, Candidates, Context, Method, Table, option, stream
 from ddfast.methods.scoring import judge
 from ddfast.ops._philox import philox4x32
+from ddfast.ops.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,18 @@ class RDED(Method):
         )
         verdict = judge(
             batch.images,
-            boxes.to(batch.images.device),
+            to_device(boxes, batch.images.device),
             batch.labels,
             context,
             scoring_input=self.options.scoring_input,
             norm="auto" if self.options.rank_by == "grad_norm" else None,
         )
         return Candidates(
-            boxes=boxes, grad_norm=verdict.grad_norm, loss=verdict.loss, correct=verdict.correct
+            boxes=boxes,
+            grad_norm=verdict.grad_norm,
+            loss=verdict.loss,
+            correct=verdict.correct,
+            damaged=verdict.damaged,
         )
 
     def rank(self, table: Table, needed: int) -> tuple[dict[int, np.ndarray], np.ndarray]:

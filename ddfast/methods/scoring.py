@@ -8,19 +8,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddfast.errors import UsageError
 from ddfast.methods.base import Context
 from ddfast.ops import crop_batch, crop_resize
 from ddfast.ops.precision import autocast
+from ddfast.ops.transfer import to_device
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the teacher says of crops [M, K]: cross-entropy in nats, correctness, and gradient norm where asked."""
+    """What the teacher says of crops [M, K]: cross-entropy in nats, correctness, and gradient norm where asked.
+
+    `damaged` counts the crops for which it returned NaN or infinity, int64 on the device: who reads it refuses.
+    """
 
     loss: Tensor
     correct: Tensor
     grad_norm: Tensor | None
+    damaged: Tensor
 
 
 def teacher_input(
@@ -73,13 +77,10 @@ def judge(
     Args:
         images: uint8 [M, 3, S, S].
         boxes: [M, K, 4], the crops of each image, in pixels.
-        labels: int64 [M], class of each image.
+        labels: int64 [M] on the host, class of each image.
         context: teacher, sizes, precision and the fixed number of images a forward pass.
         scoring_input: "pad" or "resize", see `teacher_input`.
         norm: None for no gradient norm, else a method of `ddfast.grad_norm`.
-
-    Raises:
-        UsageError: the teacher returned NaN or infinity.
     """
     from ddfast.gradients import grad_norm
 
@@ -87,7 +88,7 @@ def judge(
     assert teacher is not None
     count, crops = boxes.shape[:2]
     source = torch.arange(count, device=images.device).repeat_interleave(crops)
-    targets = labels.repeat_interleave(crops)
+    targets = labels.repeat_interleave(crops)  # on the host, where their range is looked at
     outputs, norms = [], []
     for first in range(0, count * crops, context.forward_batch):
         which = slice(first, first + context.forward_batch)
@@ -108,12 +109,10 @@ def judge(
             outputs.append(logits)
             norms.append(found)
     logits = torch.cat(outputs).float()
-    if not bool(torch.isfinite(logits).all()):
-        raise UsageError(
-            "the teacher returns NaN or infinity on real crops: its weights are damaged, train it again"
-        )
+    targets = to_device(targets, images.device)
     return Verdict(
         loss=F.cross_entropy(logits, targets, reduction="none").view(count, crops),
         correct=(logits.argmax(dim=1) == targets).view(count, crops),
         grad_norm=torch.cat(norms).view(count, crops) if norms else None,
+        damaged=(~logits.isfinite()).any(dim=1).sum(),
     )

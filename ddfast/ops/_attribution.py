@@ -15,6 +15,7 @@ from ddfast.ops import reference
 from ddfast.ops._dispatch import LIBRARY, define
 from ddfast.ops._grid import player_map
 from ddfast.ops._philox import as_signed_64_bit, quantile_table
+from ddfast.ops.transfer import to_device
 
 VALUES = ("logit", "prob", "logprob")
 
@@ -96,7 +97,7 @@ def masked_batch(
     precision = torch.float64 if torch.float64 in (images.dtype, dtype) else torch.float32
     return torch.ops.ddfast.masked_batch(
         images,
-        coalitions.to(images.device),
+        to_device(coalitions, images.device),
         _broadcast_baseline(baseline, images, precision),
         _channel_statistic("mean", mean, images, precision),
         _channel_statistic("std", std, images, precision),
@@ -130,7 +131,7 @@ def _channel_statistic(
 ) -> Tensor | None:
     if statistic is None:
         return None
-    tensor = torch.as_tensor(statistic, dtype=precision, device=images.device)
+    tensor = to_device(torch.as_tensor(statistic, dtype=precision), images.device)
     if tensor.shape != images.shape[1:2]:
         raise ValueError(
             f"{name} must have one number for each of {images.shape[1]} channels, got {statistic}"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ddfast.ops import reference
 from ddfast.ops._dispatch import LIBRARY, define
+from ddfast.ops.transfer import to_device
 
 MAX_CLASSES = 12
 
@@ -63,7 +64,7 @@ def assemble_masked_features(variants: Tensor, coalitions: Tensor, table: Tensor
     if coalitions.ndim not in (2, 3) or (coalitions.ndim == 3 and len(coalitions) != batch):
         raise ValueError(f"coalitions must be [K, d] or [{batch}, K, d], got {list(coalitions.shape)}")
     return torch.ops.ddfast.assemble_masked_features(
-        variants, coalitions.to(variants.device), table.to(variants.device)
+        variants, to_device(coalitions, variants.device), to_device(table, variants.device)
     )
 
 

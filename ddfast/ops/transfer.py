@@ -21,6 +21,14 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return pinned(tensor).to(device, non_blocking=True)
 
 
+def statistic(values: Tensor | Sequence[float] | None, device: torch.device) -> Tensor | None:
+    """Numbers of channels [C] on `device`, float64 where they are no tensor yet; None stays None."""
+    if values is None:
+        return None
+    tensor = values if isinstance(values, Tensor) else torch.tensor(list(values), dtype=torch.float64)
+    return to_device(tensor, device)
+
+
 def pinned(tensor: Tensor) -> Tensor:
     """The tensor in page-locked memory, from which a GPU copies by itself."""
     return tensor.pin_memory()
