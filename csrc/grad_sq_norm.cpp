@@ -361,7 +361,8 @@ class WideConvolution {
     depthwise_ = conv.group_channels() == 1 && conv.group_outputs() == 1 && kTerms == 1;
     if (depthwise_) form_ = Form::kDirect;
     steps_ = (conv.out_width + kTerms - 1) / kTerms;
-    if (conv.groups == 1 && conv.dilation[1] == 1) {
+    // A kernel's row is one run, but not where channels are multiplied one by one: each tap has sums of its own then.
+    if (conv.groups == 1 && conv.dilation[1] == 1 && !depthwise_) {
       for (int64_t ky = 0; ky < conv.kernel[0]; ++ky) {
         runs_.push_back({ky * conv.dilation[0] * width_ * conv.channels, conv.kernel[1] * conv.channels});
       }
@@ -703,10 +704,11 @@ Tensor grad_sq_norm_linear(const Tensor& input, const Tensor& grad_output, bool 
     if (positions > 1 && inputs > 0) {  // the convolution of a row of pixels with kernels of one pixel
       const Convolution conv{inputs, 1, positions, outputs, 1, positions, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 1};
       const bool striped = conv.form() == Form::kDirect && gram_is_cheaper(positions, inputs, outputs);
-      const auto rows = [&](const Tensor& tensor, int64_t width) {
-        return torch::stable::view(torch::stable::contiguous(tensor), {samples, positions, width});
+      // Of four dimensions they would be taken for [B, C, H, W].
+      const auto as_rows = [&](const Tensor& rows, int64_t width) {
+        return torch::stable::view(torch::stable::contiguous(rows), {samples, positions, width});
       };
-      if (!striped && wide_sq_norms(conv, rows(input, inputs), rows(grad_output, outputs), bias, norms)) return;
+      if (!striped && wide_sq_norms(conv, as_rows(input, inputs), as_rows(grad_output, outputs), bias, norms)) return;
     }
     for_each_sample<Sum>(samples, norms, [&](int64_t b) -> double {
       if (positions == 0) return 0;

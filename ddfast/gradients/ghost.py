@@ -25,6 +25,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from ddfast.gradients.layers import LAYERS, Conv2d, Layer, squared
+from ddfast.gradients.preservation import tensors_of, untouched
 from ddfast.ops.reference import accumulation_dtype
 
 
@@ -46,8 +47,9 @@ def ghost_squares(
         the squared norms [B], float32 (float64 for a model in float64), and the model's output, detached.
 
     Raises:
-        UnservedModel: a layer or a use of a parameter that is not known here, or a layer that runs without the
-            batch as its first dimension.
+        UnservedModel: a layer or a use of a parameter that is not known here, a layer that runs without the
+            batch as its first dimension, or a model that reads what it computes, as `item` does: with a batch it
+            would read one value for all images.
     """
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
@@ -77,13 +79,15 @@ def _ghost_squares(
         _LayoutError: a view of a feature map is impossible, and `keep_layout` is off.
     """
     uses = _ParameterUses(model, images.shape[0], keep_layout)
-    with torch.enable_grad():
+    with untouched(model, parameters=False), torch.enable_grad():
         with uses:
-            outputs = model(images)
+            outputs = model(uses.marked(images.clone()))
+        if uses.refusal is not None:  # which the model may have caught
+            raise UnservedModel(uses.refusal)
         total = loss(outputs)
-    uses.squares = total.new_zeros(images.shape[0], dtype=accumulation_dtype(outputs.dtype))
-    if total.requires_grad:
-        torch.autograd.grad(total, uses.anchor, allow_unused=True)
+        uses.squares = total.new_zeros(images.shape[0], dtype=accumulation_dtype(outputs.dtype))
+        if total.requires_grad:
+            torch.autograd.grad(total, uses.anchor, allow_unused=True)
     for gradient in uses.shared.values():
         uses.squares += squared(gradient)
     return uses.squares, outputs.detach()
@@ -104,7 +108,16 @@ class _ParameterUses(TorchFunctionMode):
         self.count: Counter[int] = Counter()  # uses of each parameter
         self.anchor = torch.zeros((), requires_grad=True)  # see _Tap
         self.shared: dict[int, Tensor] = {}  # per-sample gradients of parameters with more than one use
+        self.kept = {id(tensor) for tensor in tensors_of(model)}
+        self.refusal: str | None = None
         self.squares: Tensor
+
+    def marked(self, result: Any) -> Any:
+        """A result that depends on the images, marked so."""
+        for value in _values(result):
+            if isinstance(value, Tensor) and id(value) not in self.kept:
+                value._ddfast_of_images = True  # type: ignore[attr-defined]
+        return result
 
     def __torch_function__(
         self,
@@ -114,8 +127,28 @@ class _ParameterUses(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        try:
+            of_images = any(
+                getattr(value, "_ddfast_of_images", False) or value.requires_grad
+                for value in _values((args, kwargs))
+                if isinstance(value, Tensor) and id(value) not in self.owners
+            )
+            if of_images and func in _READS:
+                raise UnservedModel(
+                    f"the model reads what it computes of the images, by {resolve_name(func)}"
+                )
+            result = self._run(func, args, kwargs)
+        except UnservedModel as error:
+            self.refusal = self.refusal or str(error)
+            raise
+        return self.marked(result) if of_images else result
+
+    def _run(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """The call as the ghost method makes it."""
         parameters = [value for value in _values((args, kwargs)) if id(value) in self.owners]
         if not parameters:
+            if func in INSTANCE_NORMS:
+                return contiguous_gradient(func(*args, **kwargs))
             if func is functional.max_pool2d and args and _is_planar(args[0]):
                 pooled = _pooled(*args, **kwargs)
                 return pooled.contiguous() if self.keep_layout else pooled
@@ -126,6 +159,8 @@ class _ParameterUses(TorchFunctionMode):
                     raise _LayoutError from error
             return func(*args, **kwargs)
         if func not in LAYERS:
+            if _works_in_place(func) or "out" in kwargs:
+                raise UnservedModel(f"{self._named(parameters[0])} is modified by {resolve_name(func)}")
             result = func(*args, **kwargs)
             if any(isinstance(value, Tensor) for value in _values(result)):
                 raise UnservedModel(f"{self._named(parameters[0])} is used in {resolve_name(func)}")
@@ -151,7 +186,8 @@ class _ParameterUses(TorchFunctionMode):
         take = self._taker(layer)
         if layer.fused:
             return _Fused.apply(args[0] if args else kwargs["input"], self.anchor, layer, call, take)
-        return _Tap.apply(call(), self.anchor, take)
+        output = contiguous_gradient(call()) if func in INSTANCE_NORMS else call()
+        return _Tap.apply(output, self.anchor, take)
 
     def _taker(self, layer: Layer) -> Callable[[Tensor], Tensor | None]:
         """What the backward pass is to call with the gradient at a layer's output.
@@ -221,6 +257,49 @@ class _Tap(torch.autograd.Function):
         (grad,) = grads
         ctx.take(grad)
         return grad, None, None
+
+
+# torch's instance_norm and the function that calls it.
+INSTANCE_NORMS = (functional.instance_norm, torch.instance_norm)
+
+# What hands values of a tensor to Python, where they may decide what is computed next.
+_READS = {
+    *(getattr(Tensor, name) for name in ("item", "tolist", "numpy", "equal", "allclose", "is_nonzero")),
+    *(getattr(Tensor, f"__{name}__") for name in ("bool", "int", "float", "index", "complex", "array")),
+    torch.equal,
+    torch.allclose,
+    torch.is_nonzero,
+}
+
+
+def contiguous_gradient(output: Tensor) -> Tensor:
+    """The output of an instance_norm, whose gradient comes back to it contiguous where there is one image.
+
+    torch folds the channels into the batch, and its backward pass then misreads a channels-last gradient of one
+    image (torch 2.10 to 2.14): all gradients are wrong.
+    """
+    if not isinstance(output, Tensor) or output.ndim < 4 or len(output) != 1:
+        return output
+    return _Contiguous.apply(output)
+
+
+class _Contiguous(torch.autograd.Function):
+    """The identity, through which a gradient passes contiguous."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(output: Tensor) -> Tensor:
+        return output.clone()  # a view could not be worked on in place
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (grad,) = grads
+        return grad.contiguous()
 
 
 class _Fused(torch.autograd.Function):
@@ -298,6 +377,15 @@ def _values(nested: Any) -> Iterator[Any]:
         yield from _values(list(nested.values()))
     else:
         yield nested
+
+
+def _works_in_place(func: Callable[..., Any]) -> bool:
+    """Whether a function is one of those that change what they are given: `add_`, `__iadd__`, `__setitem__`."""
+    name = getattr(func, "__name__", "")
+    special = (
+        name.startswith("__i") and name.endswith("__") and name not in ("__index__", "__int__", "__invert__")
+    )
+    return special or name in ("__setitem__", "__set__") or (name.endswith("_") and not name.endswith("__"))
 
 
 def _described(name: str, module: nn.Module) -> str:

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal, overload
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 from torch.nn import functional
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
-from ddfast.gradients.ghost import UnservedModel, ghost_squares
+from ddfast.gradients.ghost import INSTANCE_NORMS, UnservedModel, contiguous_gradient, ghost_squares
+from ddfast.gradients.preservation import (
+    differentiable,
+    same_randomness,
+    substituted,
+    untouched,
+    without_inference_tensors,
+)
+from ddfast.gradients.trial import Trial, raised
 from ddfast.ops.reference import accumulation_dtype
 
-METHODS = ("auto", "ghost", "vmap", "last_layer")
+METHODS = ("auto", "ghost", "vmap", "loop", "last_layer")
 LOSSES = ("cross_entropy",)
 
 _CHUNK = 32  # images; bounds the activations that one backward pass keeps
 _VMAP_BYTES = 2**28  # of per-sample gradients that live at a time
-
-# Why the ghost method must not be used for a model, None where it may. Filled on a model's first use.
-_REFUSALS: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
 
 NormsAndLogits = tuple[Tensor, Tensor]
 
@@ -74,17 +79,21 @@ def grad_norm(
 ) -> Tensor | NormsAndLogits:
     """L2 norm, for each image, of the gradient of its cross-entropy in all parameters of the model.
 
-    InfoUtil's Definition 5, over all parameters, trainable or not, with the model in eval mode. Neither the
-    parameters' `requires_grad` nor their `.grad` is touched.
+    InfoUtil's Definition 5, over all parameters, trainable or not, with the model in eval mode. Nothing of the
+    model, the images or the streams of random numbers is changed by a call, whatever the model's forward pass does.
 
     Methods:
         ghost: one forward and one backward pass. Each layer's input and output gradient give the norm
             (`ddfast.ops.grad_sq_norm_*`); no per-sample gradient is made but of parameters used more than
             once. Serves linear, conv1d, conv2d, batch_norm in eval mode, instance_norm, group_norm,
-            layer_norm, rms_norm and embedding, with the batch as first dimension. On a model's first use
-            its norms for two images are held against autograd's. A model that it does not serve falls back
-            to `vmap` with one warning that names the layer.
-        vmap: per-sample gradients by `torch.func`, chunk by chunk. Any model that torch.func can transform.
+            layer_norm, rms_norm and embedding, with the batch as first dimension. On the first use of a model,
+            and of a batch size, its norms for two images are held against the loop's, in float64 and in the
+            model's own precision; a model that is changed is tried again. A model that it does not serve falls
+            back to `vmap`, or to `loop`, with one warning that names the layer.
+        vmap: per-sample gradients by `torch.func`, chunk by chunk, tried likewise. A model that torch.func cannot
+            transform (recurrent layers, sparse gradients, TorchScript, values read in the forward pass) falls back
+            to `loop` with one warning that says why.
+        loop: one image at a time by autograd, its squares added up in float64. Any model; slow, and the definition.
         auto: the same as ghost, which is the fastest wherever it serves the model.
         last_layer: not the norm over all parameters but that over the last Linear layer's, in closed form:
             ||p - e_y|| sqrt(||h||^2 + 1), with h the layer's input, p the softmax, and no 1 without a bias.
@@ -94,11 +103,11 @@ def grad_norm(
         model: maps [B, ...] to logits [B, C].
         images: [B, C, H, W] uint8 (scaled by 1/255) or floating point, or integer inputs [B, ...] of a model
             with an embedding, which pass as they are. Cast to the model's dtype.
-        labels: int64 [B].
+        labels: int64 [B], each a class from 0 to C - 1.
         method: one of the above.
         mean, std: [C], subtracted from and divided into the scaled images; None leaves them.
         chunk_size: images per pass. Default 32 for ghost and last_layer; for vmap as many as keep the
-            per-sample gradients within 256 MiB, 32 at most.
+            per-sample gradients within 256 MiB, 32 at most. The loop takes one image at a time.
         loss: "cross_entropy".
         return_logits: return the model's output as well, which the norm needs anyway.
 
@@ -107,31 +116,27 @@ def grad_norm(
         [B, C] in the model's dtype.
 
     Raises:
-        ValueError: an unknown method or loss, shapes that do not fit, a model with BatchNorm or dropout in
-            training mode (the norm of an image would depend on its neighbours or on chance), or, for
-            last_layer, a model that does not end in a Linear layer.
+        TypeError: a model that is no module, or images or labels that are no tensors.
+        ValueError: an unknown method or loss, shapes that do not fit, labels that are no classes, a model that does
+            not return logits [B, C], has BatchNorm or dropout in training mode, or returns something else each time
+            (the norm of an image would depend on its neighbours or on chance), or, for last_layer, a model that does
+            not end in a Linear layer.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    if loss not in LOSSES:
-        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
-    if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
-        raise ValueError(
-            f"labels must be int64 [{len(images)}], one an image, got {labels.dtype} {tuple(labels.shape)}"
-        )
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    _check_arguments(model, images, labels, method, loss, chunk_size)
     _require_eval(model)
 
-    with torch.inference_mode(False), _uncompiled(model):
+    with torch.inference_mode(False), _uncompiled(), same_randomness(images.device):
+        while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        labels = labels.to(images.device, copy=True)
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         prepare = partial(_prepared, mean=mean, std=std, dtype=dtype)
-        if len(images) == 0:
-            with torch.no_grad():
-                logits = model(prepare(images)) if return_logits else images.new_empty(0)
-            norms = torch.empty(0, dtype=accumulation_dtype(dtype), device=images.device)
-        else:
-            norms, logits = _dispatched(method, model, images, labels, prepare, chunk_size)
+        with without_inference_tensors(model):
+            if len(images) == 0:
+                logits = _forward(model, prepare(images)) if return_logits else images.new_empty(0)
+                norms = torch.empty(0, dtype=accumulation_dtype(dtype), device=images.device)
+            else:
+                norms, logits = _dispatched(method, model, images, labels, prepare, chunk_size)
     return (norms, logits) if return_logits else norms
 
 
@@ -141,7 +146,11 @@ def ghost_norms(model: nn.Module, images: Tensor, labels: Tensor) -> NormsAndLog
     Raises:
         UnservedModel: where the ghost method does not serve the model.
     """
-    squares, logits = ghost_squares(model, images, lambda logits: _cross_entropy(logits, labels))
+
+    def loss(outputs: Any) -> Tensor:
+        return _cross_entropy(_logits(outputs, len(labels)), labels)
+
+    squares, logits = ghost_squares(model, images, loss)
     return squares.sqrt(), logits
 
 
@@ -149,34 +158,74 @@ def vmap_norms(model: nn.Module, images: Tensor, labels: Tensor) -> NormsAndLogi
     """Gradient norms from per-sample gradients by torch.func, in the model's own precision.
 
     Autocast is suspended: under it functional batch_norm meets two dtypes, which torch.func does not take.
-    """
-    parameters, buffers = _detached(model.named_parameters()), _detached(model.named_buffers())
 
-    def sample_loss(parameters: dict[str, Tensor], image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        logits = functional_call(model, (parameters, buffers), (image[None],))
+    Raises:
+        UnservedModel: parameters that TorchScript keeps to itself.
+    """
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise UnservedModel("TorchScript, which torch.func does not transform")
+
+    def sample_loss(parameters: dict[int, Tensor], image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        with substituted(model, {**own, **parameters}):
+            logits = _logits(model(image[None]), 1)
         return _cross_entropy(logits, label[None]), logits[0]
 
-    with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
+    with (
+        untouched(model, parameters=True),
+        torch.enable_grad(),
+        torch.autocast(images.device.type, enabled=False),
+        _ContiguousGradients(),
+    ):
+        own = {id(parameter): parameter.detach() for parameter in model.parameters()}
+        parameters = {key: parameter for key, parameter in own.items() if parameter.is_floating_point()}
         per_sample = vmap(grad(sample_loss, has_aux=True), in_dims=(None, 0, 0))
-        gradients, logits = per_sample(parameters, images, labels)
+        gradients, logits = per_sample(parameters, images.clone(), labels)
     return _norm(gradients.values(), images), logits
 
 
-def autograd_norms(model: nn.Module, images: Tensor, labels: Tensor) -> NormsAndLogits:
-    """Gradient norms by plain autograd, one image at a time: slow, and the definition."""
-    buffers = _detached(model.named_buffers())
+def loop_norms(model: nn.Module, images: Tensor, labels: Tensor) -> NormsAndLogits:
+    """Gradient norms by plain autograd, one image at a time, each on the model as it stands: the definition."""
+    parameters = [p for p in model.parameters() if p.is_floating_point()]
     norms, outputs = [], []
-    for image, label in zip(images.split(1), labels.split(1), strict=True):
-        parameters = {name: p.requires_grad_() for name, p in _detached(model.named_parameters()).items()}
-        with torch.enable_grad():
-            logits = functional_call(model, (parameters, buffers), (image,))
-            loss = _cross_entropy(logits, label)
-        gradients: Sequence[Tensor | None] = ()
-        if loss.requires_grad:
-            gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        norms.append(_norm((g[None] for g in gradients if g is not None), image))
-        outputs.append(logits.detach())
-    return torch.cat(norms), torch.cat(outputs)
+    with (
+        differentiable(parameters),
+        torch.enable_grad(),
+        torch.autocast(images.device.type, enabled=False),
+        _ContiguousGradients(),
+    ):
+        for image, label in zip(images.split(1), labels.split(1), strict=True):
+            with untouched(model, parameters=True):
+                logits = _logits(model(image.clone()), 1)
+                gradients = _gradients(model, image, label, logits, parameters)
+            squares = torch.zeros((), dtype=torch.float64, device=logits.device)
+            for gradient in gradients:
+                if gradient is not None:
+                    dense = gradient.coalesce().values() if gradient.is_sparse else gradient
+                    squares += dense.to(squares.device, torch.float64).square().sum()
+            norms.append(squares.sqrt().to(images.device, accumulation_dtype(logits.dtype)))
+            outputs.append(logits.detach())
+    return torch.stack(norms), torch.cat(outputs)
+
+
+def _gradients(
+    model: nn.Module, image: Tensor, label: Tensor, logits: Tensor, parameters: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    """The gradient of one image's loss, for each parameter; None where it has none."""
+    loss = _cross_entropy(logits, label)
+    if not loss.requires_grad:
+        return []
+    try:
+        return torch.autograd.grad(loss, parameters, allow_unused=True)
+    except RuntimeError as error:
+        if "heckpoint" not in str(error):
+            raise
+    # Reentrant checkpoints take neither autograd.grad nor an input without a gradient.
+    leaves = [parameter.detach().clone().requires_grad_() for parameter in parameters]
+    with substituted(model, {id(p): leaf for p, leaf in zip(parameters, leaves, strict=True)}):
+        image = image.clone().requires_grad_(image.is_floating_point())
+        outputs = _logits(model(image * 1 if image.requires_grad else image), 1)
+        _cross_entropy(outputs, label).backward()
+    return [leaf.grad for leaf in leaves]
 
 
 def last_layer_norms(model: nn.Module, images: Tensor, labels: Tensor) -> NormsAndLogits:
@@ -185,8 +234,8 @@ def last_layer_norms(model: nn.Module, images: Tensor, labels: Tensor) -> NormsA
     Raises:
         ValueError: the model's output is not that of a Linear layer on [B, features].
     """
-    with torch.no_grad(), _LastLinear() as last:
-        logits = model(images)
+    with torch.no_grad(), untouched(model, parameters=True), _LastLinear() as last:
+        logits = _logits(model(images.clone()), len(images))
     if last.output is not logits or last.input.ndim != 2:
         raise ValueError(
             f"last_layer needs a model that ends in a Linear layer on [B, features]; {type(model).__name__} "
@@ -221,6 +270,20 @@ class _LastLinear(TorchFunctionMode):
         self.input, self.output, self.has_bias = input, output, bias is not None
 
 
+class _ContiguousGradients(TorchFunctionMode):
+    """Keeps instance_norm right for one image: see `contiguous_gradient`."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return contiguous_gradient(result) if func in INSTANCE_NORMS else result
+
+
 def _dispatched(
     method: str,
     model: nn.Module,
@@ -229,7 +292,7 @@ def _dispatched(
     prepare: Callable[[Tensor], Tensor],
     chunk_size: int | None,
 ) -> NormsAndLogits:
-    """Norms and logits of all images, by vmap where the ghost method does not serve the model."""
+    """Norms and logits of all images, by the first method of the chain that serves the model."""
 
     def in_chunks(norms: Callable[..., NormsAndLogits], default: int) -> NormsAndLogits:
         parts = [
@@ -240,73 +303,89 @@ def _dispatched(
         ]
         return torch.cat([norms for norms, _ in parts]), torch.cat([logits for _, logits in parts])
 
+    trial = Trial(model, prepare(images[: chunk_size or _CHUNK]), _forward, loop_norms)
+    if int(labels.max()) >= trial.classes:
+        raise ValueError(
+            f"labels must be classes from 0 to {trial.classes - 1}, the model's outputs, got {int(labels.max())}"
+        )
     if method == "last_layer":
         return in_chunks(last_layer_norms, _CHUNK)
-    if method != "vmap":
-        if model not in _REFUSALS:
-            _remember(model, _ghost_refusal(model, prepare(_two(images))))
-        if _REFUSALS[model] is None:
-            try:
-                return in_chunks(ghost_norms, _CHUNK)
-            except UnservedModel as reason:  # a use that the trial did not show
-                _remember(model, str(reason))
     gradient_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    return in_chunks(vmap_norms, max(1, min(_CHUNK, _VMAP_BYTES // max(gradient_bytes, 1))))
-
-
-def _remember(model: nn.Module, refusal: str | None) -> None:
-    """Keep whether the ghost method serves the model, and warn once where it does not."""
-    _REFUSALS[model] = refusal
-    if refusal is not None:
-        warnings.warn(
-            f"grad_norm: the ghost method does not serve {type(model).__name__}, using vmap: {refusal}",
-            UserWarning,
-            stacklevel=4,
-        )
-
-
-class _Trial(nn.Module):
-    """A model's norms by the ghost method and by autograd, for the least likely classes, whose gradients are large."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            labels = self.model(images).argmin(1)
-        return ghost_norms(self.model, images, labels)[0], autograd_norms(self.model, images, labels)[0]
-
-
-def _ghost_refusal(model: nn.Module, images: Tensor) -> str | None:
-    """Why the ghost method must not be used for the model, after a trial on two images; None where it may.
-
-    It is the algebra that is on trial, so the model runs in float64, whatever its precision and the autocast around
-    the call. In float32 an activation that is zero but for rounding can be on in a batch of two and off in a batch of
-    one, where other kernels run, and the norms then differ by more than rounding. A model that does not run in
-    float64 is tried in its own precision.
-    """
-    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    double = {
-        f"model.{name}": tensor.detach().double() if tensor.is_floating_point() else tensor
-        for name, tensor in state.items()
-    }
-    doubled = images.double() if images.is_floating_point() else images
-    with torch.autocast(images.device.type, enabled=False):
+    defaults = {"ghost": _CHUNK, "vmap": max(1, min(_CHUNK, _VMAP_BYTES // max(gradient_bytes, 1)))}
+    chain = {"auto": ("ghost", "vmap"), "ghost": ("ghost", "vmap"), "vmap": ("vmap",), "loop": ()}[method]
+    norms_by = {"ghost": ghost_norms, "vmap": vmap_norms}
+    for name in chain:
+        if not trial.serves(name, norms_by[name]):
+            continue
+        trial.warn(chain, name)
         try:
-            ghost, expected = functional_call(_Trial(model), double, (doubled,))
-            tolerance = 1e-6
-        except UnservedModel as reason:
-            return str(reason)
-        except (RuntimeError, TypeError, ValueError):
-            try:
-                ghost, expected = _Trial(model)(images)
-            except UnservedModel as reason:
-                return str(reason)
-            tolerance = 1e-3 if images.dtype in (torch.float32, torch.float64) else 0.05
-    if torch.allclose(ghost, expected, rtol=tolerance, atol=1e-6, equal_nan=True):
-        return None
-    return f"on two images it gives {ghost.tolist()} where autograd gives {expected.tolist()}"
+            return in_chunks(partial(trial.held, name, norms_by[name]), defaults[name])
+        except UnservedModel as reason:  # a use that the trial did not show
+            trial.refusals[name] = str(reason)
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:
+            found = in_chunks(loop_norms, _CHUNK)  # where the model itself fails, so does this
+            trial.refusals[name] = raised(error)
+            trial.warn(chain, "loop")
+            return found
+    trial.warn(chain, "loop")
+    return in_chunks(loop_norms, _CHUNK)
+
+
+def _forward(model: nn.Module, images: Tensor) -> Tensor:
+    """The model's logits [B, C], without a gradient."""
+    with torch.no_grad(), untouched(model, parameters=True):
+        return _logits(model(images.clone()), len(images))
+
+
+def _logits(outputs: Any, batch: int) -> Tensor:
+    """What a model returned, where that is logits [B, C].
+
+    Raises:
+        ValueError: anything else.
+    """
+    if isinstance(outputs, Tensor) and outputs.ndim == 2 and len(outputs) == batch:
+        if outputs.is_floating_point() and outputs.shape[1] > 0:
+            return outputs
+        found = f"{outputs.dtype} {tuple(outputs.shape)}"
+    elif isinstance(outputs, Tensor):
+        found = f"{tuple(outputs.shape)}"
+    else:
+        found = f"a {type(outputs).__name__}"
+    raise ValueError(
+        f"the model must return logits, a floating-point tensor [{batch}, C], got {found}; wrap it in a module "
+        "that returns its logits alone"
+    )
+
+
+def _check_arguments(
+    model: nn.Module, images: Tensor, labels: Tensor, method: str, loss: str, chunk_size: int | None
+) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if loss not in LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
+    for name, value in (("images", images), ("labels", labels)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}; torch.as_tensor makes one")
+    if images.ndim < 1 or images.is_complex() or images.layout != torch.strided:
+        raise ValueError(
+            f"images must be [B, ...] and dense, integers or floating point, got {images.dtype} "
+            f"{tuple(images.shape)}"
+        )
+    if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(
+            f"labels must be int64 [{len(images)}], one an image, got {labels.dtype} {tuple(labels.shape)}"
+        )
+    if images.is_meta or labels.is_meta:
+        raise ValueError("images and labels must hold values, got a tensor on the meta device")
+    if len(labels) and int(labels.min()) < 0:
+        raise ValueError(f"labels must be classes, 0 or more, got {int(labels.min())}")
+    if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
+        raise ValueError(f"chunk_size must be a whole number from 1 on, got {chunk_size}")
 
 
 def _prepared(
@@ -320,13 +399,12 @@ def _prepared(
     if images.dtype == torch.uint8:
         images = images.to(accumulation_dtype(dtype)) / 255
     elif not images.is_floating_point():
-        return images.clone() if images.is_inference() else images
+        return images.clone()
     if mean is not None:
         images = images - _channels(mean, images)
     if std is not None:
         images = images / _channels(std, images)
-    images = images.to(dtype)
-    return images.clone() if images.is_inference() else images
+    return images.to(dtype).clone()  # a model may work in place on it
 
 
 def _channels(values: Sequence[float] | Tensor, images: Tensor) -> Tensor:
@@ -337,14 +415,14 @@ def _channels(values: Sequence[float] | Tensor, images: Tensor) -> Tensor:
     return channels[:, None, None]
 
 
-def _two(images: Tensor) -> Tensor:
-    """Two different inputs: the first two, or the only one and its mirror image."""
-    return images[:2] if len(images) > 1 else torch.cat([images, images.flip(-1)])
-
-
 def _require_eval(model: nn.Module) -> None:
     """Raise ValueError for a layer that makes the norm of an image depend on other images or on chance."""
     for name, module in model.named_modules():
+        for parameter in [*module._parameters.values(), *module._buffers.values()]:
+            if parameter is not None and is_lazy(parameter):
+                raise ValueError(
+                    f"layer {name!r} ({type(module).__name__}) has no shape yet; run the model on an image first"
+                )
         batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
         dropout = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
         if module.training and (batch_norm or dropout):
@@ -359,21 +437,16 @@ def _require_eval(model: nn.Module) -> None:
             )
 
 
-def _uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
-    """Context in which modules that went through `torch.compile` run as they were written."""
-    compiled = ("_orig_mod", "_compiled_call_impl")  # of torch.compile(module) and of module.compile()
-    if any(getattr(module, name, None) is not None for module in model.modules() for name in compiled):
-        return torch.compiler.set_stance("force_eager")
-    return nullcontext()
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Context in which what went through `torch.compile` runs as it was written."""
+    if "torch._dynamo" not in sys.modules:  # nothing did
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def _cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
     """The sum over the batch of the cross-entropy of logits [B, C]."""
     return functional.cross_entropy(outputs.to(accumulation_dtype(outputs.dtype)), labels, reduction="sum")
-
-
-def _detached(named: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: tensor.detach() for name, tensor in named}
 
 
 def _norm(gradients: Iterable[Tensor], images: Tensor) -> Tensor:

@@ -1,5 +1,4 @@
 import gc
-import re
 import warnings
 import weakref
 from contextlib import contextmanager
@@ -11,10 +10,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 
 from ddfast import grad_norm
-from ddfast.gradients import ghost
+from ddfast.gradients import ghost, trial
 from ddfast.gradients import norms as implementation
 
-METHODS = ("ghost", "vmap", "auto")
+METHODS = ("ghost", "vmap", "loop", "auto")
 
 
 @contextmanager
@@ -582,8 +581,10 @@ def test_lets_go_of_each_layers_input_in_the_backward_pass():
 
     handles = [layer.register_forward_pre_hook(remember) for layer in layers]
     handles.append(layers[0].register_forward_hook(lambda module, arguments, output: Probe.apply(output)))
-    implementation._REFUSALS[model] = None  # no trial
-    grad_norm(model, torch.randn(3, 6), torch.tensor([0, 1, 2]), "ghost")
+    images = torch.randn(3, 6)
+    grad_norm(model, images, torch.tensor([0, 1, 2]), "ghost")
+    alive.clear(), seen.clear()  # of the trial
+    grad_norm(model, images, torch.tensor([0, 1, 2]), "ghost")
     for handle in handles:
         handle.remove()
     assert seen == [[True, False, False, False]]  # the images are the caller's
@@ -656,8 +657,11 @@ def test_compiled_modules_run_as_they_were_written():
 def test_torchscript_hides_its_layers():
     traced = torch.jit.trace(nn.Linear(12, 5), torch.zeros(1, 12))
     model = nn.Sequential(nn.Flatten(), traced).eval()
-    refusal = implementation._ghost_refusal(model, torch.rand(2, 3, 2, 2))
-    assert re.fullmatch(r"layer '1' \(.*\) is TorchScript, which hides its layers", refusal)
+    images, labels = torch.rand(2, 3, 2, 2), torch.tensor([0, 1])
+    with pytest.raises(
+        ghost.UnservedModel, match=r"^layer '1' \(.*\) is TorchScript, which hides its layers$"
+    ):
+        implementation.ghost_norms(model, images, labels)
 
 
 @pytest.mark.parametrize("method", [*METHODS, "last_layer"])
@@ -679,14 +683,14 @@ def test_layers_that_do_not_mind_may_be_in_training_mode():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "exact"}, "method must be one of auto, ghost, vmap, last_layer, got 'exact'"),
+        ({"method": "exact"}, "method must be one of auto, ghost, vmap, loop, last_layer, got 'exact'"),
         ({"loss": "hinge"}, "loss must be one of cross_entropy, got 'hinge'"),
         ({"labels": torch.zeros(5)}, r"labels must be int64 \[5\], one an image, got torch.float32 \(5,\)"),
         (
             {"labels": torch.zeros(4, dtype=torch.int64)},
             r"labels must be int64 \[5\], .* got torch.int64 \(4,\)",
         ),
-        ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
+        ({"chunk_size": 0}, "chunk_size must be a whole number from 1 on, got 0"),
         ({"mean": (0.5,)}, r"mean and std must be \[C\] for images \[B, C, H, W\], got \(1,\)"),
     ],
 )
@@ -699,7 +703,7 @@ def test_bad_arguments(change, message):
 def test_a_model_is_not_kept_alive():
     model, images, labels = built("batch norm")
     grad_norm(model, images, labels)
-    assert model in implementation._REFUSALS
+    assert model in trial._TRIALS
     reference = weakref.ref(model)
     del model
     gc.collect()

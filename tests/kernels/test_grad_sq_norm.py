@@ -85,6 +85,7 @@ def test_conv2d(where):
         *(conv2d_case(dtype, (2, 3, 9, 8), 5, (3, 3), padding=1) for dtype in DTYPES),
         conv2d_case(torch.float32, (2, 4, 9, 11), 6, (3, 2), (2, 3), (1, 0), (1, 2), groups=2, layout=last),
         conv2d_case(torch.float32, (2, 6, 7, 7), 6, (3, 3), padding=1, groups=6, bias=False),
+        conv2d_case(torch.float32, (2, 1, 7, 6), 1, (3, 2), bias=False),  # one channel in and out
         conv2d_case(torch.float32, (1, 2, 5, 6), 3, (5, 5), 3, 4, 2),
         conv2d_case(torch.float32, (2, 20, 3, 3), 24, (3, 3), padding=1),  # Gram
         conv2d_case(torch.float32, (2, 20, 4, 4), 40, (3, 3), padding=1, groups=2, layout=last),

@@ -1,0 +1,1 @@
+"""Trials that look for faults: random draws against a slow and plain reference."""
