@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,30 @@ from ddfast.models import Teacher
 # From the model's outputs to the crops' pixels. None of them runs inside of grad_norm.
 TAIL = ("shapley_heatmap", "noisy_crop_boxes", "shapley_crop_boxes", "crop_resize", "crop_batch")
 STAGES = ("decode", "attribution", "tail", "gradient norms")
+
+# Where a part of the pass begins and ends: names that are looked up when they are called. They may lie inside of one
+# another; what lies deeper counts.
+SEAMS = {
+    "wait for images": ("ddfast.methods.pipeline:_Awaited.__next__",),
+    "upload": ("ddfast.methods.pipeline:_micro_batch",),
+    "attribution": ("ddfast.attribution:shapley_crops",),
+    "attribution: masks": (
+        "ddfast.attribution.engine:masked_batch",
+        "ddfast.attribution.engine:assemble",
+        "ddfast.attribution.forward:assemble",
+    ),
+    "attribution: forward": ("ddfast.attribution.forward:Forward._run",),
+    "attribution: tail": (
+        "ddfast.attribution.crops:shapley_crop_boxes",
+        "ddfast.attribution.engine:shapley_heatmap",
+    ),
+    "norms": ("ddfast.methods.infoutil:judge",),
+    "norms: crops": ("ddfast.methods.scoring:crop_batch", "ddfast.methods.scoring:crop_resize"),
+    "norms: forward": ("ddfast.gradients.norms:ghost_squares",),
+    "norms: backward with norms": ("torch.autograd:grad",),
+    "rows back": ("ddfast.methods.pipeline:_append_rows",),
+    "commit": ("ddfast.methods.pipeline:write_table",),
+}
 
 
 @dataclass(frozen=True)
@@ -89,7 +114,7 @@ class Pass:
         rounds = rounds or (1 if quick else 3)
         with tempfile.TemporaryDirectory() as folder:
             _write_jpegs(Path(folder), self.found.images[: self.batch].cpu())
-            gate = passed(self.case, self._checks())
+            gate = passed(self.case, self.checks())
             cuts = [self._stages(Path(folder)) for _ in range(rounds)]
             overlapped = [seconds_of(lambda: self._whole(Path(folder)), device) for _ in range(rounds)]
         common = {
@@ -110,7 +135,7 @@ class Pass:
             rows.append(Measurement(stage, share=Spread.of(shares), **common))
         return rows
 
-    def _checks(self) -> Iterator[Check]:
+    def checks(self) -> Iterator[Check]:
         """The crops lie in the image, and their norms are those of per-sample gradients."""
         candidates = self.method.score(self.micro_batch(self.found.images[: self.batch]), self.context)
         size = self.found.images.shape[-1]
@@ -174,6 +199,36 @@ def _labelled_norms() -> Iterator[None]:
 
     with mock.patch.object(gradients, "grad_norm", labelled):
         yield
+
+
+@contextmanager
+def parts(mark: Callable[[str], AbstractContextManager[Any]]) -> Iterator[list[str]]:
+    """Context in which every part of `SEAMS` runs inside of `mark(its name)`.
+
+    Its value lists the seams that are not there: what they would have marked counts to what lies around it.
+    """
+    missing = []
+    with ExitStack() as stack:
+        for part, seams in SEAMS.items():
+            for seam in seams:
+                module, _, path = seam.partition(":")
+                *around, name = path.split(".")
+                owner: Any = importlib.import_module(module)
+                for step in around:
+                    owner = getattr(owner, step, None)
+                if not hasattr(owner, name):
+                    missing.append(seam)
+                    continue
+                stack.enter_context(mock.patch.object(owner, name, _marked(getattr(owner, name), part, mark)))
+        yield missing
+
+
+def _marked(run: Callable[..., Any], part: str, mark: Callable[[str], AbstractContextManager[Any]]) -> Any:
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        with mark(part):
+            return run(*args, **kwargs)
+
+    return marked
 
 
 def _seconds_by_name(profiled: profile, device: torch.device) -> dict[str, float]:
