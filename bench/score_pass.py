@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +113,7 @@ class Pass:
         """The pass from JPEG files with decoding threads, and one thread after another, cut into stages."""
         rounds = rounds or (1 if quick else 3)
         with tempfile.TemporaryDirectory() as folder:
-            _write_jpegs(Path(folder), self.found.images[: self.batch].cpu())
+            write_jpegs(Path(folder), self.found.images[: self.batch].cpu(), count=self.batch)
             gate = passed(self.case, self.checks())
             cuts = [self._stages(Path(folder)) for _ in range(rounds)]
             overlapped = [seconds_of(lambda: self._whole(Path(folder)), device) for _ in range(rounds)]
@@ -237,14 +237,17 @@ def _seconds_by_name(profiled: profile, device: torch.device) -> dict[str, float
     return {event.key: getattr(event, field) / 1e6 for event in profiled.key_averages()}
 
 
-def _write_jpegs(folder: Path, images: Tensor) -> None:
-    """An ImageFolder of two classes, the first half of the images and the second."""
-    for number, image in enumerate(images):
-        inside = folder / "train" / str(int(2 * number >= len(images)))
-        inside.mkdir(parents=True, exist_ok=True)
+def write_jpegs(folder: Path, images: Tensor, *, count: int, classes: Sequence[str] = ("0", "1")) -> None:
+    """An ImageFolder of `count` files, a run of them for each class; where the images run out they begin again."""
+    files = []
+    for image in images:
         text = io.BytesIO()
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(text, "JPEG", quality=90)
-        (inside / f"{number:04d}.jpg").write_bytes(text.getvalue())
+        files.append(text.getvalue())
+    for number in range(count):
+        inside = folder / "train" / classes[len(classes) * number // count]
+        inside.mkdir(parents=True, exist_ok=True)
+        (inside / f"{number:04d}.jpg").write_bytes(files[number % len(files)])
 
 
 def _decoded(folder: Path, workers: int | None) -> Iterator[Tensor]:
