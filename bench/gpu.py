@@ -120,7 +120,7 @@ def sections(device: str, quick: bool, work: Path) -> list[Section]:
 
     def speed(name: str, limit: float) -> Section:
         where = ("--device", "cpu" if name in _ON_HOST else device, "--out", str(work / "speed"))
-        command = ("-m", "bench", name, *where, *(("--quick",) if quick else ()))
+        command = ("-m", "bench", name, *where, *(("--quick", "--threads", "1") if quick else ()))
         return Section(name, f"speed entry {name}", limit, command)
 
     return [

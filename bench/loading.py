@@ -239,7 +239,21 @@ def report(
                 for one in passes
             ),
         ]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *machines()]) + "\n"
+
+
+def machines() -> list[str]:
+    """The table of what DALI does on each kind of machine, which nothing here has measured."""
+    from ddfast.data.dali import MACHINES
+
+    rows = [f"| {' | '.join(row)} |" for row in MACHINES]
+    return [
+        "What DALI does on each kind of machine:",
+        "",
+        rows[0],
+        "| --- " * len(MACHINES[0]) + "|",
+        *rows[1:],
+    ]
 
 
 def _dali_version() -> str:
