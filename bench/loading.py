@@ -55,7 +55,11 @@ Load = Callable[..., Generator[tuple[Sample, Any], None, None]]
 
 def contenders(device: str) -> dict[str, Load]:
     """Name -> what loads."""
-    names = ["pillow", "torchvision", *(["dali"] if dali_missing() is None else [])]
+    names = ["pillow", "torchvision"]
+    if dali_missing() is None:
+        from ddfast.data.dali import has_engine
+
+        names += ["dali", *(["dali-hw"] if has_engine(device) else [])]
     return {name: resolve_loader(name, device) for name in names}
 
 

@@ -34,7 +34,8 @@ from bench.registry import (
 )
 from bench.subjects import Subject, subject
 from ddfast import ops
-from ddfast.data import load, open_source
+from ddfast.data import open_source
+from ddfast.data.loaders import resolve_loader
 from ddfast.methods import get_method
 from ddfast.methods.base import Batch, Candidates, Context, Method
 from ddfast.methods.run import MICRO_BATCH
@@ -158,7 +159,7 @@ class Pass:
         """Seconds of each stage of one micro-batch, decoded and scored in turn."""
         device = self.found.images.device
         decoded: list[Tensor] = []
-        decode = seconds_of(lambda: decoded.extend(_decoded(folder, workers=0)), torch.device("cpu"))
+        decode = seconds_of(lambda: decoded.extend(_decoded(folder, device, workers=0)), device)
         batch = self.micro_batch(torch.stack(decoded))
         activities = [ProfilerActivity.CPU]
         if device.type == "cuda":
@@ -178,7 +179,7 @@ class Pass:
         }
 
     def _whole(self, folder: Path) -> None:
-        images = torch.stack(list(_decoded(folder, workers=None)))
+        images = torch.stack(list(_decoded(folder, self.found.images.device, workers=None)))
         self.method.score(self.micro_batch(images), self.context)
 
 
@@ -250,10 +251,12 @@ def write_jpegs(folder: Path, images: Tensor, *, count: int, classes: Sequence[s
         (inside / f"{number:04d}.jpg").write_bytes(files[number % len(files)])
 
 
-def _decoded(folder: Path, workers: int | None) -> Iterator[Tensor]:
+def _decoded(folder: Path, device: torch.device, workers: int | None) -> Iterator[Tensor]:
+    """Images as a run on the device decodes them, on the device where that decodes."""
     source = open_source(folder, "train")
     size = Image.open(folder / "train" / "0" / "0000.jpg").width
-    for sample, image in load(source, source.samples, size, workers=workers):
+    loader = resolve_loader("auto", device).on_device()
+    for sample, image in loader(source, source.samples, size, workers=workers):
         if not isinstance(image, Tensor):
             raise Unavailable(f"{sample.key} does not decode: {image}")
         yield image

@@ -137,6 +137,8 @@ def _batch_size(size: int, ahead: int, workers: int, *, on_gpu: bool) -> int:
 
 def has_engine(device: str) -> bool:
     """Whether a GPU, "cuda" or "cuda:1", has an engine for JPEG; False where there is no such GPU."""
+    if torch.device(device).type != "cuda":
+        return False
     try:
         return torch.cuda.get_device_capability(torch.device(device)) in ENGINES
     except (RuntimeError, AssertionError):  # no driver, no such device, a torch without CUDA
