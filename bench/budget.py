@@ -128,9 +128,11 @@ class Budget:
         ]
         total = Part()
         for name, part in self.parts.items():
-            shown = "" if name == DECODING else f"{part.host:.2f}"
+            host = "" if name == DECODING else f"{part.host:.2f}"
+            # A part with others inside of it shows what they do not do.
+            shown = f"{name}: the rest" if any(o.startswith(f"{name}:") for o in self.parts) else name
             lines.append(
-                f"| {name} | {shown} | {part.waiting:.2f} | {part.device:.2f} | {part.launches:.0f} | "
+                f"| {shown} | {host} | {part.waiting:.2f} | {part.device:.2f} | {part.launches:.0f} | "
                 f"{part.kernels:.0f} | {part.waits:.1f} |"
             )
             for key in vars(total):

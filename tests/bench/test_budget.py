@@ -89,17 +89,20 @@ def test_what_binds_is_what_takes_longest_alone(found, binds):
 def test_the_page_adds_up_and_names_the_lines_that_waited():
     found = Budget(
         "a case", 16, 10.0, 4.0, 1.0,
-        {"norms": Part(7.25, 1.5, 3.0, 12, 14, 2), REST: Part(2.75, 0, 1, 1, 1, 0), DECODING: Part(0, 0, 0.5)},
+        {"norms": Part(7.25, 1.5, 3.0, 12, 14, 2), "norms: crops": Part(),
+         REST: Part(2.75, 0, 1, 1, 1, 0), DECODING: Part(0, 0, 0.5)},
         {"scoring.py:103": 1.0, "engine.py:9": 3.0},
         ["a:gone"],
     )  # fmt: skip
     page = found.page()
     assert "| together | 10.00 | 1.50 | 4.50 | 13 | 15 | 2.0 |" in page
     assert "1600 sources a second" in page
+    assert "| norms: the rest | 7.25 |" in page
+    assert "| norms: crops | 0.00 |" in page
     assert "busy 40 %" in page
     assert page.index("engine.py:9: 3.0") < page.index("scoring.py:103: 1.0")
     assert "not there any more: a:gone" in page
-    assert [tuple(row) for row in found.rows()] == [budget.COLUMNS] * 3
+    assert [tuple(row) for row in found.rows()] == [budget.COLUMNS] * 4
 
 
 def test_the_pass_is_cut_into_parts_that_add_up(monkeypatch):
