@@ -122,10 +122,18 @@ def read(case: Case, seed: int, folder: Path) -> str:
     return load_teacher(path, **said).arch
 
 
+def _loaders() -> list[str]:
+    """The loaders that a CPU has."""
+    from ddfast.data.loaders import LOADERS, dali_missing
+
+    missing = {"dali-hw"} if dali_missing() is None else {"dali", "dali-hw"}
+    return [name for name in LOADERS[1:] if name not in missing]
+
+
 def _read_image(kind: str, data: bytes) -> str:
     """Through every loader; they must agree on whether there is an image."""
     from bench.mutation import FORMATS
-    from ddfast.data.loaders import LOADERS, dali_missing, resolve_loader
+    from ddfast.data.loaders import resolve_loader
     from ddfast.data.samples import Sample
     from ddfast.data.sources import Source
     from ddfast.errors import BadImage
@@ -146,9 +154,8 @@ def _read_image(kind: str, data: bytes) -> str:
 
     source = OneFile("one", "train", ["a"], [(f"a/0.{FORMATS[kind]}", 0)])
     found = {}
-    for name in LOADERS[1:]:
-        if name != "dali" or dali_missing() is None:
-            ((_, found[name]),) = resolve_loader(name)(source, source.samples, 32, workers=0)
+    for name in _loaders():
+        ((_, found[name]),) = resolve_loader(name)(source, source.samples, 32, workers=0)
     images = {name for name, image in found.items() if not isinstance(image, BadImage)}
     if images and images != set(found):
         raise AssertionError(f"only {sorted(images)} gave an image; Pillow says {found['pillow']}")
@@ -310,12 +317,10 @@ def run_all(wanted: Sequence[Case], seed: int, limit: float, workers: int) -> di
 
 def report(found: dict[Case, tuple[str, str]], seed: int) -> str:
     """The counts as a page."""
-    from ddfast.data.loaders import LOADERS, dali_missing
-
     counts: dict[str, Counter[str]] = {}
     for (kind, _), (outcome, _) in found.items():
         counts.setdefault(kind, Counter())[outcome] += 1
-    loaders = [name for name in LOADERS[1:] if name != "dali" or dali_missing() is None]
+    loaders = _loaders()
     lines = [
         "# Damaged files",
         "",

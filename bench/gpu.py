@@ -1,11 +1,15 @@
-"""Everything that needs a GPU, in one run of eight minutes: tests, rooflines, speed entries, score pass, profile.
+"""Everything that needs a GPU, in one run of eight minutes: budget of the score pass, tests, rooflines, speed, profile.
 
     DDFAST_BUILD_EXT=0 pip install --no-build-isolation --no-deps --editable .
     python -m bench.gpu --out DIR
 
 Every section runs in a process of its own with a limit on its time, so that neither a slow one nor one that crashes
-the GPU's context takes the others with it. What a section measured is written when it ends: DIR holds `gpu.md` with
-every table, a CSV for each kind of number, the plot and the logs, eight files in all.
+the GPU's context takes the others with it. The first sections fit into the time even where each comes to its limit;
+the others take what is left. What a section measured is written when it ends: DIR holds `gpu.md` with every table, a
+CSV for each kind of number, the plot and the logs, nine files in all.
+
+`gpu.md` begins with the budget of the score pass: what each part of a micro-batch costs the host and the device, what
+waited, and which of the two, or decoding, binds (`bench.budget`).
 
 `--device cpu --quick` runs every section at tiny sizes on the CPU, to try the path; its numbers mean nothing.
 Without a GPU, and without that, it exits with 2.
@@ -14,9 +18,12 @@ Without a GPU, and without that, it exits with 2.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import io
 import os
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -29,7 +36,7 @@ from typing import Any
 
 import torch
 
-from bench import facts
+from bench import budget, facts
 from bench.measuring import seconds_of
 from bench.op_cases import OpCase, op_cases
 from bench.registry import GateFailed, Settings, clock, passed
@@ -51,12 +58,16 @@ class Section:
         what: a sentence.
         limit: seconds after which it is killed.
         command: arguments behind the Python interpreter.
+        open_ended: does as much as its limit allows, so that coming to it is no fault.
+        environment: variables of its process beside those of this one.
     """
 
     name: str
     what: str
     limit: float
     command: tuple[str, ...]
+    open_ended: bool = False
+    environment: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,45 +79,89 @@ class Outcome:
     output: str
     seconds: float
 
+    @property
+    def well(self) -> bool:
+        """Whether it did what it was meant to."""
+        return self.ended == "done" or (self.section.open_ended and self.ended.startswith("stopped"))
+
 
 # The plan
 # -----------------------------------------------------------------------------------------------------
 
-# Speed entries in the order of their weight, with their limits in seconds.
-_SPEED = {
-    "masked_forward": 45,
-    "captum": 60,
-    "exact": 60,
-    "grad_norm": 35,
-    "score_pass": 35,
-    "grad_norm_opacus": 35,
+# Speed entries with their limits in seconds: those that have their time for certain, and those that take what is left,
+# in the order of their weight.
+_SPEED_FIRST = {"score_pass": 35, "masked_forward": 40, "grad_norm": 35}
+_SPEED_LEFT = {
     "ops": 50,
+    "captum": 50,
+    "exact": 50,
+    "grad_norm_opacus": 30,
     "precision": 25,
+    "host_time": 30,
+    "launchers": 20,
 }
+_ON_HOST = ("host_time", "launchers")  # entries that measure the CPU on every machine
 # Tests whose bodies differ on a GPU.
 _TESTED = ("tests/kernels", "tests/ops", "tests/attribution", "tests/gradients")
+_SANITIZED = ("tests/kernels", "tests/ops")
 
 
 def sections(device: str, quick: bool, work: Path) -> list[Section]:
-    """The whole plan, in order. The limits add up to more than the time there is: few sections come near theirs."""
-    here = ("-m", "bench.gpu", "--device", device, "--out", str(work), *(("--quick",) if quick else ()))
+    """The whole plan, in order.
+
+    The limits of all sections before `ops` fit into the time there is; few sections come near theirs.
+    """
+    own = ("--device", device, "--out", str(work), *(("--quick",) if quick else ()))
     tested = ("tests/ops/test_philox.py",) if quick else _TESTED
     tests = ("-m", "pytest", *tested, "--continue-on-collection-errors", "-k", "cuda or philox")
-    speed = ("--device", device, "--out", str(work / "speed"), *(("--quick",) if quick else ()))
+
+    def inside(name: str, what: str, limit: float) -> Section:
+        return Section(name, what, limit, ("-m", "bench.gpu", *own, "--section", name))
+
+    def speed(name: str, limit: float) -> Section:
+        where = ("--device", "cpu" if name in _ON_HOST else device, "--out", str(work / "speed"))
+        command = ("-m", "bench", name, *where, *(("--quick", "--threads", "1") if quick else ()))
+        return Section(name, f"speed entry {name}", limit, command)
+
     return [
-        Section(
-            "ceilings", "copy bandwidth and matrix rates of this device", 40, (*here, "--section", "ceilings")
-        ),
-        Section("tests", "the tests that run on a GPU", 120, tests),
-        Section("roofline", "every op against the ceilings", 80, (*here, "--section", "roofline")),
-        *(
-            Section(name, f"speed entry {name}", limit, ("-m", "bench", name, *speed))
-            for name, limit in _SPEED.items()
-        ),
-        Section(
-            "profile", "one micro-batch of the score pass, by kernel", 40, (*here, "--section", "profile")
-        ),
+        inside("ceilings", "copy bandwidth and matrix rates of this device", 30),
+        inside("budget", "a micro-batch of the score pass, part by part", 70),
+        Section("tests", "the tests that run on a GPU", 110, tests),
+        inside("roofline", "every op against the ceilings", 70),
+        *(speed(name, limit) for name, limit in _SPEED_FIRST.items()),
+        _sanitizer(device, 60),
+        *(speed(name, limit) for name, limit in _SPEED_LEFT.items()),
+        inside("profile", "one micro-batch of the score pass, by kernel", 40),
     ]
+
+
+def _sanitizer(device: str, limit: float) -> Section:
+    """The ops' tests under compute-sanitizer, which stops at the first access outside of an allocation.
+
+    Every tensor is an allocation of its own then, as torch's cached blocks would hide what lies between them.
+    """
+    name, what = "sanitizer", "the ops' tests under compute-sanitizer"
+    tool, missing = sanitizer_tool(device)
+    if tool is None:
+        return Section(name, what, limit, ("-c", f"print({missing!r})"))
+    tests = ("-m", "pytest", *_SANITIZED, "-k", "cuda", "-x")
+    script = f"import os, sys; os.execv({tool!r}, [{tool!r}, *sys.argv[1:]])"
+    options = ("--tool", "memcheck", "--error-exitcode", "9", "--print-limit", "20")
+    command = ("-c", script, *options, sys.executable, *tests)
+    uncached = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
+    return Section(name, what, limit, command, open_ended=True, environment=uncached)
+
+
+def sanitizer_tool(device: str) -> tuple[str | None, str]:
+    """Where compute-sanitizer is, or None and the reason why the ops' memory accesses are not checked."""
+    if device != "cuda":
+        return None, "memory accesses are not checked: compute-sanitizer needs a GPU"
+    toolkit = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    for found in ("compute-sanitizer", f"{toolkit}/bin/compute-sanitizer"):
+        tool = shutil.which(found)
+        if tool is not None:
+            return tool, ""
+    return None, "memory accesses are not checked: compute-sanitizer, of the CUDA toolkit, is not installed"
 
 
 def run_sections(
@@ -126,22 +181,29 @@ def run_sections(
 
 
 def run_section(section: Section, limit: float) -> Outcome:
-    """Run one section in a process of its own, killed after `limit` seconds with what it had printed kept."""
+    """Run one section in a process of its own, killed after `limit` seconds with what it had printed kept.
+
+    Processes that it started go with it: one that went on would take the device from the sections behind.
+    """
     started = time.monotonic()
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
+        process = subprocess.Popen(
+            [sys.executable, *section.command],
+            cwd=_CHECKOUT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **dict(section.environment)},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         try:
-            code = subprocess.run(
-                [sys.executable, *section.command],
-                cwd=_CHECKOUT,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                timeout=limit,
-                check=False,
-            ).returncode
+            code = process.wait(limit)
             ended = "done" if code == 0 else f"failed with exit code {code}"
         except subprocess.TimeoutExpired:
             ended = f"stopped after {limit:.0f} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         log.seek(0)
         output = log.read()
     return Outcome(section, ended, output, time.monotonic() - started)
@@ -294,27 +356,31 @@ def write_report(out: Path, work: Path, device: torch.device, outcomes: Sequence
         "| section | ended | seconds |\n| --- | --- | --- |\n"
         + "".join(f"| {each.section.name} | {each.ended} | {each.seconds:.0f} |\n" for each in outcomes),
     ]
+    page = work / "budget.md"
+    if page.exists():
+        parts.insert(1, f"## Budget of the score pass\n\n{page.read_text('utf-8')}")
+        atomic_write_text(out / "budget.csv", (work / "budget.csv").read_text("utf-8"))
     for name, table in (("ceilings", _ceiling_table), ("roofline", _roofline_table)):
         path = work / f"{name}.csv"
         if path.exists():
             rows = _read(path)
             parts.append(f"## {name.capitalize()}\n\n{table(rows)}")
             atomic_write_text(out / path.name, path.read_text("utf-8"))
-    entries = [work / "speed" / f"{name}.csv" for name in _SPEED]
+    entries = [work / "speed" / f"{name}.csv" for name in (*_SPEED_FIRST, *_SPEED_LEFT)]
     rows = [row for path in entries if path.exists() for row in read_csv(path)]
     if rows:
         parts.append(f"## Speed\n\n{summary(rows)}")
         write_rows(out / "speed.csv", list(rows[0]), rows)
         plot(out / "speed.png", rows)
-    tests = next((each for each in outcomes if each.section.name == "tests"), None)
-    if tests is not None:
-        last = next((line for line in reversed(tests.output.splitlines()) if line.strip()), "no output")
-        parts.append(f"## Tests\n\n{last}\n")
-        atomic_write_text(out / "tests.txt", tests.output)
-    profile = next((each for each in outcomes if each.section.name == "profile"), None)
-    if profile is not None:
-        atomic_write_text(out / "profile.txt", profile.output)
-    failures = [each for each in outcomes if each.ended != "done"]
+    by_name = {each.section.name: each for each in outcomes}
+    if "tests" in by_name:
+        parts.append(f"## Tests\n\n{_last_line(by_name['tests'])}\n")
+        atomic_write_text(out / "tests.txt", by_name["tests"].output)
+    if "sanitizer" in by_name:
+        parts.append(f"## Memory accesses\n\n{_last_line(by_name['sanitizer'])}\n")
+    if "profile" in by_name:
+        atomic_write_text(out / "profile.txt", by_name["profile"].output)
+    failures = [each for each in outcomes if not each.well]
     if failures:
         parts.append("## What did not end well\n\n" + "".join(map(_failure, failures)))
     atomic_write_text(out / "gpu.md", "\n".join(parts))
@@ -322,6 +388,13 @@ def write_report(out: Path, work: Path, device: torch.device, outcomes: Sequence
         out / "log.txt",
         "\n".join(f"== {each.section.name}: {each.ended}\n{each.output}" for each in outcomes),
     )
+
+
+def _last_line(outcome: Outcome) -> str:
+    """What a section printed last; of one that was stopped at its limit that it was."""
+    last = next((line for line in reversed(outcome.output.splitlines()) if line.strip()), "no output")
+    stopped = outcome.well and outcome.ended != "done"
+    return f"No fault in what ran within {outcome.seconds:.0f} s: {last}" if stopped else last
 
 
 def _failure(outcome: Outcome) -> str:
@@ -367,7 +440,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for everything (default %(default)s)")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu only with --quick")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: tries the path, measures nothing")
-    parser.add_argument("--section", choices=("ceilings", "roofline", "profile"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--section", choices=("ceilings", "budget", "roofline", "profile"), help=argparse.SUPPRESS
+    )
     arguments = parser.parse_args(argv)
     if arguments.device == "cpu" and not arguments.quick:
         parser.error("--device cpu only tries the path: add --quick")
@@ -390,13 +465,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             lambda so_far: write_report(arguments.out, work, settings.device, so_far),
         )
     print((arguments.out / "gpu.md").read_text("utf-8"))
-    return int(any(each.ended != "done" for each in outcomes))
+    return int(not all(each.well for each in outcomes))
 
 
 def _inside(section: str, settings: Settings, work: Path) -> None:
     """The work of a section, in its own process."""
     if section == "ceilings":
         write_rows(work / "ceilings.csv", CEILING_COLUMNS, ceilings(settings))
+    elif section == "budget":
+        found = budget.measured(settings)
+        write_rows(work / "budget.csv", budget.COLUMNS, found.rows())
+        atomic_write_text(work / "budget.md", found.page())
+        print(found.page())
     elif section == "roofline":
         rooflines(settings, work)
     else:

@@ -55,7 +55,11 @@ Load = Callable[..., Generator[tuple[Sample, Any], None, None]]
 
 def contenders(device: str) -> dict[str, Load]:
     """Name -> what loads."""
-    names = ["pillow", "torchvision", *(["dali"] if dali_missing() is None else [])]
+    names = ["pillow", "torchvision"]
+    if dali_missing() is None:
+        from ddfast.data.dali import has_engine
+
+        names += ["dali", *(["dali-hw"] if has_engine(device) else [])]
     return {name: resolve_loader(name, device) for name in names}
 
 
@@ -239,7 +243,21 @@ def report(
                 for one in passes
             ),
         ]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *machines()]) + "\n"
+
+
+def machines() -> list[str]:
+    """The table of what DALI does on each kind of machine, which nothing here has measured."""
+    from ddfast.data.dali import MACHINES
+
+    rows = [f"| {' | '.join(row)} |" for row in MACHINES]
+    return [
+        "What DALI does on each kind of machine:",
+        "",
+        rows[0],
+        "| --- " * len(MACHINES[0]) + "|",
+        *rows[1:],
+    ]
 
 
 def _dali_version() -> str:

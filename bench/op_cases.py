@@ -22,6 +22,8 @@ from ddfast import ops
 
 Bodies = Callable[[], Tensor]
 
+_CROPS = 640  # of a GPU's micro-batch of 128 sources
+
 
 @dataclass(frozen=True)
 class OpCase:
@@ -414,7 +416,7 @@ def _product(positions: int, inputs: int, outputs: int) -> int:
 
 
 def _conv2d(settings: Settings, channels: int, side: int) -> OpCase:
-    count = settings.size(16, quick=2, gpu=128)
+    count = settings.size(16, quick=2, gpu=_CROPS)
     channels = channels // settings.size(1, quick=8, gpu=1)
     x, g = (_normal(settings, count, channels, side, side) for _ in range(2))
 
@@ -437,7 +439,7 @@ def _conv2d(settings: Settings, channels: int, side: int) -> OpCase:
 
 
 def _norm(settings: Settings) -> OpCase:
-    count, channels, side = settings.size((16, 64, 56), quick=(2, 8, 4), gpu=(128, 256, 56))
+    count, channels, side = settings.size((16, 64, 56), quick=(2, 8, 4), gpu=(_CROPS, 64, 56))
     x, g = (_normal(settings, count, channels, side, side) for _ in range(2))
 
     def plain() -> Tensor:
@@ -455,7 +457,7 @@ def _norm(settings: Settings) -> OpCase:
 
 
 def _normalization_backward(settings: Settings) -> OpCase:
-    count, channels, side = settings.size((16, 64, 56), quick=(2, 8, 4), gpu=(128, 256, 56))
+    count, channels, side = settings.size((16, 64, 56), quick=(2, 8, 4), gpu=(_CROPS, 64, 56))
     groups = channels // 4
     x, g = (_normal(settings, count, channels, side, side) for _ in range(2))
     weight = _normal(settings, channels)

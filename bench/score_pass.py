@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ from bench.registry import (
 )
 from bench.subjects import Subject, subject
 from ddfast import ops
-from ddfast.data import load, open_source
+from ddfast.data import open_source
+from ddfast.data.loaders import resolve_loader
 from ddfast.methods import get_method
 from ddfast.methods.base import Batch, Candidates, Context, Method
 from ddfast.methods.run import MICRO_BATCH
@@ -42,6 +44,30 @@ from ddfast.models import Teacher
 # From the model's outputs to the crops' pixels. None of them runs inside of grad_norm.
 TAIL = ("shapley_heatmap", "noisy_crop_boxes", "shapley_crop_boxes", "crop_resize", "crop_batch")
 STAGES = ("decode", "attribution", "tail", "gradient norms")
+
+# Where a part of the pass begins and ends: names that are looked up when they are called. They may lie inside of one
+# another; what lies deeper counts.
+SEAMS = {
+    "wait for images": ("ddfast.methods.pipeline:_Awaited.__next__",),
+    "upload": ("ddfast.methods.pipeline:_micro_batch",),
+    "attribution": ("ddfast.attribution:shapley_crops",),
+    "attribution: masks": (
+        "ddfast.attribution.engine:masked_batch",
+        "ddfast.attribution.engine:assemble",
+        "ddfast.attribution.forward:assemble",
+    ),
+    "attribution: forward": ("ddfast.attribution.forward:Forward._run",),
+    "attribution: tail": (
+        "ddfast.attribution.crops:shapley_crop_boxes",
+        "ddfast.attribution.engine:shapley_heatmap",
+    ),
+    "norms": ("ddfast.methods.infoutil:judge",),
+    "norms: crops": ("ddfast.methods.scoring:crop_batch", "ddfast.methods.scoring:crop_resize"),
+    "norms: forward": ("ddfast.gradients.norms:ghost_squares",),
+    "norms: backward with norms": ("torch.autograd:grad",),
+    "rows back": ("ddfast.methods.pipeline:_append_rows",),
+    "commit": ("ddfast.methods.pipeline:write_table",),
+}
 
 
 @dataclass(frozen=True)
@@ -88,8 +114,8 @@ class Pass:
         """The pass from JPEG files with decoding threads, and one thread after another, cut into stages."""
         rounds = rounds or (1 if quick else 3)
         with tempfile.TemporaryDirectory() as folder:
-            _write_jpegs(Path(folder), self.found.images[: self.batch].cpu())
-            gate = passed(self.case, self._checks())
+            write_jpegs(Path(folder), self.found.images[: self.batch].cpu(), count=self.batch)
+            gate = passed(self.case, self.checks())
             cuts = [self._stages(Path(folder)) for _ in range(rounds)]
             overlapped = [seconds_of(lambda: self._whole(Path(folder)), device) for _ in range(rounds)]
         common = {
@@ -110,7 +136,7 @@ class Pass:
             rows.append(Measurement(stage, share=Spread.of(shares), **common))
         return rows
 
-    def _checks(self) -> Iterator[Check]:
+    def checks(self) -> Iterator[Check]:
         """The crops lie in the image, and their norms are those of per-sample gradients."""
         candidates = self.method.score(self.micro_batch(self.found.images[: self.batch]), self.context)
         size = self.found.images.shape[-1]
@@ -133,7 +159,7 @@ class Pass:
         """Seconds of each stage of one micro-batch, decoded and scored in turn."""
         device = self.found.images.device
         decoded: list[Tensor] = []
-        decode = seconds_of(lambda: decoded.extend(_decoded(folder, workers=0)), torch.device("cpu"))
+        decode = seconds_of(lambda: decoded.extend(_decoded(folder, device, workers=0)), device)
         batch = self.micro_batch(torch.stack(decoded))
         activities = [ProfilerActivity.CPU]
         if device.type == "cuda":
@@ -153,7 +179,7 @@ class Pass:
         }
 
     def _whole(self, folder: Path) -> None:
-        images = torch.stack(list(_decoded(folder, workers=None)))
+        images = torch.stack(list(_decoded(folder, self.found.images.device, workers=None)))
         self.method.score(self.micro_batch(images), self.context)
 
 
@@ -176,26 +202,61 @@ def _labelled_norms() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def parts(mark: Callable[[str], AbstractContextManager[Any]]) -> Iterator[list[str]]:
+    """Context in which every part of `SEAMS` runs inside of `mark(its name)`.
+
+    Its value lists the seams that are not there: what they would have marked counts to what lies around it.
+    """
+    missing = []
+    with ExitStack() as stack:
+        for part, seams in SEAMS.items():
+            for seam in seams:
+                module, _, path = seam.partition(":")
+                *around, name = path.split(".")
+                owner: Any = importlib.import_module(module)
+                for step in around:
+                    owner = getattr(owner, step, None)
+                if not hasattr(owner, name):
+                    missing.append(seam)
+                    continue
+                stack.enter_context(mock.patch.object(owner, name, _marked(getattr(owner, name), part, mark)))
+        yield missing
+
+
+def _marked(run: Callable[..., Any], part: str, mark: Callable[[str], AbstractContextManager[Any]]) -> Any:
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        with mark(part):
+            return run(*args, **kwargs)
+
+    return marked
+
+
 def _seconds_by_name(profiled: profile, device: torch.device) -> dict[str, float]:
     """Seconds of every profiled name, with all that ran inside it: of the GPU on a GPU, else of the CPU."""
     field = "device_time_total" if device.type == "cuda" else "cpu_time_total"
     return {event.key: getattr(event, field) / 1e6 for event in profiled.key_averages()}
 
 
-def _write_jpegs(folder: Path, images: Tensor) -> None:
-    """An ImageFolder of two classes, the first half of the images and the second."""
-    for number, image in enumerate(images):
-        inside = folder / "train" / str(int(2 * number >= len(images)))
-        inside.mkdir(parents=True, exist_ok=True)
+def write_jpegs(folder: Path, images: Tensor, *, count: int, classes: Sequence[str] = ("0", "1")) -> None:
+    """An ImageFolder of `count` files, a run of them for each class; where the images run out they begin again."""
+    files = []
+    for image in images:
         text = io.BytesIO()
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(text, "JPEG", quality=90)
-        (inside / f"{number:04d}.jpg").write_bytes(text.getvalue())
+        files.append(text.getvalue())
+    for number in range(count):
+        inside = folder / "train" / classes[len(classes) * number // count]
+        inside.mkdir(parents=True, exist_ok=True)
+        (inside / f"{number:04d}.jpg").write_bytes(files[number % len(files)])
 
 
-def _decoded(folder: Path, workers: int | None) -> Iterator[Tensor]:
+def _decoded(folder: Path, device: torch.device, workers: int | None) -> Iterator[Tensor]:
+    """Images as a run on the device decodes them, on the device where that decodes."""
     source = open_source(folder, "train")
     size = Image.open(folder / "train" / "0" / "0000.jpg").width
-    for sample, image in load(source, source.samples, size, workers=workers):
+    loader = resolve_loader("auto", device).on_device()
+    for sample, image in loader(source, source.samples, size, workers=workers):
         if not isinstance(image, Tensor):
             raise Unavailable(f"{sample.key} does not decode: {image}")
         yield image

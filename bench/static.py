@@ -6,8 +6,13 @@ For each kernel and compute capability: registers and spilled bytes a thread, sh
 and store a thread makes, and the matrix instructions. Exits with 1 where a register spills, or where accesses are
 narrower than the case says they must be: 16 bytes, unless it gives a reason.
 
-The cases call the ops' public faces; what reaches the dispatcher is recorded and handed to the launcher, so that every
-launch compiled is one that a caller would cause.
+The cases have the sizes of the score pass: micro-batches of 16 and of 128 sources, which are 512 and 4,096 masked
+images and 80 and 640 crops. Launchers choose tiles by them, so a tile stands beside each kernel, and how many programs
+and waves of them either micro-batch launches: a wave is as many programs as the registers, warps and shared memory of
+all multiprocessors hold at once, on the GPU named in `GPUS`.
+
+The cases call the ops' public faces, on tensors without memory ("meta"); what reaches the dispatcher is recorded and
+handed to the launcher, so that every launch compiled is one that a caller would cause.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import argparse
 import dataclasses
 import importlib
 import inspect
+import math
 import os
 import pkgutil
 import sys
@@ -24,12 +30,14 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -43,6 +51,8 @@ if TYPE_CHECKING:
     from ddfast.kernels.ahead_of_time import Binary
 
 CAPABILITIES = (80, 90, 100)
+SOURCES = (16, 128)
+CROPS, COALITIONS = 5, 32  # of a source
 WIDE = 16  # bytes a thread moves at a time where it can
 
 
@@ -53,7 +63,7 @@ class Case:
     Attributes:
         op: name of the op and of its launcher.
         what: the inputs, in words.
-        call: makes the inputs and calls the op's face.
+        call: makes the inputs for a number of sources and calls the op's face.
         load, store: bytes that the widest load and store of the main kernel must have at least.
         why: the reason where either is less than 16.
         matrix: whether the main kernel must use matrix instructions.
@@ -62,7 +72,7 @@ class Case:
 
     op: str
     what: str
-    call: Callable[[], Any]
+    call: Callable[[int], Any]
     load: int = WIDE
     store: int = WIDE
     why: str = ""
@@ -95,89 +105,146 @@ class Row:
     store_bytes: int
     matrix: str
     faults: tuple[str, ...]
+    tile: str = ""
+    programs: tuple[tuple[int, int], ...] = ()  # sources of a micro-batch, and the programs that it launches
+
+    @property
+    def waves(self) -> list[float]:
+        """How often the programs of each micro-batch fill the GPU."""
+        gpu = GPUS.get(self.capability)
+        if gpu is None:
+            return []
+        return [count / (gpu.processors * gpu.resident(self)) for _, count in self.programs]
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What bounds the programs that run at once: multiprocessors, and the bytes of shared memory of each."""
+
+    name: str
+    processors: int
+    shared_bytes: int
+
+    def resident(self, row: Row) -> int:
+        """Programs of a kernel that a multiprocessor holds at once.
+
+        It has 64 warps, 32 programs and 65,536 registers, handed out by 256 to a warp; of shared memory the system
+        takes 1,024 bytes a program.
+        """
+        registers_a_warp = -(-max(row.registers, 1) * 32 // 256) * 256
+        return max(
+            1,
+            min(
+                32,
+                64 // row.warps if row.warps else 32,
+                65536 // (registers_a_warp * max(row.warps, 1)),
+                self.shared_bytes // (row.shared_bytes + 1024),
+            ),
+        )
+
+
+GPUS = {
+    80: Gpu("A100", 108, 164 << 10),
+    90: Gpu("H200", 132, 228 << 10),
+    100: Gpu("B200", 148, 228 << 10),
+}
 
 
 # The cases
 # -----------------------------------------------------------------------------------------------------
 
 
-def _random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+def _of(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.ones(shape, dtype=dtype)
 
 
 def _last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last)
 
 
-def _masked_batch(image_dtype: torch.dtype, dtype: torch.dtype, last: bool = False) -> Tensor:
-    images = (_random(2, 3, 224, 224).abs() * 50).to(image_dtype)
-    masks = torch.rand(32, 16, generator=torch.Generator().manual_seed(0)) < 0.5
-    statistics = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    images = _last(images) if last else images
-    return ops.masked_batch(images, masks, grid=4, mean=statistics[0], std=statistics[1], dtype=dtype)
+_STATISTICS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
-def _assemble(dtype: torch.dtype) -> Tensor:
-    variants = _random(2, 14, 14, 16, 64, dtype=dtype).permute(0, 3, 4, 1, 2)
+def _masked_batch(image_dtype: torch.dtype, dtype: torch.dtype, last: bool, sources: int) -> Tensor:
+    images = _of(sources, 3, 224, 224, dtype=image_dtype)
+    masks = _of(COALITIONS, 16, dtype=torch.bool)
+    return ops.masked_batch(_last(images) if last else images, masks, grid=4, dtype=dtype, **_STATISTICS)
+
+
+def _assemble(dtype: torch.dtype, sources: int) -> Tensor:
+    variants = _of(sources, 14, 14, 16, 64, dtype=dtype).permute(0, 3, 4, 1, 2)
     variants = torch.stack([_last(each) for each in variants])
-    table = torch.randint(-1, 16, (14, 14, 4), dtype=torch.int32)
-    return ops.assemble_masked_features(variants, torch.rand(32, 16) < 0.5, table)
+    table = _of(14, 14, 4, dtype=torch.int32)
+    return ops.assemble_masked_features(variants, _of(COALITIONS, 16, dtype=torch.bool), table)
 
 
-def _heatmap(value: str, dtype: torch.dtype) -> Tensor:
-    labels = torch.arange(4)
-    return ops.shapley_heatmap(_random(4, 32, 1000, dtype=dtype), labels, _random(32, 16), value=value)
+def _heatmap(value: str, dtype: torch.dtype, sources: int) -> Tensor:
+    outputs = _of(sources, COALITIONS, 1000, dtype=dtype)
+    return ops.shapley_heatmap(outputs, torch.arange(sources), _of(COALITIONS, 16), value=value)
 
 
-def _boxes() -> Tensor:
+def _boxes(sources: int) -> Tensor:
     return ops.noisy_crop_boxes(
-        _random(64, 16), torch.arange(64), seed=1, grid=4, image_size=224, crop_size=112
+        _of(sources, 16), torch.arange(sources), seed=1, grid=4, image_size=224, crop_size=112, crops=CROPS
     )
 
 
-def _heatmap_boxes(value: str) -> Any:
-    outputs, labels, ids = _random(16, 32, 1000), torch.arange(16), torch.arange(16)
+def _heatmap_boxes(value: str, sources: int) -> Any:
+    labels = ids = torch.arange(sources)
     return ops.shapley_crop_boxes(
-        outputs, labels, _random(32, 16), ids, value=value, seed=1, grid=4, image_size=224, crop_size=112
-    )
+        _of(sources, COALITIONS, 1000), labels, _of(COALITIONS, 16), ids,
+        value=value, seed=1, grid=4, image_size=224, crop_size=112, crops=CROPS,
+    )  # fmt: skip
 
 
-def _crops(dtype: torch.dtype, *, backward: bool = False) -> Any:
-    images = (_random(2, 3, 224, 224).abs() * 50).to(dtype).requires_grad_(backward)
-    boxes = torch.tensor([[[0, 0, 112, 112], [10, 20, 170, 180]], [[5, 6, 117, 118], [0, 0, 224, 224]]])
-    tiles = ops.crop_resize(images, boxes, 112)
+def _corners(sources: int, side: int) -> Tensor:
+    """The same boxes for every source."""
+    boxes = [[10 * n, 5 * n, 10 * n + side, 5 * n + side] for n in range(CROPS)]
+    return torch.tensor(boxes).expand(sources, CROPS, 4).contiguous()
+
+
+def _crops(dtype: torch.dtype, backward: bool, sources: int) -> Any:
+    images = _of(sources, 3, 224, 224, dtype=dtype).requires_grad_(backward)
+    tiles = ops.crop_resize(images, _corners(sources, 160), 112)
     return tiles.sum().backward() if backward else tiles
 
 
-def _padded_crops() -> Tensor:
-    boxes = torch.tensor([[[0, 0, 112, 112], [10, 20, 122, 132]], [[5, 6, 117, 118], [0, 0, 112, 112]]])
-    images = (_random(2, 3, 224, 224).abs() * 50).to(torch.uint8)
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    return ops.crop_batch(images, boxes, 112, padded=224, mean=mean, std=std, dtype=torch.bfloat16)
+def _padded_crops(sources: int) -> Tensor:
+    images = _of(sources, 3, 224, 224, dtype=torch.uint8)
+    boxes = _corners(sources, 112)
+    return ops.crop_batch(images, boxes, 112, padded=224, dtype=torch.bfloat16, **_STATISTICS)
 
 
-def _linear(dtype: torch.dtype) -> Tensor:
-    return ops.grad_sq_norm_linear(_random(8, 197, 384, dtype=dtype), _random(8, 197, 384, dtype=dtype))
+def _linear(dtype: torch.dtype, sources: int) -> Tensor:
+    x, g = (_of(CROPS * sources, 197, 384, dtype=dtype) for _ in range(2))
+    return ops.grad_sq_norm_linear(x, g)
 
 
-def _conv2d(dtype: torch.dtype, channels: int, side: int) -> Tensor:
-    x, g = (_last(_random(8, channels, side, side, dtype=dtype)) for _ in range(2))
+def _conv2d(dtype: torch.dtype, channels: int, side: int, sources: int) -> Tensor:
+    x, g = (_last(_of(CROPS * sources, channels, side, side, dtype=dtype)) for _ in range(2))
     return ops.grad_sq_norm_conv2d(x, g, 3, padding=1)
 
 
-def _norm(dtype: torch.dtype, dims: tuple[int, int]) -> Tensor:
-    shape = (8, 64, 28, 28) if dims == (1, 1) else (8, 64, 256)
-    return ops.grad_sq_norm_norm(_random(*shape, dtype=dtype), _random(*shape, dtype=dtype), dims)
+def _stem(dtype: torch.dtype, sources: int) -> Tensor:
+    """ResNet's first layer: 7 x 7 over 3 channels, every second pixel."""
+    x, g = (_last(_of(CROPS * sources, *shape, dtype=dtype)) for shape in ((3, 224, 224), (64, 112, 112)))
+    return ops.grad_sq_norm_conv2d(x, g, 7, stride=2, padding=3, bias=False)
 
 
-def _normalization(groups: int | None) -> Any:
-    x, g = _random(4, 64, 28, 28), _random(4, 64, 28, 28)
-    mean = _random(64) if groups is None else _random(4, groups)
-    return ops.normalization_backward(x, g, mean, mean.abs() + 1, _random(64))
+def _norm(dtype: torch.dtype, dims: tuple[int, int], sources: int) -> Tensor:
+    shape = (CROPS * sources, *((64, 56, 56) if dims == (1, 1) else (197, 384)))
+    return ops.grad_sq_norm_norm(_of(*shape, dtype=dtype), _of(*shape, dtype=dtype), dims)
 
 
-def _embedding() -> Tensor:
-    return ops.grad_sq_norm_embedding(torch.randint(0, 50, (8, 64)), _random(8, 64, 256))
+def _normalization(groups: int | None, sources: int) -> Any:
+    x, g = (_of(CROPS * sources, 64, 56, 56) for _ in range(2))
+    mean = _of(64) if groups is None else _of(CROPS * sources, groups)
+    return ops.normalization_backward(x, g, mean, mean, _of(64))
+
+
+def _embedding(sources: int) -> Tensor:
+    indices = _of(CROPS * sources, 64, dtype=torch.int64)
+    return ops.grad_sq_norm_embedding(indices, _of(CROPS * sources, 64, 256))
 
 
 _PLANES = "uint8 images in planes are gathered into channels-last order"
@@ -196,18 +263,18 @@ def cases() -> list[Case]:
         Case(
             "masked_batch",
             "uint8 to bfloat16",
-            partial(_masked_batch, torch.uint8, brain),
+            partial(_masked_batch, torch.uint8, brain, False),
             load=4,
             why=_PLANES,
         ),
         Case(
             "masked_batch",
             "uint8 channels-last to float16",
-            partial(_masked_batch, torch.uint8, half, last=True),
+            partial(_masked_batch, torch.uint8, half, True),
             load=8,
             why=_BYTES,
         ),
-        Case("masked_batch", "float32 channels-last", partial(_masked_batch, single, single, last=True)),
+        Case("masked_batch", "float32 channels-last", partial(_masked_batch, single, single, True)),
         *(
             Case("assemble_masked_features", _name(dtype), partial(_assemble, dtype))
             for dtype in (half, brain, single)
@@ -236,17 +303,17 @@ def cases() -> list[Case]:
         Case(
             "crop_resize",
             "uint8",
-            partial(_crops, torch.uint8),
+            partial(_crops, torch.uint8, False),
             load=1,
             store=4,
             why=f"{_GATHERED}; a thread's 4 pixels of uint8 are 4 bytes",
         ),
-        Case("crop_resize", "float32", partial(_crops, single), load=4, why=_GATHERED),
+        Case("crop_resize", "float32", partial(_crops, single, False), load=4, why=_GATHERED),
         Case("crop_batch", "uint8 to padded bfloat16", _padded_crops, load=4, why=_GATHERED),
         Case(
             "crop_resize_backward",
             "float32",
-            partial(_crops, single, backward=True),
+            partial(_crops, single, True),
             load=4,
             why="gradients of the boxes that cover a pixel are gathered",
         ),
@@ -273,8 +340,18 @@ def cases() -> list[Case]:
                 matrix=True,
                 main=("_direct", "_gram"),
             )
-            for channels, side in ((64, 28), (256, 7))
+            for channels, side in ((64, 56), (128, 28), (256, 14), (512, 7))
             for dtype in (brain, single)
+        ),
+        Case(
+            "grad_sq_norm_conv2d",
+            "3 channels of 224 px, 7x7, bfloat16",
+            partial(_stem, brain),
+            load=2,
+            store=4,
+            why=f"{_UNFOLDED}; 3 channels of bfloat16 are 6 bytes",
+            matrix=True,
+            main=("_direct", "_gram"),
         ),
         *(
             Case(
@@ -348,15 +425,15 @@ def launchers() -> dict[str, ModuleType]:
     return found
 
 
-def launches(case: Case) -> list[Callable[[], Any]]:
-    """The launches of the case's own op that calling its face causes.
+def launches(case: Case, sources: int = SOURCES[0], device: str = "meta") -> list[Callable[[], Any]]:
+    """The launches of the case's own op that calling its face causes, on tensors of a device.
 
     Raises:
         RuntimeError: the face never called the op.
     """
     modules = launchers()
-    with _Recorder([case.op]) as recorder:
-        case.call()
+    with torch.device(device), _Recorder([case.op]) as recorder:
+        case.call(sources)
     if not recorder.calls:
         raise RuntimeError(f"{case.op}, {case.what}: the call never reached the op")
     return [partial(getattr(modules[name], name), *args) for name, args in recorder.calls]
@@ -367,16 +444,20 @@ def examine(case: Case, capabilities: Sequence[int]) -> list[Row]:
     from ddfast.kernels.ahead_of_time import compile_launches
     from triton.compiler.errors import CompilationError
 
-    calls = launches(case)
-    rows = []
+    found: dict[Row, list[tuple[int, int]]] = {}
     for capability in capabilities:
-        try:
-            binaries = compile_launches(calls, [capability])
-        except (CompilationError, RuntimeError) as error:  # the latter from a pass of the compiler
-            fault = f"does not compile: {str(error).strip().splitlines()[-1]}"
-            rows.append(Row(case.op, case.what, case.kernels[0], capability, 0, 0, 0, 0, 0, 0, "", (fault,)))
-            continue
-        rows += [_row(case, binary) for binary in binaries]
+        for sources in SOURCES:
+            try:
+                with _launched() as shapes:
+                    binaries = compile_launches(launches(case, sources), [capability])
+            except (CompilationError, RuntimeError) as error:  # the latter from a pass of the compiler
+                fault = f"does not compile: {str(error).strip().splitlines()[-1]}"
+                row = Row(case.op, case.what, case.kernels[0], capability, 0, 0, 0, 0, 0, 0, "", (fault,))
+                found.setdefault(row, [])
+                break
+            for binary, (programs, tile) in zip(binaries, shapes, strict=True):
+                found.setdefault(_row(case, binary, tile), []).append((sources, programs))
+    rows = [dataclasses.replace(row, programs=tuple(dict.fromkeys(counts))) for row, counts in found.items()]
     missing = [
         capability
         for capability in capabilities
@@ -386,10 +467,28 @@ def examine(case: Case, capabilities: Sequence[int]) -> list[Row]:
         raise RuntimeError(
             f"{case.op}, {case.what}: none of {', '.join(case.kernels)} was launched for sm_{missing[0]}"
         )
-    return list(dict.fromkeys(rows))
+    return rows
 
 
-def _row(case: Case, binary: Binary) -> Row:
+@contextmanager
+def _launched() -> Iterator[list[tuple[int, str]]]:
+    """Context whose value lists the launches in it: the number of programs, and the tile that each makes."""
+    from triton.runtime.jit import JITFunction
+
+    shapes: list[tuple[int, str]] = []
+    launch = JITFunction.run
+
+    def noted(self: Any, *args: Any, grid: Any, **options: Any) -> Any:
+        programs = math.prod(grid(options) if callable(grid) else grid)
+        sides = [(name, size) for name, size in options.items() if name.startswith("BLOCK")]
+        shapes.append((programs, ", ".join(f"{name[6:] or 'all'} {size}" for name, size in sides)))
+        return launch(self, *args, grid=grid, **options)
+
+    with mock.patch.object(JITFunction, "run", noted):
+        yield shapes
+
+
+def _row(case: Case, binary: Binary, tile: str) -> Row:
     instructions = binary.matrix_instructions
     row = Row(
         case.op,
@@ -404,6 +503,7 @@ def _row(case: Case, binary: Binary) -> Row:
         max(binary.store_bytes, default=0),
         ", ".join(f"{count} {name}" for name, count in sorted(instructions.items())),
         (),
+        tile,
     )
     return dataclasses.replace(row, faults=faults(case, row))
 
@@ -464,6 +564,10 @@ _COLUMNS = {
     "kernel": lambda row: f"`{row.kernel}`",
     "inputs": lambda row: f"{row.op}, {row.what}",
     "sm": lambda row: str(row.capability),
+    "tile": lambda row: row.tile,
+    "sources": lambda row: ", ".join(str(sources) for sources, _ in row.programs),
+    "programs": lambda row: ", ".join(f"{count:,}".replace(",", " ") for _, count in row.programs),
+    "waves": lambda row: ", ".join(f"{waves:.3g}" for waves in row.waves),
     "registers": lambda row: str(row.registers),
     "spilled": lambda row: str(row.spilled_bytes),
     "shared": lambda row: str(row.shared_bytes),
@@ -491,7 +595,10 @@ def page(rows: Sequence[Row], chosen: Sequence[Case]) -> str:
     return "\n".join(
         [
             "Kernels compiled ahead of time. Registers and spilled bytes are a thread's, shared bytes a program's; "
-            "load and store are the bytes of the widest access of a thread to global memory.\n",
+            "load and store are the bytes of the widest access of a thread to global memory. Programs and waves are "
+            "those of micro-batches of so many sources; a wave fills "
+            + ", ".join(f"the {g.processors} processors of {g.name} (sm_{c})" for c, g in GPUS.items())
+            + ".\n",
             f"{len(rows)} kernels, {faulty} with a fault.\n",
             table(rows),
             "Accesses narrower than 16 bytes, and why:\n",

@@ -69,7 +69,8 @@ def distill(
         device: "auto", "cpu" or "cuda".
         batch_size: images in flight; never changes the result.
         workers: decoding threads; default one a core.
-        loader: "auto", "torchvision", "pillow" or "dali"; on resumption "auto" is what the run began with.
+        loader: "auto", "torchvision", "pillow", "dali", or "dali-hw" for a GPU's JPEG engine; on resumption "auto" is
+            what the run began with.
         threads: CPU threads of one process, part of the arithmetic; "auto" is `DDFAST_THREADS` or every usable core
             (16 at most, 4 beside a GPU), for one process and for many, and on resumption what the run began with.
         label_top_k: probabilities stored of each soft label: a number, "all", or "auto", all of up to 2048 classes

@@ -10,17 +10,26 @@ What DALI gets and what it does not
 - DALI resizes the region that the centre crop keeps, with Pillow's triangle filter and sizes. On a CPU the
   decoded pixels are Pillow's; after resizing they differ by rounding, and at the border of the image by how
   a filter that reaches outside is cut (DALI repeats the edge, Pillow drops what is outside).
-- On a GPU nvJPEG decodes with the same chroma upsampling; the hardware decoder is left out, because which
-  files it gets depends on the batch and its rounding is its own.
+- On a GPU nvJPEG decodes with the same chroma upsampling, by one of two decoders that need not agree in the last bits:
+  its CUDA decoder, which every GPU has, or the JPEG engine that some have (`ENGINES`). A share of the batch for each,
+  as DALI has it by default, would make an image depend on its neighbours. So a run takes one of them, and which one
+  is a part of the arithmetic: `dali` and `dali-hw` are two loaders, and a run that began with one goes on with it on
+  any machine or is refused. Left alone, a run takes `dali`, which it can continue anywhere. The engine takes what it
+  can, baseline files, and the CUDA decoder the others, such as progressive ones: again by the file's bytes alone.
+
+`MACHINES` tells what is done where.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,8 +49,27 @@ if TYPE_CHECKING:
     from ddfast.data.samples import Sample
     from ddfast.data.sources import Source
 
+MACHINES = (
+    ("", "CPU", "GPU", "GPU with a JPEG engine"),
+    ("loader", "dali", "dali", "dali-hw, where asked for"),
+    ("decodes", "libjpeg-turbo", "nvJPEG in CUDA", "the engine; nvJPEG in CUDA what it does not take"),
+    (
+        "images a batch",
+        "a quarter of those ahead, 2 a thread or more, 128 or less",
+        *2 * ("a quarter of those ahead, 16 MiB or more, 128 or less",),
+    ),
+    ("batches in flight", *3 * ("2, each in a pipeline of its own with half of the threads",)),
+    ("images end up", "on the host", *2 * ("on the GPU in the score pass, else on the host",)),
+)
+"""What DALI does on each kind of machine: a table, its first row the heading."""
+
+ENGINES = ((8, 0), (9, 0), (10, 0), (10, 3))
+"""Compute capabilities of the GPUs with an engine for JPEG: A100 and A30, H100 and H200, B200, B300."""
+
 _MAX_BATCH = 128
-_IN_FLIGHT = 2  # batches: one decodes while the last one is handed out
+_LEAST_BYTES = 16 << 20  # of decoded images in a GPU's batch: less would leave it waiting for the host
+_LEAST_A_THREAD = 2  # images of a batch on the CPU: fewer would leave threads waiting for the slowest
+_IN_FLIGHT = 2  # batches: one decodes while the other is fed, copied out and waited for
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +83,14 @@ class _Encoded:
 _Read = tuple["Sample", "Tensor | BadImage | _Encoded"]
 
 
-def dali_load(device: str | None) -> Load:
-    """`load` through DALI, decoding on a GPU, "cuda" or "cuda:1", or on the CPU where it is None."""
+def dali_load(device: str | None, *, engine: bool = False, on_device: bool = False) -> Load:
+    """`load` through DALI, decoding on a GPU, "cuda" or "cuda:1", or on the CPU where it is None.
+
+    Args:
+        device: where it decodes.
+        engine: decode by the GPU's JPEG engine what that takes.
+        on_device: leave the images on the GPU; those that Pillow decodes are brought there.
+    """
 
     def load(
         source: Source,
@@ -68,10 +102,10 @@ def dali_load(device: str | None) -> Load:
         ahead: int = 64,
         max_pixels: int | None = None,
     ) -> Generator[Loaded, None, None]:
-        """As `ddfast.data.loading.load`; `ahead` below 4 counts as 4."""
+        """As `ddfast.data.loading.load`; where `ahead` is less than four batches (`MACHINES`), it counts as four."""
         workers = checked_workers(size, resize, workers, ahead)
         limit = pixel_limit() if max_pixels is None else max_pixels
-        batch_size = max(1, min(ahead // 4, _MAX_BATCH))
+        batch_size = _batch_size(size, ahead, workers, on_gpu=device is not None)
 
         def read(sample: Sample) -> _Read:
             try:
@@ -83,11 +117,32 @@ def dali_load(device: str | None) -> Load:
             except BadImage as error:
                 return sample, error
 
-        decoder = _Decoder(size, resize, batch_size, max(workers, 1), _index(device), limit)
-        reads = in_order(read, samples, workers, max(ahead - (_IN_FLIGHT + 1) * batch_size, 1))
-        return _batches(decoder, reads, batch_size)
+        count = min(_IN_FLIGHT, max(workers, 1))  # with a single thread there is one pipeline
+        threads = max(workers // count, 1)
+        decoders = [
+            _Decoder(size, resize, batch_size, threads, _index(device), limit, engine, on_device)
+            for _ in range(count)
+        ]
+        reads = in_order(read, samples, workers, max(ahead - (_IN_FLIGHT + 1) * batch_size, batch_size))
+        return _batches(decoders, reads, batch_size)
 
     return load
+
+
+def _batch_size(size: int, ahead: int, workers: int, *, on_gpu: bool) -> int:
+    """Images decoded together: a quarter of those ahead, but not so few that the decoder would wait."""
+    least = _LEAST_BYTES // (3 * size * size) if on_gpu else _LEAST_A_THREAD * workers
+    return max(1, min(max(ahead // 4, least), _MAX_BATCH))
+
+
+def has_engine(device: str) -> bool:
+    """Whether a GPU, "cuda" or "cuda:1", has an engine for JPEG; False where there is no such GPU."""
+    if torch.device(device).type != "cuda":
+        return False
+    try:
+        return torch.cuda.get_device_capability(torch.device(device)) in ENGINES
+    except (RuntimeError, AssertionError):  # no driver, no such device, a torch without CUDA
+        return False
 
 
 def _index(device: str | None) -> int | None:
@@ -97,24 +152,50 @@ def _index(device: str | None) -> int | None:
     return int(number) if number else torch.cuda.current_device()
 
 
+def _gpu(index: int) -> torch.device:
+    return torch.device("cuda", index)
+
+
 def _batches(
-    decoder: _Decoder, reads: Generator[_Read, None, None], batch_size: int
+    decoders: Sequence[_Decoder], reads: Generator[_Read, None, None], batch_size: int
 ) -> Generator[Loaded, None, None]:
-    """Batches decode in a thread of their own, in order, while earlier ones are handed out."""
-    with ThreadPoolExecutor(1, thread_name_prefix="ddfast-decode-dali") as runner:
-        running: list[Future[list[Loaded]]] = []
+    """Batches decode in threads of their own and are handed out in order, while the next ones decode."""
+    free: SimpleQueue[_Decoder] = SimpleQueue()
+    for decoder in decoders:
+        free.put(decoder)
+
+    def decode(batch: Sequence[_Read]) -> list[Loaded]:
+        decoder = free.get()
         try:
-            while True:
-                while len(running) < _IN_FLIGHT and (batch := list(islice(reads, batch_size))):
-                    running.append(runner.submit(decoder.decode, batch))
-                if not running:
-                    return
-                yield from running.pop(0).result()
+            return decoder.decode(batch)
         finally:
-            for future in running:
-                future.cancel()
-            reads.close()
-            runner.submit(decoder.close)
+            free.put(decoder)
+
+    runner = ThreadPoolExecutor(len(decoders), thread_name_prefix="ddfast-decode-dali")
+    running: deque[Future[list[Loaded]]] = deque()
+    try:
+        while True:
+            while len(running) < _IN_FLIGHT and (batch := list(islice(reads, batch_size))):
+                running.append(runner.submit(decode, batch))
+            if not running:
+                return
+            for sample, image in running.popleft().result():
+                _keep_for_consumer(image)
+                yield sample, image
+    finally:
+        reads.close()
+        runner.shutdown(wait=True, cancel_futures=True)
+        for decoder in decoders:
+            decoder.close()
+
+
+def _keep_for_consumer(image: Tensor | BadImage) -> None:
+    """Tell the allocator that an image made on a decoder's stream is read on the consumer's.
+
+    Without it the memory could be given to the next batch while kernels that read the image are still queued.
+    """
+    if isinstance(image, Tensor) and image.is_cuda:
+        image.record_stream(torch.cuda.current_stream(image.device))
 
 
 class _Decoder:
@@ -128,10 +209,14 @@ class _Decoder:
         threads: int,
         device: int | None,
         max_pixels: int,
+        engine: bool = False,
+        on_device: bool = False,
     ) -> None:
         self.size, self.resize, self.batch_size = size, resize, batch_size
         self.threads, self.device, self.max_pixels = threads, device, max_pixels
+        self.engine, self.on_device = engine, on_device and device is not None
         self._pipeline: Any = None
+        self._stream: torch.cuda.Stream | None = None
 
     def close(self) -> None:
         """End the pipeline's threads."""
@@ -141,7 +226,10 @@ class _Decoder:
         """The batch with every encoded image decoded, in the same order."""
         waiting = [image for _, image in batch if isinstance(image, _Encoded)]
         decoded: Iterator[Tensor | BadImage] = iter(self._images(waiting) if waiting else ())
-        return [(sample, next(decoded) if isinstance(image, _Encoded) else image) for sample, image in batch]
+        return [
+            (sample, next(decoded) if isinstance(image, _Encoded) else self._placed(image))
+            for sample, image in batch
+        ]
 
     def _images(self, encoded: Sequence[_Encoded]) -> Sequence[Tensor | BadImage]:
         try:
@@ -152,7 +240,8 @@ class _Decoder:
             return [image for one in encoded for image in self._images([one])]
         self._check()
         try:
-            return [decode_fit(encoded[0].data, self.size, self.resize, max_pixels=self.max_pixels)]
+            image = decode_fit(encoded[0].data, self.size, self.resize, max_pixels=self.max_pixels)
+            return [self._placed(image)]
         except BadImage as error:
             return [error]
 
@@ -172,11 +261,38 @@ class _Decoder:
         self._pipeline.feed_input("encoded", [np.frombuffer(one.data, np.uint8) for one in encoded])
         self._pipeline.feed_input("start", list(regions[:, 0]))
         self._pipeline.feed_input("end", list(regions[:, 1]))
-        (images,) = self._pipeline.run()
+        (images,) = self._pipeline.run()  # which waits for the images, on the host
+        if self.on_device:
+            return list(self._copied(images.as_tensor()))
         if self.device is not None:
             images = images.as_cpu()
         pixels = torch.from_numpy(np.array(images.as_tensor()))  # [n, size, size, 3], a copy
         return list(pixels.permute(0, 3, 1, 2).contiguous())
+
+    def _copied(self, images: Any) -> Tensor:
+        """Images [n, size, size, 3] in DALI's memory, which the next batch overwrites, as [n, 3, size, size] in ours.
+
+        On a stream of the decoder's own: on the default one the copy would queue behind the model's work.
+        """
+        with self._on_own_stream():
+            pixels = torch.from_dlpack(images)
+            return pixels.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
+
+    def _placed(self, image: Tensor | BadImage) -> Tensor | BadImage:
+        """An image of Pillow's where DALI's are."""
+        if not self.on_device or self.device is None or isinstance(image, BadImage):
+            return image
+        with self._on_own_stream():
+            return image.to(_gpu(self.device))
+
+    @contextmanager
+    def _on_own_stream(self) -> Iterator[None]:
+        """Context of work on the decoder's stream, which is waited for at its end."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.device)
+        with torch.cuda.stream(self._stream):
+            yield
+        self._stream.synchronize()
 
     def _region(self, jpeg: PlainJpeg) -> list[list[float]]:
         """[[y0, x0], [y1, x1]]: the part of the image that `fit` keeps, in its pixels."""
@@ -198,10 +314,11 @@ class _Decoder:
             batch_size=self.batch_size,
             num_threads=self.threads,
             device_id=self.device,
-            prefetch_queue_depth=1,  # each batch is waited for, in a thread of its own
+            prefetch_queue_depth=1,  # each batch is waited for, in a thread of its own; the other pipeline goes on
             exec_dynamic=False,
         )
-        options = {"hw_decoder_load": 0.0, "jpeg_fancy_upsampling": True} if on_gpu else {}
+        load = 1.0 if self.engine else 0.0  # a share between them would depend on an image's neighbours
+        options = {"hw_decoder_load": load, "jpeg_fancy_upsampling": True} if on_gpu else {}
         with pipeline:
             image = fn.decoders.image(
                 fn.external_source(name="encoded", dtype=types.UINT8, ndim=1),

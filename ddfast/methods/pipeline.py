@@ -426,7 +426,8 @@ def score(run: Run) -> None:
         shards = [pool[i * size : (i + 1) * size] for i in missing]
         sources = sum(len(pool[i * size : (i + 1) * size]) for i in mine)
         wanted = sum(len(shard) for shard in shards)
-        loaded = _Awaited(run.load(sample for shard in shards for sample in _samples(run, shard)))
+        wished = (sample for shard in shards for sample in _samples(run, shard))
+        loaded = _Awaited(run.load(wished, on_device=True))
         label = "score" if run.ranks.size == 1 else f"score, rank 0 of {run.ranks.size}"
         with Progress(label, sources, "images", done=sources - wanted, quiet=run.quiet) as progress:
             for index, shard in zip(missing, shards, strict=True):
@@ -514,12 +515,14 @@ def _score_shard(
 def _micro_batch(run: Run, pairs: list[tuple[Sample, Tensor | BadImage]], size: int) -> Batch:
     """A batch of fixed size: black images stand where a file is bad and behind the last one."""
     side = run.plan["image_size"]
-    images = torch.zeros(size, 3, side, side, dtype=torch.uint8)
     labels, ids = torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.int64)
+    place = next(image.device for _, image in pairs if not isinstance(image, BadImage))
+    images = [torch.zeros(3, side, side, dtype=torch.uint8, device=place)] * size
     for i, (sample, image) in enumerate(pairs):
         if not isinstance(image, BadImage):
             images[i], labels[i], ids[i] = image, sample.label, sample.id
-    return Batch(images.to(run.device), labels.to(run.device), ids.to(run.device))
+    # One copy where the images lie, and none to the device where that is there.
+    return Batch(torch.stack(images).to(run.device), labels.to(run.device), ids.to(run.device))
 
 
 def _append_rows(

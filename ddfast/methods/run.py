@@ -143,9 +143,13 @@ class Run:
         words = philox4x32(counters, stream(self.plan["seed"], "pool")).numpy().astype(np.uint64)
         return words[:, 0] << np.uint64(32) | words[:, 1]
 
-    def load(self, samples: Iterable[Sample]) -> Generator[Loaded, None, None]:
-        """Decode samples at the run's size with its loader, in order; see `ddfast.data.load`."""
-        return self.loader(
+    def load(self, samples: Iterable[Sample], *, on_device: bool = False) -> Generator[Loaded, None, None]:
+        """Decode samples at the run's size with its loader, in order; see `ddfast.data.load`.
+
+        `on_device`: images stay on the run's device where it is what decodes them, instead of coming to the CPU.
+        """
+        loader = self.loader.on_device() if on_device else self.loader
+        return loader(
             self.source,
             samples,
             self.plan["image_size"],

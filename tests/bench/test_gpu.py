@@ -1,6 +1,7 @@
 """The GPU run's plan, limits and tables, tried on the CPU. Its sections run here at tiny sizes."""
 
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,11 +41,16 @@ def test_the_plan_holds_every_speed_entry_and_fits_its_limits(tmp_path):
     plan = gpu.sections("cuda", quick=False, work=tmp_path)
     names = [each.name for each in plan]
     assert len(set(names)) == len(names)
-    assert set(names) == {"ceilings", "tests", "roofline", "profile", *load_entries()}
+    assert set(names) == {"ceilings", "budget", "tests", "roofline", "sanitizer", "profile", *load_entries()}
     assert names.index("ceilings") < names.index("roofline")
     assert max(each.limit for each in plan) <= 60 * gpu.MINUTES / 4
+    certain = plan[: names.index("ops")]
+    assert {"ceilings", "budget", "tests", "roofline", "score_pass", "sanitizer"} <= {e.name for e in certain}
+    assert sum(each.limit for each in certain) <= 60 * gpu.MINUTES - 2 * gpu._RESERVE
     quick = gpu.sections("cpu", quick=True, work=tmp_path)
-    assert all("--quick" in each.command for each in quick if each.name != "tests")
+    assert all("--quick" in each.command for each in quick if each.name not in ("tests", "sanitizer"))
+    host = {each.name: each.command for each in plan if each.name in ("host_time", "launchers")}
+    assert all(command[command.index("--device") + 1] == "cpu" for command in host.values())
 
 
 def test_a_slow_section_is_stopped_and_keeps_what_it_printed():
@@ -53,6 +59,60 @@ def test_a_slow_section_is_stopped_and_keeps_what_it_printed():
     assert outcome.ended == "stopped after 3 s"
     assert outcome.output.strip() == "begun"
     assert outcome.seconds < 30
+
+
+def test_what_a_section_started_ends_with_it():
+    child = "[sys.executable, '-c', 'import time; time.sleep(60)']"
+    code = f"import subprocess, sys; child = subprocess.Popen({child}); print(child.pid); child.wait()"
+    outcome = gpu.run_section(section("parent", code), limit=2.0)
+    assert outcome.ended == "stopped after 2 s"
+    status = Path(f"/proc/{int(outcome.output)}/status")
+    deadline = time.monotonic() + 10
+    while status.exists() and "State:\tZ" not in status.read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not status.exists() or "State:\tZ" in status.read_text()
+
+
+def test_an_open_ended_section_may_come_to_its_limit(tmp_path):
+    command = section("", "print('..'); import time; time.sleep(9)").command
+    tests = Section("sanitizer", "what", 2.0, command, open_ended=True)
+    outcome = gpu.run_section(tests, 2.0)
+    assert (outcome.ended, outcome.well) == ("stopped after 2 s", True)
+    gpu.write_report(tmp_path, tmp_path / "work", torch.device("cpu"), [outcome])
+    text = (tmp_path / "gpu.md").read_text()
+    assert "## Memory accesses\n\nNo fault in what ran within 2 s: ..\n" in text
+    assert "did not end well" not in text
+    assert not Outcome(tests, "failed with exit code 9", "", 1.0).well
+    assert not Outcome(section("slow", ""), "stopped after 2 s", "", 2.0).well
+
+
+def test_a_section_has_its_own_environment():
+    code = "import os; print(os.environ['HELD'])"
+    held = Section("held", "what", 60.0, ("-c", code), environment=(("HELD", "here"),))
+    assert gpu.run_section(held, 60.0).output.strip() == "here"
+
+
+def test_where_there_is_no_sanitizer_the_report_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.gpu.shutil.which", lambda name: None)
+    for device, reason in (("cpu", "needs a GPU"), ("cuda", "is not installed")):
+        (found,) = (each for each in gpu.sections(device, False, tmp_path) if each.name == "sanitizer")
+        outcome = gpu.run_section(found, 60.0)
+        assert outcome.ended == "done"
+        gpu.write_report(tmp_path, tmp_path / "work", torch.device("cpu"), [outcome])
+        assert reason in (tmp_path / "gpu.md").read_text().partition("## Memory accesses")[2]
+
+
+def test_the_sanitizer_runs_the_ops_tests(tmp_path, monkeypatch):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text('#!/bin/sh\necho "$PYTORCH_NO_CUDA_MEMORY_CACHING $@"\nexit 9\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr("bench.gpu.shutil.which", lambda name: str(tool))
+    (found,) = (each for each in gpu.sections("cuda", False, tmp_path) if each.name == "sanitizer")
+    outcome = gpu.run_section(found, 60.0)
+    assert (outcome.ended, outcome.well) == ("failed with exit code 9", False)
+    assert outcome.output.startswith("1 --tool memcheck --error-exitcode 9 ")
+    assert outcome.output.strip().endswith("-m pytest tests/kernels tests/ops -k cuda -x")
 
 
 def test_a_failing_section_does_not_lose_the_others(tmp_path):
@@ -73,10 +133,13 @@ def test_nothing_starts_when_the_time_is_over():
     assert outcomes[0].ended == "not run: no time was left"
 
 
-def test_the_whole_report_is_eight_files(tmp_path):
+def test_the_whole_report_is_nine_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("KINETO_LOG_LEVEL", "5")
     work = tmp_path / "work"
-    gpu.write_rows(work / "ceilings.csv", gpu.CEILING_COLUMNS, gpu.ceilings(QUICK))
-    gpu.rooflines(QUICK, work)
+    threads = torch.get_num_threads()
+    for name in ("ceilings", "budget", "roofline"):
+        assert gpu.main(["--device", "cpu", "--quick", "--out", str(work), "--section", name]) == 0
+    torch.set_num_threads(threads)
     write_csv(work / "speed" / "grad_norm.csv", rows_of(ENTRY, [SPEED, SHARE], torch.device("cpu")))
     outcomes = [
         Outcome(section("tests", ""), "done", "noise\n12 passed\n\n", 1.0),
@@ -86,10 +149,13 @@ def test_the_whole_report_is_eight_files(tmp_path):
     out = tmp_path / "out"
     gpu.write_report(out, work, torch.device("cpu"), outcomes)
     assert sorted(path.name for path in out.iterdir()) == [
-        *("ceilings.csv", "gpu.md", "log.txt", "profile.txt", "roofline.csv", "speed.csv", "speed.png"),
+        *("budget.csv", "ceilings.csv", "gpu.md", "log.txt", "profile.txt", "roofline.csv", "speed.csv"),
+        "speed.png",
         "tests.txt",
     ]
     text = (out / "gpu.md").read_text()
+    assert text.index("## Budget of the score pass") < text.index("| section | ended |")
+    assert "The host binds: alone they would take" in text
     assert "## Tests\n\n12 passed\n" in text
     assert text.count("| masked_batch, ") == 2
     assert "| grad_norm | ResNet-18 | float32 | vmap | **6**" in text

@@ -24,6 +24,7 @@ def test_the_page_compares_with_pillow_and_judges_the_score_pass():
     assert "| photos.zip | resnet18, 224 px | pillow | 40 | 2.00 | 900.0 | 97.0% |" in page
     assert "90% of the time: met" in page
     assert "90% of the time: missed" in loading.report(rows, shares, [{**one, "busy": 0.8}], "cpu")
+    assert "| decodes | libjpeg-turbo | nvJPEG in CUDA | the engine;" in page
     assert "ddfast score" not in loading.report(rows, shares, [], "cpu")
 
 

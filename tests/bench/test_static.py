@@ -1,10 +1,25 @@
 import dataclasses
+from unittest import mock
 
 import pytest
 import torch
 from ddfast.kernels.ahead_of_time import Binary
 
-from bench.static import Case, Row, cases, examine, faults, launchers, main, page, report, table
+from bench.static import (
+    SOURCES,
+    Case,
+    Gpu,
+    Row,
+    cases,
+    examine,
+    faults,
+    launchers,
+    launches,
+    main,
+    page,
+    report,
+    table,
+)
 
 PTX = """
     ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%rd1];
@@ -26,7 +41,7 @@ def test_widths_and_matrix_instructions_are_read_from_the_ptx():
 
 
 def case(**fields):
-    return Case("op", "float32", lambda: None, **fields)
+    return Case("op", "float32", lambda sources: None, **fields)
 
 
 def row(**fields):
@@ -68,7 +83,52 @@ def test_every_kernel_compiles_without_a_fault():
     rows = [row for of_case in found for row in of_case]
     assert {row.capability for row in rows} == {90}
     assert [(row.kernel, row.what, row.capability, row.faults) for row in rows if row.faults] == []
-    assert "| `_masked_batch` | masked_batch, uint8 to bfloat16 | 90 |" in page(rows, chosen)
+    assert "| `_masked_batch` | masked_batch, uint8 to bfloat16 | 90 | all 1024 | 16, 128 | " in page(
+        rows, chosen
+    )
+    assert all({sources for sources, _ in row.programs} <= set(SOURCES) for row in rows)
+    by_case = {}
+    for row in rows:
+        by_case.setdefault((row.op, row.what), set()).update(sources for sources, _ in row.programs)
+    assert all(found == set(SOURCES) for found in by_case.values())
+    # One program an image.
+    (tail,) = (row for row in rows if (row.op, row.what) == ("shapley_crop_boxes", "logit"))
+    assert tail.programs == ((16, 16), (128, 128))
+
+
+@pytest.mark.parametrize(
+    ("registers", "warps", "shared", "resident"),
+    [
+        (32, 4, 0, 16),  # 64 warps
+        (16, 1, 0, 32),  # 32 programs
+        (128, 4, 0, 4),  # 65,536 registers
+        (129, 4, 0, 3),  # by 256 to a warp: 4,352 for each
+        (32, 4, 100_000, 2),  # 228 KiB with 1,024 bytes of the system's
+        (255, 8, 220_000, 1),
+    ],
+)
+def test_what_a_multiprocessor_holds_at_once(registers, warps, shared, resident):
+    found = row(registers=registers, warps=warps, shared_bytes=shared)
+    assert Gpu("H200", 132, 228 << 10).resident(found) == resident
+
+
+def test_waves_are_of_the_gpu_with_that_capability():
+    found = row(registers=32, warps=4, programs=((16, 132 * 16), (128, 132 * 16 * 8)))
+    assert found.waves == [1, 8]
+    assert dataclasses.replace(found, capability=80).waves == pytest.approx([132 / 108, 8 * 132 / 108])
+    assert dataclasses.replace(found, capability=120).waves == []
+    assert "| 16, 128 | 2 112, 16 896 | 1, 8 |" in table([found])
+
+
+def test_a_launch_tells_its_programs_and_its_tile():
+    from triton.runtime.jit import JITFunction
+
+    from bench.static import _launched
+
+    with mock.patch.object(JITFunction, "run", return_value=None), _launched() as shapes:
+        JITFunction.run(None, grid=(3, 4), warmup=False, BLOCK_O=64, BLOCK_I=32, num_warps=4)
+        JITFunction.run(None, grid=lambda options: (options["BLOCK"], 2), warmup=False, BLOCK=8)
+    assert shapes == [(12, "O 64, I 32"), (16, "all 8")]
 
 
 def test_a_fault_shows_in_the_table_and_the_exit_code(monkeypatch, tmp_path, capsys):
@@ -89,7 +149,7 @@ def test_a_kernel_that_does_not_compile_is_a_fault(monkeypatch):
     def broken(calls, capabilities):
         raise RuntimeError("a pass\nPassManager::run failed")
 
-    monkeypatch.setattr("bench.static.launches", lambda case: [])
+    monkeypatch.setattr("bench.static.launches", lambda case, sources: [])
     monkeypatch.setattr("ddfast.kernels.ahead_of_time.compile_launches", broken)
     (found,) = examine(case(), [90])
     assert found.faults == ("does not compile: PassManager::run failed",)
@@ -97,7 +157,5 @@ def test_a_kernel_that_does_not_compile_is_a_fault(monkeypatch):
 
 
 def test_an_op_that_is_never_called_is_an_error():
-    from bench.static import launches
-
     with pytest.raises(RuntimeError, match="never reached the op"):
-        launches(Case("masked_batch", "nothing", lambda: torch.ones(1) + 1))
+        launches(Case("masked_batch", "nothing", lambda sources: torch.ones(1) + 1))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -158,7 +160,7 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match=r"DALI is not installed; pip install nvidia-dali-cuda130"):
         resolve_loader("dali")
     with pytest.raises(
-        UsageError, match="--loader must be one of auto, dali, torchvision, pillow, got 'ffmpeg'"
+        UsageError, match="--loader must be one of auto, dali, dali-hw, torchvision, pillow, got 'ffmpeg'"
     ):
         resolve_loader("ffmpeg")
 
@@ -174,9 +176,43 @@ def test_without_a_jpeg_decoder_pillow_does_it_all(monkeypatch: pytest.MonkeyPat
 
 def test_every_name_resolves_to_a_loader() -> None:
     for name in LOADERS:
-        if name == "dali" and dali_missing():
+        if name == "dali-hw" or (name == "dali" and dali_missing()):
             continue
         assert isinstance(resolve_loader(name), Loader)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:1"])
+def test_a_jpeg_engine_that_is_not_there_is_said_in_one_line(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resumed run names its loader: on a GPU without the engine its bytes would be others."""
+    monkeypatch.setattr(loaders, "dali_missing", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    with pytest.raises(
+        UsageError, match="use --loader dali; a run that began with dali-hw goes on"
+    ) as caught:
+        resolve_loader("dali-hw", device)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("capability", "found"), [((9, 0), True), ((8, 0), True), ((8, 6), False)])
+def test_the_engine_is_taken_where_it_is_asked_for_and_there(
+    capability: tuple[int, int], found: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loaders, "dali_missing", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert dali.has_engine("cuda:1") is found
+    assert resolve_loader("auto", "cuda").name == "dali"  # whatever the GPU has: any other can go on
+    if found:
+        assert resolve_loader("dali-hw", "cuda").name == "dali-hw"
+
+
+def test_without_a_gpu_there_is_no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(device: object) -> tuple[int, int]:
+        raise RuntimeError("no driver")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", none)
+    assert not dali.has_engine("cuda")
 
 
 @pytest.mark.parametrize("name", LOADERS)
@@ -272,6 +308,198 @@ def test_dali_failing_on_good_images_is_no_fault_of_theirs(monkeypatch: pytest.M
         results("dali", {"a/0.jpg": jpeg()})
     assert not isinstance(caught.value, UsageError)
     assert "\n" not in str(caught.value)
+
+
+# Batches, and a GPU that is not there
+
+
+@pytest.mark.parametrize(
+    ("size", "ahead", "workers", "on_gpu", "batch"),
+    [
+        (224, 64, 2, False, 16),
+        (224, 1, 2, False, 4),  # two a thread
+        (224, 1, 0, False, 1),
+        (224, 4096, 2, False, 128),
+        (224, 1, 16, True, 111),  # 16 MiB
+        (224, 512, 16, True, 128),
+        (32, 1, 16, True, 128),
+        (1024, 64, 16, True, 16),
+        (4096, 1, 16, True, 1),
+    ],
+)
+def test_a_batch_is_large_enough_for_its_decoder(
+    size: int, ahead: int, workers: int, on_gpu: bool, batch: int
+) -> None:
+    assert dali._batch_size(size, ahead, workers, on_gpu=on_gpu) == batch
+
+
+def test_two_batches_decode_at_once_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = threading.Barrier(2, timeout=30)
+    made, used = [], set()
+
+    def decode(self: dali._Decoder, batch: list) -> list:
+        used.add(self)
+        both.wait()  # until the other batch decodes too
+        return [(sample, torch.zeros(1)) for sample, _ in batch]
+
+    init = dali._Decoder.__init__
+
+    def counted(self: dali._Decoder, *args: object) -> None:
+        init(self, *args)  # type: ignore[arg-type]
+        made.append(self)
+
+    monkeypatch.setattr(dali._Decoder, "__init__", counted)
+    monkeypatch.setattr(dali._Decoder, "decode", decode)
+    source = MemorySource({f"a/{n:02d}.jpg": jpeg(n) for n in range(16)})
+    found = list(dali.dali_load(None)(source, source.samples, 16, workers=2, ahead=16))
+    assert [sample.key for sample, _ in found] == [sample.key for sample in source.samples]
+    assert (len(made), len(used), [decoder.threads for decoder in made]) == (2, 2, [1, 1])
+    assert decoding_threads() == []
+
+
+class _Images:
+    """A list of images as DALI gives it, on the GPU until it is asked for on the CPU."""
+
+    def __init__(self, images: np.ndarray, moved: list[str]) -> None:
+        self.images, self.moved = images, moved
+
+    def as_cpu(self) -> SimpleNamespace:
+        self.moved.append("to the host")
+        return SimpleNamespace(as_tensor=lambda: self.images)
+
+    def as_tensor(self) -> torch.Tensor:
+        return torch.from_numpy(self.images)
+
+
+class _Dali:
+    """Stands in for NVIDIA DALI and for CUDA's streams; Pillow decodes, and files of 13 bytes fail."""
+
+    UINT8 = FLOAT = RGB = INTERP_LINEAR = 0
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.options: list[dict[str, object]] = []
+        self.moved: list[str] = []
+        self.waits = 0
+        monkeypatch.setattr(dali.importlib, "import_module", lambda name: self)
+        monkeypatch.setattr(dali, "_index", lambda device: 0)
+        monkeypatch.setattr(dali, "_gpu", lambda index: torch.device("meta"))
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: self)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+        self.decoders = self
+
+    def synchronize(self) -> None:
+        self.waits += 1
+
+    def external_source(self, **options: object) -> None: ...
+
+    def image(self, data: object, **options: object) -> None:
+        self.options.append(options)
+
+    def resize(self, image: object, **options: object) -> None:
+        self.size = options["size"][0]  # type: ignore[index]
+
+    def Pipeline(self, **options: object) -> _Dali:
+        return self
+
+    def __enter__(self) -> _Dali:
+        return self
+
+    def __exit__(self, *raised: object) -> None: ...
+
+    def set_outputs(self, *outputs: object) -> None: ...
+
+    def build(self) -> None: ...
+
+    def feed_input(self, name: str, data: list) -> None:
+        if name == "encoded":
+            self.fed = [bytes(one) for one in data]
+
+    def run(self) -> tuple[_Images]:
+        if any(len(data) == 13 for data in self.fed):
+            raise RuntimeError("cannot decode")
+        # The memory of the last batch, written over.
+        if not hasattr(self, "memory") or len(self.memory) < len(self.fed):
+            self.memory = np.zeros((8, self.size, self.size, 3), np.uint8)
+        for place, data in enumerate(self.fed):
+            self.memory[place] = decode_fit(data, self.size).permute(1, 2, 0).numpy()
+        return (_Images(self.memory[: len(self.fed)], self.moved),)
+
+
+def on_stand_in(images: dict[str, bytes], stand_in: _Dali, size: int, **options: bool) -> dict[str, object]:
+    source = MemorySource(images)
+    load = dali.dali_load("cuda", **options)
+    return {sample.key: image for sample, image in load(source, source.samples, size, workers=1, ahead=8)}
+
+
+@pytest.mark.parametrize("engine", [False, True])
+def test_which_decoder_of_the_gpu_takes_a_file_is_fixed(
+    engine: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in = _Dali(monkeypatch)
+    on_stand_in({"a/0.jpg": jpeg()}, stand_in, 24, engine=engine)
+    (options,) = stand_in.options
+    assert options["device"] == "mixed"
+    assert options["hw_decoder_load"] == (
+        1.0 if engine else 0.0
+    )  # all or nothing, never a share of the batch
+    assert options["jpeg_fancy_upsampling"] is True
+
+
+@pytest.mark.parametrize("size", [24, 1])
+def test_images_stay_on_the_gpu_where_the_consumer_is_there(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dali, "_LEAST_BYTES", 0)  # batches of 2: the second is written over the first
+    stand_in = _Dali(monkeypatch)
+    images = {f"a/{n}.jpg": jpeg(n) for n in range(5)}
+    found = on_stand_in(images, stand_in, size, on_device=True)
+    for key, image in found.items():
+        assert torch.equal(image, decode_fit(images[key], size))  # type: ignore[arg-type]
+        assert image.is_contiguous()  # type: ignore[attr-defined]
+    assert (stand_in.moved, stand_in.waits) == ([], 3)
+    assert on_stand_in(images, stand_in, size).keys() == images.keys()
+    assert stand_in.moved == ["to the host"] * 3
+
+
+def test_what_pillow_decodes_is_brought_to_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = _Dali(monkeypatch)
+    monkeypatch.setattr(dali, "plain_jpeg", lambda data: PlainJpeg(60, 45) if data[:1] == b"\xff" else None)
+    broken = b"\xff" + b"no picture.."  # DALI fails on it, and so does Pillow
+    images = {"a/0.jpg": jpeg(), "a/1.png": png(3), "a/2.jpg": broken, "a/3.png": b"not an image"}
+    assert len(broken) == 13
+    found = on_stand_in(images, stand_in, 24, on_device=True)
+    kinds = [image.device.type if isinstance(image, torch.Tensor) else "bad" for image in found.values()]
+    assert kinds == ["cpu", "meta", "bad", "bad"]  # "meta" stands for the GPU
+    assert [image.device.type for image in on_stand_in({"a/1.png": png(3)}, stand_in, 24).values()] == ["cpu"]  # type: ignore[attr-defined]
+
+
+def test_the_consumers_stream_holds_an_image_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGpu(torch.Tensor):
+        is_cuda = True  # type: ignore[assignment]
+        held: object = None
+
+        def record_stream(self, stream: object) -> None:
+            self.held = stream
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the consumer's")
+    image = torch.zeros(3).as_subclass(OnGpu)
+    dali._keep_for_consumer(image)
+    assert image.held == "the consumer's"
+    dali._keep_for_consumer(torch.zeros(3))
+    dali._keep_for_consumer(BadImage("truncated"))
+
+
+def test_only_a_gpu_keeps_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loaders, "dali_missing", lambda: None)
+    for name, device in (("pillow", "cuda"), ("dali", "cpu")):
+        chosen = resolve_loader(name, device)
+        assert chosen.on_device() is chosen
+    on_gpu = resolve_loader("dali", "cuda")
+    assert on_gpu.on_device().load is on_gpu.load_on_device is not on_gpu.load
+
+
+def test_the_table_of_machines_is_whole() -> None:
+    assert {len(row) for row in dali.MACHINES} == {4}
 
 
 @pytest.mark.parametrize("name", FAST)
