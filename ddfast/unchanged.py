@@ -17,7 +17,7 @@ _HELD = threading.local()
 
 @contextmanager
 def unchanged(*models: Any) -> Iterator[None]:
-    """Context in which the caller changes none of the models, in this thread: neither weights, nor settings, nor mode."""
+    """Context in which the caller changes none of the models, in this thread: no weight, no setting, no mode."""
     before: dict[int, dict[Any, Any]] = getattr(_HELD, "found", {})
     _HELD.found = {**before, **{id(model): before.get(id(model), {}) for model in models}}
     try:

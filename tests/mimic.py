@@ -156,7 +156,7 @@ def mimic() -> Iterator[None]:
     with (
         mock.patch.object(transfer, "pinned", _marked),
         mock.patch.object(transfer, "landing", lambda t: _marked(torch.empty(t.shape, dtype=t.dtype))),
-        mock.patch.object(transfer, "copied", lambda device: _Event()),
+        mock.patch.object(transfer, "copied", return_value=_Event()),
         mock.patch.object(torch.backends.cudnn, "enabled", False),
         _Mode(),
     ):

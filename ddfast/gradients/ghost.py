@@ -97,6 +97,26 @@ def _ghost_squares(
     return uses.squares, outputs.detach()
 
 
+Owners = dict[int, tuple[str, str, nn.Module]]
+
+
+def _tensors_of(model: nn.Module) -> tuple[Owners, set[int]]:
+    """Where each parameter stands, and every tensor that the model keeps, by `id`."""
+    found = found_of(model)
+    now = None if found is None else [id(parameter) for parameter in model.parameters()]
+    if found is not None and "tensors" in found and found["tensors"][0] == now:  # it may run on substitutes
+        return found["tensors"][1:]
+    owners = {
+        id(parameter): (name, module_name, module)
+        for module_name, module in model.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+    kept = {id(tensor) for tensor in tensors_of(model)}
+    if found is not None:
+        found["tensors"] = now, owners, kept
+    return owners, kept
+
+
 class _ParameterUses(TorchFunctionMode):
     """Watches the forward pass for uses of parameters, and adds up squared norms during the backward pass."""
 
@@ -104,15 +124,10 @@ class _ParameterUses(TorchFunctionMode):
         super().__init__()
         self.batch = batch
         self.keep_layout = keep_layout
-        self.owners = {
-            id(parameter): (name, module_name, module)
-            for module_name, module in model.named_modules()
-            for name, parameter in module.named_parameters(recurse=False)
-        }
+        self.owners, self.kept = _tensors_of(model)
         self.count: Counter[int] = Counter()  # uses of each parameter
         self.anchor = torch.zeros((), requires_grad=True)  # see _Tap
         self.shared: dict[int, Tensor] = {}  # per-sample gradients of parameters with more than one use
-        self.kept = {id(tensor) for tensor in tensors_of(model)}
         self.refusal: str | None = None
         self.squares: Tensor
 

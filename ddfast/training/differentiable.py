@@ -1,7 +1,7 @@
 """The differentiable augmentations of the matching methods, drawn apart from being applied.
 
-DSA (Zhao & Bilen, "Dataset Condensation with Differentiable Siamese Augmentation", ICML 2021, Sec. 3.3) takes one of six
-operations; IDC (Kim et al., ICML 2022) mirrors and colours always, and takes one of three more. A draw holds its
+DSA (Zhao & Bilen, "Dataset Condensation with Differentiable Siamese Augmentation", ICML 2021, Sec. 3.3) takes one of
+six operations; IDC (Kim et al., ICML 2022) mirrors and colours always, and takes one of three more. A draw holds its
 parameters, a row an image or one row for all: with one row, real and synthetic images are changed in the same way,
 which is what makes the augmentation siamese.
 
