@@ -13,8 +13,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 
 from ddfast import __version__
+from ddfast.arguments import whole_number, whole_number_or
 from ddfast.data.decoding import pixel_limit
 from ddfast.data.distilled import FORMAT_VERSION, MANIFEST
 from ddfast.data.files import atomic_write_text, make_folder, sweep_temporary
@@ -37,6 +37,7 @@ from ddfast.models import Teacher, load_teacher
 from ddfast.ops._philox import philox4x32
 from ddfast.ranks import Ranks, join, usable_cores
 from ddfast.training.device import resolve_device
+from ddfast.wording import argument, on_command_line, plural, setting
 
 RUN = "run.json"
 LABEL_TEMPERATURE = 20.0
@@ -227,16 +228,6 @@ def _forward_batch(image_size: int, device: torch.device) -> int:
     return 128 if image_size <= 64 else 32
 
 
-@contextmanager
-def threads_put_back() -> Iterator[None]:
-    """Give the process its number of threads back: a run fixes its own, and its caller goes on afterwards."""
-    before = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def threads_of(given: str | int, device: torch.device) -> int:
     """Threads of one process.
 
@@ -247,15 +238,14 @@ def threads_of(given: str | int, device: torch.device) -> int:
     Raises:
         UsageError: neither `auto` nor a positive number.
     """
-    if given == "auto":
-        given = os.environ.get("DDFAST_THREADS") or min(usable_cores(), _MOST_THREADS[device.type])
-    try:
-        count = int(given)
-    except ValueError:
-        count = 0
-    if count < 1:
-        raise UsageError(f"--threads must be auto or a positive number, got {given}")
-    return count
+    if given != "auto":
+        return int(whole_number_or(given, "threads", ("auto",)))
+    said = os.environ.get("DDFAST_THREADS")
+    if not said:
+        return min(usable_cores(), _MOST_THREADS[device.type])
+    if not said.isdecimal() or int(said) < 1:
+        raise UsageError(f"DDFAST_THREADS must be a positive number, got {said!r}")
+    return int(said)
 
 
 def pixel_limit_of(held: dict[str, Any] | None) -> int:
@@ -286,12 +276,7 @@ def top_k_of(given: str | int, classes: int) -> int | None:
         return None if classes <= _MOST_FULL_LABELS else _LABEL_TOP_K
     if given == "all":
         return None
-    try:
-        count = int(given)
-    except ValueError:
-        count = 0
-    if count < 1:
-        raise UsageError(f"--label-top-k must be auto, all or a positive number, got {given}")
+    count = int(whole_number_or(given, "label_top_k", ("auto", "all")))
     return None if count >= classes else count
 
 
@@ -318,7 +303,7 @@ def start(out: Path, plan: dict[str, Any], resume: bool) -> dict[str, Any]:
         UsageError: the folder holds something else, a different run, or this run without `resume`.
     """
     if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file; --out must be a folder")
+        raise UsageError(f"{out} is a file; {argument('out')} must be a folder")
     held = read_plan(out)
     if held is None:
         foreign = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else []
@@ -329,14 +314,28 @@ def start(out: Path, plan: dict[str, Any], resume: bool) -> dict[str, Any]:
         return plan
     difference = first_difference(held, plan)
     if difference is not None:
+        again = ""
+        if difference.startswith("ipc:"):
+            again = f", or select again from its scores: {_select_again(out, plan['ipc'])}"
         raise UsageError(
-            f"{out} already holds a different run ({difference}); choose another folder or delete it"
+            f"{out} already holds a different run ({difference}); choose another folder or delete it{again}"
         )
     if not resume:
-        state = "a finished run" if held["complete"] else "an unfinished run"
-        raise UsageError(f"{out} already holds {state} of the same settings; continue it with --resume")
+        go_on = setting("resume", True)
+        raise UsageError(
+            f"{out} already holds a finished run of the same settings: use it, or give another "
+            f"{argument('out')} to distil anew ({go_on} leaves it as it is)"
+            if held["complete"]
+            else f"{out} already holds an unfinished run of the same settings; continue it with {go_on}"
+        )
     sweep_temporary(out)
     return held
+
+
+def _select_again(out: Path, ipc: int) -> str:
+    if on_command_line():
+        return f"ddfast select {out} --ipc {ipc}"
+    return f"ddfast.methods.pipeline.change_ipc(run, {ipc})"
 
 
 def read_plan(out: Path) -> dict[str, Any] | None:
@@ -421,7 +420,7 @@ def check_teacher(teacher: Teacher, source: Source, *, role: str = "teacher") ->
     theirs, ours = list(teacher.class_names), list(source.class_names)
     if len(theirs) != len(ours):
         raise UsageError(
-            f"the {role} knows {len(theirs)} classes, {source.name} has {len(ours)}: give its own teacher"
+            f"the {role} knows {plural(len(theirs), 'class')}, {source.name} has {len(ours)}: give its own teacher"
         )
     for index, (a, b) in enumerate(zip(theirs, ours, strict=True)):
         if a != b:
@@ -483,12 +482,15 @@ def _reopened(
     plan = read_plan(out)
     if plan is None:
         raise UsageError(f"{out} holds no ddfast run: start one with ddfast score or ddfast distill")
-    try:
-        facts = json.loads((out / RUN).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{out / RUN} is missing or damaged: give --data and --teacher") from error
     found_device = checked_device(plan, device, ranks)
-    source = open_source(data or facts["data"], "train")
+    in_flight, threads = images_in_flight(batch_size), decoding_workers(workers, ranks)
+    facts = _facts_of(out, plan, data, teacher, label_teacher)
+    try:
+        source = open_source(data or facts["data"], "train")
+    except UsageError as error:
+        if data is not None:
+            raise
+        raise UsageError(f"{error} ({argument('data')} says where it is now)") from error
     main = load_teacher(str(teacher or facts["teacher"]), class_names=plan["class_names"])
     labels = label_teacher or facts["label_teacher"]
     run = Run(
@@ -502,20 +504,51 @@ def _reopened(
         ),
         device=found_device,
         loader=resolve_loader(plan["arithmetic"]["loader"], found_device),
-        in_flight=images_in_flight(batch_size),
-        workers=decoding_workers(workers, ranks),
+        in_flight=in_flight,
+        workers=threads,
         quiet=quiet,
         ranks=ranks,
         facts=facts,
     )
     for found, wanted, what in (
-        (source.fingerprint(), plan["data"]["fingerprint"], "--data"),
-        (main.sha256, plan["teacher"]["sha256"], "--teacher"),
-        (run.label_teacher.sha256, plan["label_teacher"]["sha256"], "--label-teacher"),
+        (source.fingerprint(), plan["data"]["fingerprint"], f"the data {source.name}"),
+        (main.sha256, plan["teacher"]["sha256"], f"the teacher {main.path}"),
+        (
+            run.label_teacher.sha256,
+            plan["label_teacher"]["sha256"],
+            f"the label teacher {labels or main.path}",
+        ),
     ):
         if found != wanted:
             raise UsageError(f"{what} is not what {out} was started with: its content has changed")
     return run
+
+
+def _facts_of(
+    out: Path,
+    plan: dict[str, Any],
+    data: str | Path | None,
+    teacher: str | Path | None,
+    label_teacher: str | Path | None,
+) -> dict[str, Any]:
+    """`run.json` of a folder; where it is lost, what it would say of the paths that are given.
+
+    Raises:
+        UsageError: it is lost, and not all paths are given.
+    """
+    try:
+        facts = json.loads((out / RUN).read_text(encoding="utf-8"))
+        return {**{key: facts[key] for key in ("data", "teacher", "label_teacher")}, **facts}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        one = plan["label_teacher"]["sha256"] == plan["teacher"]["sha256"]
+        given = {"data": data, "teacher": teacher, **({} if one else {"label_teacher": label_teacher})}
+        missing = [argument(key) for key, value in given.items() if value is None]
+        if missing:
+            raise UsageError(f"{out / RUN} is missing or damaged: give {' and '.join(missing)}") from error
+        return {
+            key: None if value is None else str(value)
+            for key, value in {"label_teacher": None, **given}.items()
+        }
 
 
 def rank_device(device: str, ranks: Ranks) -> torch.device:
@@ -533,8 +566,10 @@ def rank_device(device: str, ranks: Ranks) -> torch.device:
 
 def decoding_workers(workers: int | None, ranks: Ranks) -> int | None:
     """Decoding threads of this process: the number given, else its part of the host's cores."""
-    if workers is not None or ranks.size == 1:
-        return workers
+    if workers is not None:
+        return whole_number(workers, "workers", least=0)
+    if ranks.size == 1:
+        return None
     return max(1, min(16, usable_cores() // ranks.local_size))
 
 
@@ -548,7 +583,8 @@ def checked_device(plan: dict[str, Any], device: str, ranks: Ranks) -> torch.dev
     wanted = plan["arithmetic"]["device"]
     if found.type != wanted:
         raise UsageError(
-            f"this run was started on {wanted} and would end in other bytes on {found.type}: use --device {wanted}"
+            f"this run was started on {wanted} and would end in other bytes on {found.type}: "
+            f"use {setting('device', wanted)}"
         )
     return found
 
@@ -561,12 +597,7 @@ def images_in_flight(batch_size: str | int) -> int:
     """
     if batch_size == "auto":
         return 4 * MICRO_BATCH
-    try:
-        count = int(batch_size)
-    except ValueError:
-        count = 0
-    if count < 1:
-        raise UsageError(f"--batch-size must be auto or a positive number, got {batch_size}")
+    count = int(whole_number_or(batch_size, "batch_size", ("auto",)))
     return -(-count // MICRO_BATCH) * MICRO_BATCH
 
 
