@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import operator
 import os
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,10 @@ def positive_number(value: Any, keyword: str, *, zero: bool = False) -> float:
     found = _real(value)
     if found is None:
         raise UsageError(f"{argument(keyword)} must be a number, got {value!r}")
-    if not math.isfinite(found) or found < 0 or (found == 0 and not zero):
-        wanted = "a finite number of at least 0" if zero else "positive and finite"
-        raise UsageError(f"{argument(keyword)} must be {wanted}, got {value}")
+    if not (found >= 0 if zero else found > 0):
+        raise UsageError(f"{argument(keyword)} must be {'at least 0' if zero else 'positive'}, got {value}")
+    if math.isinf(found):
+        raise UsageError(f"{argument(keyword)} must be finite, got {value}")
     return found
 
 
@@ -102,7 +104,7 @@ def output_folder(value: Any, keyword: str = "out") -> Path:
     path = path_of(value, keyword)
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file; {argument(keyword)} must be a folder")
-    _check_writable(path, path)
+    _check_writable(path, path, keyword)
     return path
 
 
@@ -115,23 +117,27 @@ def output_file(value: Any, keyword: str = "out") -> Path:
     path = path_of(value, keyword)
     if path.is_dir():
         raise UsageError(f"{path} is a folder; {argument(keyword)} must be a file")
-    _check_writable(path.parent, path)
+    _check_writable(path.parent, path, keyword)
     return path
 
 
-def _check_writable(folder: Path, path: Path) -> None:
-    """Refuse a folder that cannot be made or written to; nothing is made yet."""
+def _check_writable(folder: Path, path: Path, keyword: str) -> None:
+    """Refuse a folder in which nothing can be written, by a nameless file that goes at once."""
     standing = folder
     while not standing.exists() and standing != standing.parent:
         standing = standing.parent
     if not standing.is_dir():
         raise UsageError(
-            f"cannot write {path}: {standing} is a file, not a folder; choose another {argument('out')}"
+            f"cannot write {path}: {standing} is a file, not a folder; choose another {argument(keyword)}"
         )
-    if not os.access(standing, os.W_OK | os.X_OK):
+    try:
+        with tempfile.TemporaryFile(dir=standing, prefix=".ddfast-"):
+            pass
+    except OSError as error:
+        reason = os.strerror(error.errno).lower() if error.errno else str(error)
         raise UsageError(
-            f"cannot write {path}: permission denied in {standing}; choose a folder you may write to"
-        )
+            f"cannot write {path}: {reason} in {standing}; choose another {argument(keyword)}"
+        ) from error
 
 
 def _whole(value: Any) -> int | None:

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ddfast import __version__
+from ddfast.arguments import output_file, whole_number
 from ddfast.data.loaders import LOADERS
 from ddfast.errors import DDFastError, UsageError
+from ddfast.methods import list_methods
+from ddfast.ranks import is_main
+from ddfast.wording import argument, did_you_mean, flags_of_command, plural
+
+_ERRORS_OF_FILES = {
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC),
+    *(errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG, errno.ELOOP, errno.EEXIST, errno.EIO, errno.EMFILE),
+}
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse with one-line errors and defaults in the help."""
+    """argparse with one-line errors that suggest the nearest name, and defaults in the help."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
@@ -23,23 +34,160 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(*args, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {_one_line(message)}\n")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = [str(choice) for choice in action.choices]
+            what = "commands" if action.dest == "command" else "choices"
+            said = f"unknown command {value!r}" if action.dest == "command" else f"got {value!r}"
+            raise argparse.ArgumentError(
+                None if action.dest == "command" else action,
+                f"{said}; {what}: {', '.join(known)}{did_you_mean(value, known)}",
+            )
+
+    def flags(self) -> dict[str, str]:
+        """The long flag of every argument that this command takes, by the argument's keyword."""
+        return {
+            action.dest: next((s for s in action.option_strings if s.startswith("--")), action.dest)
+            for action in self._actions
+        }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code."""
-    parser = build_parser(sys.argv[1:] if argv is None else argv)
-    arguments = parser.parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser(given)
+    _check_flags(parser, given)
+    arguments, rest = parser.parse_known_args(given)
+    if rest:
+        arguments.parser.error(f"does not know what to do with {' '.join(map(repr, rest))}")
     try:
-        return int(arguments.run(arguments) or 0)
+        with flags_of_command(arguments.parser.flags()):
+            return int(arguments.run(arguments) or 0)
     except DDFastError as error:
-        print(f"ddfast: {' '.join(str(error).split())}", file=sys.stderr)
+        if not error.shared or is_main():
+            _say(str(error))
         return error.exit_code
     except BrokenPipeError:
+        # What reads our output has gone; without this the interpreter would complain of it as it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.errno not in _ERRORS_OF_FILES:
+            raise
+        where = f" {os.fsdecode(error.filename)}" if isinstance(error.filename, (str, bytes)) else ""
+        _say(f"cannot read or write{where}: {os.strerror(error.errno or 0).lower()}")
+        return 2
+    except MemoryError as error:  # torch's own are of other types, and say more
+        _say(f"out of memory: {error}" if str(error) else "out of memory")
         return 1
     except KeyboardInterrupt:
-        print("ddfast: interrupted; --resume continues", file=sys.stderr)
+        _say(f"interrupted; {_after_interruption(arguments)}")
         return 130
+
+
+def _say(message: str) -> None:
+    print(f"ddfast: {_one_line(message)}", file=sys.stderr)
+
+
+def _one_line(message: str) -> str:
+    return " ".join(message.split())
+
+
+def _check_flags(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
+    """Refuse a flag that the command does not take, ahead of argparse's complaint of all that is missing."""
+    commands = _commands(parser)
+    command = next((word for word in given if not word.startswith("-")), None)
+    if command == "bench" or (command is not None and command not in commands):
+        return  # bench has flags of its own; an unknown command is argparse's to refuse
+    taker = parser if command is None else commands[command]
+    method = None
+    if command in ("distill", "score"):
+        method = _method_in(taker, given)
+        if method is not None and method not in (names := list_methods()):
+            taker.error(
+                f"unknown method {method!r}; known methods: {', '.join(names)}{did_you_mean(method, names)}"
+            )
+    for flag in _words(taker, given)[1]:
+        if flag not in taker._option_string_actions and flag not in parser._option_string_actions:
+            taker.error(_unknown(flag, taker, command, method))
+
+
+def _unknown(flag: str, taker: argparse.ArgumentParser, command: str | None, method: str | None) -> str:
+    """What to say of a flag that a command does not take: whose it is, or which one was meant."""
+    if command in ("distill", "score"):
+        owners = [name for name in list_methods() if flag in _method_flags(name)]
+        if owners:
+            whose = f"{flag} is an option of {_listed(owners)}"
+            return (
+                f"{whose}, not of {method}"
+                if method
+                else f"{whose}: name it, ddfast {command} {owners[0]} ..."
+            )
+    near = did_you_mean(flag, [name for name in taker._option_string_actions if name.startswith("--")])
+    others = [
+        name for name, other in _commands(build_parser([])).items() if flag in other._option_string_actions
+    ]
+    if command is not None and others and not near:
+        return f"{flag} is an option of {_listed([f'ddfast {name}' for name in others])}, not of ddfast {command}"
+    return f"unknown option {flag}{near or f'; {taker.prog} --help lists the options'}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    return next(
+        dict(action.choices) for action in parser._actions if isinstance(action, argparse._SubParsersAction)
+    )
+
+
+def _words(parser: argparse.ArgumentParser, given: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words of a command line that are neither flags nor their values, and the flags."""
+    valued = {flag: action.nargs != 0 for flag, action in parser._option_string_actions.items()}
+    for name in list_methods():
+        valued = {**_method_flags(name), **valued}
+    plain, flags = [], []
+    words = iter(given)
+    for word in words:
+        if not word.startswith("-") or _is_number(word):
+            plain.append(word)
+            continue
+        flag = word.split("=")[0]
+        flags.append(flag)
+        if flag == word and valued.get(flag, False):
+            next(words, None)
+    return plain, flags
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _after_interruption(arguments: argparse.Namespace) -> str:
+    """What has become of the work, and how to go on."""
+    command = arguments.command
+    if command in ("distill", "score"):
+        if (Path(arguments.out) / "manifest.json").is_file():
+            return "the same command with --resume continues"
+        return "nothing has been written yet"
+    if command == "train-teacher":
+        if Path(arguments.out).with_suffix(".state").is_file():
+            return "the same command with --resume continues after the last whole epoch"
+        return "no epoch was finished, so the training starts from its beginning again"
+    if command in ("select", "synthesize", "relabel", "demo"):
+        return "the same command continues"
+    if command == "evaluate":
+        return "nothing has been written, and the students would be trained anew"
+    if command == "export":
+        return "delete the shards that are there before it is run again"
+    return "nothing has been written" if command == "attribute" else "run it again"
 
 
 def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
@@ -68,7 +216,12 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
 def _device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--workers", type=int, default=None, help="decoding threads; default one a core")
+    parser.add_argument(
+        "--workers",
+        type=_whole,
+        default=None,
+        help="decoding threads; default one a core, 0: none of their own",
+    )
     parser.add_argument("--quiet", action="store_true", help="print nothing but the result")
 
 
@@ -87,6 +240,36 @@ def _teacher(parser: argparse.ArgumentParser, *, required: bool, help: str) -> N
     parser.add_argument(
         "--normalization", default=None, help="normalisation of a .pt state dict: imagenet, cifar10, ..."
     )
+
+
+def _teacher_choice(arguments: argparse.Namespace, spec: str | None, data: str, role: str = "teacher") -> Any:
+    """What loads the teacher that is named, once the other options are checked; None where none is.
+
+    Raises:
+        UsageError: there is no such file, or an option that only a state dict needs is missing or left over.
+    """
+    from ddfast.methods.run import check_teacher_choice
+    from ddfast.models.normalization import normalization
+    from ddfast.models.registry import check_model
+
+    if spec is None:
+        for keyword in ("teacher_arch", "normalization"):
+            if role == "teacher" and getattr(arguments, keyword) is not None:
+                raise UsageError(
+                    f"{argument(keyword)} describes a teacher: give {argument('teacher')} as well"
+                )
+        return None
+    check_teacher_choice(spec, role)
+    if arguments.normalization is not None:
+        try:
+            normalization(arguments.normalization)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+    if arguments.teacher_arch is not None:
+        check_model(arguments.teacher_arch, what=f"{argument('teacher_arch')}: ")
+    elif spec.endswith((".pt", ".pth")):
+        raise UsageError(f"{spec} is a bare state dict: give its architecture as {argument('teacher_arch')}")
+    return lambda: _load_teacher(arguments, spec, data)
 
 
 def _load_teacher(arguments: argparse.Namespace, spec: str | None, data: str) -> Any:
@@ -129,7 +312,7 @@ def _add_train_teacher(commands: Any) -> None:
     parser = commands.add_parser("train-teacher", help="train a teacher on the full set")
     _data(parser)
     parser.add_argument("--arch", required=True, help="architecture, convnet3 or resnet18 for example")
-    parser.add_argument("--epochs", type=int, required=True, help="passes over the training split")
+    parser.add_argument("--epochs", type=_whole, required=True, help="passes over the training split")
     parser.add_argument("--out", required=True, help="teacher file to write, .safetensors")
     parser.add_argument(
         "--checkpoint-epochs",
@@ -139,33 +322,53 @@ def _add_train_teacher(commands: Any) -> None:
         help="also write <out>-epochN.safetensors after these epochs: early label teachers",
     )
     parser.add_argument(
-        "--image-size", type=int, default=None, help="side in pixels; default that of the first image"
+        "--image-size", type=_whole, default=None, help="side in pixels; default that of the first image"
     )
     parser.add_argument("--optimizer", default="sgd", help="sgd or adamw")
     parser.add_argument(
-        "--lr", type=float, default=None, help="learning rate; default by optimizer and architecture"
+        "--lr", type=_number, default=None, help="learning rate; default by optimizer and architecture"
     )
     parser.add_argument("--schedule", default="cosine", help="cosine or constant")
-    parser.add_argument("--batch-size", type=int, default=128, help="images a step")
-    parser.add_argument("--weight-decay", type=float, default=5e-4, help="weight decay")
+    parser.add_argument("--batch-size", type=_whole, default=128, help="images a step")
+    parser.add_argument("--weight-decay", type=_number, default=5e-4, help="weight decay")
     parser.add_argument(
         "--augment", default=None, help="crop-flip, rrc-flip, flip or none; default by image size"
     )
-    parser.add_argument("--width", type=int, default=None, help="channels of a ConvNet's layers; default 128")
-    parser.add_argument("--seed", type=int, default=0, help="weights, order and augmentation")
+    parser.add_argument(
+        "--width", type=_whole, default=None, help="channels of a ConvNet's layers; default 128"
+    )
+    parser.add_argument("--seed", type=_whole, default=0, help="weights, order and augmentation")
     parser.add_argument(
         "--precision", default="auto", help="float32, or auto: bfloat16 where the hardware has it"
     )
     parser.add_argument("--resume", action="store_true", help="continue from the last finished epoch")
     _device(parser)
-    parser.set_defaults(run=_train_teacher)
+    parser.set_defaults(parser=parser, run=_train_teacher)
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"wanted a whole number, got {text!r}") from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"wanted a number, got {text!r}") from None
+
+
+_STAGES = ("score", "select", "synthesize", "relabel")
+_TYPES: dict[type, Callable[[str], Any]] = {int: _whole, float: _number}
 
 
 def _integers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"wanted numbers with commas between, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"wanted whole numbers with commas between, got {text!r}") from None
 
 
 def _train_teacher(arguments: argparse.Namespace) -> None:
@@ -200,13 +403,13 @@ def _train_teacher(arguments: argparse.Namespace) -> None:
 def _add_distill(commands: Any, argv: Sequence[str]) -> None:
     parser = commands.add_parser("distill", help="distil a data set: score, select, synthesize, relabel")
     _method_arguments(parser, argv)
-    parser.set_defaults(run=lambda arguments: _distill(arguments, "relabel"))
+    parser.set_defaults(parser=parser, run=lambda arguments: _distill(arguments, "relabel"))
 
 
 def _add_stages(commands: Any, argv: Sequence[str]) -> None:
     parser = commands.add_parser("score", help="stage 1 of distill: the score table")
     _method_arguments(parser, argv)
-    parser.set_defaults(run=lambda arguments: _distill(arguments, "score"))
+    parser.set_defaults(parser=parser, run=lambda arguments: _distill(arguments, "score"))
     for name, help in (
         ("select", "stage 2: rank the score table; another --ipc selects again"),
         ("synthesize", "stage 3: write the images"),
@@ -218,13 +421,13 @@ def _add_stages(commands: Any, argv: Sequence[str]) -> None:
         stage.add_argument("--teacher", default=None, help="teacher file, where it has moved")
         stage.add_argument("--label-teacher", default=None, help="label teacher file, where it has moved")
         if name == "select":
-            stage.add_argument("--ipc", type=int, default=None, help="images per class; default as scored")
+            stage.add_argument("--ipc", type=_whole, default=None, help="images per class; default as scored")
         _device(stage)
-        stage.set_defaults(run=_stage)
+        stage.set_defaults(parser=stage, run=_stage)
 
 
 def _method_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    from ddfast.methods import get_method, list_methods
+    from ddfast.methods import get_method
 
     known = list_methods()
     parser.add_argument("method", metavar="METHOD", help=", ".join(known))
@@ -233,17 +436,19 @@ def _method_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> N
     parser.add_argument(
         "--label-teacher", default=None, help="another teacher for the soft labels, an early one"
     )
-    parser.add_argument("--ipc", type=int, required=True, help="images per class")
+    parser.add_argument("--ipc", type=_whole, required=True, help="images per class")
     parser.add_argument("--out", required=True, help="output folder")
-    parser.add_argument("--seed", type=int, default=0, help="pool, coalitions, noise and draws")
-    parser.add_argument("--images-per-class", type=int, default=300, help="sources scored of each class")
+    parser.add_argument("--seed", type=_whole, default=0, help="pool, coalitions, noise and draws")
+    parser.add_argument("--images-per-class", type=_whole, default=300, help="sources scored of each class")
     parser.add_argument(
         "--factor", choices=("auto", "1", "2"), default="auto", help="tiles per side; auto: 1 up to 64 px"
     )
     parser.add_argument(
-        "--image-size", type=int, default=None, help="side of the images in pixels; default the teacher's"
+        "--image-size", type=_whole, default=None, help="side of the images in pixels; default the teacher's"
     )
-    parser.add_argument("--format", choices=("png", "jpeg"), default="png", help="of the images")
+    parser.add_argument(
+        "--format", dest="image_format", choices=("png", "jpeg"), default="png", help="of the images"
+    )
     parser.add_argument(
         "--preset", default=None, help="named option values of the method, `paper` for infoutil"
     )
@@ -275,8 +480,8 @@ def _method_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> N
         "--no-preflight", action="store_true", help="skip the try of the teacher on 64 images"
     )
     _device(parser)
-    named = next((word for word in argv[1:] if word in known), None)
-    if named is None:
+    named = _method_in(parser, argv)
+    if named not in known:
         return
     group = parser.add_argument_group(f"options of {named}")
     for field in dataclasses.fields(get_method(named).Options):
@@ -290,11 +495,29 @@ def _method_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> N
             kind = type(field.default)
             group.add_argument(
                 flag,
-                type=kind,
+                type=_TYPES.get(kind, kind),
                 choices=field.metadata["choices"],
                 default=argparse.SUPPRESS,
                 help=f"{help} (default: {field.default})",
             )
+
+
+def _method_flags(method: str) -> dict[str, bool]:
+    """The flags of a method's own options, and whether each takes a value."""
+    from ddfast.methods import get_method
+
+    flags: dict[str, bool] = {}
+    for field in dataclasses.fields(get_method(method).Options):
+        name = field.name.replace("_", "-")
+        flags["--" + name] = not isinstance(field.default, bool)
+        if isinstance(field.default, bool):
+            flags["--no-" + name] = False
+    return flags
+
+
+def _method_in(parser: argparse.ArgumentParser, argv: Sequence[str]) -> str | None:
+    """The word of the command line that names the method: the first behind the command."""
+    return next(iter(_words(parser, argv)[0][1:]), None)
 
 
 def _distill(arguments: argparse.Namespace, until: str) -> None:
@@ -302,8 +525,8 @@ def _distill(arguments: argparse.Namespace, until: str) -> None:
     from ddfast.methods import get_method
 
     method = get_method(arguments.method)
-    teacher = _load_teacher(arguments, arguments.teacher, arguments.data)
-    label_teacher = _load_teacher(arguments, arguments.label_teacher, arguments.data)
+    teacher = _teacher_choice(arguments, arguments.teacher, arguments.data)
+    label_teacher = _teacher_choice(arguments, arguments.label_teacher, arguments.data, "label_teacher")
     chosen = {
         f.name: getattr(arguments, f.name)
         for f in dataclasses.fields(method.Options)
@@ -320,7 +543,7 @@ def _distill(arguments: argparse.Namespace, until: str) -> None:
         images_per_class=arguments.images_per_class,
         factor=arguments.factor,
         image_size=arguments.image_size,
-        image_format=arguments.format,
+        image_format=arguments.image_format,
         preset=arguments.preset,
         precision=arguments.precision,
         device=arguments.device,
@@ -341,8 +564,6 @@ def _distill(arguments: argparse.Namespace, until: str) -> None:
 
 def _print_once(text: object) -> None:
     """Print from one of the processes that torchrun started, or from the only one."""
-    from ddfast.ranks import is_main
-
     if is_main():
         print(text)
 
@@ -351,7 +572,10 @@ def _stage(arguments: argparse.Namespace) -> None:
     from ddfast.distillation import finish
     from ddfast.methods import pipeline
     from ddfast.methods.run import reopen
+    from ddfast.progress import say
 
+    if arguments.command == "select" and arguments.ipc is not None:
+        whole_number(arguments.ipc, "ipc", least=1)
     run = reopen(
         arguments.folder,
         data=arguments.data,
@@ -361,12 +585,18 @@ def _stage(arguments: argparse.Namespace) -> None:
         workers=arguments.workers,
         quiet=arguments.quiet,
     )
-    if arguments.command == "select" and arguments.ipc is not None:
-        pipeline.change_ipc(run, arguments.ipc)
-    getattr(pipeline, arguments.command)(run)
-    if arguments.command == "relabel":
-        finish(run)
-    run.ranks.leave()
+    try:
+        if arguments.command == "select" and arguments.ipc is not None:
+            pipeline.change_ipc(run, arguments.ipc)
+        getattr(pipeline, arguments.command)(run)
+        if arguments.command == "relabel":
+            finish(run)
+    finally:
+        run.ranks.leave()
+    if not run.complete:
+        left = _STAGES[_STAGES.index(arguments.command) + 1 :]
+        steps = " and then ".join(f"ddfast {stage} {arguments.folder}" for stage in left)
+        say(f"the set is unfinished: next run {steps}", quiet=run.quiet)
     _print_once(run.out)
 
 
@@ -380,24 +610,27 @@ def _add_evaluate(commands: Any) -> None:
     _data(parser)
     parser.add_argument("--arch", required=True, help="the students' architecture")
     parser.add_argument(
-        "--width", type=int, default=None, help="channels of a ConvNet student's layers; default 128"
+        "--width", type=_whole, default=None, help="channels of a ConvNet student's layers; default 128"
     )
-    parser.add_argument("--seeds", type=int, default=3, help="number of students")
+    parser.add_argument("--seeds", type=_whole, default=3, help="number of students")
     _teacher(
         parser, required=False, help="label online with this teacher; without it the stored soft labels serve"
     )
     parser.add_argument(
-        "--epochs", type=int, default=None, help="passes over the distilled set; default the protocol's"
+        "--epochs", type=_whole, default=None, help="passes over the distilled set; default the protocol's"
     )
     parser.add_argument(
         "--protocol",
         default="rded",
         help="rded, rded_plain, sre2l, sre2l_tiny, or with hard labels dc, dsa, idc, igds",
     )
-    parser.add_argument("--batch-size", type=int, default=None, help="images a step; default the protocol's")
+    parser.add_argument(
+        "--batch-size", type=_whole, default=None, help="images a step; default the protocol's"
+    )
     parser.add_argument(
         "--auto-augment",
         "--autoaugment",
+        dest="autoaugment",
         action="store_true",
         help="AutoAugment on the students' images, before the protocol's own augmentation",
     )
@@ -406,7 +639,7 @@ def _add_evaluate(commands: Any) -> None:
     )
     parser.add_argument("--json", default=None, help="also write the whole result to this file")
     _device(parser)
-    parser.set_defaults(run=_evaluate)
+    parser.set_defaults(parser=parser, run=_evaluate)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -415,17 +648,19 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from ddfast.data.files import atomic_write_text
     from ddfast.training import evaluate
 
+    if arguments.json:
+        output_file(arguments.json, "json")
     result = evaluate(
         arguments.distilled,
         arguments.data,
         arch=arguments.arch,
         arch_options={} if arguments.width is None else {"width": arguments.width},
         seeds=arguments.seeds,
-        teacher=_load_teacher(arguments, arguments.teacher, arguments.data),
+        teacher=_teacher_choice(arguments, arguments.teacher, arguments.data),
         epochs=arguments.epochs,
         protocol=arguments.protocol,
         batch_size=arguments.batch_size,
-        autoaugment=arguments.auto_augment,
+        autoaugment=arguments.autoaugment,
         precision=arguments.precision,
         device=arguments.device,
         workers=arguments.workers,
@@ -434,7 +669,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if arguments.json:
         atomic_write_text(arguments.json, json.dumps(result.as_dict(), indent=2) + "\n")
     print(
-        f"labels {result.labels}, {result.epochs} epochs of batch {result.batch_size}, {len(result.seeds)} seeds"
+        f"labels {result.labels}, {plural(result.epochs, 'epoch')} of batch {result.batch_size}, "
+        f"{plural(len(result.seeds), 'seed')}"
     )
     print(f"top5 {result.top5_mean:.2f}, best tested epoch {result.best_mean:.2f} ± {result.best_std:.2f}")
     print(result)
@@ -449,25 +685,28 @@ def _add_attribute(commands: Any) -> None:
     parser.add_argument("--data", required=True, help="an image file, a folder of images, or a labelled set")
     _teacher(parser, required=True, help="teacher file, .pt state dict, or torchvision:NAME")
     parser.add_argument("--out", required=True, help="output folder")
-    parser.add_argument("--grid", type=int, default=4, help="cells per side")
-    parser.add_argument("--n-samples", type=int, default=32, help="model evaluations an image")
+    parser.add_argument("--grid", type=_whole, default=4, help="cells per side")
+    parser.add_argument("--n-samples", type=_whole, default=32, help="model evaluations an image")
     parser.add_argument(
         "--estimator", default="permutation", help="Shapley estimator; an unknown one lists all"
     )
     parser.add_argument("--value", default="logit", help="logit, prob or logprob")
-    parser.add_argument("--limit", type=int, default=64, help="images at most")
-    parser.add_argument("--seed", type=int, default=0, help="of the coalitions")
+    parser.add_argument("--limit", type=_whole, default=64, help="images at most")
+    parser.add_argument("--seed", type=_whole, default=0, help="of the coalitions")
     _device(parser)
-    parser.set_defaults(run=_attribute)
+    parser.set_defaults(parser=parser, run=_attribute)
 
 
 def _attribute(arguments: argparse.Namespace) -> None:
+    from ddfast.methods.run import check_teacher_choice
     from ddfast.models import load_teacher
     from ddfast.report.attribute import attribute_images
 
+    check_teacher_choice(arguments.teacher, "teacher")
+
     count = attribute_images(
         arguments.data,
-        teacher=load_teacher(
+        teacher=lambda: load_teacher(
             arguments.teacher, arch=arguments.teacher_arch, normalization=arguments.normalization
         ),
         out=arguments.out,
@@ -481,14 +720,14 @@ def _attribute(arguments: argparse.Namespace) -> None:
         workers=arguments.workers,
         quiet=arguments.quiet,
     )
-    print(f"{count} heatmaps in {arguments.out}")
+    print(f"{plural(count, 'heatmap')} in {arguments.out}")
 
 
 def _add_report(commands: Any) -> None:
     parser = commands.add_parser("report", help="write report.html and mosaic.png of a distilled set again")
     parser.add_argument("folder", help="output folder of ddfast distill")
     _data(parser, required=False, default=None)
-    parser.set_defaults(run=_report)
+    parser.set_defaults(parser=parser, run=_report)
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -522,9 +761,9 @@ def _add_export(commands: Any) -> None:
     parser.add_argument("folder", help="output folder of ddfast distill")
     parser.add_argument("--out", required=True, help="shards/train-{000000..}.tar, or one .tar")
     parser.add_argument(
-        "--images-per-shard", type=int, default=10_000, help="images in each shard but the last"
+        "--images-per-shard", type=_whole, default=10_000, help="images in each shard but the last"
     )
-    parser.set_defaults(run=_export)
+    parser.set_defaults(parser=parser, run=_export)
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -539,9 +778,9 @@ def _add_demo(commands: Any) -> None:
         "demo", help="render a set, train a teacher, distil, compare with a random subset"
     )
     parser.add_argument("--out", default="./demo-out", help="output folder")
-    parser.add_argument("--seed", type=int, default=0, help="of everything")
+    parser.add_argument("--seed", type=_whole, default=0, help="of everything")
     parser.add_argument("--quiet", action="store_true", help="print nothing but the comparison")
-    parser.set_defaults(run=_demo)
+    parser.set_defaults(parser=parser, run=_demo)
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -556,7 +795,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 def _add_env(commands: Any) -> None:
     parser = commands.add_parser("env", help="versions, and which path every op takes here, and why")
-    parser.set_defaults(run=_env)
+    parser.set_defaults(parser=parser, run=_env)
 
 
 def _env(arguments: argparse.Namespace) -> None:
@@ -568,7 +807,7 @@ def _env(arguments: argparse.Namespace) -> None:
 def _add_bench(commands: Any) -> None:
     parser = commands.add_parser("bench", help="benchmarks; from a checkout", add_help=False)
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
-    parser.set_defaults(run=_bench)
+    parser.set_defaults(parser=parser, run=_bench)
 
 
 def _bench(arguments: argparse.Namespace) -> int:

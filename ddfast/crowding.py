@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+
+from ddfast.progress import say
+from ddfast.ranks import usable_cores
+from ddfast.wording import plural
 
 _SHORTEST = 0.1  # seconds of looking below which the kernel's clock of 10 ms says too little
 _STAT = Path("/proc/stat")
@@ -31,6 +37,28 @@ class Neighbours:
 def crowded(busy: float, threads: int, cores: int) -> bool:
     """Whether `threads` threads find too little room on cores of which others keep `busy` busy."""
     return busy >= 0.5 and threads > 1 and busy + threads > cores + 0.5
+
+
+def warn_of_crowding(
+    neighbours: Neighbours, threads: int, settings: Callable[[int], str], *, quiet: bool = False
+) -> None:
+    """Say in one line that other programs occupy the cores, where they do.
+
+    Args:
+        neighbours: what has looked since the call began.
+        threads: CPU threads that are about to work.
+        settings: how their number is set, `--threads 1` for 1.
+        quiet: print nothing.
+    """
+    if quiet or threads < 2:
+        return
+    busy, cores = neighbours.busy_cores(), usable_cores()
+    if crowded(busy, threads, cores):
+        free = max(1, cores - math.ceil(busy - 0.25))
+        say(
+            f"other programs keep {busy:.1f} of {plural(cores, 'core')} busy and {plural(threads, 'thread')} of this "
+            f"one would wait for them: wait until they are done, or start anew with {settings(free)}"
+        )
 
 
 def _worked() -> float | None:

@@ -54,12 +54,14 @@ def on_command_line() -> bool:
 def nearest(word: object, known: Iterable[str]) -> str | None:
     """The known name that `word` was probably meant to be; None where none is near."""
     names = {name.lower(): name for name in known}
-    found = difflib.get_close_matches(str(word).lower(), list(names), n=1, cutoff=0.6)
+    typed = str(word).lower()
+    begun = [name for name in names if len(typed.strip("-")) > 2 and name.startswith(typed)]
+    found = difflib.get_close_matches(typed, begun or list(names), n=1, cutoff=0.0 if begun else 0.75)
     return names[found[0]] if found else None
 
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:
-    """`; did you mean 'rded'?` for the end of a message, empty where no known name is near."""
+    """`; did you mean rded?` for the end of a message, empty where no known name is near."""
     name = nearest(word, known)
     return "" if name is None else f"; did you mean {name}?"
 

@@ -14,11 +14,10 @@ import copy
 import dataclasses
 import heapq
 import json
-import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ddfast.arguments import one_of, output_folder, path_of, whole_number
-from ddfast.crowding import Neighbours, crowded
+from ddfast.crowding import Neighbours, warn_of_crowding
 from ddfast.data.decoding import MAX_PIXELS, decode
 from ddfast.data.distilled import (
     SOFT_LABELS,
@@ -65,7 +64,10 @@ from ddfast.methods.run import (
     LABEL_TEMPERATURE,
     RUN,
     Run,
+    TeacherChoice,
+    check_folder,
     check_teacher,
+    check_teacher_choice,
     checked_device,
     command_line,
     decoding_workers,
@@ -91,8 +93,6 @@ from ddfast.progress import Progress, say
 from ddfast.ranks import join, usable_cores
 from ddfast.wording import argument, is_argument, plural, setting
 
-TeacherChoice = str | Path | Teacher | Callable[[], Teacher]
-"""A teacher by its file or name, a loaded one, or what loads it once the settings are checked."""
 SCORES = "scores"
 QUARANTINED = "quarantined.jsonl"
 _LISTED_QUARANTINED = 1000  # files that the manifest names; the table beside it names all
@@ -151,12 +151,14 @@ def open_run(
         one_of(str(factor), "factor", ("auto", "1", "2"))
         one_of(image_format, "image_format", ("png", "jpeg"))
         one_of(precision, "precision", PRECISIONS)
-        one_of(loader, "loader", LOADERS)
+        if one_of(loader, "loader", LOADERS) != "auto":
+            resolve_loader(loader, rank_device(device, ranks))
         threads_of(threads, rank_device(device, ranks))
         top_k_of(label_top_k, 1)
         images_in_flight(batch_size)
         decoding_workers(workers, ranks)
         folder = output_folder(out)
+        check_folder(folder)
         if not isinstance(data, str):
             data = path_of(data, "data")
         if scores is not None:
@@ -165,7 +167,7 @@ def open_run(
                 raise UsageError(f"{argument('scores')} {scores} holds no ddfast run")
         for given, role in ((teacher, "teacher"), (label_teacher, "label_teacher")):
             if given is not None:
-                _check_teacher_choice(given, role)
+                check_teacher_choice(given, role)
 
     def plan_run() -> Run:
         main = _teacher(teacher)
@@ -185,6 +187,9 @@ def open_run(
             )
         chosen = get_method(method).from_options(options, preset).resolved(tiles_per_side)
         chosen.check(size)
+        if size != main.image_size:
+            _check_reads(main, size)
+            _check_reads(labels, size)
         found_device = rank_device(device, ranks)
         before = read_plan(folder)
         name = before["arithmetic"]["loader"] if before is not None and loader == "auto" else loader
@@ -243,18 +248,16 @@ def open_run(
     return run
 
 
-def _check_teacher_choice(given: TeacherChoice, role: str) -> None:
-    """Refuse what cannot be a teacher, a file that is not there among it; nothing is read yet."""
-    if isinstance(given, Teacher) or callable(given) or str(given).startswith("torchvision:"):
-        return
-    path = path_of(given, role)
-    if path.is_dir():
-        raise UsageError(f"{argument(role)} {path} is a folder: give a .safetensors file of train-teacher")
-    if not path.is_file():
+def _check_reads(teacher: Teacher, size: int) -> None:
+    """Refuse an image size that the teacher's network cannot take, by one black image."""
+    try:
+        with torch.no_grad():
+            teacher.model(torch.zeros(1, 3, size, size))
+    except (RuntimeError, ValueError, AssertionError) as error:
         raise UsageError(
-            f"no teacher file {path}: give a .safetensors file of train-teacher, a .pt state dict "
-            "or torchvision:NAME"
-        )
+            f"the teacher {teacher.arch} reads {teacher.image_size} px and cannot read {size} px: leave "
+            f"{argument('image_size')} out, or train one at that size"
+        ) from error
 
 
 def _reads(teacher: Teacher) -> str:
@@ -314,13 +317,8 @@ def _warn_of_crowding(run: Run, neighbours: Neighbours) -> None:
             f"{plural(ranks, 'rank')} of {plural(threads, 'thread')} share {plural(cores, 'core')}: "
             f"a new run would be faster with {setting('threads', fitting)}"
         )
-    elif ranks == 1 and crowded(busy := neighbours.busy_cores(), threads, cores):
-        free = max(1, cores - math.ceil(busy - 0.25))
-        say(
-            f"other programs keep {busy:.1f} of {plural(cores, 'core')} busy and this run has "
-            f"{plural(threads, 'thread')}, so all will be slow: wait for them, or start a new run with "
-            f"{setting('threads', free)}"
-        )
+    elif ranks == 1:
+        warn_of_crowding(neighbours, threads, lambda free: setting("threads", free))
 
 
 def _teacher(given: TeacherChoice) -> Teacher:

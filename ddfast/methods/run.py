@@ -13,7 +13,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from ddfast import __version__
-from ddfast.arguments import whole_number, whole_number_or
+from ddfast.arguments import path_of, whole_number, whole_number_or
 from ddfast.data.decoding import pixel_limit
 from ddfast.data.distilled import FORMAT_VERSION, MANIFEST
 from ddfast.data.files import atomic_write_text, make_folder, sweep_temporary
@@ -39,6 +39,8 @@ from ddfast.ranks import Ranks, join, usable_cores
 from ddfast.training.device import resolve_device
 from ddfast.wording import argument, on_command_line, plural, setting
 
+TeacherChoice = str | Path | Teacher | Callable[[], Teacher]
+"""A teacher by its file or name, a loaded one, or what loads it once the settings are checked."""
 RUN = "run.json"
 LABEL_TEMPERATURE = 20.0
 SHARD_SOURCES = 256  # sources in one score shard, the unit of commit and of work for a rank
@@ -306,9 +308,7 @@ def start(out: Path, plan: dict[str, Any], resume: bool) -> dict[str, Any]:
         raise UsageError(f"{out} is a file; {argument('out')} must be a folder")
     held = read_plan(out)
     if held is None:
-        foreign = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else []
-        if foreign and not all(name.startswith(".") and ".tmp-" in name for name in foreign):
-            raise UsageError(f"{out} is not empty and holds no ddfast run; choose another folder")
+        check_folder(out)
         make_folder(out)
         sweep_temporary(out)
         return plan
@@ -330,6 +330,18 @@ def start(out: Path, plan: dict[str, Any], resume: bool) -> dict[str, Any]:
         )
     sweep_temporary(out)
     return held
+
+
+def check_folder(out: Path) -> None:
+    """Refuse a folder that holds something else than a run; what a killed start left does not count.
+
+    Raises:
+        UsageError: it does, or its manifest is damaged.
+    """
+    if read_plan(out) is not None or not out.is_dir():
+        return
+    if any(not (entry.name.startswith(".") and ".tmp-" in entry.name) for entry in out.iterdir()):
+        raise UsageError(f"{out} is not empty and holds no ddfast run; choose another folder")
 
 
 def _select_again(out: Path, ipc: int) -> str:
@@ -429,6 +441,20 @@ def check_teacher(teacher: Teacher, source: Source, *, role: str = "teacher") ->
             )
 
 
+def check_teacher_choice(given: TeacherChoice, role: str) -> None:
+    """Refuse what cannot be a teacher, a file that is not there among it; nothing is read yet."""
+    if isinstance(given, Teacher) or callable(given) or str(given).startswith("torchvision:"):
+        return
+    path = path_of(given, role)
+    if path.is_dir():
+        raise UsageError(f"{argument(role)} {path} is a folder: give a .safetensors file of train-teacher")
+    if not path.is_file():
+        raise UsageError(
+            f"no teacher file {path}: give a .safetensors file of train-teacher, a .pt state dict "
+            "or torchvision:NAME"
+        )
+
+
 def reopen(
     out: str | Path,
     *,
@@ -485,6 +511,8 @@ def _reopened(
     found_device = checked_device(plan, device, ranks)
     in_flight, threads = images_in_flight(batch_size), decoding_workers(workers, ranks)
     facts = _facts_of(out, plan, data, teacher, label_teacher)
+    for role, given in (("teacher", teacher), ("label_teacher", label_teacher)):
+        _check_teacher_stands(given or facts[role], role, moved=given is None)
     try:
         source = open_source(data or facts["data"], "train")
     except UsageError as error:
@@ -522,6 +550,17 @@ def _reopened(
         if found != wanted:
             raise UsageError(f"{what} is not what {out} was started with: its content has changed")
     return run
+
+
+def _check_teacher_stands(path: str | Path | None, role: str, *, moved: bool) -> None:
+    if path is None:
+        return
+    try:
+        check_teacher_choice(path, role)
+    except UsageError as error:
+        if not moved:
+            raise
+        raise UsageError(f"{error} ({argument(role)} says where it is now)") from error
 
 
 def _facts_of(

@@ -15,11 +15,11 @@ from ddfast.errors import UsageError
 from ddfast.models.condensation import alexnet_in, resnet18_in, resnetap10, vgg11_in
 from ddfast.models.convnet import DEPTHS, ConvNet
 from ddfast.models.resnet import resnet, small_resnet
-from ddfast.wording import did_you_mean
+from ddfast.wording import argument, did_you_mean
 
 Builder = Callable[..., nn.Module]
 
-_COMMON_IMAGE = 256  # pixels at which every architecture can be built
+COMMON_IMAGE = 256  # pixels at which every architecture can be built
 # Side in pixels below which a stack of strided layers leaves nothing to pool over.
 _SMALLEST_IMAGE = {"alexnet": 63, "vgg11": 32}
 
@@ -29,6 +29,8 @@ def _convnet(
 ) -> nn.Module:
     if image_size is None:
         raise ValueError("a ConvNet needs image_size (its last layer depends on it), got None")
+    if width < 1:
+        raise ValueError(f"{argument('width')} must be at least 1, got {width}")
     return ConvNet(num_classes, image_size, depth=depth, width=width, norm=norm)
 
 
@@ -134,9 +136,9 @@ def check_model(name: str, image_size: int | None = None, *, what: str = "", **o
         if not isinstance(name, str):
             raise ValueError(f"the architecture must be a name, got {name!r}")
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            create_model(name, 2, image_size or _COMMON_IMAGE, **options)
+            create_model(name, 2, image_size or COMMON_IMAGE, **options)
     except (ValueError, TypeError) as error:
-        raise UsageError(f"{what}{error}") from error
+        raise UsageError(what + str(error).replace("image_size", argument("image_size"))) from error
     except (RuntimeError, NotImplementedError):
         return  # one that looks at its own numbers while it is built, which are not there
 

@@ -26,6 +26,7 @@ from ddfast.data.files import atomic_write_bytes
 from ddfast.errors import UsageError
 from ddfast.models.normalization import normalization as resolve_normalization
 from ddfast.models.registry import create_model
+from ddfast.wording import plural
 
 FORMAT = "ddfast-teacher-1"
 METADATA_KEY = "ddfast_teacher"
@@ -263,7 +264,9 @@ def _load_torchvision(name: str, class_names: Sequence[str] | None, image_size: 
         raise UsageError(f"torchvision:{name} reads {transform.crop_size[0]} px, got image_size {image_size}")
     categories = list(weights.meta["categories"])
     if class_names is not None and len(class_names) != len(categories):
-        raise UsageError(f"torchvision:{name} has {len(categories)} classes, the data has {len(class_names)}")
+        raise UsageError(
+            f"torchvision:{name} has {plural(len(categories), 'class')}, the data has {len(class_names)}"
+        )
     try:
         model = torchvision.models.get_model(name, weights=weights)
     except OSError as error:
@@ -347,7 +350,7 @@ def _fit(
         else:
             continue
         raise UsageError(
-            f"{path} does not fit {arch} with {num_classes} classes at {image_size} px: {problem}"
+            f"{path} does not fit {arch} with {plural(num_classes, 'class')} at {image_size} px: {problem}"
         )
     model.load_state_dict(dict(tensors))
     return _ready(model)

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ddfast.arguments import one_of, path_of, whole_number
+from ddfast.crowding import Neighbours, warn_of_crowding
 from ddfast.errors import UsageError
+from ddfast.isolation import isolated
+from ddfast.models.registry import check_model
 from ddfast.models.teacher import Teacher, load_teacher
+from ddfast.ops.precision import PRECISIONS
 from ddfast.progress import say
+from ddfast.training.device import resolve_device
 from ddfast.training.image_sets import ImageSet, read_test_set
-from ddfast.training.protocol import Protocol, protocol_named
+from ddfast.training.protocol import PROTOCOLS, Protocol, protocol_named
 from ddfast.training.student import DistilledImages, train_student
+from ddfast.wording import argument, did_you_mean, plural
 
 if TYPE_CHECKING:
     from ddfast.data.distilled import DistilledSet
+    from ddfast.data.sources import Source
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,7 @@ class EvaluationResult:
         return f"top1 {self.mean:.2f} ± {self.std:.2f}"
 
 
+@isolated()
 def evaluate(
     distilled: str | Path | DistilledSet | DistilledImages,
     data: str | Path | ImageSet,
@@ -97,7 +106,7 @@ def evaluate(
     arch: str,
     arch_options: Mapping[str, Any] | None = None,
     seeds: int | Sequence[int] = 3,
-    teacher: Teacher | str | Path | None = None,
+    teacher: Teacher | str | Path | Callable[[], Teacher | None] | None = None,
     epochs: int | None = None,
     protocol: str | Protocol = "rded",
     batch_size: int | None = None,
@@ -116,7 +125,8 @@ def evaluate(
         arch_options: its keyword arguments, `{"width": 32}` for example.
         seeds: how many students (seeds 0, 1, ...), or their seeds.
         teacher: labels the mixed batches online, as RDED does; None: the stored soft labels. A file or an
-            opened one. A protocol with hard labels takes none.
+            opened one, or a function that opens one once the other settings are checked. A protocol with hard
+            labels takes none.
         epochs: passes over the distilled set; None: the protocol's for the IPC.
         protocol: a name of `PROTOCOLS` or a protocol of your own.
         batch_size: images a step; None: the protocol's rule for the IPC.
@@ -130,17 +140,33 @@ def evaluate(
         UsageError: no test split, classes or image sizes that differ, no labels, or an unknown name.
 
     """
-    chosen = list(range(seeds)) if isinstance(seeds, int) else [int(seed) for seed in seeds]
-    if not chosen:
-        raise UsageError("evaluation needs at least one seed, got 0")
-    try:
-        rules = protocol_named(protocol) if isinstance(protocol, str) else protocol
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    images = read_distilled(distilled)
+    neighbours = Neighbours()
+    chosen = _seeds(seeds)
+    rules = _rules(protocol)
+    epochs = None if epochs is None else whole_number(epochs, "epochs", least=1)
+    batch_size = None if batch_size is None else whole_number(batch_size, "batch_size", least=1)
+    workers = None if workers is None else whole_number(workers, "workers", least=0)
+    one_of(precision, "precision", PRECISIONS)
+    where = resolve_device(device)
+    check_model(arch, **(arch_options or {}))
+    if rules.labels == "hard" and teacher is not None:
+        raise UsageError(f"the protocol {rules.name} trains on hard labels: leave the teacher out")
+    opened = _opened(distilled)
+    check_model(arch, opened.image_size, **(arch_options or {}))
+    if callable(teacher):
+        teacher = teacher()
     if teacher is not None and not isinstance(teacher, Teacher):
-        teacher = load_teacher(teacher)
-    test = data if isinstance(data, ImageSet) else _open_test(data, images, workers, quiet)
+        teacher = load_teacher(path_of(teacher, "teacher") if not isinstance(teacher, str) else teacher)
+    source = None if isinstance(data, ImageSet) else _test_source(data, opened)
+    images = read_distilled(opened)
+    if isinstance(data, ImageSet):
+        test = data
+        _check_labels(test, images.num_classes)
+    else:
+        assert source is not None
+        test = read_test_set(source, images.image_size, workers=workers, quiet=quiet)
+    if where.type == "cpu":
+        warn_of_crowding(neighbours, torch.get_num_threads(), "OMP_NUM_THREADS={}".format, quiet=quiet)
     students = []
     for seed in chosen:
         student = train_student(
@@ -184,9 +210,8 @@ def read_distilled(distilled: str | Path | DistilledSet | DistilledImages) -> Di
     """The whole distilled set as tensors; images that are in memory already as they are."""
     if isinstance(distilled, DistilledImages):
         return distilled
-    from ddfast.data.distilled import DistilledSet
-
-    opened = DistilledSet(distilled.root if isinstance(distilled, DistilledSet) else distilled)
+    opened = _opened(distilled)
+    assert not isinstance(opened, DistilledImages)
     soft_labels = opened.soft_labels
     return DistilledImages(
         images=torch.stack([opened[place][0] for place in range(len(opened))]),
@@ -200,16 +225,61 @@ def read_distilled(distilled: str | Path | DistilledSet | DistilledImages) -> Di
     )
 
 
-def _open_test(data: str | Path, images: DistilledImages, workers: int | None, quiet: bool) -> ImageSet:
+def _opened(distilled: str | Path | DistilledSet | DistilledImages) -> DistilledSet | DistilledImages:
+    """The set, opened anew without a transform where it is a folder's; no image is decoded yet."""
+    if isinstance(distilled, DistilledImages):
+        return distilled
+    from ddfast.data.distilled import DistilledSet
+
+    if isinstance(distilled, DistilledSet):
+        return DistilledSet(distilled.root)
+    return DistilledSet(path_of(distilled, "distilled"))
+
+
+def _test_source(data: str | Path, distilled: DistilledSet | DistilledImages) -> Source:
     from ddfast.data import open_source
 
-    source = open_source(data, "test")
-    if list(source.class_names) != list(images.class_names):
+    source = open_source(data if isinstance(data, str) else path_of(data, "data"), "test")
+    if list(source.class_names) != list(distilled.class_names):
         raise UsageError(
-            f"{data} has {len(source.class_names)} classes that are not the distilled set's "
-            f"{images.num_classes}, or stand in another order: give the data it was distilled from"
+            f"{data} has {plural(len(source.class_names), 'class')} that are not the distilled set's "
+            f"{len(distilled.class_names)}, or stand in another order: give the data it was distilled from"
         )
-    return read_test_set(source, images.image_size, workers=workers, quiet=quiet)
+    return source
+
+
+def _seeds(given: int | Sequence[int]) -> list[int]:
+    """The students' seeds: 0, 1, ... for a number of students, or those that are given."""
+    if isinstance(given, str) or not isinstance(given, Iterable) or getattr(given, "ndim", 1) == 0:
+        count = whole_number(given, "seeds")
+        if count < 1:
+            raise UsageError(f"{argument('seeds')}: evaluation needs at least one seed, got {count}")
+        return list(range(count))
+    found = [whole_number(seed, "seeds", least=0, most=2**63 - 1) for seed in given]
+    if not found:
+        raise UsageError(f"{argument('seeds')}: evaluation needs at least one seed, got 0")
+    return found
+
+
+def _rules(given: str | Protocol) -> Protocol:
+    if isinstance(given, Protocol):
+        return given
+    try:
+        return protocol_named(given)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{error}{did_you_mean(given, PROTOCOLS)}") from error
+
+
+def _check_labels(test: ImageSet, classes: int) -> None:
+    labels = test.labels
+    if labels.dtype != torch.int64 or len(labels) != len(test.images) or not len(labels):
+        raise UsageError(
+            f"the test set must have an int64 label for every image, got {labels.dtype} {list(labels.shape)} for "
+            f"{plural(len(test.images), 'image')}"
+        )
+    least, most = int(labels.min()), int(labels.max())
+    if least < 0 or most >= classes:
+        raise UsageError(f"labels of the test set must lie in 0..{classes - 1}, got {least}..{most}")
 
 
 def _deviation(values: Sequence[float]) -> float:

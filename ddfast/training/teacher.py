@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddfast.arguments import output_file, path_of, positive_number, whole_number
+from ddfast.crowding import Neighbours, warn_of_crowding
 from ddfast.data.files import atomic_write_bytes, make_folder
 from ddfast.errors import BadImage, UsageError
+from ddfast.isolation import isolated
 from ddfast.models.normalization import Normalization, normalization
-from ddfast.models.registry import create_model
+from ddfast.models.registry import COMMON_IMAGE, check_model, create_model
 from ddfast.models.teacher import Teacher, load_teacher, read_tensors, save_teacher, serialize_tensors
 from ddfast.ops.precision import PRECISIONS, autocast, resolve_precision
 from ddfast.progress import Progress, say
@@ -42,6 +45,7 @@ from ddfast.training.image_sets import (
     read_training_set,
 )
 from ddfast.training.seeding import generator, seeded
+from ddfast.wording import argument, did_you_mean, plural
 
 if TYPE_CHECKING:
     from ddfast.data.sources import Source
@@ -106,19 +110,24 @@ class TeacherConfig:
             ("augment", self.augment, (None, *AUGMENTATIONS)),
         ):
             if value not in known:
+                names = [name for name in known if name is not None]
                 raise UsageError(
-                    f"unknown {name} {value!r}; known: {', '.join(map(str, filter(None, known)))}"
+                    f"unknown {argument(name)} {value!r}; known: {', '.join(names)}{did_you_mean(value, names)}"
                 )
-        for name, number, least in (
-            ("epochs", self.epochs, 1),
-            ("batch_size", self.batch_size, 2),
-            ("image_size", self.image_size, 1),
-        ):
-            if number < least:
-                raise UsageError(f"{name} must be at least {least}, got {number}")
-        if self.lr is not None and not self.lr > 0:
-            raise UsageError(f"lr must be positive, got {self.lr}")
-        lr = self.lr
+        whole: dict[str, Any] = {
+            name: whole_number(getattr(self, name), name, least=least, most=most)
+            for name, least, most in (
+                ("epochs", 1, None),
+                ("batch_size", 2, None),
+                ("image_size", 1, None),
+                ("seed", 0, 2**63 - 1),
+            )
+        }
+        lr = None if self.lr is None else positive_number(self.lr, "lr")
+        decay = positive_number(self.weight_decay, "weight_decay", zero=True)
+        momentum = positive_number(self.momentum, "momentum", zero=True)
+        if momentum >= 1:
+            raise UsageError(f"{argument('momentum')} must be below 1, got {momentum:g}")
         if lr is None:
             lr = 1e-3 if self.optimizer == "adamw" else 0.05 if self.arch.startswith("convnet") else 0.1
         augment = self.augment or ("crop-flip" if self.image_size <= SMALL_IMAGE else "rrc-flip")
@@ -126,7 +135,15 @@ class TeacherConfig:
             mean_std = normalization(self.normalization)
         except ValueError as error:
             raise UsageError(str(error)) from error
-        return replace(self, lr=lr, augment=augment, normalization=mean_std)
+        return replace(
+            self,
+            lr=lr,
+            augment=augment,
+            normalization=mean_std,
+            weight_decay=decay,
+            momentum=momentum,
+            **whole,
+        )
 
     @property
     def mean_std(self) -> Normalization:
@@ -141,6 +158,7 @@ class TeacherConfig:
         )
 
 
+@isolated()
 def train_teacher(
     data: str | Path,
     *,
@@ -176,11 +194,32 @@ def train_teacher(
     """
     from ddfast.data import open_source
 
-    out = Path(out)
+    neighbours = Neighbours()
+    out = path_of(out, "out")
     if out.suffix != ".safetensors":
         raise UsageError(f"the teacher file must end in .safetensors, got {out}")
+    output_file(out)
+    unknown = sorted(set(settings) - {field.name for field in fields(TeacherConfig)})
+    if unknown:
+        valid = [field.name for field in fields(TeacherConfig)]
+        raise UsageError(
+            f"train_teacher has no setting {unknown[0]!r}; its settings: {', '.join(valid)}"
+            f"{did_you_mean(unknown[0], valid)}"
+        )
+    for name in ("arch", "epochs"):
+        if name not in settings:
+            raise UsageError(f"train_teacher needs {argument(name)}")
+    if image_size is not None:
+        image_size = whole_number(image_size, "image_size", least=1)
+    tried = TeacherConfig(image_size=image_size or COMMON_IMAGE, **settings).resolved()
+    check_model(tried.arch, image_size, **tried.arch_options)
+    checkpoint_epochs = _checked_epochs(checkpoint_epochs, tried.epochs)
+    where = resolve_device(device)
+    if workers is not None:
+        workers = whole_number(workers, "workers", least=0)
     source = open_source(data, "train")
     config = TeacherConfig(image_size=image_size or _native_size(source), **settings).resolved()
+    check_model(config.arch, config.image_size, **config.arch_options)
     options: dict[str, Any] = {
         "class_names": source.class_names,
         "out": out,
@@ -200,9 +239,12 @@ def train_teacher(
     else:
         test = read_test_set(test_source, config.image_size, workers=workers, quiet=quiet)
     train = read_training_set(source, config.stored_size, workers=workers, quiet=quiet)
+    if where.type == "cpu":
+        warn_of_crowding(neighbours, torch.get_num_threads(), "OMP_NUM_THREADS={}".format, quiet=quiet)
     return fit_teacher(train, test, config, **options)
 
 
+@isolated()
 def fit_teacher(
     train: ImageSet | StreamedSet,
     test: ImageSet | None,
@@ -223,10 +265,7 @@ def fit_teacher(
     config = config.resolved()
     where = resolve_device(device)
     dtype = resolve_precision(config.precision, where)
-    if wrong := sorted(epoch for epoch in checkpoint_epochs if not 1 <= epoch <= config.epochs):
-        raise UsageError(
-            f"checkpoint epochs must lie in 1..{config.epochs}, got {', '.join(map(str, wrong))}"
-        )
+    checkpoint_epochs = _checked_epochs(checkpoint_epochs, config.epochs)
     if len(train) < 2:
         raise UsageError(f"training needs at least 2 images, got {len(train)}")
     mean, std = config.mean_std
@@ -268,7 +307,8 @@ def fit_teacher(
         say(f"wrote {path}{reached}", quiet=quiet)
 
     say(
-        f"training {config.arch} for {config.epochs} epochs on {len(train)} images of {config.image_size} px "
+        f"training {config.arch} for {plural(config.epochs, 'epoch')} on {plural(len(train), 'image')} of "
+        f"{config.image_size} px "
         f"({where.type}, {facts['arithmetic']}, {config.optimizer} lr {config.lr:g} {config.schedule})",
         quiet=quiet,
     )
@@ -277,7 +317,9 @@ def fit_teacher(
         loss = _train_epoch(model, optimizer, train, config, epoch, where, quiet)
         rate = len(train) / (time.perf_counter() - start)
         if not math.isfinite(loss):
-            raise UsageError(f"the loss became {loss} in epoch {epoch}: lower lr (now {config.lr:g})")
+            raise UsageError(
+                f"the loss became {loss} in epoch {epoch}: lower {argument('lr')} (now {config.lr:g})"
+            )
         reached = ""
         if test is not None and not quiet:
             reached = (
@@ -290,9 +332,18 @@ def fit_teacher(
             _save_state(state_file, identity, epoch, model, optimizer)
     write(out, config.epochs)
     if train.bad:
-        say(f"left out {len(train.bad)} training images that cannot be decoded", quiet=quiet)
+        say(f"left out {plural(len(train.bad), 'training image')} that cannot be decoded", quiet=quiet)
     state_file.unlink(missing_ok=True)
     return load_teacher(out)
+
+
+def _checked_epochs(given: Sequence[int] | int, epochs: int) -> tuple[int, ...]:
+    """Epochs after which a checkpoint is written, as ints of 1..epochs; one alone is welcome."""
+    several = given if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
+    found = tuple(whole_number(epoch, "checkpoint_epochs") for epoch in several)
+    if wrong := sorted(epoch for epoch in found if not 1 <= epoch <= epochs):
+        raise UsageError(f"checkpoint epochs must lie in 1..{epochs}, got {', '.join(map(str, wrong))}")
+    return found
 
 
 def _train_epoch(
@@ -330,7 +381,7 @@ def _train_epoch(
             seen += len(labels)
             progress.advance(len(labels))
     if not seen:
-        raise UsageError(f"none of the {len(train)} training images can be decoded")
+        raise UsageError(f"none of the {plural(len(train), 'training image')} can be decoded")
     return total.item() / seen
 
 
