@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ddfast.errors import UsageError
+from ddfast.isolation import isolated
 from ddfast.models.registry import create_model
 from ddfast.models.teacher import Teacher
 from ddfast.ops.precision import autocast
@@ -119,6 +120,10 @@ class DistilledImages:
             )
         if count == 0 or len(self.images) != count:
             raise UsageError(f"wanted one label for each distilled image, got {len(self.images)} and {count}")
+        if self.labels.dtype != torch.int64 or self.labels.ndim != 1:
+            raise UsageError(
+                f"labels of the distilled set must be int64 [N], got {self.labels.dtype} {list(self.labels.shape)}"
+            )
         if not 0 <= int(self.labels.min()) <= int(self.labels.max()) < classes:
             least, most = int(self.labels.min()), int(self.labels.max())
             raise UsageError(f"labels must lie in 0..{classes - 1}, got {least}..{most}")
@@ -163,6 +168,7 @@ class StudentResult:
     batch_size: int
 
 
+@isolated()
 def train_student(
     distilled: DistilledImages,
     test: ImageSet,
