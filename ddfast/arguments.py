@@ -6,10 +6,11 @@ A number may come as text of the command line, as a Python number or as one of N
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,24 @@ def one_of(value: Any, keyword: str, known: Iterable[str]) -> str:
     return value
 
 
+def architecture_options(value: Any, keyword: str = "arch_options") -> dict[str, Any]:
+    """`value` as keyword arguments of `create_model`, with plain numbers; None is none.
+
+    Raises:
+        UsageError: no mapping of names, or a width that is no number of channels.
+    """
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise UsageError(
+            f"{argument(keyword)} must be a mapping, {{'width': 32}} for example, got {_short(value)}"
+        )
+    plain = {name: _plain(one) for name, one in value.items()}
+    if "width" in plain:
+        plain["width"] = whole_number(plain["width"], "width", least=1)
+    return plain
+
+
 def path_of(value: Any, keyword: str) -> Path:
     """`value` as a `Path`.
 
@@ -140,6 +159,11 @@ def _check_writable(folder: Path, path: Path, keyword: str) -> None:
         ) from error
 
 
+def _plain(value: Any) -> Any:
+    """A number of NumPy or torch as Python's; anything else as it is."""
+    return value.item() if hasattr(value, "item") and not getattr(value, "ndim", 0) else value
+
+
 def _whole(value: Any) -> int | None:
     if isinstance(value, bool) or type(value).__name__ == "bool_":
         return None
@@ -150,8 +174,9 @@ def _whole(value: Any) -> int | None:
     try:
         if isinstance(value, str):
             return int(value)
-        return int(value) if isinstance(value, float) and value == int(value) else None
-    except (ValueError, OverflowError):
+        real = float(value) if isinstance(value, numbers.Real) else math.nan
+        return int(real) if real.is_integer() else None
+    except (TypeError, ValueError, OverflowError):
         return None
 
 

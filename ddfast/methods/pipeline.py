@@ -166,7 +166,7 @@ def open_run(
             if read_plan(scores) is None:
                 raise UsageError(f"{argument('scores')} {scores} holds no ddfast run")
         for given, role in ((teacher, "teacher"), (label_teacher, "label_teacher")):
-            if given is not None:
+            if given is not None or role == "teacher":
                 check_teacher_choice(given, role)
 
     def plan_run() -> Run:

@@ -441,8 +441,13 @@ def check_teacher(teacher: Teacher, source: Source, *, role: str = "teacher") ->
             )
 
 
-def check_teacher_choice(given: TeacherChoice, role: str) -> None:
+def check_teacher_choice(given: TeacherChoice | None, role: str) -> None:
     """Refuse what cannot be a teacher, a file that is not there among it; nothing is read yet."""
+    if isinstance(given, torch.nn.Module):
+        raise UsageError(
+            f"{argument(role)} must be a ddfast Teacher, which knows classes and normalisation, got the bare module "
+            f"{type(given).__name__}: write it with ddfast.models.save_teacher"
+        )
     if isinstance(given, Teacher) or callable(given) or str(given).startswith("torchvision:"):
         return
     path = path_of(given, role)

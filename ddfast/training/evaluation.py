@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ddfast.arguments import one_of, path_of, whole_number
+from ddfast.arguments import architecture_options, one_of, path_of, whole_number
 from ddfast.crowding import Neighbours, warn_of_crowding
 from ddfast.errors import UsageError
 from ddfast.isolation import isolated
@@ -148,11 +148,12 @@ def evaluate(
     workers = None if workers is None else whole_number(workers, "workers", least=0)
     one_of(precision, "precision", PRECISIONS)
     where = resolve_device(device)
-    check_model(arch, **(arch_options or {}))
+    arch_options = architecture_options(arch_options)
+    check_model(arch, **arch_options)
     if rules.labels == "hard" and teacher is not None:
         raise UsageError(f"the protocol {rules.name} trains on hard labels: leave the teacher out")
     opened = _opened(distilled)
-    check_model(arch, opened.image_size, **(arch_options or {}))
+    check_model(arch, opened.image_size, **arch_options)
     if callable(teacher):
         teacher = teacher()
     if teacher is not None and not isinstance(teacher, Teacher):
@@ -202,7 +203,7 @@ def evaluate(
         top5=[student.top5 for student in students],
         best=[student.best for student in students],
         per_class=per_class.tolist(),
-        arch_options=dict(arch_options or {}),
+        arch_options=arch_options,
     )
 
 

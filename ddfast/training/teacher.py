@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddfast.arguments import output_file, path_of, positive_number, whole_number
+from ddfast.arguments import architecture_options, output_file, path_of, positive_number, whole_number
 from ddfast.crowding import Neighbours, warn_of_crowding
 from ddfast.data.files import atomic_write_bytes, make_folder
 from ddfast.errors import BadImage, UsageError
@@ -133,10 +133,11 @@ class TeacherConfig:
         augment = self.augment or ("crop-flip" if self.image_size <= SMALL_IMAGE else "rrc-flip")
         try:
             mean_std = normalization(self.normalization)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise UsageError(str(error)) from error
         return replace(
             self,
+            arch_options=architecture_options(self.arch_options),
             lr=lr,
             augment=augment,
             normalization=mean_std,
@@ -217,6 +218,8 @@ def train_teacher(
     where = resolve_device(device)
     if workers is not None:
         workers = whole_number(workers, "workers", least=0)
+    if not isinstance(data, str):
+        data = path_of(data, "data")
     source = open_source(data, "train")
     config = TeacherConfig(image_size=image_size or _native_size(source), **settings).resolved()
     check_model(config.arch, config.image_size, **config.arch_options)
