@@ -15,8 +15,6 @@ from ddfast import __version__
 from ddfast.arguments import output_file, whole_number
 from ddfast.data.loaders import LOADERS
 from ddfast.errors import DDFastError, UsageError
-from ddfast.methods import list_methods
-from ddfast.ranks import is_main
 from ddfast.wording import argument, did_you_mean, flags_of_command, plural
 
 _ERRORS_OF_FILES = {
@@ -57,15 +55,20 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code."""
     given = list(sys.argv[1:] if argv is None else argv)
-    parser = build_parser(given)
-    _check_flags(parser, given)
-    arguments, rest = parser.parse_known_args(given)
-    if rest:
-        arguments.parser.error(f"does not know what to do with {' '.join(map(repr, rest))}")
+    arguments = None
     try:
+        parser = build_parser(given)
+        _check_flags(parser, given)
+        arguments, rest = parser.parse_known_args(given)
+        if rest:
+            arguments.parser.error(f"does not know what to do with {' '.join(map(repr, rest))}")
         with flags_of_command(arguments.parser.flags()):
-            return int(arguments.run(arguments) or 0)
+            code = int(arguments.run(arguments) or 0)
+        sys.stdout.flush()  # here, where a reader that has gone is no accident
+        return code
     except DDFastError as error:
+        from ddfast.ranks import is_main
+
         if not error.shared or is_main():
             _say(str(error))
         return error.exit_code
@@ -79,12 +82,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f" {os.fsdecode(error.filename)}" if isinstance(error.filename, (str, bytes)) else ""
         _say(f"cannot read or write{where}: {os.strerror(error.errno or 0).lower()}")
         return 2
-    except MemoryError as error:  # torch's own are of other types, and say more
-        _say(f"out of memory: {error}" if str(error) else "out of memory")
+    except (MemoryError, RuntimeError) as error:
+        if not _is_lack_of_memory(error):
+            raise
+        _say(f"out of memory: {str(error).splitlines()[0]}" if str(error) else "out of memory")
         return 1
     except KeyboardInterrupt:
-        _say(f"interrupted; {_after_interruption(arguments)}")
+        _say(f"interrupted; {'nothing was begun' if arguments is None else _after_interruption(arguments)}")
         return 130
+
+
+def _is_lack_of_memory(error: BaseException) -> bool:
+    """Whether Python, a GPU (a RuntimeError of its own type) or torch's allocator of the CPU had no more memory."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
 
 
 def _say(message: str) -> None:
@@ -97,6 +111,8 @@ def _one_line(message: str) -> str:
 
 def _check_flags(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
     """Refuse a flag that the command does not take, ahead of argparse's complaint of all that is missing."""
+    from ddfast.methods import list_methods
+
     commands = _commands(parser)
     command = next((word for word in given if not word.startswith("-")), None)
     if command == "bench" or (command is not None and command not in commands):
@@ -116,6 +132,8 @@ def _check_flags(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
 
 def _unknown(flag: str, taker: argparse.ArgumentParser, command: str | None, method: str | None) -> str:
     """What to say of a flag that a command does not take: whose it is, or which one was meant."""
+    from ddfast.methods import list_methods
+
     if command in ("distill", "score"):
         owners = [name for name in list_methods() if flag in _method_flags(name)]
         if owners:
@@ -146,6 +164,8 @@ def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPar
 
 def _words(parser: argparse.ArgumentParser, given: Sequence[str]) -> tuple[list[str], list[str]]:
     """The words of a command line that are neither flags nor their values, and the flags."""
+    from ddfast.methods import list_methods
+
     valued = {flag: action.nargs != 0 for flag, action in parser._option_string_actions.items()}
     for name in list_methods():
         valued = {**_method_flags(name), **valued}
@@ -186,7 +206,7 @@ def _after_interruption(arguments: argparse.Namespace) -> str:
     if command == "evaluate":
         return "nothing has been written, and the students would be trained anew"
     if command == "export":
-        return "delete the shards that are there before it is run again"
+        return "the shards that are there are whole: delete them before it is run again"
     return "nothing has been written" if command == "attribute" else "run it again"
 
 
@@ -427,7 +447,7 @@ def _add_stages(commands: Any, argv: Sequence[str]) -> None:
 
 
 def _method_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    from ddfast.methods import get_method
+    from ddfast.methods import get_method, list_methods
 
     known = list_methods()
     parser.add_argument("method", metavar="METHOD", help=", ".join(known))
@@ -559,11 +579,27 @@ def _distill(arguments: argparse.Namespace, until: str) -> None:
         until=until,
         **chosen,
     )
+    if until != "relabel":
+        _say_what_is_left(out, until, arguments.quiet)
     _print_once(out)
+
+
+def _say_what_is_left(out: Path, stage: str, quiet: bool) -> None:
+    """Name the commands that an unfinished set still needs behind `stage`."""
+    from ddfast.methods.run import read_plan
+    from ddfast.progress import say
+    from ddfast.ranks import is_main
+
+    plan = read_plan(out)
+    if plan is not None and not plan["complete"] and is_main():
+        left = [f"ddfast {later} {out}" for later in _STAGES[_STAGES.index(stage) + 1 :]]
+        say(f"the set is unfinished: next run {' and then '.join(left)}", quiet=quiet)
 
 
 def _print_once(text: object) -> None:
     """Print from one of the processes that torchrun started, or from the only one."""
+    from ddfast.ranks import is_main
+
     if is_main():
         print(text)
 
@@ -572,7 +608,6 @@ def _stage(arguments: argparse.Namespace) -> None:
     from ddfast.distillation import finish
     from ddfast.methods import pipeline
     from ddfast.methods.run import reopen
-    from ddfast.progress import say
 
     if arguments.command == "select" and arguments.ipc is not None:
         whole_number(arguments.ipc, "ipc", least=1)
@@ -593,10 +628,7 @@ def _stage(arguments: argparse.Namespace) -> None:
             finish(run)
     finally:
         run.ranks.leave()
-    if not run.complete:
-        left = _STAGES[_STAGES.index(arguments.command) + 1 :]
-        steps = " and then ".join(f"ddfast {stage} {arguments.folder}" for stage in left)
-        say(f"the set is unfinished: next run {steps}", quiet=run.quiet)
+    _say_what_is_left(run.out, arguments.command, arguments.quiet)
     _print_once(run.out)
 
 

@@ -57,7 +57,7 @@ def warn_of_crowding(
         free = max(1, cores - math.ceil(busy - 0.25))
         say(
             f"other programs keep {busy:.1f} of {plural(cores, 'core')} busy and {plural(threads, 'thread')} of this "
-            f"one would wait for them: wait until they are done, or start anew with {settings(free)}"
+            f"run would wait for them: wait until they are done, or start anew with {settings(free)}"
         )
 
 

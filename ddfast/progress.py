@@ -90,8 +90,8 @@ def _columns(stream: TextIO) -> int:
     try:
         if not stream.isatty() or os.environ.get("TERM") == "dumb":
             return 0
-        said = os.environ.get("COLUMNS", "")
-        return int(said) if said.isdecimal() else os.get_terminal_size(stream.fileno()).columns
+        columns, said = os.get_terminal_size(stream.fileno()).columns, os.environ.get("COLUMNS", "")
+        return min(columns, int(said)) if said.isdecimal() else columns
     except (
         AttributeError,
         OSError,

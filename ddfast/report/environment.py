@@ -10,6 +10,8 @@ import sysconfig
 from collections.abc import Iterable, Sequence
 from importlib import metadata
 
+from ddfast.wording import plural
+
 _PACKAGES = (
     *("torch", "torchvision", "triton", "numpy", "pillow", "pyarrow", "safetensors", "jinja2"),
     *("captum", "opacus", "nvidia-dali-cuda130", "nvidia-dali-cuda120"),
@@ -66,7 +68,8 @@ def _cpu() -> str:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     bfloat16 = "in hardware" if cpu_multiplies_bfloat16() else "emulated, so precision auto is float32"
     return (
-        f"{usable} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, "
+        f"{plural(usable, 'core')}, {plural(torch.get_num_threads(), 'thread')}, "
+        f"{torch.backends.cpu.get_cpu_capability()}, "
         f"bfloat16 {bfloat16}"
     )
 

@@ -233,6 +233,7 @@ def train_teacher(
         "quiet": quiet,
     }
     if resume and out.is_file():
+        say(f"{out} is finished", quiet=quiet)
         return _finished(out, _identity(config, options["data_fingerprint"]), checkpoint_epochs)
     try:
         test_source = open_source(data, "test")
