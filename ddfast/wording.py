@@ -73,10 +73,10 @@ def plural(count: int, noun: str, more: str | None = None) -> str:
 
 def singular(noun: str) -> str:
     """The singular of a regular plural: `images` -> `image`, `classes` -> `class`."""
-    if noun.endswith(("sses", "shes", "ches", "xes")):
+    if noun.endswith(("sses", "shes", "tches", "xes")):
         return noun[:-2]
     return noun.removesuffix("s")
 
 
 def _plural_of(noun: str) -> str:
-    return noun + ("es" if noun.endswith(("s", "sh", "ch", "x")) else "s")
+    return noun + ("es" if noun.endswith(("s", "sh", "tch", "x")) else "s")
