@@ -205,9 +205,9 @@ def toy_run(tmp_path_factory, toy_folder, toy_teacher):
 
 
 DEVICES = {
-    "--device mps": "--device must be auto, cpu, cuda or cuda:N, got 'mps'",
-    "--device cudaa": "got 'cudaa'; did you mean cuda?",
-    "--device meta": "got 'meta'",
+    "--device mps": "unknown device 'mps': --device must be auto, cpu, cuda or cuda:N",
+    "--device cudaa": "unknown device 'cudaa': --device must be auto, cpu, cuda or cuda:N; did you mean cuda?",
+    "--device meta": "unknown device 'meta'",
     "--workers -1": "--workers must be at least 0, got -1",
     "--workers two": "--workers: wanted a whole number, got 'two'",
 }

@@ -25,7 +25,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
         chosen = torch.device("meta")
     if chosen.type not in ("cpu", "cuda"):
         near = did_you_mean(device, ("auto", "cpu", "cuda"))
-        raise UsageError(f"{name} must be auto, cpu, cuda or cuda:N, got {str(device)!r}{near}")
+        raise UsageError(f"unknown device {str(device)!r}: {name} must be auto, cpu, cuda or cuda:N{near}")
     if chosen.type == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():

@@ -2,6 +2,7 @@ import json
 import statistics
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ from ddfast.data.distilled import (
     write_soft_labels,
 )
 from ddfast.errors import UsageError
-from ddfast.training import DistilledImages, EvaluationResult, evaluate, fit_teacher, train_student
+from ddfast.training import DistilledImages, EvaluationResult, ImageSet, evaluate, fit_teacher, train_student
 from ddfast.training.teacher import TeacherConfig
 from tests.training.conftest import CLASSES, SIZE, render
 
@@ -164,3 +165,25 @@ def test_data_of_other_classes_is_refused(distilled, toy_folder):
 def test_bad_options_are_usage_errors(distilled, toy_test, options, message):
     with pytest.raises(UsageError, match=message):
         evaluate(distilled, toy_test, arch="convnet3", quiet=True, **options)
+
+
+def test_labels_of_a_test_set_that_do_not_fit_are_refused(distilled, toy_test):
+    for labels, message in (
+        (toy_test.labels + 1, r"must lie in 0\.\.2, got 1\.\.3"),
+        (toy_test.labels - 1, r"must lie in 0\.\.2, got -1\.\.1"),
+        (toy_test.labels.float(), "int64 label for every image, got torch.float32"),
+        (toy_test.labels[:5], "int64 label for every image"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            evaluate(distilled, ImageSet(toy_test.images, labels), arch="convnet3", epochs=1, quiet=True)
+
+
+def test_seeds_are_a_number_of_students_or_their_seeds(distilled, toy_test):
+    options = {"arch": "convnet3", "arch_options": {"width": 8}, "epochs": "1", "quiet": True}
+    for given, seeds in ((np.int64(2), [0, 1]), ("1", [0]), ([np.int64(4)], [4]), (np.array([3]), [3])):
+        found = evaluate(distilled, toy_test, seeds=given, **options)
+        assert found.seeds == seeds
+        assert json.loads(json.dumps(found.as_dict()))["seeds"] == seeds
+    for given in (True, 1.5, "x", [True], [-1], [], 0):
+        with pytest.raises(UsageError, match="seed"):
+            evaluate(distilled, toy_test, seeds=given, **options)
