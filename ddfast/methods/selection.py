@@ -30,6 +30,7 @@ from ddfast.data.table import (
 from ddfast.errors import UsageError
 from ddfast.methods.base import Table
 from ddfast.methods.run import Run
+from ddfast.wording import plural, setting
 
 SELECTION = "selection.parquet"
 _GROUP_SOURCES = 8192  # sources of one group, unless a single class has more
@@ -99,7 +100,9 @@ def _score_rows(scores: Path, parts: int, row: np.dtype) -> Iterator[np.ndarray]
     for index in range(parts):
         path = part_path(scores, index)
         if not path.is_file():
-            raise UsageError(f"{path} is missing: the score stage is not finished; resume it")
+            raise UsageError(
+                f"{path} is missing: the score stage is not finished; run it again with {setting('resume', True)}"
+            )
         table = read_table(path, columns=row.names)
         rows = np.empty(table.num_rows, dtype=row)
         if len(rows):
@@ -161,8 +164,8 @@ def _selected(run: Run, labels: range, rows: np.ndarray) -> pa.Table:
         found = ranked.get(label, np.empty(0, dtype=np.int64))
         if len(found) < run.needed:
             raise UsageError(
-                f"class {run.source.class_names[label]!r} has {len(found)} usable images, IPC {ipc} x {tiles} "
-                f"tiles needs {run.needed}"
+                f"class {run.source.class_names[label]!r} has {plural(len(found), 'usable image')}, "
+                f"IPC {ipc} x {plural(tiles, 'tile')} needs {run.needed}"
             )
         chosen.append(found[: run.needed][order])
     places = np.concatenate(chosen)
