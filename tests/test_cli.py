@@ -332,6 +332,9 @@ REFUSED = {
         "--teacher nowhere": "no teacher file nowhere",
         "--teacher DATA": "is a folder: give a .safetensors file",
         "--teacher-arch convnet3": "--teacher-arch describes a teacher: give --teacher as well",
+        "--class-order FILE": "--class-order describes a teacher: give --teacher as well",
+        "--teacher TEACHER --class-order nowhere": "class order nowhere cannot be read",
+        "--teacher WEIGHTS.pt": "is a bare state dict: give its architecture as --teacher-arch\n",
         "--distilled FILE": "is a file; wanted the output folder",
         "--resume": "--resume is an option of ddfast train-teacher, ddfast distill and ddfast score",
         "--protocol dc --teacher TEACHER": "trains on hard labels",
@@ -354,6 +357,10 @@ REFUSED = {
         "--label-top-k some": "--label-top-k must be auto, all or a positive number, got some",
         "--scores nowhere": "--scores nowhere holds no ddfast run",
         "--label-teacher nowhere": "no teacher file nowhere",
+        "--class-order nowhere": "class order nowhere cannot be read",
+        "--label-class-order FILE": "describes a label teacher: give --label-teacher as well",
+        "--label-teacher TEACHER --label-class-order nowhere": "class order nowhere cannot be read",
+        "--label-teacher WEIGHTS.pt": "give its architecture as --teacher-arch and its image size as --image-size",
         "--teacher-arch convnett": "--teacher-arch: unknown model",
         "--normalization mnist": "unknown normalization 'mnist'",
         "--crops 0": "crops must be at least 1, got 0",
@@ -386,6 +393,9 @@ REFUSED = {
         "--limit 0": "--limit must be at least 1, got 0",
         "--seed -1": "--seed must be at least 0, got -1",
         "--teacher nowhere": "no teacher file nowhere",
+        "--class-order nowhere": "class order nowhere cannot be read",
+        "--teacher WEIGHTS.pt --teacher-arch convnet3": "give its image size as --image-size",
+        "--normalization mnist": "unknown normalization 'mnist'",
         "--ipc 2": "--ipc is an option of ddfast distill, ddfast score and ddfast select",
     },
     "select RUN": {
@@ -419,16 +429,19 @@ REFUSED = {
 
 @pytest.mark.parametrize("command", REFUSED)
 def test_every_option_is_checked_before_data_is_opened(
-    command, unopened, toy_folder, toy_teacher, toy_run, tmp_path, capsys, monkeypatch
+    command, unopened, toy_folder, toy_teacher, toy_run, tmp_path, tmp_path_factory, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_bytes(b"")
+    weights = tmp_path_factory.mktemp("weights") / "t.pt"
+    weights.write_bytes(b"")
     places = {
         "OUT.safetensors": tmp_path / "out.safetensors",
         "DATA": toy_folder,
         "TEACHER": toy_teacher,
         "RUN": toy_run,
         "FILE": tmp_path / "file",
+        "WEIGHTS.pt": weights,
         "OUT": tmp_path / "out",
     }
 
@@ -639,6 +652,14 @@ def test_a_failing_machine_is_one_line(error, code, message, monkeypatch, capsys
     assert found == code
     assert err.startswith(message)
     assert len(err.splitlines()) == 1
+
+
+def test_an_interruption_with_words_of_its_own_keeps_them(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt("half of it is kept")
+
+    monkeypatch.setattr("ddfast.report.environment.describe_environment", interrupted)
+    assert run("env", capsys=capsys) == (130, "", "ddfast: interrupted; half of it is kept\n")
 
 
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, capsys):

@@ -256,6 +256,9 @@ def test_a_score_table_serves_another_ipc_but_not_other_settings(
     assert digests(one) == digests(again)
     with pytest.raises(UsageError, match="scored with other settings"):
         distil(toy_folder, toy_teacher, tmp_path / "two", n_samples=62, scores=undisturbed)
+    other = 1 + json.loads((undisturbed / "manifest.json").read_text())["arithmetic"]["threads"]
+    with pytest.raises(UsageError, match=r"scored with other settings.*arithmetic\.threads"):
+        distil(toy_folder, toy_teacher, tmp_path / "two", threads=other, scores=undisturbed)
     assert not (tmp_path / "two").exists()
 
 
@@ -367,10 +370,15 @@ def test_preflight_names_the_order_that_a_teacher_must_have(toy_folder, toy_teac
     distil(toy_folder, toy_teacher, tmp_path / "run", quiet=False, until="score")
     assert re.search(r"^teacher reads 1\d\d of 180 training images \(\d+%\)$", capsys.readouterr().err, re.M)
     (tmp_path / "order.txt").write_text("\n".join(order) + "\n")
-    for given in (order, tmp_path / "order.txt"):
+    path = tmp_path / "t.safetensors"
+    for teacher, given in (
+        (path, order),
+        (path, tmp_path / "order.txt"),
+        (lambda: ddfast.load_teacher(path), order),
+    ):
         distil(
             toy_folder,
-            tmp_path / "t.safetensors",
+            teacher,
             tmp_path / "one",
             class_order=given,
             label_teacher=toy_teacher,
@@ -523,6 +531,8 @@ def test_numbers_and_paths_of_every_kind_make_the_same_run(undisturbed, toy_fold
         ({"data": ["a"]}, r"data must be a path, got \['a'\]"),
         ({"out": None}, "out must be a path, got None"),
         ({"teacher": None}, "teacher must be a path, got None"),
+        ({"data": "nowhere", "class_order": "nowhere.txt"}, "class order nowhere.txt cannot be read"),
+        ({"label_class_order": ["a"]}, "label_class_order describes a label teacher: give label_teacher"),
         ({"teacher": torch.nn.Linear(1, 1)}, "teacher must be a ddfast Teacher"),
         ({"until": "scores"}, "until must be one of score, select, synthesize, relabel, got 'scores'"),
         ({"crop": 3}, "did you mean crops"),

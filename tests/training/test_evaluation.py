@@ -162,6 +162,7 @@ def test_data_of_other_classes_is_refused(distilled, toy_folder):
         ({"seeds": []}, "at least one seed, got 0"),
         ({"protocol": "e-rded"}, "unknown protocol 'e-rded'; known: rded"),
         ({"teacher": "nowhere.safetensors"}, "no teacher file nowhere.safetensors"),
+        ({"class_order": CLASSES}, "class_order describes a teacher: give teacher as well"),
     ],
 )
 def test_bad_options_are_usage_errors(distilled, toy_test, options, message):
