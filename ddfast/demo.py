@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddfast import __version__
+from ddfast.arguments import output_folder, whole_number
 from ddfast.data.files import atomic_write_text, make_folder, sweep_temporary
 from ddfast.data.shapes import Box, ShapesConfig, is_rendered, read_boxes, write_shapes
 from ddfast.errors import UsageError
 from ddfast.progress import duration, say
+from ddfast.wording import argument, plural
 
 if TYPE_CHECKING:
     from ddfast.models import Teacher
@@ -143,10 +145,11 @@ def run_demo(
     Raises:
         UsageError: `out` holds something else, or a demo of another seed or of other settings.
     """
+    seed = whole_number(seed, "seed", least=0, most=2**63 - 1)
     settings = settings or DemoSettings()
     settings = replace(settings, shapes=replace(settings.shapes, seed=seed))
     started = time.monotonic()
-    out = _claim(Path(out), settings, seed)
+    out = _claim(output_folder(out), settings, seed)
     _render(out / "data", settings.shapes, quiet)
     teacher = _train_teacher(out, settings, seed, quiet)
     boxes = read_boxes(out / "data", "train")
@@ -174,8 +177,6 @@ def _claim(out: Path, settings: DemoSettings, seed: int) -> Path:
     """
     import torch
 
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file; --out must be a folder")
     wanted = {
         "ddfast": __version__,
         "torch": torch.__version__,
@@ -188,12 +189,13 @@ def _claim(out: Path, settings: DemoSettings, seed: int) -> Path:
     if record.is_file():
         if record.read_text("utf-8", "replace") != text:
             raise UsageError(
-                f"{out} holds a demo of another seed, version or settings: delete it or choose another --out"
+                f"{out} holds a demo of another seed, version or settings: "
+                f"delete it or choose another {argument('out')}"
             )
         sweep_temporary(out)
         return out
     if out.is_dir() and any(not (e.name.startswith(".") and ".tmp-" in e.name) for e in out.iterdir()):
-        raise UsageError(f"{out} is not empty and holds no ddfast demo: choose another --out")
+        raise UsageError(f"{out} is not empty and holds no ddfast demo: choose another {argument('out')}")
     make_folder(out)
     atomic_write_text(record, text)
     return out
@@ -242,7 +244,10 @@ def _distil(
     from ddfast.distillation import distill
 
     images = settings.ipc * len(teacher.class_names)
-    say(f"{step} {contestant.name}: distilling {images} images into {out / contestant.folder}", quiet=quiet)
+    say(
+        f"{step} {contestant.name}: distilling {plural(images, 'image')} into {out / contestant.folder}",
+        quiet=quiet,
+    )
     distill(
         contestant.method,
         data=out / "data",
@@ -276,7 +281,7 @@ def _evaluate(
     if held is not None and held.get("depends_on") == depends_on:
         say(f"{step} {contestant.name}: the students' results stand in {path}", quiet=quiet)
         return [float(value) for value in held["result"]["top1"]]
-    say(f"{step} {contestant.name}: training {settings.students} students on it", quiet=quiet)
+    say(f"{step} {contestant.name}: training {plural(settings.students, 'student')} on it", quiet=quiet)
     result = evaluate(
         folder,
         out / "data",

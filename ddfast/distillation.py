@@ -6,24 +6,34 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ddfast.methods.pipeline import ClassOrder, clock, open_run, relabel, score, select, synthesize
-from ddfast.methods.run import Run, threads_put_back
-from ddfast.models import Teacher
-from ddfast.ops.precision import float32_by_default
+from ddfast.arguments import one_of
+from ddfast.isolation import isolated
+from ddfast.methods.pipeline import (
+    ClassOrder,
+    TeacherChoice,
+    clock,
+    open_run,
+    relabel,
+    score,
+    select,
+    synthesize,
+)
+from ddfast.methods.run import Run
 from ddfast.progress import say
 from ddfast.report import write_report
 
+STAGES = ("score", "select", "synthesize", "relabel")
 
-@threads_put_back()
-@float32_by_default()
+
+@isolated()
 def distill(
     method: str,
     *,
     data: str | Path,
-    teacher: str | Path | Teacher,
+    teacher: TeacherChoice,
     ipc: int,
     out: str | Path,
-    label_teacher: str | Path | Teacher | None = None,
+    label_teacher: TeacherChoice | None = None,
     seed: int = 0,
     images_per_class: int = 300,
     factor: str | int = "auto",
@@ -54,7 +64,8 @@ def distill(
     Args:
         method: a name of `ddfast.methods.list_methods()`; `options` are the fields of its options dataclass.
         data: ImageFolder root, zip, tar shards, or a torchvision set by name.
-        teacher: teacher file, `torchvision:NAME`, or a loaded `Teacher` that knows its file.
+        teacher: teacher file, `torchvision:NAME`, a loaded `Teacher` that knows its file, or a function without
+            arguments that loads one once the other settings are checked.
         ipc: images per class.
         out: output folder, made here; see the README for what it holds.
         label_teacher: another teacher for the soft labels, an early checkpoint for example.
@@ -93,6 +104,7 @@ def distill(
     Raises:
         UsageError: bad input; nothing is half-written.
     """
+    one_of(until, "until", STAGES)
     run = open_run(
         method,
         data=data,

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from types import TracebackType
+from typing import TextIO
 
+from ddfast.wording import plural, singular
+
+_NARROWEST = 40  # columns in which a bar has room for its label, count, rate and time left
 LOG_INTERVAL = 15.0  # seconds between two log lines where there is no terminal
 
 
@@ -43,7 +48,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self._start = self._last_line = time.monotonic()
-        if not self.quiet and sys.stderr.isatty():
+        if not self.quiet and _columns(sys.stderr) >= _NARROWEST:
             from tqdm import tqdm
 
             self._bar = tqdm(
@@ -64,7 +69,8 @@ class Progress:
             self._last_line = now
             rate = (self.done - self._skipped) / (now - self._start)
             left = duration((self.total - self.done) / rate) if rate > 0 else "?"
-            self._line(f"{self.done}/{self.total} {self.unit}, {rate:.1f}/s, {left} left{_behind(note)}")
+            counted = f"{self.done}/{plural(self.total, singular(self.unit))}"
+            self._line(f"{counted}, {rate:.1f}/s, {left} left{_behind(note)}")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -73,10 +79,25 @@ class Progress:
             self._bar.close()
         elif kind is None:
             taken = time.monotonic() - self._start
-            self._line(f"{self.done}/{self.total} {self.unit} in {duration(taken)}")
+            self._line(f"{self.done}/{plural(self.total, singular(self.unit))} in {duration(taken)}")
 
     def _line(self, text: str) -> None:
         say(f"{self.label}: {text}", quiet=self.quiet)
+
+
+def _columns(stream: TextIO) -> int:
+    """Width of the terminal that a stream is, 0 where it is none, a dumb one, or says that it has no width."""
+    try:
+        if not stream.isatty() or os.environ.get("TERM") == "dumb":
+            return 0
+        columns, said = os.get_terminal_size(stream.fileno()).columns, os.environ.get("COLUMNS", "")
+        return min(columns, int(said)) if said.isdecimal() else columns
+    except (
+        AttributeError,
+        OSError,
+        ValueError,
+    ):  # no stream at all, a closed one, or one without a descriptor
+        return 0
 
 
 def _behind(note: str) -> str:

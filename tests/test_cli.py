@@ -1,3 +1,5 @@
+import json
+import shutil
 import subprocess
 import sys
 
@@ -198,13 +200,13 @@ def test_an_interrupted_training_says_what_is_kept(toy_folder, tmp_path, capsys,
     words = (*words, "--out", tmp_path / "t.safetensors")
     assert (
         run(*words, capsys=capsys)[2]
-        == "ddfast: interrupted; --resume continues behind the last whole epoch\n"
+        == "ddfast: interrupted; the same command with --resume continues after the last whole epoch\n"
     )
     (tmp_path / "t.state").unlink()
     code, _, err = run(*words, capsys=capsys)
     assert (code, err) == (
         130,
-        "ddfast: interrupted; no epoch was finished, so nothing was kept: start again\n",
+        "ddfast: interrupted; no epoch was finished, so the training starts from its beginning again\n",
     )
     assert list(tmp_path.iterdir()) == []
 
@@ -243,3 +245,436 @@ def test_the_module_runs_as_torchrun_starts_it():
     )
     assert found.returncode == 0
     assert found.stdout.startswith("ddfast ")
+
+
+# Words --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unopened(monkeypatch):
+    """Fail where data is opened or a file is decoded: every option is to be refused before."""
+    import ddfast.data.decoding
+    import ddfast.data.loading
+    import ddfast.data.sources
+    import ddfast.methods.pipeline
+    import ddfast.methods.run
+    import ddfast.report.attribute
+
+    def opened(*_, **__):
+        raise AssertionError("data was opened before the options were checked")
+
+    for module in (
+        *(ddfast.data.sources, ddfast.methods.pipeline, ddfast.methods.run, ddfast.report.attribute),
+    ):
+        monkeypatch.setattr(module, "open_source", opened)
+    monkeypatch.setattr(ddfast.data, "open_source", opened, raising=False)
+    monkeypatch.setattr(ddfast.data.decoding, "decode", opened)
+
+
+@pytest.fixture(scope="session")
+def toy_run(tmp_path_factory, toy_folder, toy_teacher):
+    """A finished run of RDED at IPC 1."""
+    from ddfast import distill
+
+    out = tmp_path_factory.mktemp("run") / "out"
+    return distill(
+        "rded", data=toy_folder, teacher=toy_teacher, ipc=1, out=out, images_per_class=12, quiet=True
+    )
+
+
+DEVICES = {
+    "--device mps": "unknown device 'mps': --device must be auto, cpu, cuda or cuda:N",
+    "--device cudaa": "unknown device 'cudaa': --device must be auto, cpu, cuda or cuda:N; did you mean cuda?",
+    "--device meta": "unknown device 'meta'",
+    "--workers -1": "--workers must be at least 0, got -1",
+    "--workers two": "--workers: wanted a whole number, got 'two'",
+}
+OUTS = {
+    "--out FILE/below": "is a file, not a folder",
+    "--out /proc/below": "cannot write /proc/below",
+}
+REFUSED = {
+    "train-teacher --data DATA --arch convnet3 --epochs 2 --out OUT.safetensors": {
+        **DEVICES,
+        "--arch convnet33": "did you mean convnet3?",
+        "--arch resnet-18": "did you mean resnet18?",
+        "--epochs 0": "--epochs must be at least 1, got 0",
+        "--epochs 1.5": "--epochs: wanted a whole number, got '1.5'",
+        "--optimizer adam": "known: sgd, adamw; did you mean adamw?",
+        "--schedule cos": "did you mean cosine?",
+        "--augment crop": "did you mean crop-flip?",
+        "--lr nan": "--lr must be positive, got nan",
+        "--lr inf": "--lr must be finite, got inf",
+        "--weight-decay -1": "--weight-decay must be at least 0, got -1",
+        "--batch-size 1": "--batch-size must be at least 2, got 1",
+        "--image-size 0": "--image-size must be at least 1, got 0",
+        "--image-size 1": "--image-size must be a multiple of 8, got 1",
+        "--width 0": "--width must be at least 1, got 0",
+        "--precision fp16": "known: float32, bfloat16, auto",
+        "--seed -1": "--seed must be at least 0, got -1",
+        "--checkpoint-epochs 1,3": "must lie in 1..2, got 3",
+        "--out FILE/t.safetensors": "is a file, not a folder",
+        "--out teacher.pt": "must end in .safetensors",
+        "--optimiser sgd": "unknown option --optimiser; did you mean --optimizer?",
+        "--n-samples 3": "--n-samples is an option of ddfast attribute",
+    },
+    "evaluate --data DATA --distilled RUN --arch convnet3": {
+        **DEVICES,
+        "--arch convnett": "unknown model 'convnett'",
+        "--seeds 0": "at least one seed, got 0",
+        "--epochs 0": "--epochs must be at least 1, got 0",
+        "--protocol rde": "did you mean rded?",
+        "--batch-size 0": "--batch-size must be at least 1, got 0",
+        "--precision half": "--precision must be one of float32, bfloat16, auto, got 'half'",
+        "--width 0": "--width must be at least 1, got 0",
+        "--json FILE/r.json": "choose another --json",
+        "--json DATA": "is a folder; --json must be a file",
+        "--teacher nowhere": "no teacher file nowhere",
+        "--teacher DATA": "is a folder: give a .safetensors file",
+        "--teacher-arch convnet3": "--teacher-arch describes a teacher: give --teacher as well",
+        "--class-order FILE": "--class-order describes a teacher: give --teacher as well",
+        "--teacher TEACHER --class-order nowhere": "class order nowhere cannot be read",
+        "--teacher WEIGHTS.pt": "is a bare state dict: give its architecture as --teacher-arch\n",
+        "--distilled FILE": "is a file; wanted the output folder",
+        "--resume": "--resume is an option of ddfast train-teacher, ddfast distill and ddfast score",
+        "--protocol dc --teacher TEACHER": "trains on hard labels",
+    },
+    "distill rded --data DATA --teacher TEACHER --ipc 1 --out OUT": {
+        **DEVICES,
+        **OUTS,
+        "--out DATA": "is not empty and holds no ddfast run",
+        "--ipc 0": "--ipc must be at least 1, got 0",
+        "--seed 9223372036854775808": "--seed must be at most",
+        "--images-per-class 0": "--images-per-class must be at least 1, got 0",
+        "--image-size -3": "--image-size must be at least 1, got -3",
+        "--factor 3": "--factor: got '3'; choices: auto, 1, 2",
+        "--format jpg": "did you mean jpeg?",
+        "--preset papers": "its presets: none",
+        "--precision fp16": "--precision must be one of float32, bfloat16, auto",
+        "--batch-size 0": "--batch-size must be auto or a positive number, got 0",
+        "--loader pilow": "did you mean pillow?",
+        "--threads 0": "--threads must be auto or a positive number, got 0",
+        "--label-top-k some": "--label-top-k must be auto, all or a positive number, got some",
+        "--scores nowhere": "--scores nowhere holds no ddfast run",
+        "--label-teacher nowhere": "no teacher file nowhere",
+        "--class-order nowhere": "class order nowhere cannot be read",
+        "--label-class-order FILE": "describes a label teacher: give --label-teacher as well",
+        "--label-teacher TEACHER --label-class-order nowhere": "class order nowhere cannot be read",
+        "--label-teacher WEIGHTS.pt": "give its architecture as --teacher-arch and its image size as --image-size",
+        "--teacher-arch convnett": "--teacher-arch: unknown model",
+        "--normalization mnist": "unknown normalization 'mnist'",
+        "--crops 0": "crops must be at least 1, got 0",
+        "--min-area nan": "--min-area must be a finite number, got nan",
+        "--n-samples 64": "--n-samples is an option of infoutil, not of rded",
+        "--restarts 2": "--restarts is an option of k_means, not of rded",
+        "--ipcs 3": "unknown option --ipcs; did you mean --ipc?",
+        "--protocol rded": "--protocol is an option of ddfast evaluate, not of ddfast distill",
+    },
+    "distill infoutil --data DATA --teacher TEACHER --ipc 1 --out OUT": {
+        "--n-samples 1": "n_samples >= 3",
+        "--estimator exact --grid 6": "exact",
+        "--alpha nan": "--alpha must be a finite number, got nan",
+        "--baseline inf": "--baseline must be a finite number, got inf",
+        "--preset papers": "did you mean paper?",
+    },
+    "distill forgetting --data DATA --teacher TEACHER --ipc 1 --out OUT": {
+        "--arch convnett": "--arch of forgetting: unknown model 'convnett'",
+        "--lr inf": "--lr must be a finite number, got inf",
+    },
+    "attribute --data DATA --teacher TEACHER --out OUT": {
+        **DEVICES,
+        **OUTS,
+        "--out DATA": "is not an empty folder; give --out a new one",
+        "--grid 0": "--grid must be at least 1, got 0",
+        "--grid 99": "n_samples >= 9802",
+        "--n-samples 1": "n_samples >= 17",
+        "--estimator paird": "did you mean paired?",
+        "--value logits": "did you mean logit?",
+        "--limit 0": "--limit must be at least 1, got 0",
+        "--seed -1": "--seed must be at least 0, got -1",
+        "--teacher nowhere": "no teacher file nowhere",
+        "--class-order nowhere": "class order nowhere cannot be read",
+        "--teacher WEIGHTS.pt --teacher-arch convnet3": "give its image size as --image-size",
+        "--normalization mnist": "unknown normalization 'mnist'",
+        "--ipc 2": "--ipc is an option of ddfast distill, ddfast score and ddfast select",
+    },
+    "select RUN": {
+        **DEVICES,
+        "--ipc 0": "--ipc must be at least 1, got 0",
+        "--teacher nowhere": "no teacher file nowhere",
+        "--images-per-class 9": "--images-per-class is an option of ddfast distill",
+        "--resume": "--resume is an option of",
+    },
+    "relabel DATA": {"": "holds no ddfast run"},
+    "export RUN --out x.tar": {
+        "--images-per-shard 0": "--images-per-shard must be at least 1, got 0",
+        "--out x.zip": "must be named .tar",
+        "--out FILE/x.tar": "is a file, not a folder",
+    },
+    "report FILE": {"": "is a file; wanted the output folder"},
+    "demo --out OUT": {
+        "--seed -1": "--seed must be at least 0, got -1",
+        "--out FILE": "--out must be a folder",
+    },
+    "env": {"--verbos": "unknown option --verbos", "now": "does not know what to do with 'now'"},
+    "": {"--verison": "did you mean --version?", "distil": "did you mean distill?"},
+    "distill": {
+        "infoutill": "unknown method 'infoutill'; known methods: infoutil, rded, random, herding, k_center, "
+        "k_means, forgetting; did you mean infoutil?",
+        "--n-samples 64": "--n-samples is an option of infoutil: name it",
+        "rded --n-samples 64": "--n-samples is an option of infoutil, not of rded",
+    },
+}
+
+
+@pytest.mark.parametrize("command", REFUSED)
+def test_every_option_is_checked_before_data_is_opened(
+    command, unopened, toy_folder, toy_teacher, toy_run, tmp_path, tmp_path_factory, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_bytes(b"")
+    weights = tmp_path_factory.mktemp("weights") / "t.pt"
+    weights.write_bytes(b"")
+    places = {
+        "OUT.safetensors": tmp_path / "out.safetensors",
+        "DATA": toy_folder,
+        "TEACHER": toy_teacher,
+        "RUN": toy_run,
+        "FILE": tmp_path / "file",
+        "WEIGHTS.pt": weights,
+        "OUT": tmp_path / "out",
+    }
+
+    def words(text):
+        for name, place in places.items():
+            text = text.replace(name, str(place))
+        return text.split()
+
+    for changed, message in REFUSED[command].items():
+        code, printed, err = run(*words(command), *words(changed), capsys=capsys)
+        assert code == 2, (changed, err)
+        assert printed == "", changed
+        assert len(err.splitlines()) == 1, (changed, err)
+        assert message in err, (changed, err)
+        assert [path.name for path in tmp_path.iterdir()] == ["file"], changed
+
+
+def test_a_gpu_that_is_not_there_is_one_line(
+    unopened, toy_folder, toy_teacher, tmp_path, capsys, monkeypatch
+):
+    common = ("--data", toy_folder, "--teacher", toy_teacher, "--ipc", 1, "--out", tmp_path / "out")
+    for gpus, device, message in (
+        (0, "cuda", "torch sees no GPU"),
+        (0, "cuda:7", "torch sees no GPU"),
+        (1, "cuda:7", "torch sees 1 GPU, numbered from 0"),
+        (2, "cuda:2", "torch sees 2 GPUs, numbered from 0"),
+    ):
+        monkeypatch.setattr("torch.cuda.is_available", lambda gpus=gpus: gpus > 0)
+        monkeypatch.setattr("torch.cuda.device_count", lambda gpus=gpus: gpus)
+        code, _, err = run("distill", "rded", *common, "--device", device, capsys=capsys)
+        assert code == 2
+        assert err.startswith(f"ddfast: --device {device} was asked for")
+        assert message in err
+
+
+def test_the_method_is_the_first_word_that_is_no_flags_value(toy_folder, toy_teacher, capsys, tmp_path):
+    words = (
+        "--out",
+        "random",
+        "--crops",
+        0,
+        "--data",
+        toy_folder,
+        "rded",
+        "--teacher",
+        toy_teacher,
+        "--ipc",
+        1,
+    )
+    code, _, err = run("distill", *words, capsys=capsys)
+    assert (code, err) == (2, "ddfast: options of rded: crops must be at least 1, got 0\n")
+
+
+def test_what_is_left_to_do_is_said(toy_folder, toy_teacher, tmp_path, capsys):
+    out = tmp_path / "run"
+    settings = (
+        "--data",
+        toy_folder,
+        "--teacher",
+        toy_teacher,
+        "--ipc",
+        1,
+        "--images-per-class",
+        12,
+        "--out",
+        out,
+    )
+    code, _, err = run("score", "rded", *settings, capsys=capsys)
+    assert code == 0
+    assert (
+        f"next run ddfast select {out} and then ddfast synthesize {out} and then ddfast relabel {out}" in err
+    )
+    assert "1 image " not in err
+    code, _, err = run("relabel", out, capsys=capsys)
+    assert code == 2
+    assert "000000.png is missing: run the synthesize stage first" in err
+    code, _, err = run("distill", "rded", *settings, capsys=capsys)
+    assert code == 2
+    assert "an unfinished run of the same settings; continue it with --resume" in err
+    assert run("distill", "rded", *settings, "--resume", "--quiet", capsys=capsys)[0] == 0
+    code, _, err = run("distill", "rded", *settings, capsys=capsys)
+    assert code == 2
+    assert "a finished run of the same settings: use it, or give another --out to distil anew" in err
+    assert "continue" not in err
+    code, printed, err = run("distill", "rded", *settings, "--resume", capsys=capsys)
+    assert (code, printed) == (0, f"{out}\n")
+    assert err == f"{out} is finished\n"
+    code, _, err = run("select", out, "--ipc", 13, capsys=capsys)
+    assert code == 2
+    assert "images_per_class is 12: distil anew into another folder with more" in err
+    code, _, err = run("select", out, "--ipc", 2, capsys=capsys)
+    assert code == 0
+    assert f"next run ddfast synthesize {out} and then ddfast relabel {out}" in err
+    code, _, err = run(
+        "evaluate", "--distilled", out, "--data", toy_folder, "--arch", "convnet3", capsys=capsys
+    )
+    assert code == 2
+    assert "its IPC is 2 now" in err
+    assert "ddfast synthesize and ddfast relabel" in err
+    code, _, err = run("distill", "rded", *settings, "--resume", capsys=capsys)
+    assert code == 2
+    assert f"ddfast select {out} --ipc 1" in err
+    code, _, err = run("synthesize", out, capsys=capsys)
+    assert code == 0
+    assert f"next run ddfast relabel {out}" in err
+    code, _, err = run("relabel", out, capsys=capsys)
+    assert code == 0
+    assert "next run" not in err
+
+
+def test_an_image_size_that_the_teacher_cannot_read_is_refused(toy_folder, toy_teacher, tmp_path, capsys):
+    settings = ("--data", toy_folder, "--teacher", toy_teacher, "--ipc", 1, "--out", tmp_path / "run")
+    code, _, err = run("distill", "random", *settings, "--image-size", 64, capsys=capsys)
+    assert code == 2
+    assert err == (
+        "ddfast: the teacher convnet3 reads 16 px and cannot read 64 px: leave --image-size out, or train one at "
+        "that size\n"
+    )
+
+
+def test_a_run_whose_teacher_has_moved_or_whose_paths_are_lost(
+    toy_run, toy_teacher, toy_folder, tmp_path, capsys
+):
+    out, moved = tmp_path / "run", tmp_path / "moved.safetensors"
+    shutil.copytree(toy_run, out)
+    shutil.copy(toy_teacher, moved)
+    facts = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps({**facts, "teacher": str(tmp_path / "gone.safetensors")}))
+    code, _, err = run("select", out, capsys=capsys)
+    assert code == 2
+    assert "--teacher says where it is now" in err
+    assert run("select", out, "--teacher", moved, capsys=capsys)[0] == 0
+    (out / "run.json").unlink()
+    code, _, err = run("select", out, capsys=capsys)
+    assert (code, err) == (
+        2,
+        f"ddfast: {out / 'run.json'} is missing or damaged: give --data and --teacher\n",
+    )
+    assert run("select", out, "--teacher", moved, "--data", toy_folder, capsys=capsys)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("distill rded --data DATA --teacher TEACHER --ipc 1 --no-preflight --out NEW", "--resume continues"),
+        (
+            "distill rded --data DATA --teacher TEACHER --ipc 1 --out nowhere/NEW",
+            "nothing has been written yet",
+        ),
+        ("train-teacher --data DATA --arch convnet3 --epochs 1 --out NEW.safetensors", "from its beginning"),
+        ("evaluate --data DATA --distilled RUN --arch convnet3", "nothing has been written"),
+        ("attribute --data DATA --teacher TEACHER --out NEW", "nothing has been written"),
+        ("demo --out NEW", "the same command continues"),
+    ],
+)
+def test_an_interrupted_command_says_what_has_become_of_the_work(
+    words, message, toy_folder, toy_teacher, toy_run, tmp_path, capsys, monkeypatch
+):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("ddfast.progress.Progress.advance", interrupted)
+    monkeypatch.setattr("ddfast.demo.write_shapes", interrupted)
+    if "nowhere" in words:
+        monkeypatch.setattr("ddfast.methods.pipeline._preflight", interrupted)
+    for name, place in {"DATA": toy_folder, "TEACHER": toy_teacher, "RUN": toy_run}.items():
+        words = words.replace(name, str(place))
+    code, _, err = run(*words.split(), "--quiet", capsys=capsys)
+    assert code == 130
+    assert err.startswith("ddfast: interrupted; ")
+    assert message in err
+    assert ("--resume" in err) == ("--resume" in message)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (
+            PermissionError(13, "Permission denied", "/there"),
+            2,
+            "ddfast: cannot read or write /there: permission denied\n",
+        ),
+        (
+            IsADirectoryError(21, "Is a directory", b"/there"),
+            2,
+            "ddfast: cannot read or write /there: is a directory\n",
+        ),
+        (
+            OSError(28, "No space left on device"),
+            2,
+            "ddfast: cannot read or write: no space left on device\n",
+        ),
+        (MemoryError(), 1, "ddfast: out of memory\n"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+            1,
+            "ddfast: out of memory: Default",
+        ),
+    ],
+)
+def test_a_failing_machine_is_one_line(error, code, message, monkeypatch, capsys):
+    def failing():
+        raise error
+
+    monkeypatch.setattr("ddfast.report.environment.describe_environment", failing)
+    found, _, err = run("env", capsys=capsys)
+    assert found == code
+    assert err.startswith(message)
+    assert len(err.splitlines()) == 1
+
+
+def test_an_interruption_with_words_of_its_own_keeps_them(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt("half of it is kept")
+
+    monkeypatch.setattr("ddfast.report.environment.describe_environment", interrupted)
+    assert run("env", capsys=capsys) == (130, "", "ddfast: interrupted; half of it is kept\n")
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, capsys):
+    def failing():
+        raise KeyError("a fault")
+
+    monkeypatch.setattr("ddfast.report.environment.describe_environment", failing)
+    with pytest.raises(KeyError, match="a fault"):
+        run("env", capsys=capsys)
+
+
+def test_a_reader_that_has_gone_is_no_error_message():
+    script = "import sys; from ddfast.cli import main; sys.exit(main(['env']))"
+    writer = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    writer.stdout.close()
+    said = writer.stderr.read()
+    writer.stderr.close()
+    assert (writer.wait(), said) == (1, b"")

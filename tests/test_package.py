@@ -8,7 +8,15 @@ import pytest
 import ddfast
 
 ROOT = Path(__file__).parent.parent
-BOTTOM = ("errors", "progress", "ranks")  # modules below every floor
+BOTTOM = (
+    "arguments",
+    "crowding",
+    "errors",
+    "isolation",
+    "progress",
+    "ranks",
+    "wording",
+)  # modules below every floor
 
 
 def python(code, **kwargs):

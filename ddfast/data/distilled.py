@@ -28,6 +28,8 @@ from ddfast.data.decoding import decode
 from ddfast.data.files import atomic_path, atomic_write_bytes, make_folder
 from ddfast.data.sources import is_image, one_line, shown
 from ddfast.errors import BadImage, UsageError
+from ddfast.isolation import isolated
+from ddfast.wording import plural
 
 FORMAT_VERSION = 1
 """Of the output folder; `DistilledSet` refuses a newer one."""
@@ -286,6 +288,7 @@ class DistilledSet(Dataset[tuple[Any, int, Tensor]]):
         stored: the soft labels as they are in the file.
     """
 
+    @isolated()
     def __init__(self, root: str | Path, transform: Callable[[Any], Any] | None = None) -> None:
         """Open and check a folder; no image is decoded yet.
 
@@ -346,6 +349,8 @@ class DistilledSet(Dataset[tuple[Any, int, Tensor]]):
 
 
 def _read_manifest(root: Path) -> dict[str, Any]:
+    if root.is_file():
+        raise UsageError(f"{root} is a file; wanted the output folder of ddfast distill")
     if not root.is_dir():
         raise UsageError(f"no such folder: {root}; wanted the output folder of ddfast distill")
     path = root / MANIFEST
@@ -358,8 +363,15 @@ def _read_manifest(root: Path) -> dict[str, Any]:
             f"{path} has format version {version}, this ddfast reads up to {FORMAT_VERSION}: update it"
         )
     if manifest.get("complete") is not True:
-        raise UsageError(f"{root} is unfinished: {_FINISH}")
+        raise UsageError(f"{root} is unfinished: {_finish(manifest)}")
     return manifest
+
+
+def _finish(manifest: dict[str, Any]) -> str:
+    """How an unfinished folder is finished; another IPC may have been selected since its distill command."""
+    return (
+        f"{_FINISH} (its IPC is {manifest.get('ipc')} now), or run ddfast synthesize and ddfast relabel on it"
+    )
 
 
 def _read_rows(root: Path, class_names: Sequence[str]) -> list[dict[str, Any]]:
@@ -417,7 +429,7 @@ def _check_images(root: Path, rows: Sequence[dict[str, Any]]) -> None:
             present |= {f"{folder.name}/{entry.name}" for entry in os.scandir(folder) if is_image(entry.name)}
     missing = sorted(set(listed) - present)
     if missing:
-        raise UsageError(f"{root} lacks {len(missing)} images ({shown(missing, 3)}): {_FINISH}")
+        raise UsageError(f"{root} lacks {plural(len(missing), 'image')} ({shown(missing, 3)}): {_FINISH}")
     surplus = sorted(present - set(listed))
     if surplus or len(set(listed)) != len(listed):
         what = (

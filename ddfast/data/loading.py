@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ddfast.data.decoding import decode_fit, pixel_limit
 from ddfast.errors import BadImage, UsageError
+from ddfast.wording import plural
 
 if TYPE_CHECKING:
     from ddfast.data.loaders import Load
@@ -129,7 +130,7 @@ def load_all(
         images = torch.empty(total, 3, size, size, dtype=torch.uint8)
     except RuntimeError as error:
         raise UsageError(
-            f"{total} images of {size}x{size} need {images_bytes / 1e9:.1f} GB, more memory than there is"
+            f"{plural(total, 'image')} of {size}x{size} need {images_bytes / 1e9:.1f} GB, more memory than there is"
         ) from error
     labels = torch.empty(total, dtype=torch.int64)
     bad: list[tuple[Sample, str]] = []

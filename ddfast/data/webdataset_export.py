@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ddfast.arguments import output_file, path_of, whole_number
 from ddfast.data.distilled import DistilledSet
 from ddfast.data.files import atomic_path, atomic_write_text, make_folder
 from ddfast.data.sources import one_line
@@ -48,11 +49,13 @@ def export_webdataset(
         UsageError: no finished set in `root`, a path that is no .tar or holds something already, more shards
             than the number has room for, an image that cannot be read, or no space.
     """
-    if images_per_shard < 1:
-        raise UsageError(f"images per shard must be at least 1, got {images_per_shard}")
+    images_per_shard = whole_number(images_per_shard, "images_per_shard", least=1)
+    out = path_of(out, "out")
+    _shard_paths(str(out), 1)  # its name, before the set is opened
     opened = DistilledSet(root)
     paths = _shard_paths(str(out), max(1, -(-len(opened) // images_per_shard)))
     names = paths[0].parent / "classes.txt"
+    output_file(paths[0])
     standing = [path for path in (*paths, names) if path.exists()]
     if standing:
         raise UsageError(f"{standing[0]} exists already: delete it or choose another path")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ddfast.errors import UsageError
 from ddfast.methods.base import Method
+from ddfast.wording import did_you_mean
 
 __all__ = ["Method", "get_method", "list_methods"]
 
@@ -32,6 +33,7 @@ def get_method(name: str) -> type[Method]:
         UsageError: unknown name; the message lists the known ones.
     """
     registry = _registry()
-    if name not in registry:
-        raise UsageError(f"unknown method {name!r}; known methods: {', '.join(registry)}")
+    if not isinstance(name, str) or name not in registry:
+        near = did_you_mean(name, registry)
+        raise UsageError(f"unknown method {name!r}; known methods: {', '.join(registry)}{near}")
     return registry[name]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,8 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddfast.arguments import one_of, whole_number
 from ddfast.errors import UsageError
 from ddfast.ops._philox import philox4x32
+from ddfast.wording import argument, did_you_mean
 
 if TYPE_CHECKING:
     from ddfast.models import Teacher
@@ -205,6 +208,29 @@ class Table:
         return dict(zip(names.tolist(), np.split(order, starts[1:]), strict=True)) if len(names) else {}
 
 
+def _as_default(value: Any, default: Any, name: str) -> Any:
+    """An option's value as the type of its default: numbers may be NumPy's, or text.
+
+    Raises:
+        UsageError: it cannot be one, or is not finite.
+    """
+    if isinstance(default, bool):
+        if isinstance(value, (bool, np.bool_)):
+            return bool(value)
+        raise UsageError(f"{argument(name)} must be true or false, got {value!r}")
+    if isinstance(default, int):
+        return whole_number(value, name)
+    if isinstance(default, float):
+        try:
+            found = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
+            found = math.nan
+        if not math.isfinite(found):
+            raise UsageError(f"{argument(name)} must be a finite number, got {value!r}")
+        return found
+    return value
+
+
 class Method(ABC):
     """Base of every method: a name, a dataclass of options, a scoring rule and a ranking rule."""
 
@@ -260,21 +286,35 @@ class Method(ABC):
         """
         if preset is not None and preset not in cls.presets:
             known = ", ".join(sorted(cls.presets)) or "none"
-            raise UsageError(f"method {cls.name} has no preset {preset!r}; its presets: {known}")
+            near = did_you_mean(preset, cls.presets)
+            raise UsageError(f"method {cls.name} has no preset {preset!r}; its presets: {known}{near}")
         fields = {field.name: field for field in dataclasses.fields(cls.Options)}
         for name in given:
             if name not in fields:
                 valid = ", ".join(fields) or "none"
-                raise UsageError(f"method {cls.name} has no option {name!r}; its options: {valid}")
+                near = did_you_mean(name, fields)
+                raise UsageError(f"method {cls.name} has no option {name!r}; its options: {valid}{near}")
         values = {**(cls.presets[preset] if preset else {}), **given}
         for name, value in values.items():
             choices = fields[name].metadata.get("choices")
-            if choices is not None and value not in choices:
-                raise UsageError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+            if choices is not None:
+                one_of(value, name, choices)
+            else:
+                values[name] = _as_default(value, fields[name].default, name)
         try:
             return cls(cls.Options(**values))
         except (TypeError, ValueError) as error:
             raise UsageError(f"options of {cls.name}: {error}") from error
+
+    def check(self, image_size: int | None) -> None:  # noqa: B027 - most methods have nothing to refuse here
+        """Refuse options that no run could use, before anything is read.
+
+        Args:
+            image_size: side of the images in pixels; None where it is not known yet.
+
+        Raises:
+            UsageError: what is wrong, and what would be right.
+        """
 
     def options_of_stage(self, stage: str) -> dict[str, Any]:
         """Option values that decide `stage` ("score" or "select")."""

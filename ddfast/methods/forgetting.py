@@ -33,10 +33,11 @@ from ddfast.methods.base import (
     whole_images,
 )
 from ddfast.models import Teacher
-from ddfast.models.registry import create_model
+from ddfast.models.registry import check_model, create_model
 from ddfast.ops.precision import autocast
 from ddfast.training.augmentation import normalize, random_crop_flip
 from ddfast.training.seeding import generator, seeded
+from ddfast.wording import argument
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,11 @@ class Forgetting(Method):
     Options = ForgettingOptions
     options: Any
     prepares = True
+
+    def check(self, image_size: int | None) -> None:
+        """Refuse an architecture that there is not."""
+        if self.options.arch != "teacher":
+            check_model(self.options.arch, image_size, what=f"{argument('arch')} of forgetting: ")
 
     def prepare(self, pool: Pool, context: Context, checkpoint: Checkpoint) -> Tensor:
         """Train on the pool and count. An image that was never read correctly gets the number of epochs, which no
@@ -198,4 +204,4 @@ def _new_network(arch: str, teacher: Teacher, classes: int, context: Context) ->
         with seeded(context.seed, "forgetting weights"):
             return create_model(name, classes, context.image_size, **settings)
     except ValueError as error:
-        raise UsageError(f"--arch of forgetting: {error}") from error
+        raise UsageError(f"{argument('arch')} of forgetting: {error}") from error

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from ddfast.attribution import list_estimators
+from ddfast.errors import UsageError
 from ddfast.methods.base import Batch, Candidates, Context, Method, Table, drawn, option, stream
 from ddfast.methods.scoring import judge
 from ddfast.ops.transfer import to_device
+from ddfast.wording import argument
 
 if TYPE_CHECKING:
     from ddfast.attribution import CropRule
@@ -157,6 +159,20 @@ class InfoUtil(Method):
             name: str(value) for name, value in values.items() if getattr(self.options, name) == "auto"
         }
         return InfoUtil(dataclasses.replace(self.options, **automatic))
+
+    def check(self, image_size: int | None) -> None:
+        """Refuse a grid finer than the pixels, and a number of samples too small for the estimator."""
+        from ddfast.attribution.estimators import make_plan
+
+        grid = self.options.grid
+        if image_size is not None and grid > image_size:
+            raise UsageError(f"{argument('grid')} must be at most the image size {image_size}, got {grid}")
+        if self.options.attribution == "shapley":
+            options = self.resolved(1).options
+            try:
+                make_plan(options.estimator, (grid, grid), options.n_samples, 0)
+            except ValueError as error:
+                raise UsageError(f"options of {self.name}: {error}") from error
 
     def score(self, batch: Batch, context: Context) -> Candidates:
         """Both stages' measurements of one micro-batch: attribution, crops, gradient norms (Algorithm 1)."""

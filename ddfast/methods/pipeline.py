@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddfast.arguments import one_of, output_folder, path_of, whole_number
+from ddfast.crowding import Neighbours, warn_of_crowding
 from ddfast.data.decoding import MAX_PIXELS, decode
 from ddfast.data.distilled import (
     SOFT_LABELS,
@@ -42,7 +45,7 @@ from ddfast.data.label_parts import (
     largest_probabilities,
     write_label_part,
 )
-from ddfast.data.loaders import resolve_loader
+from ddfast.data.loaders import LOADERS, resolve_loader
 from ddfast.data.samples import Sample
 from ddfast.data.sources import open_source, reasons_in_words
 from ddfast.data.table import (
@@ -62,8 +65,11 @@ from ddfast.methods.run import (
     LABEL_TEMPERATURE,
     RUN,
     Run,
+    TeacherChoice,
+    check_folder,
     check_machine,
     check_teacher,
+    check_teacher_choice,
     checked_device,
     command_line,
     decoding_workers,
@@ -83,13 +89,16 @@ from ddfast.methods.run import (
 )
 from ddfast.methods.selection import SELECTION, iter_selection, write_selection
 from ddfast.models import Teacher, load_teacher
+from ddfast.models.class_order import read_class_order
 from ddfast.models.teacher import checked_logits, is_named, with_class_order, with_outputs_in
 from ddfast.ops import crop_resize
 from ddfast.ops.precision import PRECISIONS
+from ddfast.ops.transfer import Arriving, to_device
 from ddfast.progress import Progress, say
 from ddfast.ranks import join, usable_cores
-from ddfast.training.preflight import chance_hits as _chance_hits  # noqa: F401, its old place
 from ddfast.training.preflight import check_reading, drawn_places, images_to_try, read_images, try_teacher
+from ddfast.unchanged import unchanged
+from ddfast.wording import argument, is_argument, plural, setting
 
 ClassOrder = str | Path | Sequence[str] | Mapping[Any, Any]
 
@@ -108,10 +117,10 @@ def open_run(
     method: str,
     *,
     data: str | Path,
-    teacher: str | Path | Teacher,
+    teacher: TeacherChoice,
     ipc: int,
     out: str | Path,
-    label_teacher: str | Path | Teacher | None,
+    label_teacher: TeacherChoice | None,
     seed: int,
     images_per_class: int,
     factor: str | int,
@@ -138,42 +147,78 @@ def open_run(
     Of several processes rank 0 claims the folder, and the others see that it is the same one and the same data.
     """
     ranks = join()
-    out = Path(out)
+    folder = Path()
+    neighbours = Neighbours()
 
     def check_settings() -> None:
-        get_method(method).from_options(options, preset)
-        if ipc < 1:
-            raise UsageError(f"--ipc must be at least 1, got {ipc}")
-        if images_per_class < 1:
-            raise UsageError(f"--images-per-class must be at least 1, got {images_per_class}")
-        if not 0 <= seed < 2**63:
-            raise UsageError(f"--seed must be in [0, 2^63), got {seed}")
-        if image_format not in ("png", "jpeg"):
-            raise UsageError(f"--format must be png or jpeg, got {image_format!r}")
-        if precision not in PRECISIONS:
-            raise UsageError(f"--precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-        if out.exists() and not out.is_dir():
-            raise UsageError(f"{out} is a file; --out must be a folder")
+        nonlocal data, folder, ipc, seed, images_per_class, image_size, scores
+        get_method(method).from_options(options, preset).check(None)
+        ipc = whole_number(ipc, "ipc", least=1)
+        seed = whole_number(seed, "seed", least=0, most=2**63 - 1)
+        images_per_class = whole_number(images_per_class, "images_per_class", least=1)
+        if image_size is not None:
+            image_size = whole_number(image_size, "image_size", least=1)
+        one_of(str(factor), "factor", ("auto", "1", "2"))
+        one_of(image_format, "image_format", ("png", "jpeg"))
+        one_of(precision, "precision", PRECISIONS)
+        if one_of(loader, "loader", LOADERS) != "auto":
+            resolve_loader(loader, rank_device(device, ranks))
+        threads_of(threads, rank_device(device, ranks))
+        top_k_of(label_top_k, 1)
+        images_in_flight(batch_size)
+        decoding_workers(workers, ranks)
+        folder = output_folder(out)
+        check_folder(folder)
+        if not isinstance(data, str):
+            data = path_of(data, "data")
+        if scores is not None:
+            scores = path_of(scores, "scores")
+            if read_plan(scores) is None:
+                raise UsageError(f"{argument('scores')} {scores} holds no ddfast run")
+        for given, role in ((teacher, "teacher"), (label_teacher, "label_teacher")):
+            if given is not None or role == "teacher":
+                check_teacher_choice(given, role)
+        for order in (class_order, label_class_order):
+            if order is not None:
+                read_class_order(order)
+        if label_class_order is not None and label_teacher is None:
+            raise UsageError(
+                f"{argument('label_class_order')} describes a label teacher: give {argument('label_teacher')} as well"
+            )
 
     def plan_run() -> Run:
         names = source.class_names
         main = _teacher(teacher, names, class_order)
         order = label_class_order
-        if order is None and label_teacher is not None and not is_named(label_teacher):
+        if (
+            order is None
+            and label_teacher is not None
+            and not callable(label_teacher)
+            and not is_named(label_teacher)
+        ):
             order = class_order  # an early checkpoint of the same training
         same = label_teacher is None or (label_teacher is teacher and label_class_order is None)
         labels = main if same or label_teacher is None else _teacher(label_teacher, names, order)
         for held, role in ((main, "teacher"), (labels, "label teacher")):
             check_teacher(held, source, role=role)
         if (labels.image_size, labels.mean, labels.std) != (main.image_size, main.mean, main.std):
-            raise UsageError("the label teacher must share the teacher's image size and normalisation")
+            raise UsageError(
+                "the label teacher must share the teacher's image size and normalisation: "
+                f"{_reads(labels)}, the teacher {_reads(main)}"
+            )
         size = image_size or main.image_size
         tiles_per_side = (1 if size <= 64 else 2) if factor == "auto" else int(factor)
         if tiles_per_side not in (1, 2) or size % tiles_per_side:
-            raise UsageError(f"--factor must be auto, 1 or 2 and divide the image size {size}, got {factor}")
+            raise UsageError(
+                f"{argument('factor')} must be auto, 1 or 2 and divide the image size {size}, got {factor}"
+            )
         chosen = get_method(method).from_options(options, preset).resolved(tiles_per_side)
+        chosen.check(size)
+        if size != main.image_size:
+            _check_reads(main, size)
+            _check_reads(labels, size)
         found_device = rank_device(device, ranks)
-        before = read_plan(out)
+        before = read_plan(folder)
         name = before["arithmetic"]["loader"] if before is not None and loader == "auto" else loader
         found_loader = resolve_loader(name, found_device)
         plan = make_plan(
@@ -196,7 +241,7 @@ def open_run(
             max_pixels=pixel_limit_of(before),
         )
         return Run(
-            out=out,
+            out=folder,
             plan=plan,
             source=source,
             teacher=main,
@@ -214,7 +259,7 @@ def open_run(
                 "data": str(data),
                 "teacher": main.path,
                 "label_teacher": None if label_teacher is None else labels.path,
-                "seconds": _earlier_seconds(out),
+                "seconds": _earlier_seconds(folder),
                 "ranks": ranks.size,
             },
         )
@@ -228,8 +273,25 @@ def open_run(
     say(f"loader: {run.loader.name} ({run.loader.reason})", quiet=run.quiet or run.complete)
     for note in source.notes():
         say(note, quiet=run.quiet or run.complete)
-    _warn_of_crowding(run)
+    _warn_of_crowding(run, neighbours)
     return run
+
+
+def _check_reads(teacher: Teacher, size: int) -> None:
+    """Refuse an image size that the teacher's network cannot take, by one black image."""
+    try:
+        with torch.no_grad():
+            teacher.model(torch.zeros(1, 3, size, size))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise UsageError(
+            f"the teacher {teacher.arch} reads {teacher.image_size} px and cannot read {size} px: leave "
+            f"{argument('image_size')} out, or train one at that size"
+        ) from error
+
+
+def _reads(teacher: Teacher) -> str:
+    numbers = (", ".join(f"{value:g}" for value in values) for values in (teacher.mean, teacher.std))
+    return "reads {} px with mean {} and deviation {}".format(teacher.image_size, *numbers)
 
 
 def _claim(run: Run, scores: str | Path | None, resume: bool, preflight: bool, threads: str | int) -> None:
@@ -244,7 +306,8 @@ def _claim(run: Run, scores: str | Path | None, resume: bool, preflight: bool, t
             _preflight(run)
     elif threads != "auto" and held["arithmetic"]["threads"] != wanted["arithmetic"]["threads"]:
         raise UsageError(
-            f"{run.out} was started with --threads {held['arithmetic']['threads']}, which decides its last bits: "
+            f"{run.out} was started with {setting('threads', held['arithmetic']['threads'])}, "
+            "which decides its last bits: "
             "resume it with that number or without the option"
         )
     shared = _shared_scores(Path(scores), wanted) if scores is not None else None
@@ -264,7 +327,7 @@ def _follow(run: Run, device: str) -> None:
     if held is None:
         raise UsageError(
             f"rank {run.ranks.rank} does not see the manifest that rank 0 wrote to {run.out}: "
-            "--out must be one folder for all ranks"
+            f"{argument('out')} must be one folder for all ranks"
         )
     difference = first_difference(held, run.plan)
     if difference is not None:
@@ -276,21 +339,28 @@ def _follow(run: Run, device: str) -> None:
     checked_device(held, device, run.ranks)
 
 
-def _warn_of_crowding(run: Run) -> None:
+def _warn_of_crowding(run: Run, neighbours: Neighbours) -> None:
+    """Say in a line where threads will wait for cores: for each other's, or for those of other programs."""
     threads, ranks, cores = run.plan["arithmetic"]["threads"], run.ranks.local_size, usable_cores()
     fitting = max(1, cores // ranks)
-    if run.device.type == "cpu" and ranks > 1 and threads > fitting:
+    if run.device.type != "cpu" or run.quiet or run.complete:
+        return
+    if ranks > 1 and threads > fitting:
         say(
-            f"{ranks} ranks of {threads} threads share {cores} cores: a new run would be faster with "
-            f"--threads {fitting}",
-            quiet=run.quiet,
+            f"{plural(ranks, 'rank')} of {plural(threads, 'thread')} share {plural(cores, 'core')}: "
+            f"a new run would be faster with {setting('threads', fitting)}"
         )
+    elif ranks == 1:
+        warn_of_crowding(neighbours, threads, lambda free: setting("threads", free))
 
 
-def _teacher(
-    given: str | Path | Teacher, class_names: Sequence[str], class_order: ClassOrder | None
-) -> Teacher:
-    """A teacher of this run's own, in eval mode, its outputs in the order of the data where their order was said."""
+def _teacher(given: TeacherChoice, class_names: Sequence[str], class_order: ClassOrder | None) -> Teacher:
+    """A teacher of this run's own, its outputs in the order of the data where their order was said.
+
+    Its model is a copy where the caller holds it: a run moves it and sets its mode and layout.
+    """
+    if callable(given):
+        given = given()
     if not isinstance(given, Teacher):
         names = None if class_order is None else class_names
         return load_teacher(str(given), class_order=class_order, class_names=names)
@@ -314,8 +384,8 @@ def _check_counts(run: Run) -> None:
     needed, most = run.needed, run.plan["images_per_class"]
     if needed > most:
         raise UsageError(
-            f"IPC {run.plan['ipc']} x {run.plan['tiles']} tiles needs {needed} images a class, "
-            f"--images-per-class is {most}: raise it"
+            f"{_ipc_and_tiles(run)} needs {plural(needed, 'image')} a class, {argument('images_per_class')} is {most}: "
+            + ("raise it" if is_argument("images_per_class") else "distil anew into another folder with more")
         )
     pool = run.pool()
     labels = run.source.samples.labels[pool]
@@ -334,9 +404,13 @@ def _check_counts(run: Run) -> None:
         loaded.close()
         if usable < needed:
             raise UsageError(
-                f"class {run.source.class_names[label]!r} has {usable} usable images, "
-                f"IPC {run.plan['ipc']} x {run.plan['tiles']} tiles needs {needed}{reasons_in_words(reasons)}"
+                f"class {run.source.class_names[label]!r} has {plural(usable, 'usable image')}, "
+                f"{_ipc_and_tiles(run)} needs {needed}{reasons_in_words(reasons)}"
             )
+
+
+def _ipc_and_tiles(run: Run) -> str:
+    return f"IPC {run.plan['ipc']} x {plural(run.plan['tiles'], 'tile')}"
 
 
 def _samples(run: Run, places: Iterable[int]) -> Iterator[Sample]:
@@ -362,9 +436,8 @@ def _preflight(run: Run) -> None:
             read_images(found, labels, len(names)),
             names,
             role=role,
-            what="training images",
+            what="training image",
             top1=teacher.top1,
-            way_out=" (--no-preflight goes on regardless)",
             quiet=run.quiet,
         )
 
@@ -429,9 +502,17 @@ def score(run: Run) -> None:
         wished = (sample for shard in shards for sample in _samples(run, shard))
         loaded = _Awaited(run.load(wished, on_device=True))
         label = "score" if run.ranks.size == 1 else f"score, rank 0 of {run.ranks.size}"
-        with Progress(label, sources, "images", done=sources - wanted, quiet=run.quiet) as progress:
-            for index, shard in zip(missing, shards, strict=True):
-                _score_shard(run, index, len(shard), loaded, progress, digest)
+        progress = Progress(label, sources, "images", done=sources - wanted, quiet=run.quiet)
+        with progress, unchanged(run.teacher.model, run.label_teacher.model):
+            _score_shards(
+                run,
+                [
+                    _Shard(run, index, len(shard), digest)
+                    for index, shard in zip(missing, shards, strict=True)
+                ],
+                loaded,
+                progress,
+            )
         _note_rate(run, wanted, time.monotonic() - started, loaded.seconds, time.process_time() - processor)
     run.ranks.meet("score")
     clock(run, "score", started)
@@ -482,34 +563,85 @@ def _note_rate(run: Run, sources: int, seconds: float, waited: float, processor:
     }
 
 
-def _score_shard(
+class _Shard:
+    """A shard of the score table on its way to the disk, where it goes with its last micro-batch."""
+
+    def __init__(self, run: Run, index: int, sources: int, digest: str) -> None:
+        self.sources = sources
+        self._path, self._facts = part_path(run.out / SCORES, index), {"shard": index, "scores": digest}
+        self._columns: dict[str, list[Any]] = {}
+        self._bad: list[dict[str, str]] = []
+        self._left = sources
+
+    def add(self, pairs: list[tuple[Sample, Tensor | BadImage]], candidates: Candidates | None) -> None:
+        """The rows of its next micro-batch, on the host; files that could not be read stand in the footer."""
+        self._bad += [
+            {"path": s.key, "reason": str(image)} for s, image in pairs if isinstance(image, BadImage)
+        ]
+        if candidates is not None:
+            if candidates.damaged is not None and int(candidates.damaged):
+                raise UsageError(
+                    "the teacher returns NaN or infinity for real images: its weights are damaged, train it again"
+                )
+            good = [i for i, (_, image) in enumerate(pairs) if not isinstance(image, BadImage)]
+            _append_rows(self._columns, [pairs[i][0] for i in good], good, candidates)
+        self._left -= len(pairs)
+        if not self._left:
+            self._commit()
+
+    def _commit(self) -> None:
+        rows = {name: np.concatenate(parts) for name, parts in self._columns.items()}
+        width = rows["features"].shape[1] if "features" in rows else 0
+        table = make_table(rows, score_schema(width)) if rows else SCORE_SCHEMA.empty_table()
+        write_table(self._path, table, {**self._facts, "quarantined": self._bad})
+
+
+def _score_shards(
     run: Run,
-    index: int,
-    sources: int,
+    shards: Iterable[_Shard],
     loaded: Iterator[tuple[Sample, Tensor | BadImage]],
     progress: Progress,
-    digest: str,
 ) -> None:
-    """Score the next `sources` loaded images and commit them as one shard, quarantined files in its footer."""
+    """Score loaded images, micro-batch by micro-batch.
+
+    On a GPU the rows of a micro-batch are read when the next one is under way, so that the device never waits for the
+    host to ask.
+    """
     micro_batch = run.plan["arithmetic"]["micro_batch"]
-    columns: dict[str, list[Any]] = {}
-    bad: list[dict[str, str]] = []
-    for first in range(0, sources, micro_batch):
-        pairs = [next(loaded) for _ in range(min(micro_batch, sources - first))]
-        bad += [{"path": s.key, "reason": str(image)} for s, image in pairs if isinstance(image, BadImage)]
-        good = [i for i, (_, image) in enumerate(pairs) if not isinstance(image, BadImage)]
-        if good:
-            try:
-                candidates = run.method.score(_micro_batch(run, pairs, micro_batch), run.context)
-            except ValueError as error:
-                raise UsageError(f"cannot score with this teacher: {error}") from error
-            _append_rows(columns, [pairs[i][0] for i in good], good, candidates)
-        progress.advance(len(pairs))
-    rows = {name: np.concatenate(parts) for name, parts in columns.items()}
-    width = rows["features"].shape[1] if "features" in rows else 0
-    table = make_table(rows, score_schema(width)) if rows else SCORE_SCHEMA.empty_table()
-    facts = {"shard": index, "scores": digest, "quarantined": bad}
-    write_table(part_path(run.out / SCORES, index), table, facts)
+    late = 0 if run.device.type == "cpu" else 1
+    waiting: deque[tuple[_Shard, list[tuple[Sample, Tensor | BadImage]], _Rows | None]] = deque()
+
+    def settle(most: int) -> None:
+        while len(waiting) > most:
+            shard, pairs, rows = waiting.popleft()
+            shard.add(pairs, None if rows is None else rows.wait())
+            progress.advance(len(pairs))
+
+    for shard in shards:
+        for first in range(0, shard.sources, micro_batch):
+            pairs = [next(loaded) for _ in range(min(micro_batch, shard.sources - first))]
+            rows = None
+            if any(not isinstance(image, BadImage) for _, image in pairs):
+                try:
+                    rows = _Rows(run.method.score(_micro_batch(run, pairs, micro_batch), run.context))
+                except ValueError as error:
+                    raise UsageError(f"cannot score with this teacher: {error}") from error
+            waiting.append((shard, pairs, rows))
+            settle(late)
+    settle(0)
+
+
+class _Rows:
+    """Candidates on their way to the host."""
+
+    def __init__(self, candidates: Candidates) -> None:
+        held = {field.name: getattr(candidates, field.name) for field in dataclasses.fields(candidates)}
+        self._names = [name for name, value in held.items() if value is not None]
+        self._arriving = Arriving([held[name] for name in self._names])
+
+    def wait(self) -> Candidates:
+        """The candidates, their tensors on the host."""
+        return Candidates(**dict(zip(self._names, self._arriving.wait(), strict=True)))
 
 
 def _micro_batch(run: Run, pairs: list[tuple[Sample, Tensor | BadImage]], size: int) -> Batch:
@@ -522,13 +654,13 @@ def _micro_batch(run: Run, pairs: list[tuple[Sample, Tensor | BadImage]], size: 
         if not isinstance(image, BadImage):
             images[i], labels[i], ids[i] = image, sample.label, sample.id
     # One copy where the images lie, and none to the device where that is there.
-    return Batch(torch.stack(images).to(run.device), labels.to(run.device), ids.to(run.device))
+    return Batch(to_device(torch.stack(images), run.device), labels, ids)
 
 
 def _append_rows(
     columns: dict[str, list[Any]], samples: list[Sample], places: list[int], candidates: Candidates
 ) -> None:
-    boxes = candidates.boxes.cpu().numpy()[places]
+    boxes = candidates.boxes.numpy()[places]
     crops = boxes.shape[1]
     rows: dict[str, np.ndarray] = {
         "sample_id": np.repeat(np.array([s.id for s in samples], dtype=np.int64), crops),
@@ -540,11 +672,11 @@ def _append_rows(
     for name in ("score", "grad_norm", "loss", "correct"):
         values = getattr(candidates, name)
         if values is not None:
-            rows[name] = values.cpu().numpy()[places].reshape(-1)
+            rows[name] = values.numpy()[places].reshape(-1)
     if candidates.phi is not None:
-        rows["phi"] = np.repeat(candidates.phi.float().cpu().numpy()[places], crops, axis=0)
+        rows["phi"] = np.repeat(candidates.phi.float().numpy()[places], crops, axis=0)
     if candidates.features is not None:
-        rows["features"] = np.repeat(candidates.features.cpu().numpy()[places], crops, axis=0)
+        rows["features"] = np.repeat(candidates.features.numpy()[places], crops, axis=0)
     for name, values in rows.items():
         columns.setdefault(name, []).append(values)
 
@@ -559,12 +691,15 @@ def _shared_scores(folder: Path, plan: dict[str, Any]) -> Path:
     """Check that the score table of another run is the one this plan would compute."""
     held = read_plan(folder)
     if held is None:
-        raise UsageError(f"--scores {folder} holds no ddfast run")
-    if score_identity(held) != score_identity(plan):
-        raise UsageError(f"--scores {folder} was scored with other settings, data or teacher")
-    check_machine(held["arithmetic"], plan["arithmetic"], f"--scores {folder}")
+        raise UsageError(f"{argument('scores')} {folder} holds no ddfast run")
+    difference = first_difference(score_identity(held), score_identity(plan), settled=())
+    if difference is not None:
+        raise UsageError(
+            f"{argument('scores')} {folder} was scored with other settings, data or teacher ({difference})"
+        )
+    check_machine(held["arithmetic"], plan["arithmetic"], f"{argument('scores')} {folder}")
     if not (folder / SELECTION).is_file():
-        raise UsageError(f"--scores {folder} is not scored to its end")
+        raise UsageError(f"{argument('scores')} {folder} is not scored to its end: finish that run first")
     return folder
 
 
@@ -601,10 +736,9 @@ def change_ipc(run: Run, ipc: int) -> None:
     Raises:
         UsageError: the pool is too small for it, or that folder exists; the run stays as it was.
     """
+    ipc = whole_number(ipc, "ipc", least=1)
     if ipc == run.plan["ipc"]:
         return
-    if ipc < 1:
-        raise UsageError(f"--ipc must be at least 1, got {ipc}")
     held = json.loads(json.dumps(run.plan))
     run.plan["ipc"] = ipc
     run.plan.update(complete=False, counts=None, quarantined=None)
@@ -843,10 +977,14 @@ def _label_part(run: Run, path: Path, names: list[Path], progress: Progress) -> 
 
 
 def _written_image(path: Path) -> Tensor:
+    if not path.is_file():
+        raise UsageError(f"{path} is missing: run the synthesize stage first")
     try:
         return decode(path.read_bytes(), max_pixels=MAX_PIXELS)
     except (OSError, BadImage) as error:
-        raise UsageError(f"{path} cannot be read ({error}): delete it and resume") from error
+        raise UsageError(
+            f"{path} cannot be read ({error}): delete it and run the synthesize stage again"
+        ) from error
 
 
 def _tiles(images: Tensor, factor: int) -> Tensor:

@@ -13,8 +13,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 
 from ddfast import __version__
+from ddfast.arguments import path_of, whole_number, whole_number_or
 from ddfast.data.decoding import pixel_limit
 from ddfast.data.distilled import FORMAT_VERSION, MANIFEST
 from ddfast.data.files import atomic_write_text, make_folder, sweep_temporary
@@ -34,13 +34,16 @@ from ddfast.errors import UsageError
 from ddfast.methods import get_method
 from ddfast.methods.base import Context, Method, Prepared, stream
 from ddfast.models import Teacher, load_teacher
-from ddfast.models.teacher import is_state_dict
+from ddfast.models.teacher import is_named
 from ddfast.ops._dispatch import cpu_body, triton_status
 from ddfast.ops._philox import philox4x32
 from ddfast.ops.precision import compute_dtype, cpu_instructions, cpu_multiplies_bfloat16, tf32
 from ddfast.ranks import Ranks, join, usable_cores
 from ddfast.training.device import resolve_device
+from ddfast.wording import argument, on_command_line, plural, setting
 
+TeacherChoice = str | Path | Teacher | Callable[[], Teacher]
+"""A teacher by its file or name, a loaded one, or what loads it once the settings are checked."""
 RUN = "run.json"
 LABEL_TEMPERATURE = 20.0
 SHARD_SOURCES = 256  # sources in one score shard, the unit of commit and of work for a rank
@@ -54,6 +57,7 @@ _ARITHMETIC = {
 }
 # Of the arithmetic, what the machine decides; manifests of earlier versions do not have it.
 _MACHINE = ("instructions", "ops", "tf32")
+_SETTLED = ("threads", "compute_dtype", *_MACHINE)
 _MOST_THREADS = {"cpu": 16, "cuda": 4}  # of a process by default; a GPU's process has little to do on the CPU
 _MOST_FULL_LABELS = 2048  # classes up to which a soft label is stored whole by default
 _LABEL_TOP_K = 256  # probabilities stored of a soft label above that
@@ -302,16 +306,6 @@ def _forward_batch(image_size: int, device: torch.device) -> int:
     return 128 if image_size <= 64 else 32
 
 
-@contextmanager
-def threads_put_back() -> Iterator[None]:
-    """Give the process its number of threads back: a run fixes its own, and its caller goes on afterwards."""
-    before = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def threads_of(given: str | int, device: torch.device) -> int:
     """Threads of one process.
 
@@ -322,15 +316,14 @@ def threads_of(given: str | int, device: torch.device) -> int:
     Raises:
         UsageError: neither `auto` nor a positive number.
     """
-    if given == "auto":
-        given = os.environ.get("DDFAST_THREADS") or min(usable_cores(), _MOST_THREADS.get(device.type, 4))
-    try:
-        count = int(given)
-    except ValueError:
-        count = 0
-    if count < 1:
-        raise UsageError(f"--threads must be auto or a positive number, got {given}")
-    return count
+    if given != "auto":
+        return int(whole_number_or(given, "threads", ("auto",)))
+    said = os.environ.get("DDFAST_THREADS")
+    if not said:
+        return min(usable_cores(), _MOST_THREADS.get(device.type, 4))
+    if not said.isdecimal() or int(said) < 1:
+        raise UsageError(f"DDFAST_THREADS must be a positive number, got {said!r}")
+    return int(said)
 
 
 def pixel_limit_of(held: dict[str, Any] | None) -> int:
@@ -361,12 +354,7 @@ def top_k_of(given: str | int, classes: int) -> int | None:
         return None if classes <= _MOST_FULL_LABELS else _LABEL_TOP_K
     if given == "all":
         return None
-    try:
-        count = int(given)
-    except ValueError:
-        count = 0
-    if count < 1:
-        raise UsageError(f"--label-top-k must be auto, all or a positive number, got {given}")
+    count = int(whole_number_or(given, "label_top_k", ("auto", "all")))
     return None if count >= classes else count
 
 
@@ -401,23 +389,29 @@ def start(out: Path, plan: dict[str, Any], resume: bool) -> dict[str, Any]:
         UsageError: the folder holds something else, a different run, or this run without `resume`.
     """
     if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file; --out must be a folder")
+        raise UsageError(f"{out} is a file; {argument('out')} must be a folder")
     held = read_plan(out)
     if held is None:
-        foreign = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else []
-        if foreign and not all(name.startswith(".") and ".tmp-" in name for name in foreign):
-            raise UsageError(f"{out} is not empty and holds no ddfast run; choose another folder")
+        check_folder(out)
         make_folder(out)
         sweep_temporary(out)
         return _noted(plan)
     difference = first_difference(held, plan)
     if difference is not None:
+        again = ""
+        if difference.startswith("ipc:"):
+            again = f", or select again from its scores: {_select_again(out, plan['ipc'])}"
         raise UsageError(
-            f"{out} already holds a different run ({difference}); choose another folder or delete it"
+            f"{out} already holds a different run ({difference}); choose another folder or delete it{again}"
         )
     if not resume:
-        state = "a finished run" if held["complete"] else "an unfinished run"
-        raise UsageError(f"{out} already holds {state} of the same settings; continue it with --resume")
+        go_on = setting("resume", True)
+        raise UsageError(
+            f"{out} already holds a finished run of the same settings: use it, or give another "
+            f"{argument('out')} to distil anew ({go_on} leaves it as it is)"
+            if held["complete"]
+            else f"{out} already holds an unfinished run of the same settings; continue it with {go_on}"
+        )
     if not held["complete"]:
         check_machine(held["arithmetic"], plan["arithmetic"], f"the run in {out}")
     sweep_temporary(out)
@@ -427,6 +421,24 @@ def start(out: Path, plan: dict[str, Any], resume: bool) -> dict[str, Any]:
 def _noted(plan: dict[str, Any]) -> dict[str, Any]:
     """The plan, which says whether machines of different arithmetic were let in."""
     return {**plan, "mixed_machines": True} if mixes_machines() and not plan["complete"] else plan
+
+
+def check_folder(out: Path) -> None:
+    """Refuse a folder that holds something else than a run; what a killed start left does not count.
+
+    Raises:
+        UsageError: it does, or its manifest is damaged.
+    """
+    if read_plan(out) is not None or not out.is_dir():
+        return
+    if any(not (entry.name.startswith(".") and ".tmp-" in entry.name) for entry in out.iterdir()):
+        raise UsageError(f"{out} is not empty and holds no ddfast run; choose another folder")
+
+
+def _select_again(out: Path, ipc: int) -> str:
+    if on_command_line():
+        return f"ddfast select {out} --ipc {ipc}"
+    return f"ddfast.methods.pipeline.change_ipc(run, {ipc})"
 
 
 def read_plan(out: Path) -> dict[str, Any] | None:
@@ -458,13 +470,14 @@ def _is_arithmetic(plan: dict[str, Any]) -> bool:
     )
 
 
-def first_difference(held: dict[str, Any], wanted: dict[str, Any]) -> str | None:
+def first_difference(
+    held: dict[str, Any], wanted: dict[str, Any], *, settled: Sequence[str] = _SETTLED
+) -> str | None:
     """The first setting in which two plans differ, in words.
 
     Results do not count, nor what of the arithmetic is settled when a run starts (the threads, the dtype that
-    `auto` is) or is `check_machine`'s to say.
+    `auto` is) or is `check_machine`'s to say: `settled`.
     """
-    settled = ("threads", "compute_dtype", *_MACHINE)
 
     def walk(a: Any, b: Any, place: str) -> str | None:
         if isinstance(a, dict) and isinstance(b, dict):
@@ -519,14 +532,33 @@ def check_teacher(teacher: Teacher, source: Source, *, role: str = "teacher") ->
     theirs, ours = list(teacher.class_names), list(source.class_names)
     if len(theirs) != len(ours):
         raise UsageError(
-            f"the {role} knows {len(theirs)} classes, {source.name} has {len(ours)}: give its own teacher"
+            f"the {role} knows {plural(len(theirs), 'class')}, {source.name} has {len(ours)}: give its own teacher"
         )
     for index, (a, b) in enumerate(zip(theirs, ours, strict=True)):
         if a != b:
             raise UsageError(
                 f"the {role}'s class {index} is {a!r}, that of {source.name} is {b!r}: the class order must match, or "
-                "be said with --class-order (class_order=)"
+                f"be said with {argument('class_order' if role == 'teacher' else 'label_class_order')}"
             )
+
+
+def check_teacher_choice(given: TeacherChoice | None, role: str) -> None:
+    """Refuse what cannot be a teacher, a file that is not there among it; nothing is read yet."""
+    if isinstance(given, torch.nn.Module):
+        raise UsageError(
+            f"{argument(role)} must be a ddfast Teacher, which knows classes and normalisation, got the bare module "
+            f"{type(given).__name__}: write it with ddfast.models.save_teacher"
+        )
+    if isinstance(given, Teacher) or callable(given) or str(given).startswith("torchvision:"):
+        return
+    path = path_of(given, role)
+    if path.is_dir():
+        raise UsageError(f"{argument(role)} {path} is a folder: give a .safetensors file of train-teacher")
+    if not path.is_file():
+        raise UsageError(
+            f"no teacher file {path}: give a .safetensors file of train-teacher, a .pt state dict "
+            "or torchvision:NAME"
+        )
 
 
 def reopen(
@@ -582,15 +614,20 @@ def _reopened(
     plan = read_plan(out)
     if plan is None:
         raise UsageError(f"{out} holds no ddfast run: start one with ddfast score or ddfast distill")
-    try:
-        facts = json.loads((out / RUN).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{out / RUN} is missing or damaged: give --data and --teacher") from error
     found_device = checked_device(plan, device, ranks)
+    in_flight, threads = images_in_flight(batch_size), decoding_workers(workers, ranks)
     if not plan["complete"]:
         check_machine(plan["arithmetic"], machine_arithmetic(found_device), f"the run in {out}")
         plan = _noted(plan)
-    source = open_source(data or facts["data"], "train")
+    facts = _facts_of(out, plan, data, teacher, label_teacher)
+    for role, given in (("teacher", teacher), ("label_teacher", label_teacher)):
+        _check_teacher_stands(given or facts[role], role, moved=given is None)
+    try:
+        source = open_source(data or facts["data"], "train")
+    except UsageError as error:
+        if data is not None:
+            raise
+        raise UsageError(f"{error} ({argument('data')} says where it is now)") from error
     main = _load_again(teacher or facts["teacher"], plan, "teacher")
     labels = label_teacher or facts["label_teacher"]
     run = Run(
@@ -604,16 +641,20 @@ def _reopened(
         ),
         device=found_device,
         loader=resolve_loader(plan["arithmetic"]["loader"], found_device),
-        in_flight=images_in_flight(batch_size),
-        workers=decoding_workers(workers, ranks),
+        in_flight=in_flight,
+        workers=threads,
         quiet=quiet,
         ranks=ranks,
         facts=facts,
     )
     for found, wanted, what in (
-        (source.fingerprint(), plan["data"]["fingerprint"], "--data"),
-        (main.sha256, plan["teacher"]["sha256"], "--teacher"),
-        (run.label_teacher.sha256, plan["label_teacher"]["sha256"], "--label-teacher"),
+        (source.fingerprint(), plan["data"]["fingerprint"], f"the data {source.name}"),
+        (main.sha256, plan["teacher"]["sha256"], f"the teacher {main.path}"),
+        (
+            run.label_teacher.sha256,
+            plan["label_teacher"]["sha256"],
+            f"the label teacher {labels or main.path}",
+        ),
     ):
         if found != wanted:
             raise UsageError(f"{what} is not what {out} was started with: its content has changed")
@@ -623,10 +664,11 @@ def _reopened(
 def _load_again(spec: str | Path | None, plan: dict[str, Any], role: str) -> Teacher:
     """A teacher of a run by its file, with what the manifest says of it."""
     if spec is None:
-        flag = f"--{role.replace('_', '-')}"
-        raise UsageError(f"the run was started with a teacher that has no file: give its file with {flag}")
+        raise UsageError(
+            f"the run was started with a teacher that has no file: give its file as {argument(role)}"
+        )
     said: dict[str, Any] = {}
-    if is_state_dict(spec):
+    if not is_named(spec) and not str(spec).startswith("torchvision:"):
         said = {
             "arch": plan[role]["arch"],
             "normalization": (plan["mean"], plan["std"]),
@@ -635,6 +677,44 @@ def _load_again(spec: str | Path | None, plan: dict[str, Any], role: str) -> Tea
     return load_teacher(
         str(spec), class_names=plan["class_names"], class_order=plan[role].get("class_order"), **said
     )
+
+
+def _check_teacher_stands(path: str | Path | None, role: str, *, moved: bool) -> None:
+    if path is None:
+        return
+    try:
+        check_teacher_choice(path, role)
+    except UsageError as error:
+        if not moved:
+            raise
+        raise UsageError(f"{error} ({argument(role)} says where it is now)") from error
+
+
+def _facts_of(
+    out: Path,
+    plan: dict[str, Any],
+    data: str | Path | None,
+    teacher: str | Path | None,
+    label_teacher: str | Path | None,
+) -> dict[str, Any]:
+    """`run.json` of a folder; where it is lost, what it would say of the paths that are given.
+
+    Raises:
+        UsageError: it is lost, and not all paths are given.
+    """
+    try:
+        facts = json.loads((out / RUN).read_text(encoding="utf-8"))
+        return {**{key: facts[key] for key in ("data", "teacher", "label_teacher")}, **facts}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        one = plan["label_teacher"]["sha256"] == plan["teacher"]["sha256"]
+        given = {"data": data, "teacher": teacher, **({} if one else {"label_teacher": label_teacher})}
+        missing = [argument(key) for key, value in given.items() if value is None]
+        if missing:
+            raise UsageError(f"{out / RUN} is missing or damaged: give {' and '.join(missing)}") from error
+        return {
+            key: None if value is None else str(value)
+            for key, value in {"label_teacher": None, **given}.items()
+        }
 
 
 def rank_device(device: str, ranks: Ranks) -> torch.device:
@@ -652,8 +732,10 @@ def rank_device(device: str, ranks: Ranks) -> torch.device:
 
 def decoding_workers(workers: int | None, ranks: Ranks) -> int | None:
     """Decoding threads of this process: the number given, else its part of the host's cores."""
-    if workers is not None or ranks.size == 1:
-        return workers
+    if workers is not None:
+        return whole_number(workers, "workers", least=0)
+    if ranks.size == 1:
+        return None
     return max(1, min(16, usable_cores() // ranks.local_size))
 
 
@@ -667,7 +749,8 @@ def checked_device(plan: dict[str, Any], device: str, ranks: Ranks) -> torch.dev
     wanted = plan["arithmetic"]["device"]
     if found.type != wanted:
         raise UsageError(
-            f"this run was started on {wanted} and would end in other bytes on {found.type}: use --device {wanted}"
+            f"this run was started on {wanted} and would end in other bytes on {found.type}: "
+            f"use {setting('device', wanted)}"
         )
     return found
 
@@ -680,12 +763,7 @@ def images_in_flight(batch_size: str | int) -> int:
     """
     if batch_size == "auto":
         return 4 * MICRO_BATCH
-    try:
-        count = int(batch_size)
-    except ValueError:
-        count = 0
-    if count < 1:
-        raise UsageError(f"--batch-size must be auto or a positive number, got {batch_size}")
+    count = int(whole_number_or(batch_size, "batch_size", ("auto",)))
     return -(-count // MICRO_BATCH) * MICRO_BATCH
 
 

@@ -32,6 +32,7 @@ from ddfast.data.table import (
 from ddfast.errors import UsageError
 from ddfast.methods.base import Table
 from ddfast.methods.run import Run
+from ddfast.wording import plural, setting
 
 SELECTION = "selection.parquet"
 _GROUP_SOURCES = 8192  # sources of one group, unless a single class has more
@@ -101,7 +102,9 @@ def _score_rows(scores: Path, parts: int, row: np.dtype) -> Iterator[np.ndarray]
     for index in range(parts):
         path = part_path(scores, index)
         if not path.is_file():
-            raise UsageError(f"{path} is missing: the score stage is not finished; resume it")
+            raise UsageError(
+                f"{path} is missing: the score stage is not finished; run it again with {setting('resume', True)}"
+            )
         table = read_table(path, columns=row.names)
         rows = np.empty(table.num_rows, dtype=row)
         if len(rows):
@@ -172,8 +175,9 @@ def _selected(run: Run, labels: range, rows: np.ndarray, scores: Path) -> pa.Tab
         if len(found) < run.needed:
             class_name = run.source.class_names[label]
             raise UsageError(
-                f"class {class_name!r} has {len(found)} usable images, IPC {ipc} x {tiles} "
-                f"tiles needs {run.needed}{reasons_in_words(_reasons(scores, class_name))}"
+                f"class {class_name!r} has {plural(len(found), 'usable image')}, "
+                f"IPC {ipc} x {plural(tiles, 'tile')} needs {run.needed}"
+                f"{reasons_in_words(_reasons(scores, class_name))}"
             )
         chosen.append(found[: run.needed][order])
     places = np.concatenate(chosen)

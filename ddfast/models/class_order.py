@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ddfast.errors import UsageError
+from ddfast.wording import plural
 
 
 def read_class_order(
@@ -67,7 +68,7 @@ def output_places(order: Sequence[str], class_names: Sequence[str]) -> list[int]
     if len(order) != len(class_names):
         differences.insert(0, f"the data has {len(class_names)}")
     if differences:
-        raise UsageError(f"the class order names {len(order)} classes: {', '.join(differences)}")
+        raise UsageError(f"the class order names {plural(len(order), 'class')}: {', '.join(differences)}")
     return [places[name] for name in class_names]
 
 

@@ -28,6 +28,10 @@ def normalization(choice: str | tuple[Sequence[float], Sequence[float]]) -> Norm
         if choice not in NORMALIZATIONS:
             raise ValueError(f"unknown normalization {choice!r}; known: {', '.join(NORMALIZATIONS)}")
         return NORMALIZATIONS[choice]
+    if not isinstance(choice, Sequence):
+        raise ValueError(
+            f"normalization must be one of {', '.join(NORMALIZATIONS)} or (mean, std), got {choice!r}"
+        )
     mean, std = (tuple(float(value) for value in part) for part in choice)
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise ValueError(

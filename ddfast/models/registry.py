@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ddfast.errors import UsageError
 from ddfast.models.condensation import alexnet_in, resnet18_in, resnetap10, vgg11_in
 from ddfast.models.convnet import DEPTHS, ConvNet
 from ddfast.models.resnet import resnet, small_resnet
 from ddfast.ops.precision import float32_by_default
+from ddfast.wording import argument, did_you_mean
 
 Builder = Callable[..., nn.Module]
 
+COMMON_IMAGE = 256  # pixels at which every architecture can be built
 # Side in pixels below which a stack of strided layers leaves nothing to pool over.
 _SMALLEST_IMAGE = {"alexnet": 63, "vgg11": 32}
 
@@ -27,6 +30,8 @@ def _convnet(
 ) -> nn.Module:
     if image_size is None:
         raise ValueError("a ConvNet needs image_size (its last layer depends on it), got None")
+    if width < 1:
+        raise ValueError(f"{argument('width')} must be at least 1, got {width}")
     return ConvNet(num_classes, image_size, depth=depth, width=width, norm=norm)
 
 
@@ -105,7 +110,8 @@ def create_model(name: str, num_classes: int, image_size: int | None = None, **o
     if name.startswith("timm:"):
         return _timm(name.removeprefix("timm:"), num_classes, **options)
     if name not in _BUILDERS:
-        raise ValueError(f"unknown model {name!r}; known: {', '.join(list_models())}, timm:NAME")
+        near = did_you_mean(name, _BUILDERS)
+        raise ValueError(f"unknown model {name!r}; known: {', '.join(list_models())}, timm:NAME{near}")
     builder = _BUILDERS[name]
     fixed = builder.keywords if isinstance(builder, functools.partial) else {}
     allowed = set(inspect.signature(builder).parameters) - {"num_classes", "image_size", *fixed}
@@ -113,6 +119,30 @@ def create_model(name: str, num_classes: int, image_size: int | None = None, **o
         takes = ", ".join(sorted(allowed)) or "none"
         raise ValueError(f"{name} does not take the option {', '.join(unknown)}; it takes: {takes}")
     return builder(num_classes, image_size, **options)
+
+
+def check_model(name: str, image_size: int | None = None, *, what: str = "", **options: Any) -> None:
+    """Refuse what `create_model` would refuse, without the memory and the random draws of a network.
+
+    Args:
+        name: as `create_model`.
+        image_size: side in pixels; None where it is not known yet: then only name and options are looked at.
+        what: opens the message.
+        options: as `create_model`.
+
+    Raises:
+        UsageError: one line; it suggests the nearest known name.
+
+    """
+    try:
+        if not isinstance(name, str):
+            raise ValueError(f"the architecture must be a name, got {name!r}")
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            create_model(name, 2, image_size or COMMON_IMAGE, **options)
+    except (ValueError, TypeError) as error:
+        raise UsageError(what + str(error).replace("image_size", argument("image_size"))) from error
+    except (RuntimeError, NotImplementedError):
+        return  # one that looks at its own numbers while it is built, which are not there
 
 
 def features(model: nn.Module, images: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from ddfast.models.class_order import output_places, read_class_order
 from ddfast.models.normalization import Normalization
 from ddfast.models.normalization import normalization as resolve_normalization
 from ddfast.models.registry import create_model
+from ddfast.wording import argument, on_command_line, plural
 
 FORMAT = "ddfast-teacher-1"
 METADATA_KEY = "ddfast_teacher"
@@ -106,8 +107,8 @@ def save_teacher(
             raise UsageError(f"{path} exists already and is no teacher file: give another path or delete it")
         if "training" in held:
             raise UsageError(
-                f"{path} holds a teacher made by train-teacher ({held.get('arch')}, {held.get('epoch')} epochs): "
-                "give another path or delete it"
+                f"{path} holds a teacher made by train-teacher ({held.get('arch')}, "
+                f"{plural(held.get('epoch', 0), 'epoch')}): give another path or delete it"
             )
     data = teacher_bytes(
         model,
@@ -234,7 +235,9 @@ def is_named(given: str | Path | Teacher) -> bool:
     """Whether a teacher says itself which class each of its outputs is."""
     if isinstance(given, Teacher):
         return True
-    return not is_state_dict(given) and not str(given).startswith("torchvision:")
+    if is_state_dict(given) or str(given).startswith("torchvision:"):
+        return False
+    return read_header(Path(given)) is not None
 
 
 def with_class_order(
@@ -256,7 +259,8 @@ def with_class_order(
         raise UsageError("the teacher was loaded with another class order: give it once")
     if len(order) != len(teacher.class_names):
         raise UsageError(
-            f"the class order names {len(order)} classes, the teacher has {len(teacher.class_names)} outputs"
+            f"the class order names {plural(len(order), 'class')}, the teacher has "
+            f"{plural(len(teacher.class_names), 'output')}"
         )
     renamed = dataclasses.replace(teacher, class_names=order, class_order=order)
     return with_outputs_in(renamed, class_names)
@@ -335,7 +339,7 @@ def checked_logits(output: Any, classes: int, role: str = "teacher") -> Tensor:
     if output.ndim != 2 or output.shape[1] != classes or not output.is_floating_point():
         raise UsageError(
             f"the {role}'s model returns {str(output.dtype).removeprefix('torch.')} {list(output.shape)}, wanted "
-            f"logits of its {classes} classes, floating [B, {classes}]"
+            f"logits of its {plural(classes, 'class')}, floating [B, {classes}]"
         )
     return output
 
@@ -357,7 +361,7 @@ def _load_safetensors(
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise UsageError(
             f"{path} has no {FORMAT} metadata, so its architecture and classes are unknown: "
-            "make it with train-teacher or save_teacher, or give its architecture (--teacher-arch) as well"
+            f"make it with train-teacher or save_teacher, or give its architecture ({_arch_argument()}) as well"
         )
     facts = dict(header)
     facts.pop("format")
@@ -383,7 +387,7 @@ def _load_safetensors(
     if renamed and class_names is not None:
         if len(class_names) != len(teacher.class_names):
             raise UsageError(
-                f"the class order names {len(class_names)} classes, {path} has {len(teacher.class_names)}"
+                f"the class order names {plural(len(class_names), 'class')}, {path} has {len(teacher.class_names)}"
             )
         teacher.class_names = list(class_names)
     wanted = _normalization(normalization) if normalization is not None else (teacher.mean, teacher.std)
@@ -413,11 +417,11 @@ def _load_state_dict(
 ) -> Teacher:
     if arch is None or class_names is None or image_size is None:
         given = {
-            "the architecture (--teacher-arch)": arch,
+            f"the architecture ({_arch_argument()})": arch,
             "class_names": class_names,
-            "image_size (--image-size)": image_size,
+            argument("image_size"): image_size,
         }
-        missing = ", ".join(name for name, value in given.items() if value is None)
+        missing = " and ".join(name for name, value in given.items() if value is None)
         raise UsageError(f"{path} is a bare state dict: it needs {missing} as well")
     try:
         with warnings.catch_warnings():
@@ -451,7 +455,7 @@ def _from_weights(
 ) -> Teacher:
     """A teacher from a file that holds weights and nothing about them."""
     if class_names is None or image_size is None:
-        missing = "class_names" if class_names is None else "image_size (--image-size)"
+        missing = "class_names" if class_names is None else argument("image_size")
         raise UsageError(f"{path} holds weights alone: it needs {missing} as well")
     mean, std = _normalization(normalization if normalization is not None else "imagenet")
     return Teacher(
@@ -464,6 +468,11 @@ def _from_weights(
         sha256=hashlib.sha256(data).hexdigest(),
         path=str(path),
     )
+
+
+def _arch_argument() -> str:
+    """How the caller says a teacher's architecture: `--arch` of a command is another network's."""
+    return argument("teacher_arch") if on_command_line() else "arch"
 
 
 def _normalization(given: NormalizationChoice) -> Normalization:
@@ -485,7 +494,9 @@ def _load_torchvision(name: str, class_names: Sequence[str] | None, image_size: 
         raise UsageError(f"torchvision:{name} reads {transform.crop_size[0]} px, got image_size {image_size}")
     categories = list(weights.meta["categories"])
     if class_names is not None and len(class_names) != len(categories):
-        raise UsageError(f"torchvision:{name} has {len(categories)} classes, the data has {len(class_names)}")
+        raise UsageError(
+            f"torchvision:{name} has {plural(len(categories), 'class')}, the data has {len(class_names)}"
+        )
     try:
         model = torchvision.models.get_model(name, weights=weights)
     except OSError as error:
@@ -562,7 +573,7 @@ def _fit(
         weights = find_weights(state, model.state_dict(), arch, num_classes)
     except ValueError as error:
         raise UsageError(
-            f"{path} does not fit {arch} with {num_classes} classes at {image_size} px: {error}"
+            f"{path} does not fit {arch} with {plural(num_classes, 'class')} at {image_size} px: {error}"
         ) from error
     model.load_state_dict(weights)
     for name, tensor in model.state_dict().items():

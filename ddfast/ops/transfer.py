@@ -38,16 +38,18 @@ class Arriving:
     """Tensors on their way to the host: `wait` has them, and is the only place that waits for the device.
 
     Args:
-        tensors: of one device; what happens to them afterwards in the stream does not matter.
+        tensors: of the host and of one device; what happens to those afterwards in its stream does not matter.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._event = None
-        self._tensors = list(tensors)
-        if not self._tensors or self._tensors[0].device.type == "cpu":
-            return
-        self._tensors = [landing(tensor).copy_(tensor, non_blocking=True) for tensor in self._tensors]
-        self._event = copied(tensors[0].device)
+        away = [tensor for tensor in tensors if tensor.device.type != "cpu"]
+        self._tensors = [
+            tensor if tensor.device.type == "cpu" else landing(tensor).copy_(tensor, non_blocking=True)
+            for tensor in tensors
+        ]
+        if away:
+            self._event = copied(away[0].device)
 
     def wait(self) -> list[Tensor]:
         """The tensors on the host."""

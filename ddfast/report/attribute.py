@@ -7,31 +7,31 @@ import csv
 import dataclasses
 import io
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ddfast.arguments import one_of, output_folder, path_of, whole_number
+from ddfast.attribution import list_estimators
 from ddfast.data.decoding import decode_fit
 from ddfast.data.files import atomic_folder, atomic_write_bytes, atomic_write_text, make_folder
 from ddfast.data.loading import load
 from ddfast.data.sources import Sample, Source, is_image, open_source, shown
 from ddfast.errors import BadImage, UsageError
+from ddfast.isolation import isolated
+from ddfast.models import Teacher
 from ddfast.models.teacher import checked_logits
-from ddfast.ops.precision import float32_by_default
 from ddfast.progress import Progress, say
 from ddfast.report.charts import boxes_over, heat_over
 from ddfast.report.contents import spread
 from ddfast.report.parts import render
 from ddfast.report.pictures import data_uri, display_side, heatmap_picture, png_bytes, to_picture
-
-if TYPE_CHECKING:
-    from ddfast.models import Teacher
+from ddfast.wording import argument, plural
 
 PAGE = "index.html"
 TABLE = "attribution.csv"
@@ -83,11 +83,11 @@ class LooseFiles(Source):
         """Nothing stays open."""
 
 
-@float32_by_default()
+@isolated()
 def attribute_images(
     data: str | Path,
     *,
-    teacher: Teacher,
+    teacher: Teacher | Callable[[], Teacher],
     out: str | Path,
     grid: int = 4,
     n_samples: int = 32,
@@ -107,7 +107,7 @@ def attribute_images(
 
     Args:
         data: an image file, a folder of images, or a labelled set, of which evenly spaced images are taken.
-        teacher: explains the images.
+        teacher: explains the images; or a function that loads it once the other arguments are checked.
         out: folder that is missing or empty.
         grid: cells per side.
         n_samples: model evaluations an image.
@@ -126,21 +126,35 @@ def attribute_images(
         UsageError: no usable image, `out` is not empty, classes that the teacher does not know, or arguments
             out of range. Nothing is half-written.
     """
+    from ddfast.attribution.estimators import make_plan
     from ddfast.training.device import resolve_device
 
-    if limit < 1:
-        raise UsageError(f"--limit must be at least 1, got {limit}")
-    if grid < 1:
-        raise UsageError(f"--grid must be at least 1, got {grid}")
-    out = Path(out)
+    limit = whole_number(limit, "limit", least=1)
+    grid = whole_number(grid, "grid", least=1)
+    n_samples = whole_number(n_samples, "n_samples", least=1)
+    seed = whole_number(seed, "seed", least=0, most=2**63 - 1)
+    workers = None if workers is None else whole_number(workers, "workers", least=0)
+    one_of(value, "value", ("logit", "prob", "logprob"))
+    one_of(estimator, "estimator", list_estimators())
+    try:
+        make_plan(estimator, (grid, grid), n_samples, seed)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    where = resolve_device(device)
+    out = path_of(out, "out")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} is not an empty folder; give --out a new one")
+        raise UsageError(f"{out} is not an empty folder; give {argument('out')} a new one")
+    output_folder(out)
+    teacher = teacher if isinstance(teacher, Teacher) else teacher()
+    teacher = dataclasses.replace(teacher, model=copy.deepcopy(teacher.model).float().eval())
+    if grid > teacher.image_size:
+        raise UsageError(
+            f"{argument('grid')} must be at most the image size {teacher.image_size}, got {grid}"
+        )
     source = _open(data)
     targets = None if isinstance(source, LooseFiles) else _teacher_labels(source, teacher)
     samples = [source.samples[place] for place in spread(len(source.samples), limit)]
-    where = resolve_device(device)
-    # A copy, so that the caller's model stays where and as it is.
-    teacher = dataclasses.replace(teacher, model=copy.deepcopy(teacher.model).float().eval().to(where))
+    teacher.model.to(where)
     found: list[Attributed] = []
     waiting: list[tuple[Sample, Tensor]] = []
     bad = 0
@@ -162,7 +176,7 @@ def attribute_images(
     if not found:
         raise UsageError(f"{data} holds no usable image: {bad} of {len(samples)} cannot be decoded")
     if bad:
-        say(f"skipped {bad} of {len(samples)} files", quiet=quiet)
+        say(f"skipped {bad} of {plural(len(samples), 'file')}", quiet=quiet)
     with atomic_folder(out) as folder:
         _write(folder, found, bad, teacher, grid, n_samples, value)
     return len(found)
@@ -292,10 +306,10 @@ def _write(
         "heatmaps.html",
         title=f"Where {teacher.arch} looks",
         lead=(
-            f"Shapley values of {grid}×{grid} cells, {n_samples} model evaluations an image. Every image has its own "
-            "scale: its strongest cell takes the full colour."
+            f"Shapley values of {grid}×{grid} cells, {plural(n_samples, 'model evaluation')} an image. Every image "
+            "has its own scale: its strongest cell takes the full colour."
         ),
-        skipped=f"{bad} file{'s' if bad != 1 else ''} could not be decoded and {'are' if bad != 1 else 'is'} left out."
+        skipped=f"{plural(bad, 'file')} could not be decoded and {'are' if bad != 1 else 'is'} left out."
         if bad
         else "",
         cards=cards,

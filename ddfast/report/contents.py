@@ -235,7 +235,11 @@ def facts(folder: Folder) -> list[Fact]:
     if counts.get("quarantined") is not None:
         bad = counts["quarantined"]
         found.append(
-            Fact("Quarantined", f"{bad:,}", "files that could not be read" if bad else "every file was read")
+            Fact(
+                "Quarantined",
+                f"{bad:,}",
+                f"file{'s' if bad > 1 else ''} that could not be read" if bad else "every file was read",
+            )
         )
     return found
 

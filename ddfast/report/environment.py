@@ -10,6 +10,8 @@ import sysconfig
 from collections.abc import Iterable, Sequence
 from importlib import metadata
 
+from ddfast.wording import plural
+
 _PACKAGES = (
     *("torch", "torchvision", "triton", "numpy", "pillow", "pyarrow", "safetensors", "jinja2"),
     *("captum", "opacus", "nvidia-dali-cuda130", "nvidia-dali-cuda120"),
@@ -70,8 +72,8 @@ def _cpu() -> str:
         slow = " but slow" if bfloat16 == "in hardware" else ""
         bfloat16 += f"{slow}, so precision auto is float32"
     return (
-        f"{usable} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, "
-        f"bfloat16 {bfloat16}, ops {cpu_body()}"
+        f"{plural(usable, 'core')}, {plural(torch.get_num_threads(), 'thread')}, "
+        f"{torch.backends.cpu.get_cpu_capability()}, bfloat16 {bfloat16}, ops {cpu_body()}"
     )
 
 

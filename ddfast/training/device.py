@@ -6,27 +6,33 @@ import torch
 from torch import nn
 
 from ddfast.errors import UsageError
+from ddfast.wording import argument, did_you_mean, plural
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
     """`auto` is the GPU where there is one, else the CPU.
 
     Raises:
-        UsageError: a CUDA device that this machine does not have, or a name torch does not know.
+        UsageError: neither of these, or a GPU that this machine has not.
 
     """
     if str(device) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = argument("device")
     try:
         chosen = torch.device(device)
-    except RuntimeError as error:
-        raise UsageError(f"unknown device {device!r}: give auto, cpu or cuda") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"device {device} was asked for, but torch sees no GPU: give auto or cpu")
-    if chosen.type == "cuda" and chosen.index is not None and chosen.index >= torch.cuda.device_count():
-        raise UsageError(
-            f"device {device} was asked for, but torch sees {torch.cuda.device_count()} GPUs, from cuda:0 on"
-        )
+    except (RuntimeError, TypeError, ValueError):
+        chosen = torch.device("meta")
+    if chosen.type not in ("cpu", "cuda"):
+        near = did_you_mean(device, ("auto", "cpu", "cuda"))
+        raise UsageError(f"unknown device {str(device)!r}: {name} must be auto, cpu, cuda or cuda:N{near}")
+    if chosen.type == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UsageError(f"{name} {device} was asked for, but torch sees no GPU: give auto or cpu")
+    if chosen.index is not None and chosen.index >= torch.cuda.device_count():
+        seen = plural(torch.cuda.device_count(), "GPU")
+        raise UsageError(f"{name} {device} was asked for, but torch sees {seen}, numbered from 0")
     return chosen
 
 

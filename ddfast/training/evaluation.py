@@ -5,25 +5,32 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ddfast.arguments import architecture_options, one_of, path_of, whole_number
+from ddfast.crowding import Neighbours, warn_of_crowding
 from ddfast.errors import UsageError
+from ddfast.isolation import isolated
+from ddfast.models.class_order import read_class_order
+from ddfast.models.registry import check_model
 from ddfast.models.teacher import Teacher, load_teacher, with_class_order, with_outputs_in
-from ddfast.ops.precision import float32_by_default
+from ddfast.ops.precision import PRECISIONS
 from ddfast.progress import say
 from ddfast.training.device import resolve_device
 from ddfast.training.image_sets import ImageSet, read_test_set
 from ddfast.training.preflight import check_reading, drawn_places, images_to_try, read_images, try_teacher
-from ddfast.training.protocol import Protocol, protocol_named
+from ddfast.training.protocol import PROTOCOLS, Protocol, protocol_named
 from ddfast.training.student import DistilledImages, train_student
+from ddfast.wording import argument, did_you_mean, plural
 
 if TYPE_CHECKING:
     from ddfast.data.distilled import DistilledSet
+    from ddfast.data.sources import Source
 
 
 @dataclass(frozen=True)
@@ -94,7 +101,7 @@ class EvaluationResult:
         return f"top1 {self.mean:.2f} ± {self.std:.2f}"
 
 
-@float32_by_default()
+@isolated()
 def evaluate(
     distilled: str | Path | DistilledSet | DistilledImages,
     data: str | Path | ImageSet,
@@ -102,7 +109,7 @@ def evaluate(
     arch: str,
     arch_options: Mapping[str, Any] | None = None,
     seeds: int | Sequence[int] = 3,
-    teacher: Teacher | str | Path | None = None,
+    teacher: Teacher | str | Path | Callable[[], Teacher | None] | None = None,
     epochs: int | None = None,
     protocol: str | Protocol = "rded",
     batch_size: int | None = None,
@@ -123,7 +130,8 @@ def evaluate(
         arch_options: its keyword arguments, `{"width": 32}` for example.
         seeds: how many students (seeds 0, 1, ...), or their seeds.
         teacher: labels the mixed batches online, as RDED does; None: the stored soft labels. A file or an
-            opened one. A protocol with hard labels takes none.
+            opened one, or a function that opens one once the other settings are checked. A protocol with hard
+            labels takes none.
         epochs: passes over the distilled set; None: the protocol's for the IPC.
         protocol: a name of `PROTOCOLS` or a protocol of your own.
         batch_size: images a step; None: the protocol's rule for the IPC.
@@ -141,28 +149,52 @@ def evaluate(
             another class order.
 
     """
-    chosen = list(range(seeds)) if isinstance(seeds, int) else [int(seed) for seed in seeds]
-    if not chosen:
-        raise UsageError("evaluation needs at least one seed, got 0")
-    try:
-        rules = protocol_named(protocol) if isinstance(protocol, str) else protocol
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    images = read_distilled(distilled)
+    neighbours = Neighbours()
+    chosen = _seeds(seeds)
+    rules = _rules(protocol)
+    epochs = None if epochs is None else whole_number(epochs, "epochs", least=1)
+    batch_size = None if batch_size is None else whole_number(batch_size, "batch_size", least=1)
+    workers = None if workers is None else whole_number(workers, "workers", least=0)
+    one_of(precision, "precision", PRECISIONS)
+    where = resolve_device(device)
+    arch_options = architecture_options(arch_options)
+    check_model(arch, **arch_options)
+    if rules.labels == "hard" and teacher is not None:
+        raise UsageError(f"the protocol {rules.name} trains on hard labels: leave the teacher out")
+    if class_order is not None:
+        if teacher is None:
+            raise UsageError(
+                f"{argument('class_order')} describes a teacher: give {argument('teacher')} as well"
+            )
+        read_class_order(class_order)
+    opened = _opened(distilled)
+    check_model(arch, opened.image_size, **arch_options)
+    if callable(teacher):
+        teacher = teacher()
     if teacher is not None and not isinstance(teacher, Teacher):
-        names = None if class_order is None else images.class_names
+        teacher = path_of(teacher, "teacher") if not isinstance(teacher, str) else teacher
+        names = None if class_order is None else opened.class_names
         teacher = load_teacher(teacher, class_order=class_order, class_names=names)
     elif teacher is not None and class_order is not None:
-        teacher = with_class_order(teacher, class_order, images.class_names)
+        teacher = with_class_order(teacher, class_order, opened.class_names)
     elif (
         teacher is not None
         and teacher.class_order is not None
-        and set(teacher.class_names) == set(images.class_names)
+        and set(teacher.class_names) == set(opened.class_names)
     ):
-        teacher = with_outputs_in(teacher, images.class_names)
-    test = data if isinstance(data, ImageSet) else _open_test(data, images, workers, quiet)
+        teacher = with_outputs_in(teacher, opened.class_names)
+    source = None if isinstance(data, ImageSet) else _test_source(data, opened)
+    images = read_distilled(opened)
+    if isinstance(data, ImageSet):
+        test = data
+        _check_labels(test, images.num_classes)
+    else:
+        assert source is not None
+        test = read_test_set(source, images.image_size, workers=workers, quiet=quiet)
     if teacher is not None and preflight:
-        _try_on_test(teacher, test, images, resolve_device(device), quiet)
+        _try_on_test(teacher, test, images, where, quiet)
+    if where.type == "cpu":
+        warn_of_crowding(neighbours, torch.get_num_threads(), "OMP_NUM_THREADS={}".format, quiet=quiet)
     students = []
     for seed in chosen:
         student = train_student(
@@ -198,7 +230,7 @@ def evaluate(
         top5=[student.top5 for student in students],
         best=[student.best for student in students],
         per_class=per_class.tolist(),
-        arch_options=dict(arch_options or {}),
+        arch_options=arch_options,
     )
 
 
@@ -206,9 +238,8 @@ def read_distilled(distilled: str | Path | DistilledSet | DistilledImages) -> Di
     """The whole distilled set as tensors; images that are in memory already as they are."""
     if isinstance(distilled, DistilledImages):
         return distilled
-    from ddfast.data.distilled import DistilledSet
-
-    opened = DistilledSet(distilled.root if isinstance(distilled, DistilledSet) else distilled)
+    opened = _opened(distilled)
+    assert not isinstance(opened, DistilledImages)
     soft_labels = opened.soft_labels
     return DistilledImages(
         images=torch.stack([opened[place][0] for place in range(len(opened))]),
@@ -239,24 +270,68 @@ def _try_on_test(
         read_images(found, test.labels.cpu()[index], images.num_classes),
         images.class_names,
         role="teacher",
-        what="test images",
+        what="test image",
         top1=teacher.top1,
-        way_out=" (--no-preflight goes on regardless)",
         quiet=quiet,
         chance_will_do=True,  # students of any labels can be compared
     )
 
 
-def _open_test(data: str | Path, images: DistilledImages, workers: int | None, quiet: bool) -> ImageSet:
+def _opened(distilled: str | Path | DistilledSet | DistilledImages) -> DistilledSet | DistilledImages:
+    """The set, opened anew without a transform where it is a folder's; no image is decoded yet."""
+    if isinstance(distilled, DistilledImages):
+        return distilled
+    from ddfast.data.distilled import DistilledSet
+
+    if isinstance(distilled, DistilledSet):
+        return DistilledSet(distilled.root)
+    return DistilledSet(path_of(distilled, "distilled"))
+
+
+def _test_source(data: str | Path, distilled: DistilledSet | DistilledImages) -> Source:
     from ddfast.data import open_source
 
-    source = open_source(data, "test")
-    if list(source.class_names) != list(images.class_names):
+    source = open_source(data if isinstance(data, str) else path_of(data, "data"), "test")
+    if list(source.class_names) != list(distilled.class_names):
         raise UsageError(
-            f"{data} has {len(source.class_names)} classes that are not the distilled set's "
-            f"{images.num_classes}, or stand in another order: give the data it was distilled from"
+            f"{data} has {plural(len(source.class_names), 'class')} that are not the distilled set's "
+            f"{len(distilled.class_names)}, or stand in another order: give the data it was distilled from"
         )
-    return read_test_set(source, images.image_size, workers=workers, quiet=quiet)
+    return source
+
+
+def _seeds(given: int | Sequence[int]) -> list[int]:
+    """The students' seeds: 0, 1, ... for a number of students, or those that are given."""
+    if isinstance(given, str) or not isinstance(given, Iterable) or getattr(given, "ndim", 1) == 0:
+        count = whole_number(given, "seeds")
+        if count < 1:
+            raise UsageError(f"{argument('seeds')}: evaluation needs at least one seed, got {count}")
+        return list(range(count))
+    found = [whole_number(seed, "seeds", least=0, most=2**63 - 1) for seed in given]
+    if not found:
+        raise UsageError(f"{argument('seeds')}: evaluation needs at least one seed, got 0")
+    return found
+
+
+def _rules(given: str | Protocol) -> Protocol:
+    if isinstance(given, Protocol):
+        return given
+    try:
+        return protocol_named(given)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{error}{did_you_mean(given, PROTOCOLS)}") from error
+
+
+def _check_labels(test: ImageSet, classes: int) -> None:
+    labels = test.labels
+    if labels.dtype != torch.int64 or len(labels) != len(test.images) or not len(labels):
+        raise UsageError(
+            f"the test set must have an int64 label for every image, got {labels.dtype} {list(labels.shape)} for "
+            f"{plural(len(test.images), 'image')}"
+        )
+    least, most = int(labels.min()), int(labels.max())
+    if least < 0 or most >= classes:
+        raise UsageError(f"labels of the test set must lie in 0..{classes - 1}, got {least}..{most}")
 
 
 def _deviation(values: Sequence[float]) -> float:

@@ -15,6 +15,7 @@ from ddfast.ops.precision import autocast
 from ddfast.progress import Progress, say
 from ddfast.training.augmentation import normalize
 from ddfast.training.device import memory_layout
+from ddfast.wording import plural
 
 if TYPE_CHECKING:
     from ddfast.data.samples import Sample
@@ -96,7 +97,7 @@ def read_training_set(
     """The training split at size x size: in memory where it fits in `memory_limit` bytes, else streamed."""
     if len(source.samples) * 3 * size * size > memory_limit:
         say(
-            f"{len(source.samples)} images of {size} px exceed {memory_limit >> 20} MiB: decoding every pass",
+            f"{plural(len(source.samples), 'image')} of {size} px exceed {memory_limit >> 20} MiB: decoding every pass",
             quiet=quiet,
         )
         return StreamedSet(source, size, workers)
@@ -140,12 +141,12 @@ def _read(
     if bad:
         sample, reason = bad[0]
         say(
-            f"{source.split}: left out {len(bad)} unreadable images, the first {sample.key}: {reason}",
+            f"{source.split}: left out {plural(len(bad), 'unreadable image')}, the first {sample.key}: {reason}",
             quiet=quiet,
         )
     if not len(labels):
         raise UsageError(
-            f"{source.name}: none of the {len(bad)} images of the {source.split} split can be decoded"
+            f"{source.name}: none of the {plural(len(bad), 'image')} of the {source.split} split can be decoded"
             f"{reasons_in_words(reason for _, reason in bad)}"
         )
     return ImageSet(images, labels, {sample.key for sample, _ in bad})

@@ -21,6 +21,7 @@ from ddfast.models.teacher import checked_logits
 from ddfast.progress import say
 from ddfast.training.augmentation import normalize
 from ddfast.training.device import memory_layout
+from ddfast.wording import argument, plural, setting
 
 LEAST_IMAGES = 64
 MOST_IMAGES = 512
@@ -205,7 +206,6 @@ def check_reading(
     role: str,
     what: str,
     top1: float | None,
-    way_out: str,
     quiet: bool,
     chance_will_do: bool = False,
 ) -> None:
@@ -215,31 +215,34 @@ def check_reading(
         reading: of `read_images`.
         class_names: of the labels.
         role: "teacher" or "label teacher".
-        what: "training images" or "test images".
+        what: "training image" or "test image".
         top1: test accuracy that its file claims, percent.
-        way_out: what to do to go on regardless.
         quiet: say nothing.
         chance_will_do: only warn of a teacher near chance.
 
     Raises:
         UsageError: near chance, or another class order explains the images far better.
     """
-    said = f"the {role} reads {reading.hits} of {reading.images} {what} correctly"
-    chance = f", near chance for {reading.classes} classes" if reading.near_chance else ""
+    images, classes = plural(reading.images, what), plural(reading.classes, "class")
+    said = f"the {role} reads {reading.hits} of {images} correctly"
+    chance = f", near chance for {classes}" if reading.near_chance else ""
+    way_out = f"({setting('preflight', False)} goes on regardless)"
     certain = reading.chance <= _CERTAIN or reading.near_chance
     if reading.moves and reading.far_better and certain:
         raise UsageError(
             f"{said}{chance}: it {_misread(reading.moves, class_names)}, so its outputs stand in another class order, "
-            f"in which {reading.hits + reading.moved_hits} would be right; say the order with --class-order "
-            f"(class_order=){way_out}"
+            f"in which {reading.hits + reading.moved_hits} would be right; say the order with "
+            f"{argument('class_order' if role == 'teacher' else 'label_class_order')} {way_out}"
         )
     if reading.near_chance and not chance_will_do:
-        raise UsageError(f"{said}{chance}: its class order or normalisation does not match the data{way_out}")
-    say(f"{role} reads {reading.hits} of {reading.images} {what} ({100 * reading.rate:.0f}%)", quiet=quiet)
+        raise UsageError(
+            f"{said}{chance}: its class order or normalisation does not match the data {way_out}"
+        )
+    say(f"{role} reads {reading.hits} of {images} ({100 * reading.rate:.0f}%)", quiet=quiet)
     reasons = []
     if reading.near_chance or reading.poor:
         judged = "near chance" if reading.near_chance else "poor"
-        reasons.append(f"that is {judged} for {reading.classes} classes")
+        reasons.append(f"that is {judged} for {classes}")
     if top1 is not None and _falls_short(reading, top1 / 100):
         reasons.append(f"its file says {top1:.0f}%")
     if reading.moves:
@@ -262,7 +265,7 @@ def _falls_short(reading: Reading, claimed: float) -> bool:
 
 def _misread(moves: Mapping[int, int], class_names: Sequence[str], most: int = 3) -> str:
     shown = [f"{class_names[label]!r} images as {class_names[output]!r}" for label, output in moves.items()]
-    more = f" and so on for {len(shown) - most} more classes" if len(shown) > most else ""
+    more = f" and so on for {plural(len(shown) - most, 'more class')}" if len(shown) > most else ""
     return f"reads {', '.join(shown[:most])}{more}"
 
 

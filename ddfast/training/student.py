@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ddfast.errors import UsageError
+from ddfast.isolation import isolated
 from ddfast.models.registry import create_model
 from ddfast.models.teacher import Teacher, checked_logits
-from ddfast.ops.precision import autocast, float32_by_default
+from ddfast.ops.precision import autocast
 from ddfast.progress import Progress
 from ddfast.training.augmentation import (
     normalize,
@@ -118,6 +119,10 @@ class DistilledImages:
             )
         if count == 0 or len(self.images) != count:
             raise UsageError(f"wanted one label for each distilled image, got {len(self.images)} and {count}")
+        if self.labels.dtype != torch.int64 or self.labels.ndim != 1:
+            raise UsageError(
+                f"labels of the distilled set must be int64 [N], got {self.labels.dtype} {list(self.labels.shape)}"
+            )
         if not 0 <= int(self.labels.min()) <= int(self.labels.max()) < classes:
             least, most = int(self.labels.min()), int(self.labels.max())
             raise UsageError(f"labels must lie in 0..{classes - 1}, got {least}..{most}")
@@ -162,7 +167,7 @@ class StudentResult:
     batch_size: int
 
 
-@float32_by_default()
+@isolated()
 def train_student(
     distilled: DistilledImages,
     test: ImageSet,

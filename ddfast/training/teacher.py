@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddfast.arguments import architecture_options, output_file, path_of, positive_number, whole_number
+from ddfast.crowding import Neighbours, warn_of_crowding
 from ddfast.data.files import atomic_write_bytes, explained, make_folder, temporary_path
 from ddfast.errors import BadImage, UsageError
+from ddfast.isolation import isolated
 from ddfast.models.normalization import Normalization, normalization
-from ddfast.models.registry import create_model
+from ddfast.models.registry import COMMON_IMAGE, check_model, create_model
 from ddfast.models.teacher import (
     Teacher,
     load_teacher,
@@ -32,7 +35,7 @@ from ddfast.models.teacher import (
     serialize_tensors,
     teacher_bytes,
 )
-from ddfast.ops.precision import PRECISIONS, autocast, compute_dtype, float32_by_default
+from ddfast.ops.precision import PRECISIONS, autocast, compute_dtype
 from ddfast.progress import Progress, say
 from ddfast.training.augmentation import (
     normalize,
@@ -50,6 +53,7 @@ from ddfast.training.image_sets import (
     read_training_set,
 )
 from ddfast.training.seeding import generator, seeded
+from ddfast.wording import argument, did_you_mean, plural, setting
 
 if TYPE_CHECKING:
     from ddfast.data.sources import Source
@@ -114,27 +118,41 @@ class TeacherConfig:
             ("augment", self.augment, (None, *AUGMENTATIONS)),
         ):
             if value not in known:
+                names = [name for name in known if name is not None]
                 raise UsageError(
-                    f"unknown {name} {value!r}; known: {', '.join(map(str, filter(None, known)))}"
+                    f"unknown {argument(name)} {value!r}; known: {', '.join(names)}{did_you_mean(value, names)}"
                 )
-        for name, number, least in (
-            ("epochs", self.epochs, 1),
-            ("batch_size", self.batch_size, 2),
-            ("image_size", self.image_size, 1),
-        ):
-            if number < least:
-                raise UsageError(f"{name} must be at least {least}, got {number}")
-        if self.lr is not None and not self.lr > 0:
-            raise UsageError(f"lr must be positive, got {self.lr}")
-        lr = self.lr
+        whole: dict[str, Any] = {
+            name: whole_number(getattr(self, name), name, least=least, most=most)
+            for name, least, most in (
+                ("epochs", 1, None),
+                ("batch_size", 2, None),
+                ("image_size", 1, None),
+                ("seed", 0, 2**63 - 1),
+            )
+        }
+        lr = None if self.lr is None else positive_number(self.lr, "lr")
+        decay = positive_number(self.weight_decay, "weight_decay", zero=True)
+        momentum = positive_number(self.momentum, "momentum", zero=True)
+        if momentum >= 1:
+            raise UsageError(f"{argument('momentum')} must be below 1, got {momentum:g}")
         if lr is None:
             lr = 1e-3 if self.optimizer == "adamw" else 0.05 if self.arch.startswith("convnet") else 0.1
         augment = self.augment or ("crop-flip" if self.image_size <= SMALL_IMAGE else "rrc-flip")
         try:
             mean_std = normalization(self.normalization)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise UsageError(str(error)) from error
-        return replace(self, lr=lr, augment=augment, normalization=mean_std)
+        return replace(
+            self,
+            arch_options=architecture_options(self.arch_options),
+            lr=lr,
+            augment=augment,
+            normalization=mean_std,
+            weight_decay=decay,
+            momentum=momentum,
+            **whole,
+        )
 
     @property
     def mean_std(self) -> Normalization:
@@ -149,7 +167,7 @@ class TeacherConfig:
         )
 
 
-@float32_by_default()
+@isolated()
 def train_teacher(
     data: str | Path,
     *,
@@ -187,15 +205,38 @@ def train_teacher(
     """
     from ddfast.data import open_source
 
-    out = Path(out)
+    neighbours = Neighbours()
+    out = path_of(out, "out")
     if out.suffix != ".safetensors":
         raise UsageError(f"the teacher file must end in .safetensors, got {out}")
+    output_file(out)
+    unknown = sorted(set(settings) - {field.name for field in fields(TeacherConfig)})
+    if unknown:
+        valid = [field.name for field in fields(TeacherConfig)]
+        raise UsageError(
+            f"train_teacher has no setting {unknown[0]!r}; its settings: {', '.join(valid)}"
+            f"{did_you_mean(unknown[0], valid)}"
+        )
+    for name in ("arch", "epochs"):
+        if name not in settings:
+            raise UsageError(f"train_teacher needs {argument(name)}")
+    if image_size is not None:
+        image_size = whole_number(image_size, "image_size", least=1)
+    tried = TeacherConfig(image_size=image_size or COMMON_IMAGE, **settings).resolved()
+    check_model(tried.arch, image_size, **tried.arch_options)
+    checkpoint_epochs = _checked_epochs(checkpoint_epochs, tried.epochs)
     if not resume:
-        _check_free(out, checkpoint_epochs)  # before the images are read
+        _check_free(out, checkpoint_epochs)
+    where = resolve_device(device)
+    if workers is not None:
+        workers = whole_number(workers, "workers", least=0)
+    if not isinstance(data, str):
+        data = path_of(data, "data")
     source = open_source(data, "train")
     for note in source.notes():
         say(note, quiet=quiet)
     config = TeacherConfig(image_size=image_size or _native_size(source), **settings).resolved()
+    check_model(config.arch, config.image_size, **config.arch_options)
     options: dict[str, Any] = {
         "class_names": source.class_names,
         "out": out,
@@ -215,10 +256,12 @@ def train_teacher(
     else:
         test = read_test_set(test_source, config.image_size, workers=workers, quiet=quiet)
     train = read_training_set(source, config.stored_size, workers=workers, quiet=quiet)
+    if where.type == "cpu":
+        warn_of_crowding(neighbours, torch.get_num_threads(), "OMP_NUM_THREADS={}".format, quiet=quiet)
     return fit_teacher(train, test, config, **options)
 
 
-@float32_by_default()
+@isolated()
 def fit_teacher(
     train: ImageSet | StreamedSet,
     test: ImageSet | None,
@@ -238,10 +281,7 @@ def fit_teacher(
     """
     config = config.resolved()
     where = resolve_device(device)
-    if wrong := sorted(epoch for epoch in checkpoint_epochs if not 1 <= epoch <= config.epochs):
-        raise UsageError(
-            f"checkpoint epochs must lie in 1..{config.epochs}, got {', '.join(map(str, wrong))}"
-        )
+    checkpoint_epochs = _checked_epochs(checkpoint_epochs, config.epochs)
     if len(train) < 2:
         raise UsageError(f"training needs at least 2 images, got {len(train)}")
     mean, std = config.mean_std
@@ -305,7 +345,8 @@ def fit_teacher(
         say(f"wrote {path}{reached}", quiet=quiet)
 
     say(
-        f"training {config.arch} for {config.epochs} epochs on {len(train)} images of {config.image_size} px "
+        f"training {config.arch} for {plural(config.epochs, 'epoch')} on {plural(len(train), 'image')} of "
+        f"{config.image_size} px "
         f"({where.type}, {arithmetic['arithmetic']}, {config.optimizer} lr {config.lr:g} {config.schedule})",
         quiet=quiet,
     )
@@ -315,7 +356,9 @@ def fit_teacher(
             loss = _train_epoch(model, optimizer, train, config, epoch, where, quiet)
             rate = len(train) / (time.perf_counter() - start)
             if not math.isfinite(loss):
-                raise UsageError(f"the loss became {loss} in epoch {epoch}: lower lr (now {config.lr:g})")
+                raise UsageError(
+                    f"the loss became {loss} in epoch {epoch}: lower {argument('lr')} (now {config.lr:g})"
+                )
             reached = ""
             if test is not None and not quiet:
                 reached = f", test top-1 {measure_accuracy(model, test, mean, std, where, config.precision).top1:.2f}%"
@@ -326,9 +369,18 @@ def fit_teacher(
                 _save_state(state_file, identity, arithmetic, epoch, model, optimizer)
         write(out, config.epochs)
     if train.bad:
-        say(f"left out {len(train.bad)} training images that cannot be decoded", quiet=quiet)
+        say(f"left out {plural(len(train.bad), 'training image')} that cannot be decoded", quiet=quiet)
     state_file.unlink(missing_ok=True)
     return load_teacher(out)
+
+
+def _checked_epochs(given: Sequence[int] | int, epochs: int) -> tuple[int, ...]:
+    """Epochs after which a checkpoint is written, as ints of 1..epochs; one alone is welcome."""
+    several = given if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
+    found = tuple(whole_number(epoch, "checkpoint_epochs") for epoch in several)
+    if wrong := sorted(epoch for epoch in found if not 1 <= epoch <= epochs):
+        raise UsageError(f"checkpoint epochs must lie in 1..{epochs}, got {', '.join(map(str, wrong))}")
+    return found
 
 
 def _train_epoch(
@@ -366,7 +418,7 @@ def _train_epoch(
             seen += len(labels)
             progress.advance(len(labels))
     if not seen:
-        raise UsageError(f"none of the {len(train)} training images can be decoded")
+        raise UsageError(f"none of the {plural(len(train), 'training image')} can be decoded")
     return total.item() / seen
 
 
@@ -450,15 +502,15 @@ def _check_free(out: Path, checkpoint_epochs: Sequence[int]) -> None:
             )
         if path.exists():
             raise UsageError(
-                f"{path} exists already ({_described(path)}): give another --out, delete it to train anew, "
-                "or use --resume if it is of this run"
+                f"{path} exists already ({_described(path)}): give another {argument('out')}, delete it to train anew, "
+                f"or use {setting('resume', True)} if it is of this run"
             )
     header = _state_header(_state_path(out))
     if header is not None:
         raise UsageError(
             f"{_state_path(out)} holds an unfinished run, {header['epoch']} of "
-            f"{header['training'].get('epochs')} epochs: continue it with --resume, give another --out, or delete it "
-            "to train anew"
+            f"{plural(header['training'].get('epochs'), 'epoch')}: continue it with {setting('resume', True)}, give "
+            f"another {argument('out')}, or delete it to train anew"
         )
 
 
@@ -468,7 +520,7 @@ def _described(path: Path) -> str:
     if header is None:
         return "not a teacher file"
     reached = "" if header.get("top1") is None else f", top-1 {header['top1']:.2f}%"
-    epochs = "" if header.get("epoch") is None else f", {header['epoch']} epochs"
+    epochs = "" if header.get("epoch") is None else f", {plural(header['epoch'], 'epoch')}"
     return f"a teacher, {header.get('arch')}{epochs}{reached}"
 
 
@@ -508,7 +560,7 @@ def _check_checkpoints(
         elif epoch <= epochs_done:
             raise UsageError(
                 f"{out} is past epoch {epoch}, but has no checkpoint of epoch {epoch}: leave that out, or give "
-                "another --out to train anew"
+                f"another {argument('out')} to train anew"
             )
 
 
@@ -516,7 +568,7 @@ def _check_teacher_identity(path: Path, wanted: dict[str, Any]) -> None:
     header = read_header(path)
     if header is None or not isinstance(header.get("training"), dict):
         kind = "is no teacher file" if header is None else "was not made by train-teacher"
-        raise UsageError(f"{path} {kind}, so it cannot be resumed: give another --out")
+        raise UsageError(f"{path} {kind}, so it cannot be resumed: give another {argument('out')}")
     _check_identity(path, header["training"], wanted)
 
 
@@ -524,8 +576,8 @@ def _check_identity(path: Path, held: dict[str, Any], wanted: dict[str, Any]) ->
     if different := [name for name in wanted if held.get(name) != wanted[name]]:
         name = different[0]
         raise UsageError(
-            f"{path} belongs to a run with another {name} ({held.get(name)}, now {wanted[name]}): "
-            "give the same settings, or another --out to train anew"
+            f"{path} belongs to a run with another {argument(name)} ({held.get(name)}, now {wanted[name]}): "
+            f"give the same settings, or another {argument('out')} to train anew"
         )
 
 
@@ -535,7 +587,7 @@ def _continued(path: Path, header: dict[str, Any], now: dict[str, Any]) -> dict[
     if held["device"] != now["device"]:
         raise UsageError(
             f"{path} was begun with device {held['device']} and would end in other bytes with {now['device']}: resume "
-            "it where it was begun, or give another --out to train anew"
+            f"it where it was begun, or give another {argument('out')} to train anew"
         )
     return held
 
@@ -575,7 +627,9 @@ def _state_header(path: Path, *, strict: bool = False) -> dict[str, Any] | None:
     if isinstance(header, dict) and header.get("format") == STATE_FORMAT:
         return header
     if strict:
-        raise UsageError(f"{path} is not a training state of this version: delete it, or leave out --resume")
+        raise UsageError(
+            f"{path} is not a training state of this version: delete it, or leave out {setting('resume', True)}"
+        )
     return None
 
 

@@ -437,7 +437,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "is not <class folder>",
     ),
     "path missing": (lambda r: edit_rows(r, lambda rows: rows[0].pop("file_name")), "file_name None is not"),
-    "image missing": (lambda r: (r / IMAGE).unlink(), "lacks 1 images (00000_cat/000000.png)"),
+    "image missing": (lambda r: (r / IMAGE).unlink(), "lacks 1 image (00000_cat/000000.png)"),
     "images gone": (lambda r: shutil.rmtree(r / "train/00000_cat"), "lacks 2 images"),
     "image surplus": (
         lambda r: shutil.copy(r / IMAGE, r / "train/00000_cat/9.png"),

@@ -110,7 +110,7 @@ def test_another_architecture_can_be_named(toy_folder, toy_teacher, tmp_path):
     settings = {**SETTINGS, "epochs": 2, "until": "score"}
     distil(toy_folder, toy_teacher, tmp_path / "run", arch="resnet18_small", **settings)
     assert (tmp_path / "run" / "prepared.parquet").is_file()
-    with pytest.raises(UsageError, match="--arch of forgetting: unknown model 'convnet9'"):
+    with pytest.raises(UsageError, match="arch of forgetting: unknown model 'convnet9'"):
         distil(toy_folder, toy_teacher, tmp_path / "wrong", arch="convnet9", **settings)
 
 

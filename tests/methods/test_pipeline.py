@@ -6,7 +6,9 @@ import subprocess
 import sys
 import time
 import zipfile
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -255,6 +257,9 @@ def test_a_score_table_serves_another_ipc_but_not_other_settings(
     assert digests(one) == digests(again)
     with pytest.raises(UsageError, match="scored with other settings"):
         distil(toy_folder, toy_teacher, tmp_path / "two", n_samples=62, scores=undisturbed)
+    other = 1 + json.loads((undisturbed / "manifest.json").read_text())["arithmetic"]["threads"]
+    with pytest.raises(UsageError, match=r"scored with other settings.*arithmetic\.threads"):
+        distil(toy_folder, toy_teacher, tmp_path / "two", threads=other, scores=undisturbed)
     assert not (tmp_path / "two").exists()
 
 
@@ -288,7 +293,7 @@ def test_a_folder_that_holds_another_run_is_refused(undisturbed, toy_folder, toy
     before = digests(undisturbed)
     with pytest.raises(UsageError, match=r"different run.*ipc"):
         distil(toy_folder, toy_teacher, undisturbed, ipc=1, resume=True)
-    with pytest.raises(UsageError, match=r"finished run.*--resume"):
+    with pytest.raises(UsageError, match=r"finished run.*resume=True"):
         distil(toy_folder, toy_teacher, undisturbed)
     assert distil(toy_folder, toy_teacher, undisturbed, resume=True) == undisturbed
     assert digests(undisturbed) == before
@@ -304,10 +309,10 @@ def test_too_few_images_names_the_class_and_the_numbers(toy_folder, toy_teacher,
         distil(toy_folder, toy_teacher, tmp_path / "run", ipc=16, images_per_class=100)
     # 61 files, one of them no image: counted by decoding before anything is written.
     with pytest.raises(
-        UsageError, match=r"class 'across' has 60 usable images, IPC 61 x 1 tiles needs 61 \(unreadable: 1 "
+        UsageError, match=r"class 'across' has 60 usable images, IPC 61 x 1 tile needs 61 \(unreadable: 1 "
     ):
         distil(toy_folder, toy_teacher, tmp_path / "run", ipc=61, factor=1, images_per_class=100)
-    with pytest.raises(UsageError, match="--images-per-class is 12"):
+    with pytest.raises(UsageError, match="images_per_class is 12"):
         distil(toy_folder, toy_teacher, tmp_path / "run", ipc=10)
     assert not (tmp_path / "run").exists()
 
@@ -389,18 +394,23 @@ def rotated_file(toy_teacher, path):
 def test_preflight_names_the_order_that_a_teacher_must_have(toy_folder, toy_teacher, tmp_path, capsys):
     order = rotated_file(toy_teacher, tmp_path / "t.safetensors")
     found = r"of 180 training images correctly, near chance for 3 classes: it reads '\w+' images as '\w+'"
-    with pytest.raises(UsageError, match=f"the teacher reads .* {found}.*--class-order"):
+    with pytest.raises(UsageError, match=f"the teacher reads .* {found}.*with class_order"):
         distil(toy_folder, tmp_path / "t.safetensors", tmp_path / "run")
-    with pytest.raises(UsageError, match=f"the label teacher reads .* {found}"):
+    with pytest.raises(UsageError, match=f"the label teacher reads .* {found}.*with label_class_order"):
         distil(toy_folder, toy_teacher, tmp_path / "run", label_teacher=tmp_path / "t.safetensors")
     assert not (tmp_path / "run").exists()
     distil(toy_folder, toy_teacher, tmp_path / "run", quiet=False, until="score")
     assert re.search(r"^teacher reads 1\d\d of 180 training images \(\d+%\)$", capsys.readouterr().err, re.M)
     (tmp_path / "order.txt").write_text("\n".join(order) + "\n")
-    for given in (order, tmp_path / "order.txt"):
+    path = tmp_path / "t.safetensors"
+    for teacher, given in (
+        (path, order),
+        (path, tmp_path / "order.txt"),
+        (lambda: ddfast.load_teacher(path), order),
+    ):
         distil(
             toy_folder,
-            tmp_path / "t.safetensors",
+            teacher,
             tmp_path / "one",
             class_order=given,
             label_teacher=toy_teacher,
@@ -525,3 +535,48 @@ def test_unknown_names_list_the_known_ones():
         get_method("infoutil").from_options({"estimator": "best"})
     with pytest.raises(UsageError, match="crops must be at least 1"):
         get_method("rded").from_options({"crops": 0})
+
+
+def test_numbers_and_paths_of_every_kind_make_the_same_run(undisturbed, toy_folder, toy_teacher, tmp_path):
+    distil(
+        *(str(toy_folder), Path(toy_teacher), tmp_path / "run"),
+        ipc=np.int64(2),
+        images_per_class="12",
+        seed=np.int32(0),
+        factor=np.int64(2),
+        image_size=np.int64(16),
+        batch_size=np.int64(16),
+        workers=np.int64(1),
+        n_samples=np.int64(32),
+        alpha=np.float32(2),
+    )
+    assert digests(tmp_path / "run") == digests(undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"ipc": 2.5}, r"ipc must be a whole number, got 2\.5"),
+        ({"ipc": True}, "ipc must be a whole number, got True"),
+        ({"ipc": [2]}, r"ipc must be a whole number, got \[2\]"),
+        ({"images_per_class": None}, "images_per_class must be a whole number, got None"),
+        ({"data": ["a"]}, r"data must be a path, got \['a'\]"),
+        ({"out": None}, "out must be a path, got None"),
+        ({"teacher": None}, "teacher must be a path, got None"),
+        ({"data": "nowhere", "class_order": "nowhere.txt"}, "class order nowhere.txt cannot be read"),
+        ({"label_class_order": ["a"]}, "label_class_order describes a label teacher: give label_teacher"),
+        ({"teacher": torch.nn.Linear(1, 1)}, "teacher must be a ddfast Teacher"),
+        ({"until": "scores"}, "until must be one of score, select, synthesize, relabel, got 'scores'"),
+        ({"crop": 3}, "did you mean crops"),
+        ({"alpha": float("nan")}, "alpha must be a finite number, got nan"),
+        ({"alpha": "x"}, "alpha must be a finite number, got 'x'"),
+        ({"correct_only": 1}, "correct_only must be true or false, got 1"),
+        ({"n_samples": 2}, "n_samples >="),
+        ({"device": "mps"}, "device must be auto, cpu, cuda or cuda:N"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_by_its_keyword(changed, message, toy_folder, toy_teacher, tmp_path):
+    arguments = {"data": toy_folder, "teacher": toy_teacher, "ipc": 1, "out": tmp_path / "run", **changed}
+    with pytest.raises(UsageError, match=message):
+        ddfast.distill("infoutil", **arguments)
+    assert not (tmp_path / "run").exists()

@@ -214,13 +214,13 @@ def test_the_number_of_threads_does_not_depend_on_torchrun(monkeypatch):
     assert threads_of("3", torch.device("cpu")) == 3
     monkeypatch.setenv("DDFAST_THREADS", "2")
     assert threads_of("auto", torch.device("cpu")) == 2
-    with pytest.raises(UsageError, match="--threads must be auto or a positive number, got 0"):
+    with pytest.raises(UsageError, match="threads must be auto or a positive number, got 0"):
         threads_of(0, torch.device("cpu"))
 
 
 def test_a_run_keeps_its_threads_and_its_loader(toy_folder, toy_teacher, tmp_path):
     out = distil(toy_folder, toy_teacher, tmp_path / "run", threads=1, loader="pillow", until="score")
-    with pytest.raises(UsageError, match="was started with --threads 1"):
+    with pytest.raises(UsageError, match="was started with threads=1"):
         distil(toy_folder, toy_teacher, out, threads=2, resume=True)
     with pytest.raises(
         UsageError, match=r'different run \(arithmetic.loader: it has "pillow", this one "torchvision"'

@@ -115,5 +115,5 @@ def test_the_largest_soft_labels_alone_can_be_stored(toy_folder, toy_teacher, tm
 def test_many_classes_store_the_largest_labels_by_default():
     assert [top_k_of("auto", classes) for classes in (10, 2048, 2049)] == [None, None, 256]
     assert [top_k_of(given, 100) for given in ("all", 100, "7")] == [None, None, 7]
-    with pytest.raises(UsageError, match="--label-top-k must be auto, all or a positive number, got some"):
+    with pytest.raises(UsageError, match="label_top_k must be auto, all or a positive number, got some"):
         top_k_of("some", 10)

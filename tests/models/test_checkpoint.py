@@ -143,5 +143,5 @@ def test_bare_safetensors_load_with_their_architecture(tmp_path, state):
     save_file(behind("module.", state), tmp_path / "bare.safetensors")
     teacher = load_teacher(tmp_path / "bare.safetensors", **STATE_DICT)
     assert torch.equal(teacher.model.classifier.weight, state["classifier.weight"])
-    assert "--teacher-arch" in refused(tmp_path / "bare.safetensors")
+    assert "give its architecture (arch)" in refused(tmp_path / "bare.safetensors")
     assert "class_names" in refused(tmp_path / "bare.safetensors", arch="convnet3", image_size=16)

@@ -19,7 +19,7 @@ def test_a_gpu_that_is_there_is_taken(two_gpus):
 
 def test_a_gpu_that_is_not_there_is_refused_in_one_line(two_gpus):
     with pytest.raises(
-        UsageError, match=r"^device cuda:2 was asked for, but torch sees 2 GPUs, from cuda:0 on$"
+        UsageError, match=r"^device cuda:2 was asked for, but torch sees 2 GPUs, numbered from 0$"
     ):
         resolve_device("cuda:2")
 

@@ -4,6 +4,7 @@ import re
 import statistics
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +18,7 @@ from ddfast.data.distilled import (
     write_soft_labels,
 )
 from ddfast.errors import UsageError
-from ddfast.training import DistilledImages, EvaluationResult, evaluate, fit_teacher, train_student
+from ddfast.training import DistilledImages, EvaluationResult, ImageSet, evaluate, fit_teacher, train_student
 from ddfast.training.teacher import TeacherConfig
 from tests.training.conftest import CLASSES, SIZE, render
 
@@ -161,6 +162,7 @@ def test_data_of_other_classes_is_refused(distilled, toy_folder):
         ({"seeds": []}, "at least one seed, got 0"),
         ({"protocol": "e-rded"}, "unknown protocol 'e-rded'; known: rded"),
         ({"teacher": "nowhere.safetensors"}, "no teacher file nowhere.safetensors"),
+        ({"class_order": CLASSES}, "class_order describes a teacher: give teacher as well"),
     ],
 )
 def test_bad_options_are_usage_errors(distilled, toy_test, options, message):
@@ -191,7 +193,9 @@ def test_a_teacher_in_another_class_order_is_refused_or_put_right(distilled, ski
     right = evaluate(distilled, toy_test, teacher=skilled, **options)
     assert re.search(r"^teacher reads [789]\d of 90 test images \(\d+%\)$", capsys.readouterr().err, re.M)
     turned = in_order(skilled, [2, 0, 1])
-    with pytest.raises(UsageError, match=r"reads '\w+' images as '\w+'.*another class order.*--class-order"):
+    with pytest.raises(
+        UsageError, match=r"reads '\w+' images as '\w+'.*another class order.*with class_order"
+    ):
         evaluate(distilled, toy_test, teacher=turned, **options)
     order = [CLASSES[place] for place in (2, 0, 1)]
     mended = evaluate(distilled, toy_test, teacher=turned, class_order=order, **options)
@@ -219,3 +223,25 @@ def test_a_default_dtype_of_float64_changes_nothing(distilled, teacher, toy_test
     finally:
         torch.set_default_dtype(torch.float32)
     assert found == expected
+
+
+def test_labels_of_a_test_set_that_do_not_fit_are_refused(distilled, toy_test):
+    for labels, message in (
+        (toy_test.labels + 1, r"must lie in 0\.\.2, got 1\.\.3"),
+        (toy_test.labels - 1, r"must lie in 0\.\.2, got -1\.\.1"),
+        (toy_test.labels.float(), "int64 label for every image, got torch.float32"),
+        (toy_test.labels[:5], "int64 label for every image"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            evaluate(distilled, ImageSet(toy_test.images, labels), arch="convnet3", epochs=1, quiet=True)
+
+
+def test_seeds_are_a_number_of_students_or_their_seeds(distilled, toy_test):
+    options = {"arch": "convnet3", "arch_options": {"width": 8}, "epochs": "1", "quiet": True}
+    for given, seeds in ((np.int64(2), [0, 1]), ("1", [0]), ([np.int64(4)], [4]), (np.array([3]), [3])):
+        found = evaluate(distilled, toy_test, seeds=given, **options)
+        assert found.seeds == seeds
+        assert json.loads(json.dumps(found.as_dict()))["seeds"] == seeds
+    for given in (True, 1.5, "x", [True], [-1], [], 0):
+        with pytest.raises(UsageError, match="seed"):
+            evaluate(distilled, toy_test, seeds=given, **options)

@@ -28,7 +28,7 @@ def reading(counts, classes=None):
 
 def check(found, classes=10, **options):
     names = [f"c{place}" for place in range(classes)]
-    settings = {"role": "teacher", "what": "training images", "top1": None, "way_out": "", "quiet": False}
+    settings = {"role": "teacher", "what": "training image", "top1": None, "quiet": False}
     check_reading(found, names, **{**settings, **options})
 
 
@@ -55,7 +55,7 @@ def test_another_order_is_refused_and_named():
         UsageError, match=r"reads 10 of 60 .* near chance for 10 classes: it reads 'c0' images"
     ):
         check(found)
-    with pytest.raises(UsageError, match=r"7 more classes.*in which 50 would be right.*--class-order"):
+    with pytest.raises(UsageError, match=r"7 more classes.*in which 50 would be right.*with class_order"):
         check(found)
 
 
@@ -130,7 +130,7 @@ def test_the_hit_rate_is_always_said_and_a_poor_one_warned_of(capsys):
     good = {(label, label): 57 for label in range(10)} | {(label, (label + 3) % 10): 7 for label in range(10)}
     assert said(capsys, good) == ["teacher reads 570 of 640 training images (89%)"]
     poor = {(label, (label + shift) % 10): 8 + 4 * (not shift) for label in range(10) for shift in range(10)}
-    first, second = said(capsys, poor, role="label teacher", what="test images")
+    first, second = said(capsys, poor, role="label teacher", what="test image")
     assert first == "label teacher reads 120 of 840 test images (14%)"
     assert second.startswith("warning: that is poor for 10 classes: check the label teacher's class order")
     _, short = said(capsys, good, top1=97.0)

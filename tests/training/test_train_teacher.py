@@ -316,7 +316,7 @@ def test_what_an_earlier_run_wrote_is_never_overwritten(toy_train, toy_folder, t
     fit(toy_train, None, out, one, checkpoint_epochs=[1])
     before = contents(tmp_path)
     for config in (one, replace(one, seed=1)):
-        with pytest.raises(UsageError, match=r"exists already \(a teacher, convnet3, 1 epochs\).*--resume"):
+        with pytest.raises(UsageError, match=r"exists already \(a teacher, convnet3, 1 epoch\).*resume=True"):
             fit(toy_train, None, out, config)
     with pytest.raises(UsageError, match="exists already"):  # before the data is even opened
         train_teacher(tmp_path / "nowhere", out=out, arch="convnet3", epochs=1)
