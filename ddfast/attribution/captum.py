@@ -17,6 +17,9 @@ at a time, and where the forward function draws at random, or a hook of Captum's
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import inspect
 import warnings
 from collections.abc import Callable
 from types import FunctionType
@@ -38,6 +41,7 @@ from captum.attr._core.lime import construct_feature_mask, default_from_interp_r
 from captum.attr._core.shapley_value import _shape_feature_mask
 from captum.attr._utils.common import _format_input_baseline
 from captum.log import log_usage
+from torch import Tensor, nn
 
 from ddfast.attribution.captum_calls import CaptumHasToServe, KernelShapCall, ShapleyCall
 from ddfast.attribution.estimators import list_estimators
@@ -316,7 +320,8 @@ def _kernel_shap(
                 f"estimator {estimator!r} cannot serve this call: {reason}; use estimator='captum'"
             ) from reason
         torch.set_rng_state(state)
-    return _CAPTUM_ATTRIBUTE[CaptumKernelShap](
+    return _by_captum(
+        CaptumKernelShap,
         explainer,
         inputs,
         baselines,
@@ -399,7 +404,8 @@ def _shapley_values(
         return _format_output(_is_tuple(inputs), attributions)
     except CaptumHasToServe:
         torch.set_rng_state(state)
-    return _CAPTUM_ATTRIBUTE[CaptumShapleyValueSampling](
+    return _by_captum(
+        CaptumShapleyValueSampling,
         explainer,
         inputs,
         baselines,
@@ -410,6 +416,28 @@ def _shapley_values(
         perturbations_per_eval,
         show_progress,
     )
+
+
+def _by_captum(captum_class: type, explainer: Any, *arguments: Any) -> Any:
+    """Captum's own method, with a forward function that is given copies: it may write to its arguments.
+
+    It serves a copy of the explainer, as another thread may use the explainer itself meanwhile.
+    """
+    function = explainer.forward_func
+
+    def forward(*values: Any) -> Any:
+        return function(*(value.clone() if isinstance(value, Tensor) else value for value in values))
+
+    if not isinstance(function, nn.Module):
+        with contextlib.suppress(AttributeError, TypeError, ValueError):
+            # Captum calls a function without parameters without arguments.
+            forward.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+    serving = copy.copy(explainer)
+    serving.forward_func = forward
+    try:
+        return _CAPTUM_ATTRIBUTE[captum_class](serving, *arguments)
+    finally:
+        vars(explainer).update({k: v for k, v in vars(serving).items() if k != "forward_func"})
 
 
 def _kernel_hooks_are_captums(explainer: CaptumKernelShap) -> bool:

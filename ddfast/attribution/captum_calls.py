@@ -42,6 +42,7 @@ from ddfast.attribution.feature_game import (
     as_grid_game,
     distinct,
 )
+from ddfast.attribution.inspection import Inspection, look
 
 _MAX_EXACT_PLAYERS = 20
 _SINGULAR = 1e-6  # singular values below this share of the largest count as zero, as in scikit-learn's tol
@@ -138,7 +139,7 @@ class KernelShapCall:
         cells = grid_game is not None and torch.equal(grid_game.players, torch.arange(self.d))
         plan = make_plan(estimator, grid_game.grid if grid_game and cells else self.d, self.n_samples, seeds)
         phi = torch.zeros(self.streams, self.d, dtype=torch.float64)
-        empty = torch.zeros(0)
+        empty = torch.zeros(0, dtype=torch.float64)
         with self._progress(self.streams * plan.size) as advance:
             for start in range(0, plan.size, _PLAN_ROWS):
                 coalitions, projection = plan.rows(start, min(start + _PLAN_ROWS, plan.size))
@@ -300,7 +301,9 @@ class ShapleyCall:
             masks,
             int(self.player.max()) + 1,
         )
-        empty = _refusals_go_to_captum(self.game.run, full_baselines, target, additional)
+        # The forward function may write to what it is given.
+        own = tuple(base.clone() for base in full_baselines)
+        empty = _refusals_go_to_captum(self.game.run, own, target, additional)
         empty = empty.reshape(1) if isinstance(empty, Tensor) and empty.dim() == 0 else empty
         _find_output_mode_and_verify(
             empty, self.game.examples, perturbations_per_eval, masks, allow_multi_outputs=True
@@ -478,6 +481,9 @@ def _run(
     target: Any,
     additional: tuple[Any, ...] | None,
 ) -> Any:
+    if additional is not None:
+        # The forward function may write to them, and the next coalition needs them as they were.
+        additional = tuple(value.clone() if isinstance(value, Tensor) else value for value in additional)
     return _run_forward(forward_func, inputs, target, additional)
 
 
@@ -537,7 +543,19 @@ def _rows_per_forward(explainer: Any, inputs: tuple[Tensor, ...]) -> int:
 def _full_output(game: FeatureGame) -> Any:
     """What a plain call gives for the full coalition."""
     inputs = game.perturbed(slice(None), torch.ones(1, game.d, dtype=torch.bool))
-    return _refusals_go_to_captum(game.run, inputs, game.target, game.additional)
+    function = game.run.args[0] if isinstance(game.run, functools.partial) else None
+    if not isinstance(function, nn.Module) or len(inputs) > 1 or game.additional is not None:
+        return _refusals_go_to_captum(game.run, inputs, game.target, game.additional)
+
+    def watched(images: Tensor) -> Any:
+        """The module's output. What it calls on the way tells whether what is kept of it is still of use."""
+        before = images.clone()
+        output, calls = look(function, images)
+        if isinstance(output, Tensor):
+            game.inspection = Inspection(before, output, None, calls, False)
+        return output
+
+    return _refusals_go_to_captum(_run, watched, inputs, game.target, None)
 
 
 def _check_repeats(game: FeatureGame, full_values: Tensor) -> None:

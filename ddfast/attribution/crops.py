@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ddfast.attribution.engine import Channels, evaluations, start, weights
+from ddfast.attribution.validation import as_tensors
 from ddfast.ops import noisy_crop_boxes, shapley_crop_boxes
 
 
@@ -31,6 +32,7 @@ class CropRule:
         return noisy_crop_boxes(phi.float(), sample_ids, grid=grid, image_size=image_size, **asdict(self))
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def shapley_crops(
     model: Callable[[Tensor], Tensor],
@@ -67,6 +69,7 @@ def shapley_crops(
     Raises:
         ValueError, TypeError: as `shapley` and `noisy_crop_boxes`.
     """
+    images, labels = as_tensors(images, labels)
     if sample_ids.shape != (len(images),):
         raise ValueError(f"sample_ids must be [{len(images)}], one an image, got {list(sample_ids.shape)}")
     game, plan, chunk = start(

@@ -10,8 +10,11 @@ from torch import Tensor, nn
 
 from ddfast.attribution.estimators import Plan, make_plan
 from ddfast.attribution.flight import Flight
-from ddfast.attribution.forward import Forward, assemble, players_of, prepare
+from ddfast.attribution.forward import Forward, assemble, made_up_image, players_of, prepare
+from ddfast.attribution.inspection import Inspection, alike, check_rows, inspect, look
+from ddfast.attribution.random_states import RandomStates
 from ddfast.attribution.validation import (
+    as_tensors,
     check_baseline,
     check_chunk_size,
     check_finite,
@@ -24,13 +27,14 @@ from ddfast.attribution.validation import (
 )
 from ddfast.ops import masked_batch, shapley_heatmap
 from ddfast.ops._attribution import VALUES
-from ddfast.ops.precision import resolve_precision
+from ddfast.ops.precision import autocast, resolve_precision
 
 DEFAULT_CHUNK_SIZE = 128
 
 Channels = Tensor | Sequence[float] | None
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def shapley(
     model: Callable[[Tensor], Tensor],
@@ -56,8 +60,9 @@ def shapley(
     Args:
         model: module in eval mode, or function, from images [n, C, H, W] to class scores [n, classes]. It is
             given channels-last batches of its parameters' dtype (without parameters: of the images', float32
-            for uint8).
-        images: uint8 or float [B, C, H, W]. uint8 is scaled to [0, 1] first.
+            for uint8), which are its own to write to. Its scores have to be a function of one image: not of the
+            others of a batch, nor of chance.
+        images: uint8 or float [B, C, H, W], a tensor, an array or a list. uint8 is scaled to [0, 1] first.
         labels: int64 [B], the class whose score is attributed.
         grid: cells per side, or (rows, columns). A grid that does not divide the image is split as evenly as
             possible.
@@ -84,9 +89,10 @@ def shapley(
 
     Raises:
         ValueError: arguments that do not fit (the message says which and what is valid), a model in training
-            mode, or NaN or infinity from the model.
+            mode, one whose scores depend on the batch or on random numbers, or NaN or infinity from the model.
         TypeError: a baseline tensor that is not floating point.
     """
+    images, labels = as_tensors(images, labels)
     game, plan, chunk = start(
         model,
         images,
@@ -138,8 +144,7 @@ def start(
         raise ValueError(f"value must be one of {', '.join(VALUES)}, got {value!r}")
     chunk = check_chunk_size(DEFAULT_CHUNK_SIZE if chunk_size is None else chunk_size)
     baseline = check_baseline(baseline, images)
-    plan = make_plan(estimator, (rows, cols), n_samples, check_seed(seed, len(images)))
-
+    seed = check_seed(seed, len(images))
     game = _ImageGame(
         model,
         images,
@@ -150,9 +155,11 @@ def start(
         mean,
         std,
         precision,
-        evaluations=plan.size,
         chunk=chunk,
     )
+    game.look()  # before a design is searched for, which may take seconds
+    plan = make_plan(estimator, (rows, cols), n_samples, seed)
+    game.evaluations = plan.size
     return game, plan, chunk
 
 
@@ -167,6 +174,15 @@ def evaluations(game: _ImageGame, plan: Plan, chunk: int) -> Iterator[tuple[slic
     Raises:
         ValueError: at its end, NaN or infinity from the model.
     """
+    states = RandomStates() if game.draws else None
+    try:
+        yield from _evaluations(game, plan, chunk)
+    finally:
+        if states is not None:
+            states.restore()
+
+
+def _evaluations(game: _ImageGame, plan: Plan, chunk: int) -> Iterator[tuple[slice, Tensor, Tensor, bool]]:
     images, first = len(game.images), 0
     if images and not game.baseline_per_image:
         # Nothing of an image shows in the empty coalition: one evaluation serves all.
@@ -194,18 +210,26 @@ class MicroBatch:
         count: coalitions of each of its images.
         assembled: whether the tensors are what the last stage of a `Forward` takes, or masked images.
         tensors: of b images under `count` coalitions.
+        which: the images.
+        coalitions: bool [count, d] or [b, count, d].
         sets: the coalitions, int64 [b, count] of `players_of`, where they are known on the CPU.
     """
 
     count: int
     assembled: bool
     tensors: tuple[Tensor, ...]
+    which: slice
+    coalitions: Tensor
     sets: Tensor | None = None
 
 
 @dataclass
 class _ImageGame:
-    """The games v(s) = f(x masked to s)_y of a batch of images (InfoUtil, Sec. 3.2.1)."""
+    """The games v(s) = f(x masked to s)_y of a batch of images (InfoUtil, Sec. 3.2.1).
+
+    The model is inspected before its first pass, and what was prepared for it is compared with what it gives. Where
+    the caller makes these comparisons on its own (`compared`), only the calls of its forward are looked at.
+    """
 
     model: Callable[[Tensor], Tensor]
     images: Tensor
@@ -218,6 +242,8 @@ class _ImageGame:
     precision: str
     evaluations: int = 0  # an image, of the whole game; 0: a call's own count tells
     chunk: int = DEFAULT_CHUNK_SIZE
+    compared: bool = False
+    inspection: Inspection | None = None
     evaluated: int = 0
     not_finite: list[Tensor] = field(default_factory=list)
 
@@ -226,6 +252,7 @@ class _ImageGame:
         self.baseline_per_image = isinstance(self.baseline, Tensor) and self.baseline.dim() == 4
         self.forward: Forward | None = None
         self._planned = 0
+        self._batch_compared = False
         self._variants: tuple[slice, tuple[Tensor, ...]] | None = None
         self.flight = Flight(self.images.device)
 
@@ -233,28 +260,91 @@ class _ImageGame:
         """Class scores [b, k, classes] of the images `which` under coalitions bool [k, d] or [b, k, d]."""
         return self.run(self.micro_batch(which, coalitions))
 
+    @property
+    def draws(self) -> bool:
+        """Whether the model draws random numbers, if only such as do not count."""
+        return self.inspection is not None and self.inspection.draws
+
+    def look(self) -> None:
+        """Inspect the model, once: as itself, on the first image, the last one masked, and one made up.
+
+        Raises:
+            ValueError: as `inspect`.
+        """
+        if self.inspection is not None or not len(self.images):
+            return
+        d, last = self.grid[0] * self.grid[1], len(self.images) - 1
+        full = self._masked(slice(0, 1), torch.ones(1, d, dtype=torch.bool), self.dtype)
+        with autocast("float32", self.images.device):
+            if self.compared:
+                scores, calls = look(self.model, full)
+                self.inspection = Inspection(full, scores, None, calls, False)
+                return
+            half = self._masked(slice(last, last + 1), (torch.arange(d) % 2 == 0)[None], self.dtype)
+            if full.is_cuda:  # an index that a made-up value leads to may end the process there
+                other = full.flip(-1)
+            else:
+                # Larger than the others, so that a maximum over the batch is seen as well as a mean.
+                scale = 2 * torch.maximum(full.abs().amax(), half.abs().amax()).clamp(min=0.5)
+                other = scale * made_up_image((full.shape[1], full.shape[2], full.shape[3]))[None].to(full)
+            images = torch.cat([half, full, other]).contiguous(memory_format=torch.channels_last)
+            self.inspection = inspect(self.model, images, self.labels, self.chunk)
+
     def micro_batch(self, which: slice, coalitions: Tensor) -> MicroBatch:
         """The images `which` under coalitions bool [k, d] or [b, k, d], ready for the model."""
         count = coalitions.shape[-2]
         if self.forward is None or (not self.evaluations and count > self._planned):
             self._planned = self.evaluations or count
-            self.forward = prepare(
-                self.model,
-                (self.images.shape[1], self.images.shape[2], self.images.shape[3]),
-                self.grid,
-                self._planned,
-                dtype=self.dtype,
-                device=self.images.device,
-                precision=self.precision,
-            )
-        maps = self._maps(which) if count > 1 and self.forward.cuts else None
+            self.forward = self._prepared()
+        cuts = self.forward.cuts
+        maps = self._maps(which) if count > 1 and cuts else None
         if maps is None:
-            return MicroBatch(count, False, (self._masked(which, coalitions),))
-        tensors = assemble(self.forward.cuts[-1], maps, coalitions)
+            masked = self._masked(which, coalitions, self.forward.dtype)
+            return MicroBatch(count, False, (masked,), which, coalitions)
+        tensors = assemble(cuts[-1], maps, coalitions)
         if self.images.device.type != "cpu":
-            return MicroBatch(count, True, tensors)
+            return MicroBatch(count, True, tensors, which, coalitions)
         sets = players_of(coalitions.cpu()).expand(len(tensors[0]) // count, -1)
-        return MicroBatch(count, True, tensors, sets)
+        return MicroBatch(count, True, tensors, which, coalitions, sets)
+
+    def _prepared(self) -> Forward:
+        """The model's `Forward`, which gives what the model gives for the inspected images."""
+        self.look()
+        seen = self.inspection
+        assert seen is not None
+        forward = self._prepare()
+        if self.compared or self._gives(forward, seen):
+            return forward
+        forward = self._prepare(anew=True)
+        if self._gives(forward, seen):
+            return forward
+        return self._prepare(as_it_is="what was prepared does not give what the model gives")
+
+    def _prepare(self, *, anew: bool = False, as_it_is: str = "") -> Forward:
+        assert self.inspection is not None
+        return prepare(
+            self.model,
+            (self.images.shape[1], self.images.shape[2], self.images.shape[3]),
+            self.grid,
+            self._planned,
+            dtype=self.dtype,
+            device=self.images.device,
+            precision=self.precision,
+            images=self.inspection.images,
+            calls=self.inspection.calls,
+            anew=anew,
+            as_it_is=as_it_is,
+        )
+
+    def _gives(self, forward: Forward, seen: Inspection) -> bool:
+        if not forward.traced:
+            return True
+        given = forward.direct(seen.images[:2].to(forward.dtype, copy=True), once=True)
+        wanted = seen.scores[:2]
+        return given.shape == wanted.shape and alike(given, wanted, low=self._lowered(forward))
+
+    def _lowered(self, forward: Forward) -> bool:
+        return forward.dtype != self.dtype or forward.precision != "float32"
 
     def run(self, batch: MicroBatch) -> Tensor:
         """Class scores [b, k, classes] of a micro-batch."""
@@ -265,15 +355,48 @@ class _ImageGame:
             scores = self.forward.direct(*batch.tensors)
         images = len(batch.tensors[0])
         check_scores(scores, images)
-        if self.evaluated == 0:
+        if self.evaluated == 0 and self.compared:
             check_labels(self.labels, scores.shape[1])
+        if not self.compared and not self._batch_compared and images > 3:
+            scores = self._compared(batch, scores)
+            self._batch_compared = True
         self.evaluated += images
         self.not_finite.append((~scores.isfinite()).any(dim=1).sum())
         return scores.unflatten(0, (-1, batch.count))
 
-    def _masked(self, which: slice, coalitions: Tensor) -> Tensor:
-        """The images `which` under coalitions, normalised, [b k, C, H, W] channels-last."""
+    def _compared(self, batch: MicroBatch, scores: Tensor) -> Tensor:
+        """Scores of the first large batch, after one of its images got what the model gives it alone.
+
+        Raises:
+            ValueError: the model gives it something else in company.
+        """
         assert self.forward is not None
+        assert self.inspection is not None
+        own = batch.coalitions if batch.coalitions.dim() == 2 else batch.coalitions[0]
+        full = own.all(dim=1).nonzero()
+        row = int(full[0]) if len(full) else len(own) - 1
+        first = batch.which.indices(len(self.images))[0]
+        device = self.images.device
+        with autocast("float32", device):
+            if first == 0 and len(full) and self.inspection.alone is not None:
+                alone = self.inspection.alone
+            else:
+                masked = self._masked(slice(first, first + 1), own[row : row + 1], self.dtype)
+                alone = self.model(masked)[0]
+            lowered = self._lowered(self.forward)
+            if alike(scores[row], alone, fine=not self.forward.traced and not lowered, low=lowered):
+                return scores
+            masked = self._masked(batch.which, batch.coalitions, self.dtype)
+            check_rows(self.model, masked, row)
+        if not self.forward.traced:
+            return scores
+        self._variants = None
+        self.forward = self._prepare(as_it_is="what is assembled does not give what the model gives")
+        masked = self._masked(batch.which, batch.coalitions, self.forward.dtype)
+        return self.forward.direct(masked)
+
+    def _masked(self, which: slice, coalitions: Tensor, dtype: torch.dtype) -> Tensor:
+        """The images `which` under coalitions, normalised, [b k, C, H, W] channels-last."""
         baseline = self.baseline
         if isinstance(baseline, Tensor) and self.baseline_per_image:
             baseline = baseline[which]
@@ -284,23 +407,26 @@ class _ImageGame:
             baseline=baseline,
             mean=self.mean,
             std=self.std,
-            dtype=self.forward.dtype,
+            dtype=dtype,
         )
 
     def _maps(self, which: slice) -> tuple[Tensor, ...] | None:
         """Features of the variants of the images `which`, kept until others are asked for; None: no reuse."""
-        assert self.forward is not None
+        forward = self.forward
+        assert forward is not None
         if self._variants is None or self._variants[0] != which:
             self._variants = None
             images = len(self.images[which])
-            maps = self.forward.variants(lambda patterns: self._masked(which, patterns), images, self.chunk)
-            if not self.forward.checked:
-                start = which.indices(len(self.images))[0]
-                first = slice(start, start + 1)
-                if not self.forward.agrees(
-                    lambda s: self._masked(first, s), maps, self.grid[0] * self.grid[1]
-                ):
-                    return None
+            cuts = forward.cuts
+            maps = forward.variants(
+                lambda patterns: self._masked(which, patterns, forward.dtype), images, self.chunk, cuts
+            )
+            start = which.indices(len(self.images))[0]
+            first = slice(start, start + 1)
+            if not forward.agrees(
+                lambda s: self._masked(first, s, forward.dtype), maps, self.grid[0] * self.grid[1]
+            ):
+                return None
             self._variants = which, maps
         return self._variants[1]
 

@@ -287,7 +287,9 @@ def enumerated(d: int, n_samples: int, seeds: Tensor, grid: Grid | None = None) 
     if sizes <= d // 2 and left >= 2:
         half = shapley_kernel_subsets(seeds, left // 2, d, sizes)
         drawn = torch.cat([half, ~half], dim=1)
-        rest = torch.full(drawn.shape[:2], math.fsum(mass[sizes : d - sizes + 1]) / drawn.shape[1])
+        rest = torch.full(
+            drawn.shape[:2], math.fsum(mass[sizes : d - sizes + 1]) / drawn.shape[1], dtype=torch.float32
+        )
         coalitions, weights = (
             torch.cat([coalitions, drawn], dim=1),
             torch.cat([weights, rest.double()], dim=1),

@@ -6,8 +6,8 @@ done is left out, with the reason in `Forward.reason`; what cannot be traced run
 the model, the size of the images, the grid, the precision and the number of evaluations an image, and on nothing
 that happened before, so equal arguments give equal bits.
 
-A model is prepared again when its structure or its weights change. Graphs and measurements are kept as long as
-the model lives.
+A model is prepared again when its structure or its weights change, or what its forward calls on the images. Graphs and
+measurements are kept as long as the model lives.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from ddfast.attribution import folding, locality, tracing
+from ddfast.attribution.call_log import Log
 from ddfast.attribution.locality import Cut, Locality
+from ddfast.attribution.random_states import RandomStates
+from ddfast.attribution.validation import check_model
 from ddfast.ops import assemble_masked_features
 from ddfast.ops.precision import autocast, resolve_precision
 
@@ -51,6 +54,7 @@ class Forward:
         dtype: what masked images are given as.
         precision: what the stages run under, "float32" where they are cast already.
         reason: why nothing is reused, or what is; why weights are not folded or cast.
+        traced: whether the stages are graphs, not the model as it is.
     """
 
     stages: Sequence[Stage]
@@ -58,7 +62,9 @@ class Forward:
     dtype: torch.dtype
     precision: str
     reason: str
+    traced: bool = True
     checked: bool = field(default=False, init=False)
+    lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
     shares: bool = field(default=True, init=False)  # tiles between coalitions, see `folding.fuse_epilogues`
 
     def _run(
@@ -69,24 +75,30 @@ class Forward:
             return stage(*inputs, sets if self.shares else None)
         return stage(*inputs)
 
-    def direct(self, masked: Tensor) -> Tensor:
-        """Scores [n, classes] of masked images [n, C, H, W]."""
+    def direct(self, masked: Tensor, *, once: bool = False) -> Tensor:
+        """Scores [n, classes] of masked images [n, C, H, W]; `once`: not worth a recording on a GPU."""
         with autocast(self.precision, masked.device):
             values: tuple[Tensor, ...] = (masked,)
             for stage in self.stages:
-                values = self._run(stage, values)
+                values = self._run(
+                    stage.function if once and isinstance(stage, CudaGraphs) else stage, values
+                )
         return values[0]
 
-    def variants(self, masked: Masked, images: int, chunk: int) -> tuple[Tensor, ...]:
+    def variants(
+        self, masked: Masked, images: int, chunk: int, cuts: Sequence[Cut] | None = None
+    ) -> tuple[Tensor, ...]:
         """The features [b, variants, C, h, w] from which every coalition's are assembled at the last cut.
 
         Args:
             masked: the masked images of a group of b images.
             images: b.
             chunk: masked images in one pass, at most.
+            cuts: those of this `Forward`, as they were read; another thread may give reuse up meanwhile.
         """
         maps: tuple[Tensor, ...] = ()
-        for stage, cut, before in zip(self.stages[:-1], self.cuts, (None, *self.cuts), strict=False):
+        cuts = self.cuts if cuts is None else cuts
+        for stage, cut, before in zip(self.stages[:-1], cuts, (None, *cuts), strict=False):
             together = max(1, chunk // images)
             pieces = []
             for patterns in cut.patterns.split(together):
@@ -118,15 +130,22 @@ class Forward:
             maps: the variants' features of the group.
             players: d.
         """
+        with self.lock:
+            if not self.checked:
+                self._agrees(masked, maps, players)
+                self.checked = True
+            return bool(self.cuts)
+
+    def _agrees(self, masked: Masked, maps: tuple[Tensor, ...], players: int) -> None:
         generator = torch.Generator().manual_seed(0)
-        coalitions = torch.rand(_CHECKED_COALITIONS, players, generator=generator) < 0.5
-        found = assemble(self.cuts[-1], tuple(features[:1] for features in maps), coalitions)
+        coalitions = torch.rand(_CHECKED_COALITIONS, players, generator=generator, dtype=torch.float32) < 0.5
+        cut = self.cuts[-1]
+        found = assemble(cut, tuple(features[:1] for features in maps), coalitions)
         values: tuple[Tensor, ...] = (masked(coalitions),)
         with autocast(self.precision, values[0].device):
             for stage in self.stages[:-1]:
                 values = self._run(stage, values)
-        self.checked = True
-        for wanted, features, table in zip(values, found, self.cuts[-1].tables, strict=True):
+        for wanted, features, table in zip(values, found, cut.tables, strict=True):
             if table is None:
                 continue
             allowed = _AGREEMENT.get(features.dtype, 0.0)
@@ -135,16 +154,15 @@ class Forward:
             difference = (wanted.double() - features.double()).abs().amax()
             # Not finite: the caller counts such scores and raises.
             if bool(difference > allowed * wanted.double().abs().amax()):
-                where = ", ".join(self.cuts[-1].frontier)
+                where = ", ".join(cut.frontier)
                 self.reason = f"features assembled at {where} differ from computed ones by {difference:.3g}"
                 log.warning("locality reuse is off: %s", self.reason)
                 self.cuts = ()
-                return False
+                return
         shared, alone = self.last(found, players_of(coalitions)[None]), self.last(found)
         if bool(alone.isfinite().all()) and not _close(shared, alone):
             self.shares = False
             log.warning("sharing of tiles between coalitions is off: it changes the scores")
-        return True
 
 
 def assemble(cut: Cut, maps: tuple[Tensor, ...], coalitions: Tensor) -> tuple[Tensor, ...]:
@@ -183,14 +201,16 @@ def _join(pieces: Sequence[Tensor]) -> Tensor:
 class _Prepared:
     """What is kept of a model while it lives."""
 
-    structure: int
-    weights: tuple
+    structure: tuple[int, ...]
+    weights: tuple = ()
     probes: locality.Probes = field(default_factory=dict)
     found: dict[tuple, Locality] = field(default_factory=dict)
     forwards: dict[tuple, Forward] = field(default_factory=dict)
+    calls: dict[tuple, Log] = field(default_factory=dict)  # of the model's forward, where it was traced
 
 
 _PREPARED: weakref.WeakKeyDictionary[nn.Module, _Prepared] = weakref.WeakKeyDictionary()
+_PREPARING = threading.RLock()
 
 
 def prepare(
@@ -202,6 +222,10 @@ def prepare(
     dtype: torch.dtype,
     device: torch.device,
     precision: str = "float32",
+    images: Tensor | None = None,
+    calls: Log | None = None,
+    anew: bool = False,
+    as_it_is: str = "",
 ) -> Forward:
     """The forward passes of a model over masked images.
 
@@ -213,24 +237,39 @@ def prepare(
         dtype: dtype of the model's parameters.
         device: where they are.
         precision: "float32", "bfloat16" or "auto"; the latter two lower float32 models only.
+        images: masked images [n, C, H, W], on which a graph has to make the model's calls; None: made up ones.
+        calls: what the model's forward called on these images; where it differs from what it called before, the model
+            is prepared anew. None: not known.
+        anew: forget what was kept of the model.
+        as_it_is: why the model is not to be traced, where it is not.
     """
     if not isinstance(model, nn.Module):
         return _as_it_is(model, dtype, precision, "the model is a function, not a module")
-    kept, structure = _PREPARED.get(model), tracing.fingerprint(model)
-    if kept is None or kept.structure != structure:
-        kept = _PREPARED[model] = _Prepared(structure, ())
-    evaluations = _rounded(evaluations)
-    weights = _weights(model)
-    if kept.weights != weights:
-        kept.weights = weights
-        kept.forwards.clear()
-    settings = (image_size, grid, dtype, str(device), precision, _compiles())
-    found = kept.found.get((settings, evaluations))
-    if found is None or (settings, found.key) not in kept.forwards:
-        forward, found = _make(model, kept, image_size, grid, evaluations, dtype, device, precision)
-        kept.found[settings, evaluations] = found
-        kept.forwards[settings, found.key] = forward
-    return kept.forwards[settings, found.key]
+    # What is kept must be of use outside of the caller's inference mode, too.
+    with _PREPARING, torch.inference_mode(False), torch.no_grad():
+        kept, structure = _PREPARED.get(model), (tracing.fingerprint(model), *_integers(model))
+        if kept is None or kept.structure != structure or anew:
+            kept = _PREPARED[model] = _Prepared(structure)
+        evaluations = _rounded(evaluations)
+        weights = _weights(model)
+        if kept.weights != weights:
+            kept.weights = weights
+            kept.forwards.clear()
+            kept.calls.clear()
+        settings = (image_size, grid, dtype, str(device), precision, _compiles())
+        seen = (settings, 0 if images is None else len(images))
+        if calls is not None and kept.calls.get(seen, calls) != calls:
+            kept = _PREPARED[model] = _Prepared(structure, weights)
+        found = kept.found.get((settings, evaluations))
+        if found is None or (settings, found.key) not in kept.forwards or as_it_is:
+            forward, found = _make(
+                model, kept, image_size, grid, evaluations, dtype, device, precision, images, as_it_is
+            )
+            kept.found[settings, evaluations] = found
+            kept.forwards[settings, found.key] = forward
+        if calls is not None and kept.forwards[settings, found.key].traced:
+            kept.calls[seen] = calls
+        return kept.forwards[settings, found.key]
 
 
 def _rounded(evaluations: int) -> int:
@@ -255,30 +294,37 @@ def locality_of(
     Returns:
         A `Locality`: `cut` names the tensors that are assembled (None: none), `reason` says why there or why
         not, `share_of_work` is the share of a forward pass before the cut, `speedup` the gain to expect.
+
+    Raises:
+        ValueError: a model in training mode.
     """
+    check_model(model)
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     size = size if len(size) == 3 else (3, *size)
     cells = (grid, grid) if isinstance(grid, int) else grid
+    states = RandomStates()
     try:
-        graph = _graph(model)
-        return _analysed(model, graph, size, cells, evaluations, {})
+        with _PREPARING, torch.inference_mode(False), torch.no_grad():
+            graph = _graph(model, _made_up(model, size))
+            return _analysed(model, graph, size, cells, evaluations, {})
     except (tracing.CannotTraceError, locality.NoReuseError) as error:
         return Locality(reason=str(error))
+    finally:
+        states.restore()
 
 
 def _as_it_is(model: Callable[[Tensor], Tensor], dtype: torch.dtype, precision: str, reason: str) -> Forward:
     log.debug("the model runs as it is: %s", reason)
+
+    def run(masked: Tensor) -> tuple[Tensor, ...]:
+        scores = model(masked)
+        # It may be the model's own memory, which its next call writes to.
+        return (scores.clone() if isinstance(scores, Tensor) else scores,)
+
     # Autocast lowers float32 only.
-    return Forward(
-        [lambda masked: (model(masked),)],
-        (),
-        dtype,
-        precision if dtype == torch.float32 else "float32",
-        reason,
-    )
+    return Forward([run], (), dtype, precision if dtype == torch.float32 else "float32", reason, False)
 
 
-@torch.no_grad()
 def _make(
     model: nn.Module,
     kept: _Prepared,
@@ -288,9 +334,14 @@ def _make(
     dtype: torch.dtype,
     device: torch.device,
     precision: str,
+    images: Tensor | None,
+    as_it_is: str,
 ) -> tuple[Forward, Locality]:
     try:
-        graph = _graph(model)
+        if as_it_is:
+            raise tracing.CannotTraceError(as_it_is)
+        with autocast("float32", device):
+            graph = _graph(model, _made_up(model, image_size) if images is None else images)
         found = _analysed(model, graph, image_size, grid, evaluations, kept.probes)
     except (tracing.CannotTraceError, locality.NoReuseError) as error:
         reference = weakref.ref(model)  # the cache must not keep the model alive
@@ -324,13 +375,26 @@ def _make(
     return Forward(stages, tables, low or dtype, under, reason), found
 
 
-def _graph(model: Callable[[Tensor], Tensor]) -> fx.GraphModule:
-    graph = tracing.trace(model)
+def _graph(model: Callable[[Tensor], Tensor], images: Tensor) -> fx.GraphModule:
+    graph = tracing.trace(model, images)
     folding.fold_batch_norms(graph)
     return graph
 
 
-@torch.no_grad()
+def _made_up(model: Callable[[Tensor], Tensor], image_size: tuple[int, int, int]) -> Tensor:
+    """Two images without symmetry, [2, C, H, W]."""
+    parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
+    like = next((p for p in parameters if p.is_floating_point()), torch.empty(0, dtype=torch.float32))
+    image = made_up_image(image_size)
+    return torch.stack([image, 1.5 - 2 * image]).to(like.device, like.dtype)
+
+
+def made_up_image(image_size: tuple[int, int, int]) -> Tensor:
+    """Float32 [C, H, W]: any image will do; this one has no symmetry."""
+    pixels = image_size[0] * image_size[1] * image_size[2]
+    return torch.linspace(-2, 2, pixels, dtype=torch.float32).sin().view(image_size)
+
+
 def _analysed(
     model: Callable[[Tensor], Tensor],
     graph: fx.GraphModule,
@@ -344,13 +408,13 @@ def _analysed(
     Raises:
         NoReuseError: the graph does not give what the model gives.
     """
-    parameter = next((p for p in graph.parameters() if p.is_floating_point()), torch.empty(0))
-    # Any image will do; this one has no symmetry.
-    image = torch.linspace(-2, 2, image_size[0] * image_size[1] * image_size[2]).sin().view(1, *image_size)
-    image = image.to(parameter.device, parameter.dtype)
+    parameter = next(
+        (p for p in graph.parameters() if p.is_floating_point()), torch.empty(0, dtype=torch.float32)
+    )
+    image = made_up_image(image_size)[None].to(parameter.device, parameter.dtype)
     with autocast("float32", image.device):
-        locality.measure(graph, image)
-        wanted, given = model(image), graph(image)
+        locality.measure(graph, image.clone())
+        wanted, given = model(image.clone()), graph(image.clone())
         if not _close(given, wanted):
             raise locality.NoReuseError("the traced graph does not give what the model gives")
         return locality.find(graph, image_size, grid, evaluations, probes)
@@ -377,6 +441,22 @@ def _weights(model: nn.Module) -> tuple:
     hashes = torch.stack([torch.hash_tensor(t.detach()).view(torch.int64) for t in tensors]).tolist()
     sums = torch.stack([t.detach().sum().double() for t in tensors]).tolist()
     return (*places, *hashes, *sums)
+
+
+def _integers(model: nn.Module) -> tuple[int, ...]:
+    """Changes with the values of integers and truth values: they may move pixels, and so what is local."""
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if not t.is_floating_point() and t.numel()]
+    hashes = [torch.hash_tensor(t.detach()).view(torch.int64) for t in tensors if not t.is_complex()]
+    # Of all bits at their places: an exclusive or does not see a permutation.
+    places = [_order_of(t) for t in tensors if not t.is_complex()]
+    return tuple(torch.stack([*hashes, *places]).tolist()) if hashes else ()
+
+
+def _order_of(tensor: Tensor) -> Tensor:
+    """A sum over the elements weighted by their places, int64, with wrap-around."""
+    flat = tensor.detach().reshape(-1).long()
+    place = torch.arange(1, len(flat) + 1, device=flat.device)
+    return (flat * (place * 0x9E3779B97F4A7C1 | 1)).sum()
 
 
 def _split(graph: fx.GraphModule, cuts: Sequence[Cut]) -> list[fx.GraphModule]:

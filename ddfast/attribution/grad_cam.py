@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddfast.attribution.engine import DEFAULT_CHUNK_SIZE, Channels, compute_dtype
+from ddfast.attribution.random_states import RandomStates
 from ddfast.attribution.validation import (
+    as_tensors,
     check_chunk_size,
     check_finite,
     check_grid,
@@ -19,6 +23,7 @@ from ddfast.attribution.validation import (
 from ddfast.ops import masked_batch
 
 
+@torch.inference_mode(False)
 def grad_cam(
     model: nn.Module,
     images: Tensor,
@@ -64,40 +69,53 @@ def grad_cam(
             "grad_cam needs captum, which is not installed: pip install 'ddfast[bench]'"
         ) from error
 
+    images, labels = as_tensors(images, labels)
     check_images(images, labels)
     check_model(model, images)
     rows, cols = check_grid(grid, images)
     chunk = check_chunk_size(DEFAULT_CHUNK_SIZE if chunk_size is None else chunk_size)
-    labels = labels.to(images.device)
+    # A copy, as what was made in inference mode is no part of a gradient's graph.
+    labels = labels.to(images.device, copy=True)
     not_finite = torch.zeros((), dtype=torch.int64, device=images.device)
 
     def checked_scores(inputs: Tensor) -> Tensor:
-        scores = model(inputs)
+        scores = model(inputs.clone())  # it may write to what it is given
         check_scores(scores, len(inputs))
         check_labels(labels, scores.shape[1])
         not_finite.add_((~scores.isfinite()).any(dim=1).sum())
         return scores
 
-    cam = LayerGradCam(checked_scores, _find_layer(model, layer))
+    explained = _find_layer(model, layer)
+    if any(t.is_inference() for t in (*model.parameters(), *model.buffers())):
+        # Made in inference mode, they are no part of a gradient's graph; their copies are.
+        place = [module is explained for module in model.modules()].index(True)
+        model = copy.deepcopy(model)
+        explained = list(model.modules())[place]
+    cam = LayerGradCam(checked_scores, explained)
     everything_present = torch.ones(1, 1, dtype=torch.bool, device=images.device)
     average_rows = _cell_average(images.shape[2], rows).to(images.device)
     average_cols = _cell_average(images.shape[3], cols).to(images.device)
 
-    cells = [torch.empty(0, rows * cols, device=images.device)]
-    for part, target in zip(images.split(chunk), labels.split(chunk), strict=True):
-        if not len(part):
-            continue
-        inputs = masked_batch(
-            part, everything_present, grid=1, mean=mean, std=std, dtype=compute_dtype(model, images)
-        )
-        # Captum differentiates with respect to the layer's output, which also needs a graph where weights are
-        # frozen.
-        with torch.enable_grad():
-            heat = cam.attribute(inputs.detach().requires_grad_(), target=target, relu_attributions=relu)
-        heat = F.interpolate(
-            heat.detach().float(), size=images.shape[2:], mode="bilinear", align_corners=False
-        )
-        cells.append((average_rows @ heat[:, 0] @ average_cols.mT).flatten(1))
+    cells = [torch.empty(0, rows * cols, dtype=torch.float32, device=images.device)]
+    states = RandomStates()
+    try:
+        for part, target in zip(images.split(chunk), labels.split(chunk), strict=True):
+            if not len(part):
+                continue
+            with torch.no_grad():
+                inputs = masked_batch(
+                    part, everything_present, grid=1, mean=mean, std=std, dtype=compute_dtype(model, images)
+                )
+            # Captum differentiates with respect to the layer's output, which also needs a graph where weights are
+            # frozen.
+            with torch.enable_grad():
+                heat = cam.attribute(inputs.detach().requires_grad_(), target=target, relu_attributions=relu)
+            heat = F.interpolate(
+                heat.detach().float(), size=images.shape[2:], mode="bilinear", align_corners=False
+            )
+            cells.append((average_rows @ heat[:, 0] @ average_cols.mT).flatten(1))
+    finally:
+        states.restore()
     check_finite(int(not_finite), len(images), "images")
     return torch.cat(cells)
 
@@ -128,4 +146,4 @@ def _cell_average(size: int, cells: int) -> Tensor:
     ends = torch.arange(cells + 1) * size // cells
     pixel = torch.arange(size)
     inside = (pixel >= ends[:-1, None]) & (pixel < ends[1:, None])
-    return inside / inside.sum(dim=1, keepdim=True)
+    return inside.float() / inside.sum(dim=1, keepdim=True).float()

@@ -406,7 +406,7 @@ def _windows(conv: nn.Conv2d, reach: Tensor) -> Tensor | None:
     """What reaches the outputs of a convolution, of what reaches its inputs."""
     if isinstance(conv.padding, str) or conv.padding_mode != "zeros":
         return None
-    window = torch.ones(1, 1, *conv.kernel_size)
+    window = torch.ones(1, 1, *conv.kernel_size, dtype=torch.float32)
     return (
         nn.functional.conv2d(reach.float()[:, None], window, None, conv.stride, conv.padding, conv.dilation)[
             :, 0

@@ -18,7 +18,10 @@ from ddfast.attribution.designs import kept_rounds
 from ddfast.attribution.engine import DEFAULT_CHUNK_SIZE, Channels, _ImageGame
 from ddfast.attribution.estimators import relabellings
 from ddfast.attribution.game_prior import GamePrior, Grid
+from ddfast.attribution.inspection import Inspection
+from ddfast.attribution.random_states import RandomStates
 from ddfast.attribution.validation import (
+    as_tensors,
     check_baseline,
     check_chunk_size,
     check_grid,
@@ -33,6 +36,7 @@ from ddfast.ops.precision import resolve_precision
 ROUNDS = (2, 3, 4, 6, 8)
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def settled_shapley(
     model: Callable[[Tensor], Tensor],
@@ -84,6 +88,7 @@ def settled_shapley(
             one round takes.
         TypeError: a baseline tensor that is not floating point.
     """
+    images, labels = as_tensors(images, labels)
     check_images(images, labels)
     check_model(model, images)
     rows, cols = check_grid(grid, images)
@@ -106,6 +111,8 @@ def settled_shapley(
     evaluations = torch.zeros(len(images), dtype=torch.int64)
     active = torch.arange(len(images))
     dtype = torch.float32
+    inspection: Inspection | None = None
+    states = RandomStates()
     for number, size in enumerate(rounds.sizes):
         if not len(active):
             break
@@ -124,14 +131,19 @@ def settled_shapley(
             precision,
             evaluations=size - before,
             chunk=chunk,
+            inspection=inspection,
         )
         dtype = game.dtype
+        game.look()
+        inspection = game.inspection
         values[active, before:size] = _values(game, coalitions[active, before:size], chunk)
         game.check_finite()
         estimate, settled = rounds.estimate(number, values[active, :size], confidence)
         phi[active] = estimate.gather(1, relabelling[active])
         evaluations[active] = size
         active = active[~settled]
+        if game.draws:
+            states.restore()
     return phi.to(images.device, torch.float64 if dtype == torch.float64 else torch.float32), evaluations
 
 

@@ -10,22 +10,23 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
+import threading
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules import module as module_hooks
 
-# What a forward written for tensors may raise when it meets the tracer's stand-ins.
-TRACE_ERRORS = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    AssertionError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-)
+from ddfast.attribution.call_log import recorded
+from ddfast.attribution.random_states import RandomStates
+
+# A forward written for tensors may raise anything when it meets the tracer's stand-ins.
+TRACE_ERRORS = (Exception,)
+
+# The tracer replaces `nn.Module.__call__` while it runs; two at once would not put it back.
+_ONE_TRACE = threading.RLock()
 
 _OUT_OF_PLACE: dict[Callable[..., Any], Callable[..., Any]] = {
     operator.iadd: operator.add,
@@ -52,42 +53,72 @@ class _Entry(nn.Module):
         return self.model(images)
 
 
-def trace(model: Callable[[Tensor], Tensor]) -> fx.GraphModule:
+class _Tracer(fx.Tracer):
+    """Traces what its own thread calls. Modules that other threads run meanwhile stay as they are."""
+
+    proxy_buffer_attributes = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+def trace(model: Callable[[Tensor], Tensor], images: Tensor | None = None) -> fx.GraphModule:
     """The graph of a model that takes images [n, C, H, W], with layers of `torch.nn` as its nodes.
+
+    Args:
+        model: module in eval mode.
+        images: on these the graph has to make the calls that the model makes. None: nothing is compared.
 
     Returns:
         A graph module that shares the model's parameters and buffers, in eval mode, without in-place calls.
 
     Raises:
-        CannotTraceError: a function, hooks, control flow that depends on tensors, a forward that keeps what it
-            is given or draws random numbers, or an in-place call that cannot be taken out of place.
+        CannotTraceError: a function, hooks, control flow that depends on tensors or on the tracer, a forward that
+            keeps what it is given or draws random numbers, or an in-place call that cannot be taken out of place.
     """
     if not isinstance(model, nn.Module):
         raise CannotTraceError("the model is a function, not a module")
-    if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
+    if isinstance(model, torch.jit.ScriptModule) or is_compiled(model):
         raise CannotTraceError("the model is compiled already")
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
             raise CannotTraceError(f"module {name!r} has forward hooks")
+    if module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:
+        raise CannotTraceError("there are forward hooks of all modules")
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     try:
         entry = _Entry(copy.deepcopy(model, memo=dict(tensors)))
     except TRACE_ERRORS as error:
         raise CannotTraceError(f"the model cannot be copied: {_first_line(error)}") from error
+    if {id(module) for module in model.modules()} & {id(module) for module in entry.modules()}:
+        raise CannotTraceError("the model's modules do not let themselves be copied")
     before = _kept(entry)
-    random = torch.get_rng_state()
-    tracer = fx.Tracer()
-    tracer.proxy_buffer_attributes = True
+    states = RandomStates()
+    drawn = states.now()
     try:
-        graph = tracer.trace(entry)
+        with _ONE_TRACE:
+            graph = _Tracer().trace(entry)
     except TRACE_ERRORS as error:
         raise CannotTraceError(f"torch.fx cannot trace the model: {_first_line(error)}") from error
-    if not torch.equal(random, torch.get_rng_state()):
-        torch.set_rng_state(random)
+    if states.differ(drawn):
+        states.restore()
         raise CannotTraceError("the model's forward draws random numbers")
     changed = [name for name, value in _kept(entry).items() if before.get(name) != value]
     if changed:
         raise CannotTraceError(f"the model's forward changes its attribute {changed[0]!r}")
+    if images is not None:
+        _compare_calls(model, fx.GraphModule(entry, graph).eval(), images)
     _take_out_of_place(graph, dict(entry.named_modules()))
     for node in graph.nodes:
         # The same values of tensors that are laid out as the model expects; of channels-last ones besides.
@@ -97,6 +128,30 @@ def trace(model: Callable[[Tensor], Tensor]) -> fx.GraphModule:
     traced.graph.eliminate_dead_code()
     traced.recompile()
     return traced
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile has taken the model, or a part of it."""
+    return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())
+
+
+def _compare_calls(model: nn.Module, graph: fx.GraphModule, images: Tensor) -> None:
+    """Raise where the graph does not make the model's calls: a stand-in passed for a tensor, or did not."""
+    try:
+        given, made = recorded(graph, images.clone(), model)
+    except TRACE_ERRORS:
+        return  # whoever runs it node by node says which one fails
+    result, wanted = recorded(model, images.clone(), model)
+    if isinstance(given, Tensor) and isinstance(result, Tensor) and not torch.equal(given, result):
+        allowed = 1e-3 * result.abs().amax()
+        if given.shape != result.shape or bool(((given - result).abs() > allowed).any()):
+            raise CannotTraceError("the traced graph does not give what the model gives")
+    for call, own in zip_longest(made, wanted):
+        if call != own:
+            name = (own or call)[0]
+            raise CannotTraceError(
+                f"the model's forward does otherwise than its trace, at its call of {name}"
+            )
 
 
 def fingerprint(model: nn.Module) -> int:

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ddfast.ops._philox import as_signed_64_bit
+
+
+def as_tensors(images: Any, labels: Any) -> tuple[Tensor, Tensor]:
+    """Images and labels that were given as arrays or lists, as tensors; tensors as they are."""
+    return _as_tensor(images, "images", "[B, C, H, W]"), _as_tensor(labels, "labels", "[B]")
+
+
+def _as_tensor(value: Any, name: str, shape: str) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    try:
+        if isinstance(value, tuple | list) and value and all(isinstance(entry, Tensor) for entry in value):
+            return torch.stack(tuple(value))
+        array = np.asarray(value)
+        return torch.from_numpy(array if array.flags.writeable else array.copy())
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name} must be a tensor {shape}, got {type(value).__name__}") from None
 
 
 def check_images(images: Tensor, labels: Tensor) -> None:
@@ -29,9 +48,27 @@ def check_labels(labels: Tensor, classes: int) -> None:
 
 def check_scores(scores: Tensor, images: int) -> None:
     """What the model returned for `images` images is [images, classes]."""
-    if not isinstance(scores, Tensor) or scores.dim() != 2 or len(scores) != images:
-        got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-        raise ValueError(f"the model must return class scores [{images}, classes], got {got}")
+    wanted = f"the model must return class scores [{images}, classes]"
+    if not isinstance(scores, Tensor):
+        raise ValueError(
+            f"{wanted}, got {type(scores).__name__}: give a function that picks them, such as {_picking(scores)}"
+        )
+    if scores.dim() != 2 or len(scores) != images or not scores.shape[1]:
+        raise ValueError(f"{wanted}, got {list(scores.shape)}")
+    if not scores.is_floating_point():
+        raise ValueError(f"{wanted} in a floating dtype, got {scores.dtype}")
+
+
+def _picking(output: Any) -> str:
+    """The function that picks class scores out of what a model returned, as one would write it."""
+    for name in ("logits", "scores", "out"):
+        if isinstance(output, Mapping) and name in output:
+            return f"lambda x: model(x)[{name!r}]"
+        if isinstance(getattr(output, name, None), Tensor):
+            return f"lambda x: model(x).{name}"
+    if isinstance(output, Mapping):
+        return f"lambda x: model(x)[{next(iter(output), 'logits')!r}]"
+    return "lambda x: model(x)[0]" if isinstance(output, tuple | list) else "lambda x: model(x).logits"
 
 
 def check_finite(bad: int, evaluated: int, what: str) -> None:
@@ -43,8 +80,10 @@ def check_finite(bad: int, evaluated: int, what: str) -> None:
         )
 
 
-def check_model(model: Callable[[Tensor], Tensor], images: Tensor) -> None:
+def check_model(model: Callable[[Tensor], Tensor], images: Tensor | None = None) -> None:
     """Every module is in eval mode and the parameters are where the images are."""
+    if not callable(model):
+        raise ValueError(f"model must be a module or a function of images, got {type(model).__name__}")
     if not isinstance(model, nn.Module):
         return
     for name, module in model.named_modules():
@@ -54,7 +93,7 @@ def check_model(model: Callable[[Tensor], Tensor], images: Tensor) -> None:
                 f"the model must be in eval mode, but {which} is in training mode: call model.eval()"
             )
     parameter = next(model.parameters(), None)
-    if parameter is not None and parameter.device != images.device:
+    if images is not None and parameter is not None and parameter.device != images.device:
         raise ValueError(
             f"images are on {images.device}, the model is on {parameter.device}: move one of them"
         )

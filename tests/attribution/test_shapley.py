@@ -12,6 +12,7 @@ from ddfast.attribution import engine, list_estimators, shapley
 from ddfast.ops.precision import cpu_multiplies_bfloat16
 
 CLASSES = 5
+INSPECTED = 4  # images that every call looks at before its game
 
 
 def small_net(seed=0, dtype=torch.float32):
@@ -245,7 +246,7 @@ def test_forward_passes_stay_within_the_chunk():
     images, labels = batch(3)
     shapley(recorder, images, labels, estimator="exact", grid=3, chunk_size=100)
     assert max(len(images) for images in recorder.batches) == 100
-    assert recorder.evaluated == 1 + 3 * 511
+    assert recorder.evaluated == INSPECTED + 1 + 1 + 3 * 511  # the second 1: a row of the first batch alone
 
 
 def test_the_model_sees_channels_last_images_of_its_own_dtype():
@@ -262,10 +263,10 @@ def test_the_empty_image_is_evaluated_once():
     recorder = Recorder(small_net())
     images, labels = batch(3)
     shapley(recorder, images, labels)
-    assert recorder.evaluated == 1 + 3 * 31
+    assert recorder.evaluated == INSPECTED + 1 + 3 * 31
     recorder.batches.clear()
     shapley(recorder, images, labels, baseline=torch.zeros(3, 3, 16, 16))
-    assert recorder.evaluated == 3 * 32
+    assert recorder.evaluated == INSPECTED + 3 * 32
 
 
 @pytest.mark.parametrize("seed", [0, torch.tensor([0, 0])], ids=["shared", "per-image"])
