@@ -42,6 +42,7 @@ from ddfast.attribution.feature_game import (
     as_grid_game,
     distinct,
 )
+from ddfast.attribution.inspection import Inspection, look
 
 _MAX_EXACT_PLAYERS = 20
 _SINGULAR = 1e-6  # singular values below this share of the largest count as zero, as in scikit-learn's tol
@@ -542,7 +543,19 @@ def _rows_per_forward(explainer: Any, inputs: tuple[Tensor, ...]) -> int:
 def _full_output(game: FeatureGame) -> Any:
     """What a plain call gives for the full coalition."""
     inputs = game.perturbed(slice(None), torch.ones(1, game.d, dtype=torch.bool))
-    return _refusals_go_to_captum(game.run, inputs, game.target, game.additional)
+    function = game.run.args[0] if isinstance(game.run, functools.partial) else None
+    if not isinstance(function, nn.Module) or len(inputs) > 1 or game.additional is not None:
+        return _refusals_go_to_captum(game.run, inputs, game.target, game.additional)
+
+    def watched(images: Tensor) -> Any:
+        """The module's output. What it calls on the way tells whether what is kept of it is still of use."""
+        before = images.clone()
+        output, calls = look(function, images)
+        if isinstance(output, Tensor):
+            game.inspection = Inspection(before, output, None, calls, False)
+        return output
+
+    return _refusals_go_to_captum(_run, watched, inputs, game.target, None)
 
 
 def _check_repeats(game: FeatureGame, full_values: Tensor) -> None:

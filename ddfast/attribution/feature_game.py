@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddfast.attribution.engine import _ImageGame, compute_dtype
+from ddfast.attribution.inspection import Inspection
 
 MAX_KEYED_PLAYERS = 62
 """Up to here a coalition is one 64-bit number, and repeated coalitions are cheap to find."""
@@ -153,6 +154,9 @@ class FeatureGame:
     d: int
 
     def __post_init__(self) -> None:
+        self.inspection: Inspection | None = (
+            None  # of the model, where the full coalition went through it alone
+        )
         # Player d is one that never joins.
         self._indices = tuple(torch.where(mask < 0, self.d, mask) for mask in self.masks)
         self._never = any(bool((mask < 0).any()) for mask in self.masks)
@@ -348,6 +352,7 @@ class GridGame(FeatureGame):
             evaluations=self.evaluations,
             chunk=rows_per_forward,
             compared=True,
+            inspection=self.inspection,
         )
         return super().values(coalitions, rows_per_forward=rows_per_forward, **options)
 
@@ -385,7 +390,11 @@ def as_grid_game(
         return None
     grid, players = found
     fields = (game.run, game.inputs, game.baselines, game.masks, game.target, game.additional, game.d)
-    return GridGame(*fields, model=model, select=select, grid=grid, players=players, evaluations=evaluations)
+    found_game = GridGame(
+        *fields, model=model, select=select, grid=grid, players=players, evaluations=evaluations
+    )
+    found_game.inspection = game.inspection
+    return found_game
 
 
 def find_grid(mask: Tensor) -> tuple[tuple[int, int], Tensor] | None:

@@ -295,6 +295,7 @@ def test_few_features_are_evaluated_once_each():
         ("ShapleyValues", {}),
     ):
         rows.clear()
+        torch.manual_seed(0)  # 500 orders err by more than the tolerance in one run of seven
         found = getattr(ddfast.captum, name)(forward).attribute(
             torch.tensor([[2.0, 3.0, 5.0]]), target=0, **options
         )
