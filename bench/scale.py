@@ -316,7 +316,7 @@ def measure_stages(archive: Path, work: Path, threads: int, images: int = 48) ->
     started = time.monotonic()
     fitted = [image for _, image in loader(source, samples, 224, workers=threads)]
     decode = time.monotonic() - started
-    batch = torch.stack([image for image in fitted[:MICRO_BATCH] if isinstance(image, torch.Tensor)])
+    batch = torch.stack([image for image in fitted[: MICRO_BATCH["cpu"]] if isinstance(image, torch.Tensor)])
     labels = torch.tensor([sample.label for sample in samples[: len(batch)]])
     ids = torch.tensor([sample.id for sample in samples[: len(batch)]])
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])

@@ -282,11 +282,11 @@ def score_pass(settings: Settings) -> Iterator[Measurable]:
 
 def passes(settings: Settings) -> Iterator[Pass]:
     """The score pass in every arithmetic, on one micro-batch of images."""
-    batch = settings.size(MICRO_BATCH, quick=2, gpu=MICRO_BATCH)
+    batch = settings.size(MICRO_BATCH["cpu"], quick=2, gpu=MICRO_BATCH["cuda"])
     found = subject(settings, batch, settings.size(224, quick=32, gpu=224))
     found.model.to(memory_format=torch.channels_last)  # as the pipeline does
     for precision in settings.precisions():
-        yield Pass("score pass", precision, found, batch, settings.size(32, quick=8, gpu=512))
+        yield Pass("score pass", precision, found, batch, settings.size(32, quick=8, gpu=1024))
 
 
 # What auto precision changes

@@ -157,7 +157,6 @@ def mimic() -> Iterator[None]:
         mock.patch.object(transfer, "pinned", _marked),
         mock.patch.object(transfer, "landing", lambda t: _marked(torch.empty(t.shape, dtype=t.dtype))),
         mock.patch.object(transfer, "copied", return_value=_Event()),
-        mock.patch.object(torch.backends.cudnn, "enabled", False),
         _Mode(),
     ):
         yield

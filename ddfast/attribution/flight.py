@@ -74,7 +74,8 @@ class Flight:
     Attributes:
         device: where micro-batches are prepared.
         size: micro-batches in flight now.
-        limit: the most there may be; lowered by what was measured.
+        limit: the most there may be; lowered by what was measured. A GPU takes one: it works while the next is
+            prepared, and to measure it would be to wait for it.
         clock: seconds.
     """
 
@@ -83,6 +84,10 @@ class Flight:
     limit: int = MAX_IN_FLIGHT
     clock: Callable[[], float] = time.perf_counter
     _seconds: dict[int, float] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        if self.device.type != "cpu":
+            self.limit = 1
 
     def run(
         self,
@@ -97,7 +102,7 @@ class Flight:
         """
         waiting = collections.deque(items)
         while waiting:
-            begin, together = self._now(), min(self.size, len(waiting))
+            begin, together = self.clock(), min(self.size, len(waiting))
             results: list[Result] = []
             prepared: collections.deque[Batch] = collections.deque()
             failure = None
@@ -114,15 +119,9 @@ class Flight:
                 prepared.clear()  # its memory is what the next attempt needs
                 self._shrink(failure)
             elif together == self.size:
-                self._measured((self._now() - begin) / together, held)
+                self._measured((self.clock() - begin) / together, held)
             for result in results:
                 yield waiting.popleft(), result
-
-    def _now(self) -> float:
-        """Seconds; while the number is being found, a GPU is waited for."""
-        if self.device.type == "cuda" and self.size < self.limit:
-            torch.cuda.synchronize(self.device)
-        return self.clock()
 
     def _shrink(self, failure: str) -> None:
         if self.size == 1:

@@ -153,7 +153,7 @@ def grad_norm(
                 norms = torch.empty(0, dtype=accumulation_dtype(dtype), device=images.device)
             else:
                 norms, logits, served = _dispatched(method, model, images, labels, prepare, chunk_size)
-                if found is not None and served is ghost_norms:
+                if found is not None and served in (ghost_norms, last_layer_norms):
                     found[key] = served, dtype
     return (norms, logits) if return_logits else norms
 
@@ -252,7 +252,8 @@ def last_layer_norms(model: nn.Module, images: Tensor, labels: Tensor) -> NormsA
     Raises:
         ValueError: the model's output is not that of a Linear layer on [B, features].
     """
-    with torch.no_grad(), untouched(model, parameters=True), _LastLinear() as last:
+    traceless = untouched(model, parameters=True) if found_of(model) is None else nullcontext()
+    with torch.no_grad(), traceless, _LastLinear() as last:
         logits = _logits(model(images.clone()), len(images))
     if last.output is not logits or last.input.ndim != 2:
         raise ValueError(

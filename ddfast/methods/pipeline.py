@@ -165,7 +165,7 @@ def open_run(
             resolve_loader(loader, rank_device(device, ranks))
         threads_of(threads, rank_device(device, ranks))
         top_k_of(label_top_k, 1)
-        images_in_flight(batch_size)
+        images_in_flight(batch_size, 1)
         decoding_workers(workers, ranks)
         folder = output_folder(out)
         check_folder(folder)
@@ -249,7 +249,7 @@ def open_run(
             method=chosen,
             device=found_device,
             loader=found_loader,
-            in_flight=images_in_flight(batch_size),
+            in_flight=images_in_flight(batch_size, plan["arithmetic"]["micro_batch"]),
             workers=decoding_workers(workers, ranks),
             quiet=quiet or not ranks.main,
             ranks=ranks,

@@ -47,7 +47,9 @@ TeacherChoice = str | Path | Teacher | Callable[[], Teacher]
 RUN = "run.json"
 LABEL_TEMPERATURE = 20.0
 SHARD_SOURCES = 256  # sources in one score shard, the unit of commit and of work for a rank
-MICRO_BATCH = 16  # sources scored together; fixed, because it decides the last bits
+# Sources scored together; fixed when a run starts, because it decides the last bits. A GPU is kept busy by eight times
+# as many: its host's work is that of a micro-batch, not of a source.
+MICRO_BATCH = {"cpu": 16, "cuda": 128}
 # What may change between the start of a run and its resumption without changing the result.
 _RESULTS = ("complete", "counts", "quarantined", "prepared", "mixed_machines")
 _ARITHMETIC = {
@@ -213,7 +215,7 @@ def make_plan(
         "label_top_k": label_top_k,
         "data": {"fingerprint": source.fingerprint(), "images": len(source.samples)},
         "arithmetic": {
-            "micro_batch": MICRO_BATCH,
+            "micro_batch": MICRO_BATCH[device.type],
             "forward_batch": _forward_batch(image_size, device),
             "shard_sources": SHARD_SOURCES,
             "threads": threads,
@@ -302,7 +304,7 @@ def _identity(teacher: Teacher) -> dict[str, Any]:
 def _forward_batch(image_size: int, device: torch.device) -> int:
     """Masked images or crops a forward pass: what keeps activations near the caches, or a GPU full."""
     if device.type == "cuda":
-        return 2048 if image_size <= 64 else 512
+        return 4096 if image_size <= 64 else 1024
     return 128 if image_size <= 64 else 32
 
 
@@ -615,7 +617,8 @@ def _reopened(
     if plan is None:
         raise UsageError(f"{out} holds no ddfast run: start one with ddfast score or ddfast distill")
     found_device = checked_device(plan, device, ranks)
-    in_flight, threads = images_in_flight(batch_size), decoding_workers(workers, ranks)
+    in_flight = images_in_flight(batch_size, plan["arithmetic"]["micro_batch"])
+    threads = decoding_workers(workers, ranks)
     if not plan["complete"]:
         check_machine(plan["arithmetic"], machine_arithmetic(found_device), f"the run in {out}")
         plan = _noted(plan)
@@ -755,16 +758,16 @@ def checked_device(plan: dict[str, Any], device: str, ranks: Ranks) -> torch.dev
     return found
 
 
-def images_in_flight(batch_size: str | int) -> int:
+def images_in_flight(batch_size: str | int, micro_batch: int) -> int:
     """Images decoded ahead of the model: whole micro-batches, at least one; `auto` is four.
 
     Raises:
         UsageError: neither `auto` nor a positive number.
     """
     if batch_size == "auto":
-        return 4 * MICRO_BATCH
+        return 4 * micro_batch
     count = int(whole_number_or(batch_size, "batch_size", ("auto",)))
-    return -(-count // MICRO_BATCH) * MICRO_BATCH
+    return -(-count // micro_batch) * micro_batch
 
 
 def command_line() -> str:

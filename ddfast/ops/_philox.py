@@ -12,6 +12,8 @@ from statistics import NormalDist
 
 import torch
 
+from ddfast.ops.transfer import to_device
+
 QUANTILE_BITS = 12
 
 _MASK = 0xFFFFFFFF
@@ -80,7 +82,7 @@ def quantile_table(device: torch.device) -> torch.Tensor:
         return _QUANTILES
     if device not in _COPIES:
         with torch.inference_mode(False):
-            copy = _QUANTILES.to(device)
+            copy = to_device(_QUANTILES, device)
         if type(copy) is not torch.Tensor:  # a stand-in of a tracer, good for this call alone
             return copy
         _COPIES[device] = copy

@@ -2,11 +2,13 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from ddfast.data.samples import Sample
-from ddfast.errors import BadImage
-from ddfast.methods.pipeline import _micro_batch
+from ddfast.errors import BadImage, UsageError
+from ddfast.methods.base import Candidates
+from ddfast.methods.pipeline import _micro_batch, _Shard
 from ddfast.ops import transfer
 
 
@@ -40,3 +42,11 @@ def test_images_on_the_device_do_not_come_to_the_host():
 def test_images_on_the_host_go_to_the_device_together(monkeypatch):
     monkeypatch.setattr(transfer, "pinned", lambda tensor: tensor)  # there is no driver to pin memory
     assert _micro_batch(run_on("meta"), pairs(), 5).images.device.type == "meta"
+
+
+def test_a_teacher_that_returned_nan_is_refused_when_its_rows_arrive(tmp_path):
+    shard = _Shard(SimpleNamespace(out=tmp_path), 0, 3, "digest")
+    damaged = Candidates(torch.zeros(5, 1, 4, dtype=torch.int32), damaged=torch.tensor(2))
+    with pytest.raises(UsageError, match="returns NaN or infinity for real images"):
+        shard.add(pairs(), damaged)
+    assert not list(tmp_path.iterdir())
