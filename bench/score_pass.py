@@ -40,6 +40,7 @@ from ddfast.methods import get_method
 from ddfast.methods.base import Batch, Candidates, Context, Method
 from ddfast.methods.run import MICRO_BATCH
 from ddfast.models import Teacher
+from ddfast.unchanged import unchanged
 
 # From the model's outputs to the crops' pixels. None of them runs inside of grad_norm.
 TAIL = ("shapley_heatmap", "noisy_crop_boxes", "shapley_crop_boxes", "crop_resize", "crop_batch")
@@ -50,7 +51,7 @@ STAGES = ("decode", "attribution", "tail", "gradient norms")
 SEAMS = {
     "wait for images": ("ddfast.methods.pipeline:_Awaited.__next__",),
     "upload": ("ddfast.methods.pipeline:_micro_batch",),
-    "attribution": ("ddfast.attribution:shapley_crops",),
+    "attribution": ("ddfast.attribution:unread_crops",),
     "attribution: masks": (
         "ddfast.attribution.engine:masked_batch",
         "ddfast.attribution.engine:assemble",
@@ -106,9 +107,8 @@ class Pass:
 
     def micro_batch(self, images: Tensor) -> Batch:
         """Decoded images on the device, under stable ids."""
-        device = self.found.images.device
-        labels = self.found.labels[: len(images)]
-        return Batch(images.to(device), labels, torch.arange(len(images), device=device) * 2**40 + 17)
+        labels = self.found.labels[: len(images)].cpu()
+        return Batch(images.to(self.found.images.device), labels, torch.arange(len(images)) * 2**40 + 17)
 
     def measure(self, device: torch.device, rounds: int | None, quick: bool) -> list[Measurement]:
         """The pass from JPEG files with decoding threads, and one thread after another, cut into stages."""
@@ -117,7 +117,8 @@ class Pass:
             write_jpegs(Path(folder), self.found.images[: self.batch].cpu(), count=self.batch)
             gate = passed(self.case, self.checks())
             cuts = [self._stages(Path(folder)) for _ in range(rounds)]
-            overlapped = [seconds_of(lambda: self._whole(Path(folder)), device) for _ in range(rounds)]
+            with unchanged(self.found.model):  # as a run holds its teacher
+                overlapped = [seconds_of(lambda: self._whole(Path(folder)), device) for _ in range(rounds)]
         common = {
             "contender": self.precision,
             "peer": "",
@@ -165,10 +166,13 @@ class Pass:
         if device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
         synchronise(device)
-        with _labelled_norms(), profile(activities=activities) as profiled:
-            with record_function("score"):
-                self.method.score(batch, self.context)
+        with unchanged(self.found.model), _labelled_norms():
+            self.method.score(batch, self.context)  # what a run does once
             synchronise(device)
+            with profile(activities=activities) as profiled:
+                with record_function("score"):
+                    self.method.score(batch, self.context)
+                synchronise(device)
         spent = _seconds_by_name(profiled, device)
         tail = sum(spent.get(f"ddfast::{name}", 0.0) for name in TAIL)
         return {
