@@ -486,3 +486,126 @@ def winograd_conv2d(
         result = result + other
     result = result.relu() if relu else result
     return result.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+# --- convnet_block ------------------------------------------------------------------------------------------
+
+
+def convnet_block(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The pooled map, mean and 1 / deviation of each channel of each image, and the convolution where kept."""
+    conv = functional.conv2d(input, weight, bias, padding=1)
+    centred, mean, rstd = _instance_norm(conv, eps)
+    shifted = _affine(centred * rstd[..., None, None], norm_weight, norm_bias)
+    pooled = functional.avg_pool2d(shifted.relu(), 2).to(input.dtype)
+    kept = _in_channels_last(conv) if keep else input.new_empty(0)
+    return _in_channels_last(pooled), mean, rstd, kept
+
+
+def convnet_block_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    conv: Tensor,
+    eps: float,
+    to_input: bool,
+    to_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of input, weight, norm_weight and norm_bias; an empty tensor for each of the first two not asked for."""
+    if conv.ndim != 4:
+        conv = functional.conv2d(input, weight, bias, padding=1)
+    centred = conv.to(mean.dtype) - mean[..., None, None]
+    grads = _convnet_block_gradients(
+        grad_output, input, weight, norm_weight, norm_bias, centred, rstd, to_input, to_weight
+    )
+    grad_input = _in_channels_last(grads[0]) if to_input else input.new_empty(0)
+    grad_weight = grads[1].contiguous() if to_weight else weight.new_empty(0)
+    return grad_input, grad_weight, grads[2], grads[3]
+
+
+def convnet_block_gradients(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    to_input: bool,
+    to_weight: bool,
+) -> tuple[Tensor, ...]:
+    """What `convnet_block_backward` returns, as a function of its own arguments only, which can be differentiated."""
+    centred, _, rstd = _instance_norm(functional.conv2d(input, weight, bias, padding=1), eps)
+    return _convnet_block_gradients(
+        grad_output, input, weight, norm_weight, norm_bias, centred, rstd, to_input, to_weight
+    )
+
+
+def _convnet_block_gradients(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    centred: Tensor,
+    rstd: Tensor,
+    to_input: bool,
+    to_weight: bool,
+) -> tuple[Tensor, ...]:
+    """The backward pass from the centred convolution on."""
+    dtype, scale = centred.dtype, rstd[..., None, None]
+    height, width = input.shape[2:]
+    normalized = centred * scale
+    spread = grad_output.to(dtype).repeat_interleave(2, 2).repeat_interleave(2, 3) / 4
+    spread = functional.pad(spread, (0, width % 2, 0, height % 2))
+    # As threshold_backward: where z is NaN the gradient passes.
+    grad = spread.masked_fill(_affine(normalized, norm_weight, norm_bias) <= 0, 0)
+    grad_beta, grad_gamma = grad.sum((0, 2, 3)), (grad * normalized).sum((0, 2, 3))
+    inner = _affine(grad, norm_weight, None)
+    slope = (inner * normalized).mean((2, 3), keepdim=True)
+    of_conv = (scale * (inner - inner.mean((2, 3), keepdim=True) - slope * normalized)).to(input.dtype)
+    grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
+        of_conv, input, weight, None, (1, 1), (1, 1), (1, 1), False, (0, 0), 1, (to_input, to_weight, False)
+    )
+    return grad_input, grad_weight, grad_gamma.to(weight.dtype), grad_beta.to(weight.dtype)
+
+
+def _instance_norm(conv: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The map less its mean over each plane, that mean, and 1 / deviation, in the dtype of sums."""
+    wide = conv.to(accumulation_dtype(conv.dtype))
+    mean = wide.mean((2, 3))
+    centred = wide - mean[..., None, None]
+    return centred, mean, (centred.square().mean((2, 3)) + eps).rsqrt()
+
+
+def _affine(planes: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Planes [B, C, H, W] times weight [C] plus bias [C], in the dtype of the planes."""
+    if weight is not None:
+        planes = planes * weight.to(planes.dtype)[:, None, None]
+    return planes if bias is None else planes + bias.to(planes.dtype)[:, None, None]
+
+
+def _in_channels_last(tensor: Tensor) -> Tensor:
+    """The tensor in channels-last memory, with the strides of a new one where a dimension of size 1 leaves a choice."""
+    memory = torch.empty_strided(
+        tensor.shape, channels_last_strides(tensor.shape), dtype=tensor.dtype, device=tensor.device
+    )
+    return tensor if tensor.stride() == memory.stride() else memory.copy_(tensor)
+
+
+def channels_last_strides(shape: Sequence[int]) -> tuple[int, int, int, int]:
+    """Strides of a dense [B, C, H, W] tensor whose channels lie side by side."""
+    _, channels, height, width = shape
+    return height * width * channels, 1, width * channels, channels
