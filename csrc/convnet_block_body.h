@@ -167,10 +167,10 @@ DDFAST_TARGET inline void transform_sums(const float* m, int64_t point, const fl
 // --- products
 
 // c[t][0 .. kPanel - 1] (+)= start + sum over rows r and terms k of a[r * row + t * kStride + k] * b[r, k][0 .. kPanel - 1]
-// for kCount rows t.
+// for kCount rows t. Where `squares` is not null, the sums of the squares of c's columns are added to it.
 template <int kStride, int kCount>
 DDFAST_TARGET void product(const float* a, int64_t row, const float* b, int64_t rows, int64_t terms, const float* start,
-                           float* c, bool accumulate) {
+                           float* c, bool accumulate, float* squares) {
   Vec sums[kCount][2];
   const Vec low_start = load(start), high_start = load(start + kLanes);
 #pragma GCC unroll 14
@@ -192,6 +192,15 @@ DDFAST_TARGET void product(const float* a, int64_t row, const float* b, int64_t 
     store(to, accumulate ? add(load(to), sums[t][0]) : sums[t][0]);
     store(to + kLanes, accumulate ? add(load(to + kLanes), sums[t][1]) : sums[t][1]);
   }
+  if (squares == nullptr) return;
+  Vec low = set(0.0f), high = set(0.0f);
+#pragma GCC unroll 14
+  for (int t = 0; t < kCount; ++t) {
+    low = multiply_add(sums[t][0], sums[t][0], low);
+    high = multiply_add(sums[t][1], sums[t][1], high);
+  }
+  store(squares, add(load(squares), low));
+  store(squares + kLanes, add(load(squares + kLanes), high));
 }
 
 // c[i][0 .. kPanel - 1] += sum over terms t of a[t * a_stride + i] * b[t * b_stride + 0 .. kPanel - 1] for kCount rows i.
@@ -218,7 +227,7 @@ DDFAST_TARGET void outer_product(const float* a, int64_t a_stride, const float* 
   }
 }
 
-using Product = void (*)(const float*, int64_t, const float*, int64_t, int64_t, const float*, float*, bool);
+using Product = void (*)(const float*, int64_t, const float*, int64_t, int64_t, const float*, float*, bool, float*);
 using OuterProduct = void (*)(const float*, int64_t, const float*, int64_t, int64_t, float*, int64_t);
 
 template <int kStride, int... kCounts>
@@ -234,12 +243,13 @@ constexpr std::array<OuterProduct, sizeof...(kCounts)> outer_products(std::integ
 // c[count][kPanel] (+)= a * b as `product` takes them, in panels of about equal size.
 template <int kStride>
 void multiply_rows(const float* a, int64_t row, const float* b, int64_t rows, int64_t terms, int64_t count,
-                   const float* start, float* c, bool accumulate) {
+                   const float* start, float* c, bool accumulate, float* squares = nullptr) {
   static constexpr auto by_count = products<kStride>(std::make_integer_sequence<int, kTiles>());
   const int64_t panels = (count + kTiles - 1) / kTiles;
   for (int64_t p = 0, begin = 0; p < panels; ++p) {
     const int64_t end = count * (p + 1) / panels;
-    by_count[end - begin - 1](a + begin * kStride, row, b, rows, terms, start, c + begin * kPanel, accumulate);
+    by_count[end - begin - 1](a + begin * kStride, row, b, rows, terms, start, c + begin * kPanel, accumulate,
+                              squares);
     begin = end;
   }
 }
@@ -256,116 +266,156 @@ inline void multiply_transposed(const float* a, int64_t a_stride, const float* b
   }
 }
 
-// --- the norm, the ReLU and the pooling of one image's panel, y [height][width][kPanel]
+// --- the norm, the ReLU and the pooling of one image's panel, y [height][width][kPanel]: the convolution less its mean
 
 // What the panel's channels need, a register or two each.
 struct Channels {
-  alignas(64) float mean[kPanel], rstd[kPanel], scale[kPanel], shift[kPanel];  // z = (y - mean) * scale + shift
-  alignas(64) float offset[kPanel], slope[kPanel];  // gradient = scale * dz - offset - slope * (y - mean)
+  alignas(64) float rstd[kPanel], scale[kPanel], shift[kPanel];  // z = y * scale + shift
+  alignas(64) float offset[kPanel], slope[kPanel];               // gradient = scale * dz - offset - slope * y
 };
 
-// sums[kPanel] of (y - mean), or of its square. A row is summed before it joins the sum of rows.
-template <bool kSquared>
-DDFAST_TARGET void sum_panel(const float* y, int64_t height, int64_t width, const float* mean, float* sums) {
-  const Vec low_mean = load(mean), high_mean = load(mean + kLanes);
+// sums[kPanel] over `count` positions. 32 are summed at a time, before their sum joins the others'.
+DDFAST_TARGET inline void sum_panel(const float* y, int64_t count, float* sums) {
   Vec low = set(0.0f), high = set(0.0f);
-  for (int64_t row = 0; row < height; ++row) {
-    Vec parts[4] = {set(0.0f), set(0.0f), set(0.0f), set(0.0f)};
-    for (int64_t col = 0; col < width; ++col, y += kPanel) {
-      const Vec first = subtract(load(y), low_mean), second = subtract(load(y + kLanes), high_mean);
-      const bool odd = col & 1;
-      Vec &low_part = parts[odd ? 1 : 0], &high_part = parts[odd ? 3 : 2];
-      low_part = kSquared ? multiply_add(first, first, low_part) : add(low_part, first);
-      high_part = kSquared ? multiply_add(second, second, high_part) : add(high_part, second);
+  for (int64_t begin = 0; begin < count; begin += 32) {
+    Vec low_part = set(0.0f), high_part = set(0.0f);
+    for (int64_t p = begin; p < std::min(begin + 32, count); ++p, y += kPanel) {
+      low_part = add(low_part, load(y));
+      high_part = add(high_part, load(y + kLanes));
     }
-    low = add(low, add(parts[0], parts[1]));
-    high = add(high, add(parts[2], parts[3]));
+    low = add(low, low_part);
+    high = add(high, high_part);
   }
   store(sums, low);
   store(sums + kLanes, high);
 }
 
-// Half a panel of the pooled map: to [height / 2][width / 2], `stride` floats from pixel to pixel.
+// Takes the mean away and sums squares[kPanel].
+DDFAST_TARGET inline void centre_panel(float* y, int64_t count, const float* mean, float* squares) {
+  const Vec low_mean = load(mean), high_mean = load(mean + kLanes);
+  Vec low = set(0.0f), high = set(0.0f);
+  for (int64_t begin = 0; begin < count; begin += 32) {
+    Vec low_part = set(0.0f), high_part = set(0.0f);
+    for (int64_t p = begin; p < std::min(begin + 32, count); ++p, y += kPanel) {
+      const Vec first = subtract(load(y), low_mean), second = subtract(load(y + kLanes), high_mean);
+      low_part = multiply_add(first, first, low_part);
+      high_part = multiply_add(second, second, high_part);
+      store(y, first);
+      store(y + kLanes, second);
+    }
+    low = add(low, low_part);
+    high = add(high, high_part);
+  }
+  store(squares, low);
+  store(squares + kLanes, high);
+}
+
+// The pooled map to [height / 2][width / 2], `stride` floats from pixel to pixel.
 DDFAST_TARGET inline void pool(const float* y, int64_t height, int64_t width, const Channels& channels, float* to,
                                int64_t stride) {
+  const Vec quarter = set(0.25f);  // a power of two: it may come first
+  Vec scale[2], shift[2];
 #pragma GCC unroll 2
-  for (int64_t lane = 0; lane < kPanel; lane += kLanes) {
-    const Vec mean = load(channels.mean + lane), scale = load(channels.scale + lane);
-    const Vec shift = load(channels.shift + lane), quarter = set(0.25f);
-    for (int64_t row = 0; row < height / 2; ++row) {
-      const float* above = y + 2 * row * width * kPanel + lane;
-      const float* below = above + width * kPanel;
-      float* out = to + row * (width / 2) * stride + lane;
-      for (int64_t col = 0; col < width / 2; ++col, above += 2 * kPanel, below += 2 * kPanel, out += stride) {
-        const Vec a = positive(multiply_add(subtract(load(above), mean), scale, shift));
-        const Vec b = positive(multiply_add(subtract(load(above + kPanel), mean), scale, shift));
-        const Vec c = positive(multiply_add(subtract(load(below), mean), scale, shift));
-        const Vec d = positive(multiply_add(subtract(load(below + kPanel), mean), scale, shift));
-        store(out, multiply(quarter, add(add(a, b), add(c, d))));
+  for (int k = 0; k < 2; ++k) {
+    scale[k] = multiply(quarter, load(channels.scale + k * kLanes));
+    shift[k] = multiply(quarter, load(channels.shift + k * kLanes));
+  }
+  for (int64_t row = 0; row < height / 2; ++row) {
+    const float* above = y + 2 * row * width * kPanel;
+    const float* below = above + width * kPanel;
+    float* out = to + row * (width / 2) * stride;
+    for (int64_t col = 0; col < width / 2; ++col, above += 2 * kPanel, below += 2 * kPanel, out += stride) {
+#pragma GCC unroll 2
+      for (int k = 0; k < 2; ++k) {
+        const int64_t lane = k * kLanes;
+        const Vec a = positive(multiply_add(load(above + lane), scale[k], shift[k]));
+        const Vec b = positive(multiply_add(load(above + kPanel + lane), scale[k], shift[k]));
+        const Vec c = positive(multiply_add(load(below + lane), scale[k], shift[k]));
+        const Vec d = positive(multiply_add(load(below + kPanel + lane), scale[k], shift[k]));
+        store(out + lane, add(add(a, b), add(c, d)));
       }
     }
   }
 }
 
-// The sums over an image of dz and of dz * (y - mean), where dz is a quarter of the pooled gradient g where z > 0.
+// The sums over an image of dz and of dz * y, where dz is a quarter of the pooled gradient g where z > 0.
 DDFAST_TARGET inline void sum_gradients(const float* y, const float* g, int64_t stride, int64_t height, int64_t width,
                                         const Channels& channels, float* grad_sums, float* product_sums) {
+  const Vec quarter = set(0.25f);
+  Vec scale[2], shift[2], grads[2], products[2];
 #pragma GCC unroll 2
-  for (int64_t lane = 0; lane < kPanel; lane += kLanes) {
-    const Vec mean = load(channels.mean + lane), scale = load(channels.scale + lane);
-    const Vec shift = load(channels.shift + lane), quarter = set(0.25f);
-    Vec grads = set(0.0f), products = set(0.0f);
-    for (int64_t row = 0; row < height / 2; ++row) {
-      const float* above = y + 2 * row * width * kPanel + lane;
-      const float* below = above + width * kPanel;
-      const float* from = g + row * (width / 2) * stride + lane;
-      Vec row_grads = set(0.0f), row_products = set(0.0f);
-      for (int64_t col = 0; col < width / 2; ++col, above += 2 * kPanel, below += 2 * kPanel, from += stride) {
-        const Vec grad = multiply(quarter, load(from));
-        const Vec a = subtract(load(above), mean), b = subtract(load(above + kPanel), mean);
-        const Vec c = subtract(load(below), mean), d = subtract(load(below + kPanel), mean);
-        const Vec da = where_positive(multiply_add(a, scale, shift), grad);
-        const Vec db = where_positive(multiply_add(b, scale, shift), grad);
-        const Vec dc = where_positive(multiply_add(c, scale, shift), grad);
-        const Vec dd = where_positive(multiply_add(d, scale, shift), grad);
-        row_grads = add(row_grads, add(add(da, db), add(dc, dd)));
+  for (int k = 0; k < 2; ++k) {
+    scale[k] = load(channels.scale + k * kLanes);
+    shift[k] = load(channels.shift + k * kLanes);
+    grads[k] = products[k] = set(0.0f);
+  }
+  for (int64_t row = 0; row < height / 2; ++row) {
+    const float* above = y + 2 * row * width * kPanel;
+    const float* below = above + width * kPanel;
+    const float* from = g + row * (width / 2) * stride;
+    Vec row_grads[2] = {set(0.0f), set(0.0f)}, row_products[2] = {set(0.0f), set(0.0f)};
+    for (int64_t col = 0; col < width / 2; ++col, above += 2 * kPanel, below += 2 * kPanel, from += stride) {
+#pragma GCC unroll 2
+      for (int k = 0; k < 2; ++k) {
+        const int64_t lane = k * kLanes;
+        const Vec grad = multiply(quarter, load(from + lane));
+        const Vec a = load(above + lane), b = load(above + kPanel + lane);
+        const Vec c = load(below + lane), d = load(below + kPanel + lane);
+        const Vec da = where_positive(multiply_add(a, scale[k], shift[k]), grad);
+        const Vec db = where_positive(multiply_add(b, scale[k], shift[k]), grad);
+        const Vec dc = where_positive(multiply_add(c, scale[k], shift[k]), grad);
+        const Vec dd = where_positive(multiply_add(d, scale[k], shift[k]), grad);
+        row_grads[k] = add(row_grads[k], add(add(da, db), add(dc, dd)));
         const Vec upper = multiply_add(da, a, multiply(db, b)), lower = multiply_add(dc, c, multiply(dd, d));
-        row_products = add(row_products, add(upper, lower));
+        row_products[k] = add(row_products[k], add(upper, lower));
       }
-      grads = add(grads, row_grads);
-      products = add(products, row_products);
     }
-    store(grad_sums + lane, grads);
-    store(product_sums + lane, products);
+#pragma GCC unroll 2
+    for (int k = 0; k < 2; ++k) {
+      grads[k] = add(grads[k], row_grads[k]);
+      products[k] = add(products[k], row_products[k]);
+    }
+  }
+#pragma GCC unroll 2
+  for (int k = 0; k < 2; ++k) {
+    store(grad_sums + k * kLanes, grads[k]);
+    store(product_sums + k * kLanes, products[k]);
   }
 }
 
-DDFAST_INLINE void gradient_at(float* y, Vec grad, Vec mean, Vec scale, Vec shift, Vec offset, Vec slope) {
-  const Vec centred = subtract(load(y), mean);
-  const Vec dz = where_positive(multiply_add(centred, scale, shift), grad);
-  store(y, subtract(multiply(scale, dz), multiply_add(slope, centred, offset)));
+DDFAST_INLINE void gradient_at(float* y, Vec grad, Vec scale, Vec shift, Vec offset, Vec slope) {
+  const Vec value = load(y);
+  const Vec dz = where_positive(multiply_add(value, scale, shift), grad);
+  store(y, subtract(multiply(scale, dz), multiply_add(slope, value, offset)));
 }
 
 // Replaces y by the gradient at it.
 DDFAST_TARGET inline void gradients(float* y, const float* g, int64_t stride, int64_t height, int64_t width,
                                     const Channels& channels) {
+  const Vec quarter = set(0.25f), none = set(0.0f);
+  Vec scale[2], shift[2], offset[2], slope[2];
 #pragma GCC unroll 2
-  for (int64_t lane = 0; lane < kPanel; lane += kLanes) {
-    const Vec mean = load(channels.mean + lane), scale = load(channels.scale + lane);
-    const Vec shift = load(channels.shift + lane), quarter = set(0.25f), none = set(0.0f);
-    const Vec offset = load(channels.offset + lane), slope = load(channels.slope + lane);
-    for (int64_t row = 0; row < height; ++row) {
-      float* at = y + row * width * kPanel + lane;
-      const float* from = g + row / 2 * (width / 2) * stride + lane;
-      const int64_t pooled = row < height / 2 * 2 ? width / 2 : 0;
-      for (int64_t col = 0; col < pooled; ++col, at += 2 * kPanel, from += stride) {
-        const Vec grad = multiply(quarter, load(from));
-        gradient_at(at, grad, mean, scale, shift, offset, slope);
-        gradient_at(at + kPanel, grad, mean, scale, shift, offset, slope);
+  for (int k = 0; k < 2; ++k) {
+    scale[k] = load(channels.scale + k * kLanes);
+    shift[k] = load(channels.shift + k * kLanes);
+    offset[k] = load(channels.offset + k * kLanes);
+    slope[k] = load(channels.slope + k * kLanes);
+  }
+  for (int64_t row = 0; row < height; ++row) {
+    float* at = y + row * width * kPanel;
+    const float* from = g + row / 2 * (width / 2) * stride;
+    const int64_t pooled = row < height / 2 * 2 ? width / 2 : 0;
+    for (int64_t col = 0; col < pooled; ++col, at += 2 * kPanel, from += stride) {
+#pragma GCC unroll 2
+      for (int k = 0; k < 2; ++k) {
+        const Vec grad = multiply(quarter, load(from + k * kLanes));
+        gradient_at(at + k * kLanes, grad, scale[k], shift[k], offset[k], slope[k]);
+        gradient_at(at + kPanel + k * kLanes, grad, scale[k], shift[k], offset[k], slope[k]);
       }
-      for (int64_t col = 2 * pooled; col < width; ++col, at += kPanel) {
-        gradient_at(at, none, mean, scale, shift, offset, slope);
-      }
+    }
+    for (int64_t col = 2 * pooled; col < width; ++col, at += kPanel) {
+#pragma GCC unroll 2
+      for (int k = 0; k < 2; ++k) gradient_at(at + k * kLanes, none, scale[k], shift[k], offset[k], slope[k]);
     }
   }
 }
@@ -384,40 +434,53 @@ inline void set_affine(const Layer& layer, int64_t first, Channels& channels, fl
   fill_panel(layer.beta == nullptr ? nullptr : layer.beta + first, width, 0.0f, channels.shift);
 }
 
-// Normalises, rectifies and pools the panel from channel `first` on of an image; y is its convolution.
-inline void finish_panel(const Forward& pass, int64_t image, int64_t first, const float* y, float* pooled_panel) {
-  const Layer& layer = pass.layer;
-  const int64_t height = layer.height, width = layer.width, positions = height * width;
-  const int64_t valid = std::min(kPanel, layer.outputs - first);
-  Channels channels;
-  alignas(64) float sums[kPanel], gamma[kPanel], none[kPanel] = {};
-  set_affine(layer, first, channels, gamma);
-  sum_panel<false>(y, height, width, none, sums);
-  for (int64_t k = 0; k < kPanel; ++k) {
-    channels.mean[k] = static_cast<float>(static_cast<double>(sums[k]) / static_cast<double>(positions));
+// The panel from channel `first` on of the kept convolution, from y [positions][kPanel].
+inline void keep_panel(const Forward& pass, int64_t image, int64_t first, const float* y, const float* mean) {
+  if (pass.conv == nullptr) return;
+  const int64_t positions = pass.layer.height * pass.layer.width, valid = std::min(kPanel, pass.layer.outputs - first);
+  float* to = pass.conv + image * positions * pass.layer.outputs + first;
+  for (int64_t p = 0; p < positions; ++p, y += kPanel, to += pass.layer.outputs) {
+    for (int64_t k = 0; k < valid; ++k) to[k] = y[k] + mean[k];
   }
-  sum_panel<true>(y, height, width, channels.mean, sums);
+}
+
+// Normalises, rectifies and pools the panel from channel `first` on of an image; y is its convolution less the mean.
+inline void finish_panel(const Forward& pass, int64_t image, int64_t first, const float* y, const float* mean,
+                         const float* squares, float* pooled_panel) {
+  const Layer& layer = pass.layer;
+  const int64_t height = layer.height, width = layer.width, valid = std::min(kPanel, layer.outputs - first);
+  Channels channels;
+  alignas(64) float gamma[kPanel];
+  set_affine(layer, first, channels, gamma);
   for (int64_t k = 0; k < kPanel; ++k) {
-    const double variance = static_cast<double>(sums[k]) / static_cast<double>(positions);
+    const double variance = static_cast<double>(squares[k]) / static_cast<double>(height * width);
     channels.rstd[k] = static_cast<float>(1 / std::sqrt(variance + layer.eps));
     channels.scale[k] = channels.rstd[k] * gamma[k];
   }
-  std::copy_n(channels.mean, valid, pass.mean + image * layer.outputs + first);
+  std::copy_n(mean, valid, pass.mean + image * layer.outputs + first);
   std::copy_n(channels.rstd, valid, pass.rstd + image * layer.outputs + first);
   const int64_t pooled = (height / 2) * (width / 2);
   float* to = pass.pooled + image * pooled * layer.outputs + first;
-  if (valid == kPanel) {
-    pool(y, height, width, channels, to, layer.outputs);
-  } else {
-    pool(y, height, width, channels, pooled_panel, kPanel);
-    for (int64_t p = 0; p < pooled; ++p) std::copy_n(pooled_panel + p * kPanel, valid, to + p * layer.outputs);
-  }
-  if (pass.conv == nullptr) return;
-  float* kept = pass.conv + image * positions * layer.outputs + first;
-  for (int64_t p = 0; p < positions; ++p) std::copy_n(y + p * kPanel, valid, kept + p * layer.outputs);
+  if (valid == kPanel) return pool(y, height, width, channels, to, layer.outputs);
+  pool(y, height, width, channels, pooled_panel, kPanel);
+  for (int64_t p = 0; p < pooled; ++p) std::copy_n(pooled_panel + p * kPanel, valid, to + p * layer.outputs);
 }
 
-// Replaces the panel y of an image by the gradient at it; writes the image's sums for the norm's parameters.
+// The same from the convolution itself.
+inline void centre_and_finish_panel(const Forward& pass, int64_t image, int64_t first, float* y, float* pooled_panel) {
+  const int64_t positions = pass.layer.height * pass.layer.width;
+  alignas(64) float sums[kPanel], mean[kPanel], none[kPanel] = {};
+  keep_panel(pass, image, first, y, none);
+  sum_panel(y, positions, sums);
+  for (int64_t k = 0; k < kPanel; ++k) {
+    mean[k] = static_cast<float>(static_cast<double>(sums[k]) / static_cast<double>(positions));
+  }
+  centre_panel(y, positions, mean, sums);
+  finish_panel(pass, image, first, y, mean, sums, pooled_panel);
+}
+
+// Replaces the panel y of an image, its convolution less the mean, by the gradient at it; writes the image's sums for
+// the norm's parameters.
 inline void differentiate_panel(const Backward& pass, int64_t image, int64_t first, float* y, float* grad_panel) {
   const Layer& layer = pass.layer;
   const int64_t height = layer.height, width = layer.width, positions = height * width;
@@ -425,7 +488,6 @@ inline void differentiate_panel(const Backward& pass, int64_t image, int64_t fir
   Channels channels;
   alignas(64) float gamma[kPanel], grad_sums[kPanel], product_sums[kPanel];
   set_affine(layer, first, channels, gamma);
-  fill_panel(pass.mean + image * layer.outputs + first, valid, 0.0f, channels.mean);
   fill_panel(pass.rstd + image * layer.outputs + first, valid, 0.0f, channels.rstd);
   for (int64_t k = 0; k < kPanel; ++k) channels.scale[k] = channels.rstd[k] * gamma[k];
   const int64_t pooled = (height / 2) * (width / 2);
@@ -478,12 +540,59 @@ inline void direct_weights(const Layer& layer, float* to) {
   }
 }
 
-// y [height][width][kPanel] of one panel of an image.
-inline void direct_panel(const Layer& layer, const float* image, const float* weights, const float* bias, float* y) {
+// The means of the convolution's planes, to [padded outputs]: it is linear, so they follow from the means of what each tap
+// reads, and the convolution less its mean is computed at once.
+inline void direct_means(const Layer& layer, const Strided& input, int64_t image, const float* weights, const float* bias,
+                         float* to) {
+  const int64_t height = layer.height, width = layer.width, terms = 9 * layer.inputs;
+  double taps[9 * kDirectInputs];  // [3 rows][3 columns][inputs]
+  for (int64_t c = 0; c < layer.inputs; ++c) {
+    const float* plane = input.data + image * input.batch + c * input.channel;
+    const auto at = [&](int64_t row, int64_t col) {
+      return static_cast<double>(plane[row * input.row + col * input.column]);
+    };
+    double rows[3] = {}, left[3] = {}, right[3] = {};  // all rows; the last and the first, which a tap may not read
+    for (int64_t row = 0; row < height; ++row) {
+      double parts[4] = {};
+      int64_t col = 0;
+      for (; col + 4 <= width; col += 4) {
+        for (int64_t k = 0; k < 4; ++k) parts[k] += at(row, col + k);
+      }
+      for (; col < width; ++col) parts[0] += at(row, col);
+      const double sum = (parts[0] + parts[1]) + (parts[2] + parts[3]);
+      const bool read[3] = {row < height - 1, true, row > 0};  // by the taps of the row above, of this one and of that below
+      for (int64_t tap = 0; tap < 3; ++tap) {
+        if (!read[tap]) continue;
+        rows[tap] += sum;
+        left[tap] += at(row, 0);
+        right[tap] += at(row, width - 1);
+      }
+    }
+    for (int64_t tap = 0; tap < 3; ++tap) {
+      taps[(tap * 3) * layer.inputs + c] = rows[tap] - right[tap];
+      taps[(tap * 3 + 1) * layer.inputs + c] = rows[tap];
+      taps[(tap * 3 + 2) * layer.inputs + c] = rows[tap] - left[tap];
+    }
+  }
+  for (int64_t panel = 0; panel < padded(layer.outputs, kPanel) / kPanel; ++panel, weights += terms * kPanel) {
+    double sums[kPanel] = {};
+    for (int64_t term = 0; term < terms; ++term) {
+      for (int64_t k = 0; k < kPanel; ++k) sums[k] += taps[term] * static_cast<double>(weights[term * kPanel + k]);
+    }
+    for (int64_t k = 0; k < kPanel; ++k, ++to, ++bias) {
+      *to = static_cast<float>(static_cast<double>(*bias) + sums[k] / static_cast<double>(height * width));
+    }
+  }
+}
+
+// y [height][width][kPanel] of one panel of an image; where `squares` is not null, y's squares are added to it.
+inline void direct_panel(const Layer& layer, const float* image, const float* weights, const float* start, float* y,
+                         float* squares) {
   const int64_t row_floats = (layer.width + 2) * layer.inputs, terms = 3 * layer.inputs;
   for (int64_t row = 0; row < layer.height; ++row, image += row_floats, y += layer.width * kPanel) {
     const auto run = [&](auto channels) {
-      multiply_rows<decltype(channels)::value>(image, row_floats, weights, 3, terms, layer.width, bias, y, false);
+      multiply_rows<decltype(channels)::value>(image, row_floats, weights, 3, terms, layer.width, start, y, false,
+                                               squares);
     };
     switch (layer.inputs) {
       case 1: run(std::integral_constant<int, 1>()); break;
@@ -511,26 +620,31 @@ inline void forward_direct(const Forward& pass) {
   torch::stable::parallel_for(0, layer.batch, 1, [&](int64_t begin, int64_t end) {
     Buffer image((layer.height + 2) * (layer.width + 2) * layer.inputs + kTiles * layer.inputs);
     Buffer y(layer.height * layer.width * kPanel), pooled((layer.height / 2) * (layer.width / 2) * kPanel);
+    Buffer means(panels * kPanel);
     for (int64_t b = begin; b < end; ++b) {
       pad_image(layer, pass.input, b, image.data());
+      direct_means(layer, pass.input, b, weights.data(), bias.data(), means.data());
       for (int64_t panel = 0; panel < panels; ++panel) {
-        direct_panel(layer, image.data(), weights.data() + panel * terms * kPanel, bias.data() + panel * kPanel, y.data());
-        finish_panel(pass, b, panel * kPanel, y.data(), pooled.data());
+        const float* mean = means.data() + panel * kPanel;
+        alignas(64) float start[kPanel], squares[kPanel] = {};
+        for (int64_t k = 0; k < kPanel; ++k) start[k] = bias[panel * kPanel + k] - mean[k];
+        direct_panel(layer, image.data(), weights.data() + panel * terms * kPanel, start, y.data(), squares);
+        keep_panel(pass, b, panel * kPanel, y.data(), mean);
+        finish_panel(pass, b, panel * kPanel, y.data(), mean, squares, pooled.data());
       }
     }
   });
 }
 
-// A panel of the kept convolution of an image, [positions][kPanel].
-inline void load_panel(const Layer& layer, const float* conv, int64_t image, int64_t first, float* y) {
+// A panel of the kept convolution of an image less its mean, [positions][kPanel].
+inline void load_panel(const Backward& pass, int64_t image, int64_t first, float* y) {
+  const Layer& layer = pass.layer;
   const int64_t positions = layer.height * layer.width, valid = std::min(kPanel, layer.outputs - first);
-  const float* from = conv + image * positions * layer.outputs + first;
+  const float* from = pass.conv + image * positions * layer.outputs + first;
+  const float* mean = pass.mean + image * layer.outputs + first;
   for (int64_t p = 0; p < positions; ++p, from += layer.outputs, y += kPanel) {
-    if (valid == kPanel) {
-      std::copy_n(from, kPanel, y);
-    } else {
-      fill_panel(from, valid, 0.0f, y);
-    }
+    for (int64_t k = 0; k < valid; ++k) y[k] = from[k] - mean[k];
+    for (int64_t k = valid; k < kPanel; ++k) y[k] = 0.0f;
   }
 }
 
@@ -599,9 +713,12 @@ inline void backward_direct(const Backward& pass) {
         for (int64_t panel = 0; panel < panels; ++panel) {
           const int64_t first = panel * kPanel;
           if (pass.conv != nullptr) {
-            load_panel(layer, pass.conv, b, first, y.data());
+            load_panel(pass, b, first, y.data());
           } else {
-            direct_panel(layer, image.data(), weights.data() + panel * terms * kPanel, bias.data() + first, y.data());
+            alignas(64) float start[kPanel];
+            fill_panel(pass.mean + b * layer.outputs + first, std::min(kPanel, layer.outputs - first), 0.0f, start);
+            for (int64_t k = 0; k < kPanel; ++k) start[k] = bias[first + k] - start[k];
+            direct_panel(layer, image.data(), weights.data() + panel * terms * kPanel, start, y.data(), nullptr);
           }
           differentiate_panel(pass, b, first, y.data(), grad_panel.data());
           for (int64_t row = 0; to_weight && row < layer.height; ++row) {
@@ -789,7 +906,7 @@ inline void forward_winograd(const Forward& pass) {
       for (int64_t panel = 0; panel < convolution.panels; ++panel) {
         convolve_panel(convolution, panel, images, bias.data() + panel * kPanel, scratch, y.data());
         for (int64_t b = 0; b < images; ++b) {
-          finish_panel(pass, first + b, panel * kPanel, y.data() + b * positions * kPanel, pooled.data());
+          centre_and_finish_panel(pass, first + b, panel * kPanel, y.data() + b * positions * kPanel, pooled.data());
         }
       }
     }
@@ -855,7 +972,13 @@ inline void backward_winograd(const Backward& pass) {
             convolve_panel(*forward, o / kPanel, images, bias.data() + o, *forward_scratch, panel);
           }
           for (int64_t b = 0; b < images; ++b, panel += positions * kPanel) {
-            if (!forward) load_panel(layer, pass.conv, first + b, o, panel);
+            alignas(64) float mean[kPanel], squares[kPanel];
+            fill_panel(pass.mean + (first + b) * layer.outputs + o, std::min(kPanel, layer.outputs - o), 0.0f, mean);
+            if (forward) {
+              centre_panel(panel, positions, mean, squares);
+            } else {
+              load_panel(pass, first + b, o, panel);
+            }
             differentiate_panel(pass, first + b, o, panel, grad_panel.data());
           }
         }
