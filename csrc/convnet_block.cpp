@@ -177,6 +177,51 @@ DDFAST_CLONES void weights_of_points(const Layer& layer, const float* sums, int6
   }
 }
 
+// The means of the convolution's planes, to [panels][panel]: it is linear, so they follow from the means of what each tap
+// reads, and the convolution less its mean is computed at once.
+DDFAST_CLONES void direct_means(const Layer& layer, const Strided& input, int64_t image, const float* weights,
+                                const float* bias, int64_t panels, int64_t panel, float* to) {
+  const int64_t height = layer.height, width = layer.width, terms = 9 * layer.inputs;
+  double taps[9 * kDirectInputs];  // [3 rows][3 columns][inputs]
+  for (int64_t c = 0; c < layer.inputs; ++c) {
+    const float* plane = input.data + image * input.batch + c * input.channel;
+    const auto at = [&](int64_t row, int64_t col) {
+      return static_cast<double>(plane[row * input.row + col * input.column]);
+    };
+    double rows[3] = {}, left[3] = {}, right[3] = {};  // all rows; the last and the first, which a tap may not read
+    for (int64_t row = 0; row < height; ++row) {
+      double parts[4] = {};
+      int64_t col = 0;
+      for (; col + 4 <= width; col += 4) {
+        for (int64_t k = 0; k < 4; ++k) parts[k] += at(row, col + k);
+      }
+      for (; col < width; ++col) parts[0] += at(row, col);
+      const double sum = (parts[0] + parts[1]) + (parts[2] + parts[3]);
+      const bool read[3] = {row < height - 1, true, row > 0};  // by the taps of the row above, of this one and of that below
+      for (int64_t tap = 0; tap < 3; ++tap) {
+        if (!read[tap]) continue;
+        rows[tap] += sum;
+        left[tap] += at(row, 0);
+        right[tap] += at(row, width - 1);
+      }
+    }
+    for (int64_t tap = 0; tap < 3; ++tap) {
+      taps[(tap * 3) * layer.inputs + c] = rows[tap] - right[tap];
+      taps[(tap * 3 + 1) * layer.inputs + c] = rows[tap];
+      taps[(tap * 3 + 2) * layer.inputs + c] = rows[tap] - left[tap];
+    }
+  }
+  for (int64_t each = 0; each < panels; ++each, weights += terms * panel) {
+    double sums[kWidest] = {};
+    for (int64_t term = 0; term < terms; ++term) {
+      for (int64_t k = 0; k < panel; ++k) sums[k] += taps[term] * static_cast<double>(weights[term * panel + k]);
+    }
+    for (int64_t k = 0; k < panel; ++k, ++to, ++bias) {
+      *to = static_cast<float>(static_cast<double>(*bias) + sums[k] / static_cast<double>(height * width));
+    }
+  }
+}
+
 // --- the bodies
 
 #if DDFAST_HAS_X86_BODIES

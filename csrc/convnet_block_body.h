@@ -71,69 +71,51 @@ DDFAST_INLINE void gradient_points(const Vec (&y)[4], Vec (&z)[6]) {
   z[5] = y[3];
 }
 
-// --- transforms of a tile, for all channels. Where a pixel's channels begin is at pixels[row * columns + column], those
-// of its block after block_stride floats.
-
-// Where the points of a tile go: point p, channel c at to + p * point + c / chunk * chunk_stride + c % chunk.
-struct Points {
-  float* to;
-  int64_t point, chunk, chunk_stride;
-};
+// --- transforms of a tile, for `channels` of all channels at a time. Where a pixel's channels begin is at
+// pixels[row * columns + column]. Channel c of point p goes to to[p * point + c].
 
 template <int kRows, int kColumns>
-DDFAST_TARGET void transform_pixels(const float* const* pixels, int64_t block, int64_t block_stride, int64_t channels,
-                                    const float* zeros, const Points& points) {
-  for (int64_t c = 0; c < channels; c += kLanes) {
-    const int64_t within = c % block, offset = c / block * block_stride + within;
+DDFAST_TARGET void transform_pixels(const float* const* pixels, int64_t channels, int64_t point, float* to) {
+  for (int64_t c = 0; c < channels; c += kLanes, to += kLanes) {
     Vec half[kRows][kColumns];
 #pragma GCC unroll 6
     for (int j = 0; j < kColumns; ++j) {
       Vec d[kRows], v[kRows];
 #pragma GCC unroll 6
-      for (int i = 0; i < kRows; ++i) {
-        const float* pixel = pixels[i * kColumns + j];
-        d[i] = load(pixel == zeros ? zeros : pixel + offset);
-      }
+      for (int i = 0; i < kRows; ++i) d[i] = load(pixels[i * kColumns + j] + c);
       pixel_points(d, v);
 #pragma GCC unroll 6
       for (int i = 0; i < kRows; ++i) half[i][j] = v[i];
     }
-    float* to = points.to + c / points.chunk * points.chunk_stride + c % points.chunk;
 #pragma GCC unroll 6
     for (int i = 0; i < kRows; ++i) {
       Vec v[kColumns];
       pixel_points(half[i], v);
 #pragma GCC unroll 6
-      for (int j = 0; j < kColumns; ++j) store(to + (i * kColumns + j) * points.point, v[j]);
+      for (int j = 0; j < kColumns; ++j) store(to + (i * kColumns + j) * point, v[j]);
     }
   }
 }
 
 // A tile of 4 x 4 gradients to 6 x 6 points.
-DDFAST_TARGET inline void transform_gradients(const float* const* pixels, int64_t block, int64_t block_stride,
-                                              int64_t channels, const float* zeros, const Points& points) {
-  for (int64_t c = 0; c < channels; c += kLanes) {
-    const int64_t offset = c / block * block_stride + c % block;
+DDFAST_TARGET inline void transform_gradients(const float* const* pixels, int64_t channels, int64_t point, float* to) {
+  for (int64_t c = 0; c < channels; c += kLanes, to += kLanes) {
     Vec half[6][4];
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
       Vec y[4], z[6];
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const float* pixel = pixels[i * 4 + j];
-        y[i] = load(pixel == zeros ? zeros : pixel + offset);
-      }
+      for (int i = 0; i < 4; ++i) y[i] = load(pixels[i * 4 + j] + c);
       gradient_points(y, z);
 #pragma GCC unroll 6
       for (int i = 0; i < 6; ++i) half[i][j] = z[i];
     }
-    float* to = points.to + c / points.chunk * points.chunk_stride + c % points.chunk;
 #pragma GCC unroll 6
     for (int i = 0; i < 6; ++i) {
       Vec z[6];
       gradient_points(half[i], z);
 #pragma GCC unroll 6
-      for (int j = 0; j < 6; ++j) store(to + (i * 6 + j) * points.point, z[j]);
+      for (int j = 0; j < 6; ++j) store(to + (i * 6 + j) * point, z[j]);
     }
   }
 }
@@ -178,9 +160,11 @@ DDFAST_TARGET void product(const float* a, int64_t row, const float* b, int64_t 
   for (int64_t r = 0; r < rows; ++r, a += row) {
     for (int64_t k = 0; k < terms; ++k, b += kPanel) {
       const Vec low = load(b), high = load(b + kLanes);
+      const float* from = a + k;
+      asm("" : "+r"(from));  // else the compiler carries overlapping factors from term to term, through the stack
 #pragma GCC unroll 14
       for (int t = 0; t < kCount; ++t) {
-        const Vec factor = set(a[t * kStride + k]);
+        const Vec factor = set(from[t * kStride]);
         sums[t][0] = multiply_add(factor, low, sums[t][0]);
         sums[t][1] = multiply_add(factor, high, sums[t][1]);
       }
@@ -540,51 +524,6 @@ inline void direct_weights(const Layer& layer, float* to) {
   }
 }
 
-// The means of the convolution's planes, to [padded outputs]: it is linear, so they follow from the means of what each tap
-// reads, and the convolution less its mean is computed at once.
-inline void direct_means(const Layer& layer, const Strided& input, int64_t image, const float* weights, const float* bias,
-                         float* to) {
-  const int64_t height = layer.height, width = layer.width, terms = 9 * layer.inputs;
-  double taps[9 * kDirectInputs];  // [3 rows][3 columns][inputs]
-  for (int64_t c = 0; c < layer.inputs; ++c) {
-    const float* plane = input.data + image * input.batch + c * input.channel;
-    const auto at = [&](int64_t row, int64_t col) {
-      return static_cast<double>(plane[row * input.row + col * input.column]);
-    };
-    double rows[3] = {}, left[3] = {}, right[3] = {};  // all rows; the last and the first, which a tap may not read
-    for (int64_t row = 0; row < height; ++row) {
-      double parts[4] = {};
-      int64_t col = 0;
-      for (; col + 4 <= width; col += 4) {
-        for (int64_t k = 0; k < 4; ++k) parts[k] += at(row, col + k);
-      }
-      for (; col < width; ++col) parts[0] += at(row, col);
-      const double sum = (parts[0] + parts[1]) + (parts[2] + parts[3]);
-      const bool read[3] = {row < height - 1, true, row > 0};  // by the taps of the row above, of this one and of that below
-      for (int64_t tap = 0; tap < 3; ++tap) {
-        if (!read[tap]) continue;
-        rows[tap] += sum;
-        left[tap] += at(row, 0);
-        right[tap] += at(row, width - 1);
-      }
-    }
-    for (int64_t tap = 0; tap < 3; ++tap) {
-      taps[(tap * 3) * layer.inputs + c] = rows[tap] - right[tap];
-      taps[(tap * 3 + 1) * layer.inputs + c] = rows[tap];
-      taps[(tap * 3 + 2) * layer.inputs + c] = rows[tap] - left[tap];
-    }
-  }
-  for (int64_t panel = 0; panel < padded(layer.outputs, kPanel) / kPanel; ++panel, weights += terms * kPanel) {
-    double sums[kPanel] = {};
-    for (int64_t term = 0; term < terms; ++term) {
-      for (int64_t k = 0; k < kPanel; ++k) sums[k] += taps[term] * static_cast<double>(weights[term * kPanel + k]);
-    }
-    for (int64_t k = 0; k < kPanel; ++k, ++to, ++bias) {
-      *to = static_cast<float>(static_cast<double>(*bias) + sums[k] / static_cast<double>(height * width));
-    }
-  }
-}
-
 // y [height][width][kPanel] of one panel of an image; where `squares` is not null, y's squares are added to it.
 inline void direct_panel(const Layer& layer, const float* image, const float* weights, const float* start, float* y,
                          float* squares) {
@@ -623,7 +562,7 @@ inline void forward_direct(const Forward& pass) {
     Buffer means(panels * kPanel);
     for (int64_t b = begin; b < end; ++b) {
       pad_image(layer, pass.input, b, image.data());
-      direct_means(layer, pass.input, b, weights.data(), bias.data(), means.data());
+      direct_means(layer, pass.input, b, weights.data(), bias.data(), panels, kPanel, means.data());
       for (int64_t panel = 0; panel < panels; ++panel) {
         const float* mean = means.data() + panel * kPanel;
         alignas(64) float start[kPanel], squares[kPanel] = {};
@@ -758,25 +697,28 @@ struct Map {
   int64_t pixel, block, block_stride;  // floats from pixel to pixel, channels of a block, floats from block to block
 };
 
-// Calls use(tile, pointers) for each tile of `kHeight` x `kWidth` pixels around (kRows x kColumns) outputs of a group.
+// Calls use(tile, channel, count, pointers) for each tile of kRows x kColumns outputs of a group of images and each `chunk`
+// of channels: where they begin in the pixels of the tile and of a border of kBorder around it, or in `zeros`.
 template <int kRows, int kColumns, int kBorder, typename Use>
-void for_each_tile(const Layer& layer, const Map& map, int64_t images, const float* zeros, const Use& use) {
+void for_each_tile(const Layer& layer, const Map& map, int64_t images, int64_t channels, int64_t chunk,
+                   const float* zeros, const Use& use) {
   constexpr int kHeight = kRows + 2 * kBorder, kWidth = kColumns + 2 * kBorder;
   int64_t tile = 0;
   for (int64_t image = 0; image < images; ++image) {
     for (int64_t top = 0; top < layer.height; top += kRows) {
       for (int64_t left = 0; left < layer.width; left += kColumns, ++tile) {
-        const float* pixels[kHeight * kWidth];
-        for (int64_t i = 0; i < kHeight; ++i) {
-          const int64_t row = top + i - kBorder;
-          for (int64_t j = 0; j < kWidth; ++j) {
-            const int64_t col = left + j - kBorder;
-            const bool inside = 0 <= row && row < layer.height && 0 <= col && col < layer.width;
-            pixels[i * kWidth + j] =
-                inside ? map.data + ((image * layer.height + row) * layer.width + col) * map.pixel : zeros;
-          }
+        const float *from[kHeight * kWidth], *pixels[kHeight * kWidth];
+        bool inside[kHeight * kWidth];
+        for (int64_t k = 0; k < kHeight * kWidth; ++k) {
+          const int64_t row = top + k / kWidth - kBorder, col = left + k % kWidth - kBorder;
+          inside[k] = 0 <= row && row < layer.height && 0 <= col && col < layer.width;
+          from[k] = inside[k] ? map.data + ((image * layer.height + row) * layer.width + col) * map.pixel : zeros;
         }
-        use(tile, pixels);
+        for (int64_t channel = 0; channel < channels; channel += chunk) {
+          const int64_t offset = channel / map.block * map.block_stride + channel % map.block;
+          for (int64_t k = 0; k < kHeight * kWidth; ++k) pixels[k] = from[k] + (inside[k] ? offset : 0);
+          use(tile, channel, std::min(chunk, channels - channel), pixels);
+        }
       }
     }
   }
@@ -831,11 +773,13 @@ struct Scratch {
 
 // V of a group.
 inline void transform_map(const Convolution& convolution, const Map& map, int64_t images, Scratch& scratch) {
-  const int64_t tiles = images * tiles_of(convolution.layer, 2, 4);
-  for_each_tile<2, 4, 1>(convolution.layer, map, images, scratch.zeros.data(), [&](int64_t tile, const float* const* pixels) {
-    transform_pixels<4, 6>(pixels, map.block, map.block_stride, padded(convolution.inputs, kLanes), scratch.zeros.data(),
-                           {scratch.v.data() + tile * kChunk, convolution.point_stride(tiles), kChunk, kChunk * tiles});
-  });
+  const int64_t tiles = images * tiles_of(convolution.layer, 2, 4), point = convolution.point_stride(tiles);
+  for_each_tile<2, 4, 1>(
+      convolution.layer, map, images, padded(convolution.inputs, kLanes), std::min(map.block, kChunk), scratch.zeros.data(),
+      [&](int64_t tile, int64_t channel, int64_t count, const float* const* pixels) {
+        float* to = scratch.v.data() + (channel / kChunk * tiles + tile) * kChunk + channel % kChunk;
+        transform_pixels<4, 6>(pixels, count, point, to);
+      });
 }
 
 // One panel of the group's convolution, y [images][positions][kPanel].
@@ -919,14 +863,14 @@ inline void add_weight_products(const Layer& layer, const Map& map, const Map& g
   const int64_t tiles = images * tiles_of(layer, 4, 4);
   const int64_t inputs = padded(layer.inputs, kLanes), outputs = padded(layer.outputs, kPanel);
   const int64_t v_point = tiles * inputs + kOddLine, z_point = tiles * outputs + kOddLine;
-  for_each_tile<4, 4, 1>(layer, map, images, zeros, [&](int64_t tile, const float* const* pixels) {
-    transform_pixels<6, 6>(pixels, map.block, map.block_stride, inputs, zeros,
-                           {v.data() + tile * inputs, v_point, inputs, 0});
-  });
-  for_each_tile<4, 4, 0>(layer, gradient, images, zeros, [&](int64_t tile, const float* const* pixels) {
-    transform_gradients(pixels, gradient.block, gradient.block_stride, outputs, zeros,
-                        {z.data() + tile * outputs, z_point, outputs, 0});
-  });
+  for_each_tile<4, 4, 1>(layer, map, images, inputs, map.block, zeros,
+                         [&](int64_t tile, int64_t channel, int64_t count, const float* const* pixels) {
+                           transform_pixels<6, 6>(pixels, count, v_point, v.data() + tile * inputs + channel);
+                         });
+  for_each_tile<4, 4, 0>(layer, gradient, images, outputs, gradient.block, zeros,
+                         [&](int64_t tile, int64_t channel, int64_t count, const float* const* pixels) {
+                           transform_gradients(pixels, count, z_point, z.data() + tile * outputs + channel);
+                         });
   for (int64_t point = 0; point < kWeightPoints; ++point) {
     for (int64_t o = 0; o < outputs; o += kPanel) {
       multiply_transposed(v.data() + point * v_point, inputs, z.data() + point * z_point + o, outputs, tiles,
