@@ -7,9 +7,9 @@
 // to write and read it. With many it is Winograd's (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks",
 // CVPR 2016) over tiles of 2 x 4 outputs, 24 multiplications a pair of channels in place of 72, at the points 0, 1, -1 and
 // 0, 5/8, -5/8, 3/2, -3/2; there the forward pass keeps the convolution for the backward pass where it is asked to. The gradient at the
-// input is the same convolution with transposed weights. The gradient of the weights is summed over tiles of 4 x 4 in the
-// points, 36 multiplications in place of 144, and transformed back once. Sums over channels are taken in chains of 32
-// that are then added up: that is what keeps the error of these tiles below twice that of a plain convolution.
+// input is the same convolution with transposed weights. The gradient of the weights is summed in the points and transformed
+// back once. Sums are taken in chains of 32 that are then added up: that is what keeps the error of these tiles below
+// twice that of a plain convolution.
 //
 // Images do not depend on each other, nor any result on the number of threads: sums over images are taken in slabs whose
 // number depends on the batch alone.
@@ -145,18 +145,18 @@ DDFAST_CLONES void transform_weights(const Layer& layer, bool transposed, int64_
   }
 }
 
-// G^T s G: the weights' gradient [outputs][inputs][3][3] from its sums in the points of tiles of 4 x 4, s
-// [36][inputs][stride].
+// G^T s G: the weights' gradient [outputs][inputs][3][3] from its sums in the points, s
+// [24][inputs][stride].
 DDFAST_CLONES void weights_of_points(const Layer& layer, const float* sums, int64_t stride, float* to) {
   for (int64_t c = 0; c < layer.inputs; ++c) {
     for (int64_t first = 0; first < layer.outputs; first += kWidest) {
       const int64_t count = std::min(kWidest, layer.outputs - first);
       double half[3][6][kWidest] = {}, taps[9][kWidest] = {};
-      for (int64_t i = 0; i < 6; ++i) {
+      for (int64_t i = 0; i < 4; ++i) {
         for (int64_t j = 0; j < 6; ++j) {
           const float* from = sums + ((i * 6 + j) * layer.inputs + c) * stride + first;
           for (int64_t k = 0; k < 3; ++k) {
-            const double factor = kSixPoints[i][k];
+            const double factor = kFourPoints[i][k];
             for (int64_t lane = 0; lane < count; ++lane) half[k][j][lane] += factor * static_cast<double>(from[lane]);
           }
         }

@@ -58,6 +58,13 @@ DDFAST_INLINE void outputs(const Vec (&m)[6], Vec (&y)[4]) {
 }
 
 // A y: of gradients at outputs.
+DDFAST_INLINE void gradient_points(const Vec (&y)[2], Vec (&z)[4]) {
+  z[0] = y[0];
+  z[1] = add(y[0], y[1]);
+  z[2] = subtract(y[0], y[1]);
+  z[3] = y[1];
+}
+
 DDFAST_INLINE void gradient_points(const Vec (&y)[4], Vec (&z)[6]) {
   const Vec even_a = multiply_add(set(kAA), y[2], y[0]);
   const Vec odd_a = multiply_add(set(kAA * kA), y[3], multiply(set(kA), y[1]));
@@ -97,21 +104,21 @@ DDFAST_TARGET void transform_pixels(const float* const* pixels, int64_t channels
   }
 }
 
-// A tile of 4 x 4 gradients to 6 x 6 points.
+// A tile of 2 x 4 gradients to 4 x 6 points.
 DDFAST_TARGET inline void transform_gradients(const float* const* pixels, int64_t channels, int64_t point, float* to) {
   for (int64_t c = 0; c < channels; c += kLanes, to += kLanes) {
-    Vec half[6][4];
+    Vec half[4][4];
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
-      Vec y[4], z[6];
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) y[i] = load(pixels[i * 4 + j] + c);
+      Vec y[2], z[4];
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) y[i] = load(pixels[i * 4 + j] + c);
       gradient_points(y, z);
-#pragma GCC unroll 6
-      for (int i = 0; i < 6; ++i) half[i][j] = z[i];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) half[i][j] = z[i];
     }
-#pragma GCC unroll 6
-    for (int i = 0; i < 6; ++i) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
       Vec z[6];
       gradient_points(half[i], z);
 #pragma GCC unroll 6
@@ -726,13 +733,10 @@ void for_each_tile(const Layer& layer, const Map& map, int64_t images, int64_t c
 
 constexpr int64_t kChunk = 32;    // input channels that are summed in one chain; the sums of chains are added up
 constexpr int64_t kPoints = 24;   // of a tile of 2 x 4 outputs
-constexpr int64_t kWeightPoints = 36;  // of a tile of 4 x 4, for gradients of weights
 constexpr int64_t kBlock = 64;    // tiles whose sums are held at a time
 constexpr int64_t kOddLine = 16;  // keeps the points of a tile out of each other's cache sets
 
-inline int64_t tiles_of(const Layer& layer, int64_t rows, int64_t columns) {
-  return (layer.height + rows - 1) / rows * ((layer.width + columns - 1) / columns);
-}
+inline int64_t tiles_of(const Layer& layer) { return (layer.height + 1) / 2 * ((layer.width + 3) / 4); }
 
 // A convolution of a group of images in the points of tiles of 2 x 4 outputs.
 struct Convolution {
@@ -760,7 +764,7 @@ struct Convolution {
 // The scratch memory of a thread, for groups of `images`.
 struct Scratch {
   Scratch(const Convolution& convolution, int64_t images)
-      : tiles(images * tiles_of(convolution.layer, 2, 4)),
+      : tiles(images * tiles_of(convolution.layer)),
         v(kPoints * convolution.point_stride(tiles)),
         m(kPoints * (kBlock * kPanel + kOddLine)),
         zeros(std::max(padded(convolution.inputs, kChunk), kPanel)) {
@@ -773,7 +777,7 @@ struct Scratch {
 
 // V of a group.
 inline void transform_map(const Convolution& convolution, const Map& map, int64_t images, Scratch& scratch) {
-  const int64_t tiles = images * tiles_of(convolution.layer, 2, 4), point = convolution.point_stride(tiles);
+  const int64_t tiles = images * tiles_of(convolution.layer), point = convolution.point_stride(tiles);
   for_each_tile<2, 4, 1>(
       convolution.layer, map, images, padded(convolution.inputs, kLanes), std::min(map.block, kChunk), scratch.zeros.data(),
       [&](int64_t tile, int64_t channel, int64_t count, const float* const* pixels) {
@@ -786,7 +790,7 @@ inline void transform_map(const Convolution& convolution, const Map& map, int64_
 inline void convolve_panel(const Convolution& convolution, int64_t panel, int64_t images, const float* bias,
                            Scratch& scratch, float* y) {
   const Layer& layer = convolution.layer;
-  const int64_t across = (layer.width + 3) / 4, per_image = tiles_of(layer, 2, 4), tiles = images * per_image;
+  const int64_t across = (layer.width + 3) / 4, per_image = tiles_of(layer), tiles = images * per_image;
   const int64_t blocks = (tiles + kBlock - 1) / kBlock, m_point = kBlock * kPanel + kOddLine;
   alignas(64) static constexpr float none[kPanel] = {};
   for (int64_t block = 0, begin = 0; block < blocks; ++block) {
@@ -831,7 +835,7 @@ inline int64_t copy_floats(const Layer& layer, int64_t images) {
   return channels == layer.inputs ? 0 : images * layer.height * layer.width * channels;
 }
 
-inline int64_t group_images(const Layer& layer) { return std::max<int64_t>(1, kBlock / tiles_of(layer, 2, 4)); }
+inline int64_t group_images(const Layer& layer) { return std::max<int64_t>(1, kBlock / tiles_of(layer)); }
 
 inline void forward_winograd(const Forward& pass) {
   const Layer& layer = pass.layer;
@@ -857,24 +861,27 @@ inline void forward_winograd(const Forward& pass) {
   });
 }
 
-// Adds the products of a group in the points of tiles of 4 x 4 outputs: sums [point][inputs][padded outputs].
+// Adds the products of a group's pixels and gradients in the points of its tiles: sums [point][inputs][padded outputs].
 inline void add_weight_products(const Layer& layer, const Map& map, const Map& gradient, int64_t images,
                                 const float* zeros, Buffer& v, Buffer& z, float* sums) {
-  const int64_t tiles = images * tiles_of(layer, 4, 4);
+  const int64_t tiles = images * tiles_of(layer);
   const int64_t inputs = padded(layer.inputs, kLanes), outputs = padded(layer.outputs, kPanel);
   const int64_t v_point = tiles * inputs + kOddLine, z_point = tiles * outputs + kOddLine;
-  for_each_tile<4, 4, 1>(layer, map, images, inputs, map.block, zeros,
+  for_each_tile<2, 4, 1>(layer, map, images, inputs, map.block, zeros,
                          [&](int64_t tile, int64_t channel, int64_t count, const float* const* pixels) {
-                           transform_pixels<6, 6>(pixels, count, v_point, v.data() + tile * inputs + channel);
+                           transform_pixels<4, 6>(pixels, count, v_point, v.data() + tile * inputs + channel);
                          });
-  for_each_tile<4, 4, 0>(layer, gradient, images, outputs, gradient.block, zeros,
+  for_each_tile<2, 4, 0>(layer, gradient, images, outputs, gradient.block, zeros,
                          [&](int64_t tile, int64_t channel, int64_t count, const float* const* pixels) {
                            transform_gradients(pixels, count, z_point, z.data() + tile * outputs + channel);
                          });
-  for (int64_t point = 0; point < kWeightPoints; ++point) {
+  for (int64_t point = 0; point < kPoints; ++point) {
     for (int64_t o = 0; o < outputs; o += kPanel) {
-      multiply_transposed(v.data() + point * v_point, inputs, z.data() + point * z_point + o, outputs, tiles,
-                          layer.inputs, sums + point * layer.inputs * outputs + o, outputs);
+      for (int64_t t = 0; t < tiles; t += kChunk) {
+        multiply_transposed(v.data() + point * v_point + t * inputs, inputs, z.data() + point * z_point + t * outputs + o,
+                            outputs, std::min(kChunk, tiles - t), layer.inputs,
+                            sums + point * layer.inputs * outputs + o, outputs);
+      }
     }
   }
 }
@@ -889,7 +896,7 @@ inline void backward_winograd(const Backward& pass) {
   const int64_t positions = layer.height * layer.width, outputs = padded(layer.outputs, kPanel);
   const int64_t group = group_images(layer), groups = (layer.batch + group - 1) / group;
   const int64_t slabs = slabs_of(groups), weight_count = layer.outputs * layer.inputs * 9;
-  const int64_t weight_tiles = group * tiles_of(layer, 4, 4);
+  const int64_t weight_tiles = group * tiles_of(layer);
   Buffer slab_weights(to_weight ? slabs * weight_count : 0);
   torch::stable::parallel_for(0, slabs, 1, [&](int64_t begin, int64_t end) {
     std::optional<Scratch> forward_scratch, transposed_scratch;
@@ -898,9 +905,9 @@ inline void backward_winograd(const Backward& pass) {
     Buffer y(group * positions * outputs), copy(copy_floats(layer, group));
     Buffer grad_panel((layer.height / 2) * (layer.width / 2) * kPanel);
     Buffer grad_input(to_input ? group * positions * kPanel : 0);
-    Buffer v(to_weight ? kWeightPoints * (weight_tiles * padded(layer.inputs, kLanes) + kOddLine) : 0);
-    Buffer z(to_weight ? kWeightPoints * (weight_tiles * outputs + kOddLine) : 0);
-    Buffer sums(to_weight ? kWeightPoints * layer.inputs * outputs : 0);
+    Buffer v(to_weight ? kPoints * (weight_tiles * padded(layer.inputs, kLanes) + kOddLine) : 0);
+    Buffer z(to_weight ? kPoints * (weight_tiles * outputs + kOddLine) : 0);
+    Buffer sums(to_weight ? kPoints * layer.inputs * outputs : 0);
     Buffer zeros(std::max(padded(layer.inputs, kLanes), outputs));
     zeros.fill(0.0f);
     alignas(64) const float none[kPanel] = {};
