@@ -8,7 +8,7 @@
 // CVPR 2016) over tiles of 2 x 4 outputs, 24 multiplications a pair of channels in place of 72, at the points 0, 1, -1 and
 // 0, 5/8, -5/8, 3/2, -3/2; there the forward pass keeps the convolution for the backward pass where it is asked to. The gradient at the
 // input is the same convolution with transposed weights. The gradient of the weights is summed in the points and transformed
-// back once. Sums are taken in chains of 32 that are then added up: that is what keeps the error of these tiles below
+// back once. Sums are taken in chains of 16 or 32 that are then added up: that is what keeps the error of these tiles below
 // twice that of a plain convolution.
 //
 // Images do not depend on each other, nor any result on the number of threads: sums over images are taken in slabs whose

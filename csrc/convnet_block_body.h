@@ -731,7 +731,7 @@ void for_each_tile(const Layer& layer, const Map& map, int64_t images, int64_t c
   }
 }
 
-constexpr int64_t kChunk = 32;    // input channels that are summed in one chain; the sums of chains are added up
+constexpr int64_t kChunk = 32;    // input channels that lie side by side in V
 constexpr int64_t kPoints = 24;   // of a tile of 2 x 4 outputs
 constexpr int64_t kBlock = 64;    // tiles whose sums are held at a time
 constexpr int64_t kOddLine = 16;  // keeps the points of a tile out of each other's cache sets
@@ -746,6 +746,7 @@ struct Convolution {
         inputs(transposed ? layer.outputs : layer.inputs),
         outputs(transposed ? layer.inputs : layer.outputs),
         panels(padded(outputs, kPanel) / kPanel),
+        chain(transposed ? 16 : 32),
         weights(panels * kPoints * inputs * kPanel) {
     torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; ++panel) {
@@ -758,6 +759,7 @@ struct Convolution {
 
   const Layer& layer;
   int64_t inputs, outputs, panels;
+  int64_t chain;   // terms that are summed before their sum joins the others': gradients have no sign in common
   Buffer weights;  // [panel][point][inputs][kPanel]
 };
 
@@ -798,9 +800,9 @@ inline void convolve_panel(const Convolution& convolution, int64_t panel, int64_
     const float* weights = convolution.weights.data() + panel * kPoints * convolution.inputs * kPanel;
     for (int64_t point = 0; point < kPoints; ++point) {
       const float* v = scratch.v.data() + point * convolution.point_stride(tiles) + begin * kChunk;
-      for (int64_t c = 0; c < convolution.inputs; c += kChunk, v += kChunk * tiles) {
-        const int64_t terms = std::min(kChunk, convolution.inputs - c);
-        multiply_rows<kChunk>(v, 0, weights, 1, terms, count, none, scratch.m.data() + point * m_point, c > 0);
+      for (int64_t c = 0; c < convolution.inputs; c += convolution.chain) {
+        const int64_t terms = std::min(convolution.chain, convolution.inputs - c);
+        multiply_rows<kChunk>(v + c / kChunk * kChunk * tiles + c % kChunk, 0, weights, 1, terms, count, none, scratch.m.data() + point * m_point, c > 0);
         weights += terms * kPanel;
       }
     }
