@@ -402,6 +402,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> convnet_block(
   return {pooled, mean, rstd, conv};
 }
 
+// Floats of a register of the body that runs.
+int64_t convnet_block_lanes() {
+#if DDFAST_HAS_X86_BODIES
+  if (body() == Body::avx512) return avx512::kLanes;
+  if (body() == Body::avx2) return avx2::kLanes;
+#endif
+  return portable::kLanes;
+}
+
 // sums[o] = the sum over images of parts [batch][outputs].
 void add_images(const Tensor& parts, Tensor& sums) {
   const float* from = parts.const_data_ptr<float>();
@@ -484,9 +493,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ddfast_native, library) {
       "convnet_block_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? bias, Tensor? norm_weight, "
       "Tensor? norm_bias, Tensor mean, Tensor rstd, Tensor conv, float eps, bool to_input, bool to_weight) -> (Tensor, Tensor, "
       "Tensor, Tensor)");
+  library.def("convnet_block_lanes() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ddfast_native, CPU, library) {
   library.impl("convnet_block", TORCH_BOX(&convnet_block));
   library.impl("convnet_block_backward", TORCH_BOX(&convnet_block_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ddfast_native, CompositeExplicitAutograd, library) {
+  library.impl("convnet_block_lanes", TORCH_BOX(&convnet_block_lanes));
 }

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ddfast.ops import reference
-from ddfast.ops._dispatch import LIBRARY, define, native_status, triton_status
+from ddfast.ops._dispatch import LIBRARY, below_autocast, define, native_status, triton_status
 
 RECOMPUTED_INPUTS = 4
 """Input channels up to which the convolution costs less to compute again in the backward pass than to keep."""
@@ -32,8 +32,9 @@ def convnet_block(
     number of threads, and gradients of parameters not on the number of threads.
 
     Differentiable twice and more: the first backward pass is an op of its own, whose derivatives are plain PyTorch.
-    The gradient of `bias` is exactly zero, as the norm takes every constant away. It works under `torch.compile`,
-    `torch.func.grad`, `vmap` and `functional_call`. Autocast does not change its dtypes.
+    The gradient of `bias` is exactly zero, as the norm takes every constant away. It works under `torch.compile`, `vmap`
+    and `functional_call`; where `torch.func.grad` differentiates it, it is computed by plain PyTorch, as registered
+    ops have no rule for that. Autocast does not change its dtypes.
 
     Args:
         input: [B, C, H, W] floating point, any strides; H and W at least 2. The last row or column of an odd size
@@ -66,11 +67,11 @@ def convnet_block(
     for name, vector in (("bias", bias), ("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         if vector is not None and vector.shape != (weight.shape[0],):
             raise ValueError(f"{name} must be [{weight.shape[0]}], got {list(vector.shape)}")
-    keep = (
-        input.shape[1] > RECOMPUTED_INPUTS
-        and torch.is_grad_enabled()
-        and any(tensor.requires_grad for tensor in tensors)
-    )
+    differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if differentiated and torch._C._are_functorch_transforms_active():
+        layers = below_autocast(reference.convnet_block_layers, input.device.type)
+        return layers(input, weight, bias, norm_weight, norm_bias, eps)[0]
+    keep = differentiated and input.shape[1] > RECOMPUTED_INPUTS
     return torch.ops.ddfast.convnet_block(input, weight, bias, norm_weight, norm_bias, eps, keep)[0]
 
 

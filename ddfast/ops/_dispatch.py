@@ -121,8 +121,8 @@ def define(
             return getattr(module, name)(*args, **kwargs)
         return op.reference(*args, **kwargs)
 
-    LIBRARY.impl(name, _below_autocast(cpu, "cpu"), "CPU")
-    LIBRARY.impl(name, _below_autocast(cuda, "cuda"), "CUDA")
+    LIBRARY.impl(name, below_autocast(cpu, "cpu"), "CPU")
+    LIBRARY.impl(name, below_autocast(cuda, "cuda"), "CUDA")
     torch.library.register_fake(f"ddfast::{name}", fake, lib=LIBRARY)
 
 
@@ -131,7 +131,7 @@ def _native_op(name: str) -> Callable[..., Any]:
     return getattr(torch.ops.ddfast_native, name).default
 
 
-def _below_autocast(body: Callable[..., Any], device: str) -> Callable[..., Any]:
+def below_autocast(body: Callable[..., Any], device: str) -> Callable[..., Any]:
     """The body with autocast suspended: what it calls must compute in the dtypes that the op was given."""
 
     def run(*args: Any, **kwargs: Any) -> Any:

@@ -501,12 +501,24 @@ def convnet_block(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The pooled map, mean and 1 / deviation of each channel of each image, and the convolution where kept."""
+    pooled, mean, rstd, conv = convnet_block_layers(input, weight, bias, norm_weight, norm_bias, eps)
+    kept = _in_channels_last(conv) if keep else input.new_empty(0)
+    return _in_channels_last(pooled), mean, rstd, kept
+
+
+def convnet_block_layers(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `convnet_block` returns with the convolution, in any memory format; for every transform of PyTorch."""
     conv = functional.conv2d(input, weight, bias, padding=1)
     centred, mean, rstd = _instance_norm(conv, eps)
     shifted = _affine(centred * rstd[..., None, None], norm_weight, norm_bias)
-    pooled = functional.avg_pool2d(shifted.relu(), 2).to(input.dtype)
-    kept = _in_channels_last(conv) if keep else input.new_empty(0)
-    return _in_channels_last(pooled), mean, rstd, kept
+    return functional.avg_pool2d(shifted.relu(), 2).to(input.dtype), mean, rstd, conv
 
 
 def convnet_block_backward(
@@ -523,7 +535,7 @@ def convnet_block_backward(
     to_input: bool,
     to_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of input, weight, norm_weight and norm_bias; an empty tensor for each of the first two not asked for."""
+    """Gradients of input, weight, norm_weight and norm_bias; empty where the first two are not asked for."""
     if conv.ndim != 4:
         conv = functional.conv2d(input, weight, bias, padding=1)
     centred = conv.to(mean.dtype) - mean[..., None, None]
