@@ -621,3 +621,30 @@ def channels_last_strides(shape: Sequence[int]) -> tuple[int, int, int, int]:
     """Strides of a dense [B, C, H, W] tensor whose channels lie side by side."""
     _, channels, height, width = shape
     return height * width * channels, 1, width * channels, channels
+
+
+# --- class_kl -----------------------------------------------------------------------------------------------
+
+
+def class_kl(features: Tensor, members: Tensor, counts: Tensor, by_class: bool) -> tuple[Tensor, Tensor]:
+    """The mean divergence of rows from their class's mean, and its gradient at the features."""
+    divergence, gradient = class_kl_terms(features, members, counts, by_class)
+    return divergence, gradient.to(features.dtype)
+
+
+def class_kl_terms(features: Tensor, members: Tensor, counts: Tensor, by_class: bool) -> tuple[Tensor, Tensor]:
+    """The same in the dtype of sums, in operations that can be differentiated."""
+    logits = features.to(accumulation_dtype(features.dtype))
+    log_p = logits.log_softmax(1)
+    index = members[:, None].expand_as(log_p)
+    # The logarithm of the class's mean probability, from logarithms: a probability below the smallest float counts.
+    lowest = torch.finfo(logits.dtype).min
+    top = torch.full((len(counts), logits.shape[1]), lowest, dtype=logits.dtype, device=logits.device)
+    top = top.scatter_reduce(0, index, log_p.detach(), "amax")
+    sums = torch.zeros_like(top).scatter_add(0, index, (log_p - top[members]).exp())
+    log_q = top + sums.log() - counts.to(logits.dtype)[:, None].log()
+    p, excess = log_p.exp(), (log_p - log_q[members]).masked_fill(log_p == -torch.inf, 0)
+    divergences = (p * excess).sum(1)
+    rows = counts.to(logits.dtype)[members] * len(counts) if by_class else len(members)
+    weights = torch.ones_like(divergences) / rows
+    return (divergences * weights).sum(), p * (excess - divergences[:, None]) * weights[:, None]
