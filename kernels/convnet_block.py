@@ -19,8 +19,7 @@ from torch.nn import functional
 
 from ddfast.ops.reference import accumulation_dtype, channels_last_strides
 
-FORWARD_VALUES = 64  # of the map that a thread holds where all of it stays in registers
-BACKWARD_VALUES = 32  # there the gradient takes registers too
+VALUES = 32  # of the map that a thread holds where all of it stays in registers
 WARPS = 16
 
 
@@ -33,7 +32,18 @@ def _positions(cell, cells_wide, height, width, channels, c, ROW: tl.constexpr, 
 
 
 @triton.jit
-def _load(conv, cell, cells_wide, height, width, channels, c, ROW: tl.constexpr, COLUMN: tl.constexpr, SUM: tl.constexpr):
+def _load(
+    conv,
+    cell,
+    cells_wide,
+    height,
+    width,
+    channels,
+    c,
+    ROW: tl.constexpr,
+    COLUMN: tl.constexpr,
+    SUM: tl.constexpr,
+):
     offset, there = _positions(cell, cells_wide, height, width, channels, c, ROW, COLUMN)
     return tl.load(conv + offset, mask=there, other=0).to(SUM), there
 
@@ -182,10 +192,18 @@ def _cell_sums(a, b, d, e, g, scale, shift):
 def _store_cells(
     grad_conv, a, b, d, e, g, cell, cells_wide, height, width, channels, c, scale, shift, offset, slope
 ):
-    _store_grad(grad_conv, a, g, cell, cells_wide, height, width, channels, c, scale, shift, offset, slope, 0, 0)
-    _store_grad(grad_conv, b, g, cell, cells_wide, height, width, channels, c, scale, shift, offset, slope, 0, 1)
-    _store_grad(grad_conv, d, g, cell, cells_wide, height, width, channels, c, scale, shift, offset, slope, 1, 0)
-    _store_grad(grad_conv, e, g, cell, cells_wide, height, width, channels, c, scale, shift, offset, slope, 1, 1)
+    _store_grad(
+        grad_conv, a, g, cell, cells_wide, height, width, channels, c, scale, shift, offset, slope, 0, 0
+    )
+    _store_grad(
+        grad_conv, b, g, cell, cells_wide, height, width, channels, c, scale, shift, offset, slope, 0, 1
+    )
+    _store_grad(
+        grad_conv, d, g, cell, cells_wide, height, width, channels, c, scale, shift, offset, slope, 1, 0
+    )
+    _store_grad(
+        grad_conv, e, g, cell, cells_wide, height, width, channels, c, scale, shift, offset, slope, 1, 1
+    )
 
 
 @triton.jit
@@ -264,19 +282,42 @@ def _backward(
             g = _load_grad(grad_output, cell, cells_wide, height, width, channels, c, SUM)
             a, b, d, e = a - mean, b - mean, d - mean, e - mean
             _store_cells(
-                grad_conv, a, b, d, e, g, cell, cells_wide, height, width, channels, c, scale, shift, offset, slope
+                grad_conv,
+                a,
+                b,
+                d,
+                e,
+                g,
+                cell,
+                cells_wide,
+                height,
+                width,
+                channels,
+                c,
+                scale,
+                shift,
+                offset,
+                slope,
             )
 
 
-def _blocks(conv: torch.Tensor, values: int) -> dict[str, int | bool]:
-    """Block sizes and warps for maps [B, O, H, W] where a thread may hold `values` of them."""
+def _blocks(conv: torch.Tensor) -> dict[str, int | bool]:
+    """Block sizes and warps for maps [B, O, H, W]."""
     _, channels, height, width = conv.shape
-    block_c = min(128 // conv.element_size(), triton.next_power_of_2(channels))  # a line of 128 bytes
     cells = triton.next_power_of_2(triton.cdiv(height, 2) * triton.cdiv(width, 2))
-    single = 4 * cells * block_c <= 32 * WARPS * values
-    block_q = cells if single else max(1, 32 * 8 * 16 // (4 * block_c))
-    warps = 4 * block_q * block_c // (32 * values) if single else 8
-    return {"SINGLE": single, "BLOCK_C": block_c, "BLOCK_Q": block_q, "num_warps": min(max(warps, 1), WARPS)}
+    for line in (
+        128,
+        64,
+    ):  # bytes of a position that a program reads; the fewer, the larger a map it can hold
+        block_c = min(line // conv.element_size(), triton.next_power_of_2(channels))
+        warps = 4 * cells * block_c // (32 * VALUES)
+        if warps <= WARPS:
+            return {"SINGLE": True, "BLOCK_C": block_c, "BLOCK_Q": cells, "num_warps": max(warps, 1)}
+    block_c = min(128 // conv.element_size(), triton.next_power_of_2(channels))
+    block_q = (
+        32 * 8 * 16 // conv.element_size() // block_c
+    )  # 16 bytes a thread, of each of the four positions
+    return {"SINGLE": False, "BLOCK_C": block_c, "BLOCK_Q": block_q, "num_warps": 8}
 
 
 def _channels_last(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
@@ -286,8 +327,8 @@ def _channels_last(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
 def _convolution(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """cuDNN's, dense in channels-last memory."""
     last = torch.channels_last
-    conv = functional.conv2d(input.contiguous(memory_format=last), weight.contiguous(memory_format=last), bias, padding=1)
-    return conv.contiguous(memory_format=last)
+    input, weight = (tensor.contiguous(memory_format=last) for tensor in (input, weight))
+    return functional.conv2d(input, weight, bias, padding=1).contiguous(memory_format=last)
 
 
 def _checked(conv: torch.Tensor) -> None:
@@ -309,12 +350,14 @@ def convnet_block(
     dtype = accumulation_dtype(input.dtype)
     mean, rstd = (torch.empty((batch, outputs), dtype=dtype, device=input.device) for _ in range(2))
     pooled = _channels_last((batch, outputs, height // 2, width // 2), input)
-    kept = _channels_last((batch, outputs, height, width), input) if keep and batch == 0 else input.new_empty(0)
+    kept = (
+        _channels_last((batch, outputs, height, width), input) if keep and batch == 0 else input.new_empty(0)
+    )
     if batch == 0:
         return pooled, mean, rstd, kept
     conv = _convolution(input, weight, bias)
     _checked(conv)
-    blocks = _blocks(conv, FORWARD_VALUES)
+    blocks = _blocks(conv)
     _forward[(batch * triton.cdiv(outputs, int(blocks["BLOCK_C"])),)](
         conv,
         conv if norm_weight is None else norm_weight.contiguous(),
@@ -331,7 +374,12 @@ def convnet_block(
         SUM=tl.float64 if dtype == torch.float64 else tl.float32,
         **blocks,
     )
-    return pooled, mean, rstd, conv.as_strided(conv.shape, channels_last_strides(conv.shape)) if keep else kept
+    return (
+        pooled,
+        mean,
+        rstd,
+        conv.as_strided(conv.shape, channels_last_strides(conv.shape)) if keep else kept,
+    )
 
 
 def convnet_block_backward(
@@ -360,7 +408,7 @@ def convnet_block_backward(
     _checked(conv)
     grad_conv = _channels_last((batch, outputs, height, width), input)
     grads, products = (torch.empty_like(mean, memory_format=torch.contiguous_format) for _ in range(2))
-    blocks = _blocks(conv, BACKWARD_VALUES)
+    blocks = _blocks(conv)
     _backward[(batch * triton.cdiv(outputs, int(blocks["BLOCK_C"])),)](
         conv,
         grad_output.contiguous(memory_format=last),

@@ -32,8 +32,8 @@ def convnet_block(
     number of threads, and gradients of parameters not on the number of threads.
 
     Differentiable twice and more: the first backward pass is an op of its own, whose derivatives are plain PyTorch.
-    The gradient of `bias` is exactly zero, as the norm takes every constant away. It works under `torch.compile`, `vmap`
-    and `functional_call`; where `torch.func.grad` differentiates it, it is computed by plain PyTorch, as registered
+    The gradient of `bias` is exactly zero, as the norm takes every constant away. It works under `torch.compile`,
+    `vmap` and `functional_call`; what `torch.func.grad` differentiates is computed by plain PyTorch, as registered
     ops have no rule for that. Autocast does not change its dtypes.
 
     Args:
@@ -141,7 +141,7 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _second_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """The derivative of all that the backward pass computes, statistics included, by plain PyTorch."""
-    saved = list(ctx.saved_tensors)
+    saved: list[Any] = list(ctx.saved_tensors)
     wanted = [place for place, need in enumerate(ctx.needs_input_grad[:6]) if need]
     given = (ctx.to_input, ctx.to_weight, True, True)
     used = [k for k in range(4) if given[k] and grads[k] is not None]
@@ -152,10 +152,12 @@ def _second_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
     def first(*arguments: Tensor) -> tuple[Tensor, ...]:
         for place, argument in zip(wanted, arguments, strict=True):
             saved[place] = argument
-        found = reference.convnet_block_gradients(*saved, ctx.eps, ctx.to_input, ctx.to_weight)
+        found = reference.convnet_block_gradients(
+            saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], ctx.eps, ctx.to_input, ctx.to_weight
+        )
         return tuple(found[k] for k in used)
 
-    _, transpose = torch.func.vjp(first, *(saved[place] for place in wanted))
+    transpose: Any = torch.func.vjp(first, *(saved[place] for place in wanted))[1]
     for place, grad in zip(wanted, transpose(tuple(grads[k] for k in used)), strict=True):
         results[place] = grad
     return tuple(results)
@@ -168,12 +170,10 @@ def _vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[
         return _one_by_one(op, info, in_dims, arguments)
     folded = arguments[0].movedim(in_dims[0], 0)
     outputs = op(folded.flatten(0, 1), *arguments[1:])
-    return tuple(t.unflatten(0, folded.shape[:2]) if t.ndim > 1 else t.expand(info.batch_size, 0) for t in outputs), (
-        0,
-        0,
-        0,
-        0,
+    unfolded = (
+        t.unflatten(0, folded.shape[:2]) if t.ndim > 1 else t.expand(info.batch_size, 0) for t in outputs
     )
+    return tuple(unfolded), (0, 0, 0, 0)
 
 
 def _backward_vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:

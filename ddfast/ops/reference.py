@@ -632,7 +632,9 @@ def class_kl(features: Tensor, members: Tensor, counts: Tensor, by_class: bool) 
     return divergence, gradient.to(features.dtype)
 
 
-def class_kl_terms(features: Tensor, members: Tensor, counts: Tensor, by_class: bool) -> tuple[Tensor, Tensor]:
+def class_kl_terms(
+    features: Tensor, members: Tensor, counts: Tensor, by_class: bool
+) -> tuple[Tensor, Tensor]:
     """The same in the dtype of sums, in operations that can be differentiated."""
     logits = features.to(accumulation_dtype(features.dtype))
     log_p = logits.log_softmax(1)

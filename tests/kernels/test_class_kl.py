@@ -36,7 +36,11 @@ def test_agrees_with_the_reference(where):
 
 
 def test_compiles_for_every_gpu_with_wide_accesses_and_no_spills():
-    cases = [case(torch.float32, 64, 512, 10), case(torch.bfloat16, 64, 2048, 10), case(torch.float32, 16, 8192, 2)]
+    cases = [
+        case(torch.float32, 64, 512, 10),
+        case(torch.bfloat16, 64, 2048, 10),
+        case(torch.float32, 16, 8192, 2),
+    ]
     for binary in compile_ahead(LAUNCHER, cases):
         assert binary.spilled_bytes == 0
         assert max(binary.load_bytes) == 16

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils.parametrizations import weight_norm
 
 import ddfast
 from ddfast.models.fusing import FusedSequential
@@ -107,7 +108,10 @@ def test_parameters_are_the_models_own():
     optimizer = torch.optim.SGD(fused.parameters(), lr=0.1)
     fused(images()).square().sum().backward()
     optimizer.step()
-    assert all(torch.equal(a, b) for a, b in zip(fused.state_dict().values(), model.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(fused.state_dict().values(), model.state_dict().values(), strict=True)
+    )
     fused.load_state_dict(before)
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
     assert [type(module) for module in model.modules()] == types
@@ -162,16 +166,26 @@ def test_instance_norm_layers(affine, monkeypatch):
         (nn.Conv2d(3, 6, 3, padding=1, stride=2), nn.GroupNorm(6, 6), nn.ReLU(), nn.AvgPool2d(2)),
         (nn.Conv2d(3, 6, 5, padding=2), nn.GroupNorm(6, 6), nn.ReLU(), nn.AvgPool2d(2)),
         (nn.Conv2d(3, 6, 3, padding=1, groups=3), nn.GroupNorm(6, 6), nn.ReLU(), nn.AvgPool2d(2)),
-        (nn.Conv2d(3, 6, 3, padding=1, padding_mode="reflect"), nn.GroupNorm(6, 6), nn.ReLU(), nn.AvgPool2d(2)),
+        (
+            nn.Conv2d(3, 6, 3, padding=1, padding_mode="reflect"),
+            nn.GroupNorm(6, 6),
+            nn.ReLU(),
+            nn.AvgPool2d(2),
+        ),
         (nn.Conv2d(3, 6, 3, padding=1), nn.GroupNorm(3, 6), nn.ReLU(), nn.AvgPool2d(2)),
         (nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.AvgPool2d(2)),
-        (nn.Conv2d(3, 6, 3, padding=1), nn.InstanceNorm2d(6, track_running_stats=True), nn.ReLU(), nn.AvgPool2d(2)),
+        (
+            nn.Conv2d(3, 6, 3, padding=1),
+            nn.InstanceNorm2d(6, track_running_stats=True),
+            nn.ReLU(),
+            nn.AvgPool2d(2),
+        ),
         (nn.Conv2d(3, 6, 3, padding=1), nn.GroupNorm(6, 6), nn.LeakyReLU(), nn.AvgPool2d(2)),
         (nn.Conv2d(3, 6, 3, padding=1), nn.GroupNorm(6, 6), nn.ReLU(), nn.MaxPool2d(2)),
         (nn.Conv2d(3, 6, 3, padding=1), nn.GroupNorm(6, 6), nn.ReLU(), nn.AvgPool2d(2, stride=1)),
         (nn.Conv2d(3, 6, 3, padding=1), nn.GroupNorm(6, 6), nn.ReLU(), nn.AvgPool2d(2, ceil_mode=True)),
         (nn.Conv2d(3, 6, 3, padding=1), nn.GroupNorm(6, 6), nn.ReLU()),
-        (nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 6, 3, padding=1)), nn.GroupNorm(6, 6), nn.ReLU(), nn.AvgPool2d(2)),
+        (weight_norm(nn.Conv2d(3, 6, 3, padding=1)), nn.GroupNorm(6, 6), nn.ReLU(), nn.AvgPool2d(2)),
     ],
 )
 def test_other_layers_are_left_alone(layers):

@@ -123,7 +123,9 @@ def test_error_is_that_of_the_plain_computation(dtype, reduction):
         value = function(features, labels, reduction)
         (grad,) = torch.autograd.grad(value, features)
         assert grad.dtype == dtype
-        errors.append(((value.double() - exact).abs() / exact, (grad.double() - exact_grad).norm() / exact_grad.norm()))
+        errors.append(
+            ((value.double() - exact).abs() / exact, (grad.double() - exact_grad).norm() / exact_grad.norm())
+        )
     assert class_kl(features, labels, reduction).dtype == torch.float32
     for ours, same in zip(*errors, strict=True):
         assert ours <= max(2 * same, torch.finfo(torch.float32).eps)
@@ -138,7 +140,9 @@ def test_opcheck(dtype):
 
 def test_strided_features():
     features = draw(5, 7).T
-    torch.testing.assert_close(class_kl(features, LABELS), class_kl(features.contiguous(), LABELS), rtol=0, atol=0)
+    torch.testing.assert_close(
+        class_kl(features, LABELS), class_kl(features.contiguous(), LABELS), rtol=0, atol=0
+    )
 
 
 def test_torch_func():
@@ -152,12 +156,20 @@ def test_torch_func():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: ddfast.cmi(torch.zeros(2, 3).long(), torch.zeros(2).long()), TypeError, "got torch.int64 and"),
+        (
+            lambda: ddfast.cmi(torch.zeros(2, 3).long(), torch.zeros(2).long()),
+            TypeError,
+            "got torch.int64 and",
+        ),
         (lambda: ddfast.cmi(torch.zeros(2, 3), torch.zeros(2)), TypeError, "labels int64"),
         (lambda: ddfast.cmi(torch.zeros(2, 3), torch.zeros(3).long()), ValueError, r"got \[2, 3\] and \[3\]"),
         (lambda: ddfast.cmi(torch.zeros(0, 3), torch.zeros(0).long()), ValueError, "at least 1"),
         (lambda: ddfast.cmi(torch.zeros(2, 3, 4), torch.zeros(2).long()), ValueError, r"\[n, M\]"),
-        (lambda: ddfast.cmi(torch.zeros(2, 3), torch.zeros(2).long(), "sum"), ValueError, "'mean' or 'class', got 'sum'"),
+        (
+            lambda: ddfast.cmi(torch.zeros(2, 3), torch.zeros(2).long(), "sum"),
+            ValueError,
+            "'mean' or 'class'",
+        ),
     ],
 )
 def test_errors(call, error, message):

@@ -66,7 +66,10 @@ def with_gradients(function, tensors, seed=1):
 
 
 def squared_errors(found, exact):
-    return [(a.double() - b).square().sum() / (b.square().sum() + 1e-300) for a, b in zip(found, exact, strict=True)]
+    return [
+        (a.double() - b).square().sum() / (b.square().sum() + 1e-300)
+        for a, b in zip(found, exact, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -95,7 +98,9 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(shape):
 
 def test_the_gradient_of_the_bias_is_zero():
     for dtype in (torch.float32, torch.float64):
-        assert torch.equal(with_gradients(convnet_block, case(2, 3, 8, 6, 6, dtype))[3], torch.zeros(8, dtype=dtype))
+        assert torch.equal(
+            with_gradients(convnet_block, case(2, 3, 8, 6, 6, dtype))[3], torch.zeros(8, dtype=dtype)
+        )
 
 
 @pytest.mark.parametrize("inputs", [3, 20])
@@ -240,7 +245,9 @@ def test_third_derivative_is_plain_pytorchs():
 def test_gradient_matching_in_float(inputs):
     """The gradient at the images of a distance between gradients of parameters: DC's step."""
     input, *parameters = case(2, inputs, 8, 8, 8)
-    targets = [torch.randn(t.shape, generator=torch.Generator().manual_seed(k)) for k, t in enumerate(parameters)]
+    targets = [
+        torch.randn(t.shape, generator=torch.Generator().manual_seed(k)) for k, t in enumerate(parameters)
+    ]
 
     def step(function, dtype):
         images = input.to(dtype).requires_grad_()
@@ -267,11 +274,14 @@ def test_opcheck(inputs, dtype):
     opcheck(BACKWARD, (torch.ones_like(pooled), *tensors, *kept, 1e-5, False, False))
 
 
-@pytest.mark.parametrize("in_dims", [(0, None, None, None, None), (1, 0, None, 1, 0), (None, 0, None, None, None)])
+@pytest.mark.parametrize(
+    "in_dims", [(0, None, None, None, None), (1, 0, None, 1, 0), (None, 0, None, None, None)]
+)
 def test_vmap(in_dims):
     tensors = case(2, 5, 4, 5, 6)
     mapped = tuple(
-        t if d is None else torch.stack([t, t.flip(0), 2 * t], d) for t, d in zip(tensors, in_dims, strict=True)
+        t if d is None else torch.stack([t, t.flip(0), 2 * t], d)
+        for t, d in zip(tensors, in_dims, strict=True)
     )
     found = torch.vmap(convnet_block, in_dims)(*mapped)
     for index in range(3):
@@ -338,7 +348,13 @@ def test_autocast_keeps_the_dtypes():
     ],
 )
 def test_errors(change, error, message):
-    tensors = [torch.zeros(2, 3, 8, 8), torch.zeros(4, 3, 3, 3), torch.zeros(4), torch.zeros(4), torch.zeros(4)]
+    tensors = [
+        torch.zeros(2, 3, 8, 8),
+        torch.zeros(4, 3, 3, 3),
+        torch.zeros(4),
+        torch.zeros(4),
+        torch.zeros(4),
+    ]
     for place, tensor in change.items():
         tensors[place] = tensor
     with pytest.raises(error, match=message):
@@ -348,10 +364,21 @@ def test_errors(change, error, message):
 @NATIVE
 @pytest.mark.parametrize(
     "change",
-    [{0: torch.zeros(2, 3, 8)}, {1: torch.zeros(4, 2, 3, 3)}, {2: torch.zeros(3)}, {3: torch.zeros(4).double()}],
+    [
+        {0: torch.zeros(2, 3, 8)},
+        {1: torch.zeros(4, 2, 3, 3)},
+        {2: torch.zeros(3)},
+        {3: torch.zeros(4).double()},
+    ],
 )
 def test_cpp_does_not_read_outside_arguments_that_skipped_the_face(change):
-    tensors = [torch.zeros(2, 3, 8, 8), torch.zeros(4, 3, 3, 3), torch.zeros(4), torch.zeros(4), torch.zeros(4)]
+    tensors = [
+        torch.zeros(2, 3, 8, 8),
+        torch.zeros(4, 3, 3, 3),
+        torch.zeros(4),
+        torch.zeros(4),
+        torch.zeros(4),
+    ]
     for place, tensor in change.items():
         tensors[place] = tensor
     with pytest.raises(RuntimeError, match="convnet_block: "):
