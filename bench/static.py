@@ -176,6 +176,19 @@ def _normalization(groups: int | None) -> Any:
     return ops.normalization_backward(x, g, mean, mean.abs() + 1, _random(64))
 
 
+def _convnet_block(dtype: torch.dtype, inputs: int, side: int, *, backward: bool = False) -> Any:
+    weight, vector = (
+        _random(128, inputs, 3, 3, dtype=dtype).requires_grad_(backward),
+        _random(128, dtype=dtype),
+    )
+    pooled = ops.convnet_block(_random(2, inputs, side, side, dtype=dtype), weight, vector, vector, vector)
+    return pooled.sum().backward() if backward else pooled
+
+
+def _class_kl() -> Tensor:
+    return ops.class_kl(_random(40, 512), torch.arange(40) % 4)
+
+
 def _embedding() -> Tensor:
     return ops.grad_sq_norm_embedding(torch.randint(0, 50, (8, 64)), _random(8, 64, 256))
 
@@ -305,6 +318,17 @@ def cases() -> list[Case]:
             matrix=True,
             main=("_embedding",),
         ),
+        *(
+            Case(
+                f"convnet_block{'_backward' if backward else ''}",
+                f"{inputs} to 128 channels of {side} px, {_name(dtype)}",
+                partial(_convnet_block, dtype, inputs, side, backward=backward),
+                main=("_backward" if backward else "_forward",),
+            )
+            for backward in (False, True)
+            for inputs, side, dtype in ((3, 32, single), (8, 16, single), (3, 112, single), (3, 32, brain))
+        ),
+        Case("class_kl", "40 x 512, float32", _class_kl, main=("_class_kl",)),
     ]
 
 
