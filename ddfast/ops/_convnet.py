@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ddfast.ops import reference
 from ddfast.ops._dispatch import LIBRARY, below_autocast, define, native_status, triton_status
@@ -135,19 +136,37 @@ def _gradient(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:6])
+    ctx.save_for_backward(*inputs[:9])
     ctx.eps, ctx.to_input, ctx.to_weight = inputs[9:]
 
 
 def _second_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """The derivative of all that the backward pass computes, statistics included, by plain PyTorch."""
+    grad_output, input, weight, bias, norm_weight, norm_bias, mean, rstd, conv = ctx.saved_tensors
+    given = (ctx.to_input, ctx.to_weight, True, True)
+    grads = tuple(grad if known else None for grad, known in zip(grads, given, strict=True))
+    needs = ctx.needs_input_grad
+    results: list[Tensor | None] = [None] * 12
+    if all(grad is None for grad in grads):
+        return tuple(results)
+    if torch.is_grad_enabled():  # this may be differentiated in turn
+        return _second_gradient_of_all(ctx, grads)
+    if conv.ndim != 4:
+        conv = functional.conv2d(input, weight, bias, padding=1)
+    found = reference.convnet_block_second_gradients(
+        grad_output, input, weight, norm_weight, norm_bias, mean, rstd, conv, grads, (*needs[:3], needs[4])
+    )
+    results[:3], results[4] = found[:3], found[3]
+    results[3] = torch.zeros_like(bias) if needs[3] else None
+    results[5] = torch.zeros_like(norm_bias) if needs[5] else None
+    return tuple(results)
+
+
+def _second_gradient_of_all(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The same by differentiating the backward pass from the arguments on, in operations that can be differentiated."""
     saved: list[Any] = list(ctx.saved_tensors)
     wanted = [place for place, need in enumerate(ctx.needs_input_grad[:6]) if need]
-    given = (ctx.to_input, ctx.to_weight, True, True)
-    used = [k for k in range(4) if given[k] and grads[k] is not None]
-    results: list[Tensor | None] = [None] * 12
-    if not used or not wanted:
-        return tuple(results)
+    used = [k for k in range(4) if grads[k] is not None]
 
     def first(*arguments: Tensor) -> tuple[Tensor, ...]:
         for place, argument in zip(wanted, arguments, strict=True):
@@ -157,9 +176,11 @@ def _second_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
         )
         return tuple(found[k] for k in used)
 
-    transpose: Any = torch.func.vjp(first, *(saved[place] for place in wanted))[1]
-    for place, grad in zip(wanted, transpose(tuple(grads[k] for k in used)), strict=True):
-        results[place] = grad
+    results: list[Tensor | None] = [None] * 12
+    if wanted:
+        transpose: Any = torch.func.vjp(first, *(saved[place] for place in wanted))[1]
+        for place, grad in zip(wanted, transpose(tuple(grads[k] for k in used)), strict=True):
+            results[place] = grad
     return tuple(results)
 
 

@@ -594,6 +594,82 @@ def _convnet_block_gradients(
     return grad_input, grad_weight, grad_gamma.to(weight.dtype), grad_beta.to(weight.dtype)
 
 
+def convnet_block_second_gradients(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    conv: Tensor,
+    grads: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients at grad_output, input, weight and norm_weight of <grads, what convnet_block_backward returns>.
+
+    With r = rstd, x the normalised convolution, E the mean over a plane and P f = f - E f - x E[x f], the backward
+    pass is d = r P a for a = norm_weight * dz. With v the convolution of the given gradients, u that of norm_weight and
+    h = u dz - r (v E[a x] + a E[v x]), the gradient at the convolution is r (P h - x r E[v P a]).
+    """
+    of_input, of_weight, of_scale, of_shift = grads
+    dtype, scale = mean.dtype, rstd[..., None, None]
+    height, width = input.shape[2:]
+
+    def average(planes: Tensor) -> Tensor:
+        return planes.mean((2, 3), keepdim=True)
+
+    normalized = (conv.to(dtype) - mean[..., None, None]) * scale
+
+    def project(planes: Tensor) -> Tensor:
+        return planes - average(planes) - normalized * average(planes * normalized)
+
+    passed = _affine(normalized, norm_weight, norm_bias) > 0
+    spread = grad_output.to(dtype).repeat_interleave(2, 2).repeat_interleave(2, 3) / 4
+    dz = functional.pad(spread, (0, width % 2, 0, height % 2)) * passed
+    inner = _affine(dz, norm_weight, None)
+    projected = project(inner)
+    of_conv = (scale * projected).to(input.dtype)
+
+    mapped = torch.zeros_like(normalized)
+    if of_input is not None:
+        mapped = mapped + functional.conv2d(of_input, weight, padding=1)
+    if of_weight is not None:
+        mapped = mapped + functional.conv2d(input, of_weight, padding=1)
+    at_inner = scale * project(mapped)
+    at_normalized = -scale * (mapped * average(inner * normalized) + inner * average(mapped * normalized))
+    at_dz = _affine(at_inner, norm_weight, None)
+    if of_scale is not None:
+        factor = of_scale.to(dtype)[:, None, None]
+        at_normalized, at_dz = at_normalized + factor * dz, at_dz + factor * normalized
+    if of_shift is not None:
+        at_dz = at_dz + of_shift.to(dtype)[:, None, None]
+    at_conv = scale * (project(at_normalized) - normalized * scale * average(mapped * projected))
+    found: list[Tensor | None] = [None, None, None, None]
+    if needs[0]:
+        found[0] = functional.avg_pool2d(at_dz * passed, 2).to(grad_output.dtype)
+    shape = ((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
+    backward = torch.ops.aten.convolution_backward
+    if needs[1] or needs[2]:
+        mask = (needs[1], needs[2], False)
+        found[1:3] = backward(at_conv.to(input.dtype), input, weight, None, *shape, mask)[:2]
+        mask = (needs[1] and of_weight is not None, needs[2] and of_input is not None, False)
+        more = backward(
+            of_conv,
+            input if of_input is None else of_input,
+            weight if of_weight is None else of_weight,
+            None,
+            *shape,
+            mask,
+        )
+        found[1:3] = [
+            one + other if also else one for one, other, also in zip(found[1:3], more, mask, strict=False)
+        ]
+    if needs[3]:
+        found[3] = (dz * at_inner).sum((0, 2, 3)).to(weight.dtype)
+    return found[0], found[1], found[2], found[3]
+
+
 def _instance_norm(conv: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """The map less its mean over each plane, that mean, and 1 / deviation, in the dtype of sums."""
     wide = conv.to(accumulation_dtype(conv.dtype))

@@ -230,6 +230,24 @@ def test_first_and_second_derivatives(shape):
     assert gradgradcheck(lambda *p: convnet_block(tensors[0].detach(), *p), tensors[1:])
 
 
+@pytest.mark.parametrize("shape", [(2, 2, 3, 4, 5), (3, 5, 4, 6, 7)])
+def test_second_derivative_is_plain_pytorchs(shape):
+    """Of every gradient, with respect to everything, without the graph of a third."""
+    tensors = [tensor.requires_grad_() for tensor in case(*shape, dtype=torch.float64)]
+
+    def second(function, parts):
+        output = function(*tensors)
+        grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        grad.requires_grad_()
+        first = torch.autograd.grad(output, tensors, grad, create_graph=True)
+        loss = sum(first[k].pow(3).sum() for k in parts)
+        return torch.autograd.grad(loss, [grad, *tensors], allow_unused=True, materialize_grads=True)
+
+    for parts in ((0,), (1,), (3,), (4,), (0, 1, 3, 4)):
+        for found, expected in zip(second(convnet_block, parts), second(plain, parts), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+
+
 def test_third_derivative_is_plain_pytorchs():
     tensors = [tensor.requires_grad_() for tensor in case(2, 2, 3, 4, 5, torch.float64)]
 
