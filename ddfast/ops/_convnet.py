@@ -14,6 +14,9 @@ from ddfast.ops._dispatch import LIBRARY, below_autocast, define, native_status,
 RECOMPUTED_INPUTS = 4
 """Input channels up to which the convolution costs less to compute again in the backward pass than to keep."""
 
+_PIECE = 2**20
+"""Elements of the map that the second derivative handles at a time on a CPU, so that its steps stay in the cache."""
+
 _FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -141,22 +144,44 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _second_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The derivative of all that the backward pass computes, statistics included, by plain PyTorch."""
+    """The derivative of all that the backward pass computes, statistics included, by plain PyTorch.
+
+    On the CPU a few images at a time: its many steps are small ones in the cache then.
+    """
     grad_output, input, weight, bias, norm_weight, norm_bias, mean, rstd, conv = ctx.saved_tensors
     given = (ctx.to_input, ctx.to_weight, True, True)
     grads = tuple(grad if known else None for grad, known in zip(grads, given, strict=True))
     needs = ctx.needs_input_grad
-    results: list[Tensor | None] = [None] * 12
+    results: list[Any] = [None] * 12
+    pieces: dict[int, list[Any]] = {place: [] for place in (0, 1, 2, 4)}
     if all(grad is None for grad in grads):
         return tuple(results)
     if torch.is_grad_enabled():  # this may be differentiated in turn
         return _second_gradient_of_all(ctx, grads)
-    if conv.ndim != 4:
-        conv = functional.conv2d(input, weight, bias, padding=1)
-    found = reference.convnet_block_second_gradients(
-        grad_output, input, weight, norm_weight, norm_bias, mean, rstd, conv, grads, (*needs[:3], needs[4])
-    )
-    results[:3], results[4] = found[:3], found[3]
+    batch, outputs = mean.shape
+    images = max(1, _PIECE // (outputs * input.shape[2] * input.shape[3]))
+    images = images if input.device.type == "cpu" and batch > 0 else max(1, batch)
+    for first in range(0, max(1, batch), images):
+        part = slice(first, first + images)
+        of_conv = conv[part] if conv.ndim == 4 else functional.conv2d(input[part], weight, bias, padding=1)
+        found = reference.convnet_block_second_gradients(
+            grad_output[part],
+            input[part],
+            weight,
+            norm_weight,
+            norm_bias,
+            mean[part],
+            rstd[part],
+            of_conv,
+            (None if grads[0] is None else grads[0][part], *grads[1:]),
+            (*needs[:3], needs[4]),
+        )
+        for place, grad in zip((0, 1, 2, 4), found, strict=True):
+            pieces[place].append(grad)
+    for place in (0, 1):
+        results[place] = torch.cat(pieces[place]) if needs[place] else None
+    for place in (2, 4):
+        results[place] = sum(pieces[place][1:], pieces[place][0]) if needs[place] else None
     results[3] = torch.zeros_like(bias) if needs[3] else None
     results[5] = torch.zeros_like(norm_bias) if needs[5] else None
     return tuple(results)
