@@ -14,7 +14,7 @@ from ddfast.ops._dispatch import LIBRARY, below_autocast, define, native_status,
 RECOMPUTED_INPUTS = 4
 """Input channels up to which the convolution costs less to compute again in the backward pass than to keep."""
 
-_PIECE = 2**20
+_PIECE = 2**19
 """Elements of the map that the second derivative handles at a time on a CPU, so that its steps stay in the cache."""
 
 _FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
