@@ -68,7 +68,8 @@ def convnet_gradients(settings: Settings) -> Iterator[Measurable]:
     model, images, labels = _subject(settings)
     fused = partial(_gradients, ddfast.fuse(model), images, labels)
     eager = {name: partial(_gradients, *each, labels) for name, each in _layouts(model, images).items()}
-    yield _contest(settings, "gradients of the parameters", images, fused, eager)
+    # A ReLU whose input is within rounding of zero may flip, in either: seen to move 1e-3 of a channels-last gradient.
+    yield _contest(settings, "gradients of the parameters", images, fused, eager, allowed=5e-3)
 
 
 def _subject(settings: Settings) -> tuple[nn.Module, Tensor, Tensor]:
@@ -106,6 +107,7 @@ def _contest(
     images: Tensor,
     fused: Callable[[], Tensor],
     peers: dict[str, Callable[[], Tensor]],
+    allowed: float = 1e-4,
 ) -> Contest:
     """Ours against the fastest of the peers, behind the agreement with it."""
     fast, seconds = fastest(peers, settings.device)
@@ -114,7 +116,7 @@ def _contest(
         f"ConvNet-3, {case}, {len(images)} images of 32 px",
         ours=[Contender("fused", fused, work=len(images))],
         peer=Contender(fast, peers[fast], work=len(images)),
-        gate=lambda: [Check("against the peer's", relative_error(fused(), peers[fast]()), 1e-4)],
+        gate=lambda: [Check("against the peer's", relative_error(fused(), peers[fast]()), allowed)],
         unit="images",
         note=f"times of the other peers over this one's: {slower}",
     )
