@@ -79,6 +79,7 @@ def convnet_block(
     return torch.ops.ddfast.convnet_block(input, weight, bias, norm_weight, norm_bias, eps, keep)[0]
 
 
+@torch.compiler.assume_constant_result
 def convnet_block_is_fast(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a body other than the reference serves the device and dtype."""
     if device.type == "cuda":

@@ -228,3 +228,19 @@ def test_bad_inputs_fail_as_the_layers_do():
             model(wrong)
         with pytest.raises((RuntimeError, ValueError)):
             fused(wrong)
+
+
+def test_tracing_sees_the_layers():
+    """As the masked forward pass and every tool on torch.fx needs it."""
+    model = ReferenceConvNet(width=8)
+    traced = torch.fx.symbolic_trace(ddfast.fuse(model))
+    assert sum(node.op == "call_module" for node in traced.graph.nodes) == len(model.features) + 1
+    assert torch.equal(traced(images()), model(images()))
+
+
+def test_compiled_and_copied():
+    fused = ddfast.fuse(randomised(ReferenceConvNet(width=8)))
+    expected = fused(images())
+    assert torch.equal(copy.deepcopy(fused)(images()), expected)
+    compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images()), expected, rtol=1e-5, atol=1e-5)
