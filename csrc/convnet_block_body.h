@@ -733,7 +733,7 @@ void for_each_tile(const Layer& layer, const Map& map, int64_t images, int64_t c
 
 constexpr int64_t kChunk = 32;    // input channels that lie side by side in V
 constexpr int64_t kPoints = 24;   // of a tile of 2 x 4 outputs
-constexpr int64_t kBlock = 64;    // tiles whose sums are held at a time
+constexpr int64_t kBlock = 42;    // tiles whose sums are held at a time: three times kTiles of AVX-512; more leave the cache
 constexpr int64_t kOddLine = 16;  // keeps the points of a tile out of each other's cache sets
 
 inline int64_t tiles_of(const Layer& layer) { return (layer.height + 1) / 2 * ((layer.width + 3) / 4); }
