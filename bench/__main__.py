@@ -22,7 +22,7 @@ from bench.results import RESULTS, plot, read_csv, rows_of, summary, write_csv
 from ddfast.data.files import atomic_write_text
 from ddfast.errors import UsageError
 
-SPEED_MODULES = ("attribution", "norms", "op_cases", "score_pass", "host_time")
+SPEED_MODULES = ("attribution", "norms", "convnet", "op_cases", "score_pass", "host_time")
 
 
 def load_entries() -> dict[str, Entry]:

@@ -77,6 +77,10 @@ def op_cases(settings: Settings) -> Iterator[OpCase]:
     yield _norm(settings)
     yield _normalization_backward(settings)
     yield _embedding(settings)
+    for inputs, side in ((3, 32), (128, 16)):
+        yield _convnet_block(settings, inputs, side, backward=False)
+        yield _convnet_block(settings, inputs, side, backward=True)
+    yield _class_kl(settings)
 
 
 @speed_entry("ops", what="every fused op against the same maths in plain PyTorch", minutes=1)
@@ -513,4 +517,76 @@ def _embedding(settings: Settings) -> OpCase:
         plain,
         lambda: _close(ours, plain, "squared norms", 1e-5),
         bytes=_bytes(indices, g),
+    )
+
+
+# Matching
+# -----------------------------------------------------------------------------------------------------
+
+
+def _convnet_block(settings: Settings, inputs: int, side: int, *, backward: bool) -> OpCase:
+    """A block of ConvNet-3 at 32 px, or its gradients: all of them behind the first block, the parameters' in it."""
+    count, outputs = settings.size((64, 128), quick=(2, 8), gpu=(2560, 128))
+    x = _normal(settings, count, inputs, side, side)
+    x = x if inputs == 3 else x.contiguous(memory_format=torch.channels_last)
+    weight = _normal(settings, outputs, inputs, 3, 3) / (9 * inputs) ** 0.5
+    bias, scale, shift = (_normal(settings, outputs) for _ in range(3))
+    leaves = [weight, scale, shift] if inputs == 3 else [x, weight, scale, shift]
+    for leaf in leaves:
+        leaf.requires_grad_(backward)
+    grad = _normal(settings, count, outputs, side // 2, side // 2)
+
+    def four_layers() -> Tensor:
+        normal = functional.group_norm(functional.conv2d(x, weight, bias, padding=1), outputs, scale, shift)
+        return functional.avg_pool2d(normal.relu(), 2)
+
+    def run(block: Bodies) -> Tensor:
+        if not backward:
+            return block()
+        return torch.cat([each.reshape(-1) for each in torch.autograd.grad(block(), leaves, grad)])
+
+    ours = partial(run, partial(ops.convnet_block, x, weight, bias, scale, shift))
+    plain = partial(run, four_layers)
+    products = 2 * 9 * inputs * outputs * count * side**2
+    return OpCase(
+        "convnet_block_backward" if backward else "convnet_block",
+        f"{'and forward, ' if backward else ''}{count} x {inputs} to {outputs} channels of {side} px",
+        ours,
+        plain,
+        lambda: _close(ours, plain, "gradients" if backward else "features", 1e-4),
+        bytes=(3 if backward else 1) * (_bytes(x) + 5 * _bytes(grad)),
+        operations=((2 if inputs == 3 else 3) if backward else 1) * products,
+        binds="bytes" if inputs == 3 else "operations",
+    )
+
+
+def _class_kl(settings: Settings) -> OpCase:
+    rows, width = settings.size((500, 512), quick=(6, 8), gpu=(5000, 512))
+    features = _normal(settings, rows, width)
+    classes = min(10, rows // 2)
+    labels = torch.arange(rows, device=settings.device) % classes
+
+    def plain() -> Tensor:
+        """The gradient by autograd, of the definition one class after another, as the authors have it."""
+        leaf, total = features.clone().requires_grad_(), torch.zeros((), device=settings.device)
+        for label in range(classes):
+            of_class = leaf[labels == label]
+            mean = of_class.softmax(1).mean(0, keepdim=True).expand_as(of_class)
+            total = total + functional.kl_div(
+                mean.log(), of_class.log_softmax(1), log_target=True, reduction="sum"
+            )
+        return torch.autograd.grad(total / rows, leaf)[0]
+
+    def ours() -> Tensor:
+        leaf = features.clone().requires_grad_()
+        return torch.autograd.grad(ops.class_kl(leaf, labels), leaf)[0]
+
+    return OpCase(
+        "class_kl",
+        f"value and gradient, {rows} x {width}",
+        ours,
+        plain,
+        lambda: _close(ours, plain, "gradient", 1e-4),
+        bytes=2 * _bytes(features),
+        binds="latency",
     )

@@ -242,6 +242,19 @@ def _normalization(groups: int | None, sources: int) -> Any:
     return ops.normalization_backward(x, g, mean, mean, _of(64))
 
 
+def _convnet_block(
+    dtype: torch.dtype, inputs: int, side: int, sources: int, *, backward: bool = False
+) -> Any:
+    weight = _of(128, inputs, 3, 3, dtype=dtype).requires_grad_(backward)
+    vector = _of(128, dtype=dtype)
+    pooled = ops.convnet_block(_of(sources, inputs, side, side, dtype=dtype), weight, vector, vector, vector)
+    return pooled.sum().backward() if backward else pooled
+
+
+def _class_kl(sources: int) -> Tensor:
+    return ops.class_kl(_of(sources, 512), torch.arange(sources) % 4)
+
+
 def _embedding(sources: int) -> Tensor:
     indices = _of(CROPS * sources, 64, dtype=torch.int64)
     return ops.grad_sq_norm_embedding(indices, _of(CROPS * sources, 64, 256))
@@ -382,6 +395,17 @@ def cases() -> list[Case]:
             matrix=True,
             main=("_embedding",),
         ),
+        *(
+            Case(
+                f"convnet_block{'_backward' if backward else ''}",
+                f"{inputs} to 128 channels of {side} px, {_name(dtype)}",
+                partial(_convnet_block, dtype, inputs, side, backward=backward),
+                main=("_backward" if backward else "_forward",),
+            )
+            for backward in (False, True)
+            for inputs, side, dtype in ((3, 32, single), (8, 16, single), (3, 112, single), (3, 32, brain))
+        ),
+        Case("class_kl", "512 features, float32", _class_kl, main=("_class_kl",)),
     ]
 
 

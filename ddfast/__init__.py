@@ -14,7 +14,9 @@ _LAZY = {
     "shapley": "ddfast.attribution",
     "grad_cam": "ddfast.attribution",
     "grad_norm": "ddfast.gradients",
+    "cmi": "ddfast.information",
     "create_model": "ddfast.models",
+    "fuse": "ddfast.models",
     "load_teacher": "ddfast.models",
     "DistilledSet": "ddfast.data",
     "distill": "ddfast.distillation",
@@ -43,7 +45,9 @@ if TYPE_CHECKING:
     from ddfast.data import DistilledSet as DistilledSet
     from ddfast.distillation import distill as distill
     from ddfast.gradients import grad_norm as grad_norm
+    from ddfast.information import cmi as cmi
     from ddfast.models import create_model as create_model
+    from ddfast.models import fuse as fuse
     from ddfast.models import load_teacher as load_teacher
     from ddfast.training import evaluate as evaluate
     from ddfast.training import train_teacher as train_teacher

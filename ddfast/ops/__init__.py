@@ -1,6 +1,8 @@
 """The op layer: one documented face for each fused op `ddfast::<name>`."""
 
 from ddfast.ops._attribution import masked_batch, noisy_crop_boxes, shapley_heatmap
+from ddfast.ops._class_kl import class_kl
+from ddfast.ops._convnet import convnet_block
 from ddfast.ops._crops import crop_batch, crop_resize
 from ddfast.ops._dispatch import paths
 from ddfast.ops._gradients import (
@@ -17,6 +19,8 @@ from ddfast.ops._winograd import winograd_conv2d, winograd_weight
 
 __all__ = [
     "assemble_masked_features",
+    "class_kl",
+    "convnet_block",
     "crop_batch",
     "crop_resize",
     "grad_sq_norm_conv2d",

@@ -27,7 +27,7 @@ from ddfast.errors import UsageError
 
 LIBRARY = torch.library.Library("ddfast", "DEF")
 
-CPU_BODIES = ("portable", "avx512", "avx512_bf16")  # in the order of csrc/cpu_body.h
+CPU_BODIES = ("portable", "avx2", "avx512", "avx512_bf16")  # in the order of csrc/cpu_body.h
 
 _OPS: dict[str, Op] = {}
 
@@ -68,7 +68,7 @@ def native_status() -> tuple[bool, str]:
 
 @functools.cache
 def cpu_body() -> str:
-    """What computes the ops on this CPU: "reference", or the C++ body for "portable", "avx512" or "avx512_bf16".
+    """What computes the ops on this CPU: "reference", or the C++ body for one of `CPU_BODIES`.
 
     They round in different orders. DDFAST_CPU_BODY chooses a lower one than the CPU's best, DDFAST_NATIVE=0 the
     reference.
@@ -138,8 +138,8 @@ def define(
                 check(*args, **kwargs)
             raise
 
-    LIBRARY.impl(name, _below_autocast(cpu, "cpu"), "CPU")
-    LIBRARY.impl(name, _below_autocast(functools.partial(_on_gpu, op), "cuda"), "CUDA")
+    LIBRARY.impl(name, below_autocast(cpu, "cpu"), "CPU")
+    LIBRARY.impl(name, below_autocast(functools.partial(_on_gpu, op), "cuda"), "CUDA")
     torch.library.register_fake(f"ddfast::{name}", fake, lib=LIBRARY)
 
 
@@ -173,7 +173,7 @@ def _native_op(name: str) -> Callable[..., Any]:
     return getattr(torch.ops.ddfast_native, name).default
 
 
-def _below_autocast(body: Callable[..., Any], device: str) -> Callable[..., Any]:
+def below_autocast(body: Callable[..., Any], device: str) -> Callable[..., Any]:
     """The body with autocast suspended: what it calls must compute in the dtypes that the op was given."""
 
     def run(*args: Any, **kwargs: Any) -> Any:

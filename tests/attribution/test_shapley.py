@@ -376,7 +376,7 @@ def test_training_mode_is_refused_by_name():
             {"baseline": torch.zeros(3, 3, 16, 16)},
             r"baseline must be one image or 2, .* got \[3, 3, 16, 16\]",
         ),
-        ({"precision": "half"}, "precision must be one of float32, auto, got 'half'"),
+        ({"precision": "half"}, "precision must be one of float32, bfloat16, auto, got 'half'"),
         ({"seed": torch.tensor([1])}, r"seed must be an int or \[2\] int64, got \[1\]"),
         ({"seed": torch.tensor([1.0, 2.0])}, "got .*float32"),
         ({"seed": 2**64}, "seed must fit in 64 bits, got 18446744073709551616"),

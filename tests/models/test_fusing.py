@@ -1,0 +1,246 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.nn.utils.parametrizations import weight_norm
+
+import ddfast
+from ddfast.models.fusing import FusedSequential
+from ddfast.ops._dispatch import native_status
+
+NATIVE = pytest.mark.skipif(not native_status()[0], reason=native_status()[1])
+
+
+class ReferenceConvNet(nn.Module):
+    """ConvNet as networks.py of the reference repository builds it, with InstanceNorm."""
+
+    def __init__(self, channels=3, width=32, depth=3, image_size=32):
+        super().__init__()
+        layers, before = [], channels
+        for block in range(depth):
+            padding = 3 if channels == 1 and block == 0 else 1
+            layers += [nn.Conv2d(before, width, kernel_size=3, padding=padding)]
+            layers += [nn.GroupNorm(width, width, affine=True), nn.ReLU(inplace=True)]
+            layers += [nn.AvgPool2d(kernel_size=2, stride=2)]
+            before = width
+        self.features = nn.Sequential(*layers)
+        side = (image_size + (4 if channels == 1 else 0)) // 2**depth
+        self.classifier = nn.Linear(width * side**2, 10)
+
+    def forward(self, x):
+        out = self.features(x)
+        out = out.view(out.size(0), -1)
+        return self.classifier(out)
+
+
+def calls(monkeypatch):
+    """The inputs of every call of the fused op from now on."""
+    seen = []
+    op = ddfast.models.fusing.convnet_block
+
+    def counted(*arguments):
+        seen.append(arguments[0])
+        return op(*arguments)
+
+    monkeypatch.setattr(ddfast.models.fusing, "convnet_block", counted)
+    return seen
+
+
+def randomised(model):
+    """Norms that are not the identity, so that a parameter left out shows."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def images(count=3, channels=3, size=32):
+    return torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def loss_and_gradients(model, pixels):
+    pixels = pixels.clone().requires_grad_()
+    loss = functional.cross_entropy(model(pixels), torch.arange(len(pixels)) % 10)
+    names = [name for name, _ in model.named_parameters()]
+    return loss, names, torch.autograd.grad(loss, [pixels, *model.parameters()])
+
+
+@NATIVE
+@pytest.mark.parametrize(
+    ("model", "blocks"),
+    [
+        (lambda: ddfast.create_model("convnet3_in", 10, 32, width=16), 3),
+        (lambda: ddfast.create_model("convnet4_in", 10, 32, width=16), 4),
+        (ReferenceConvNet, 3),
+        (lambda: ReferenceConvNet(channels=1), 2),  # the first block pads by 3
+        (lambda: nn.Sequential(*ReferenceConvNet().features, nn.Flatten(), nn.Linear(512, 10)), 3),
+    ],
+)
+def test_results_and_gradients_are_the_models(model, blocks, monkeypatch):
+    model = randomised(model())
+    channels = next(model.parameters()).shape[1]
+    pixels = images(channels=channels)
+    fused = ddfast.fuse(model)
+    seen = calls(monkeypatch)
+    loss, names, gradients = loss_and_gradients(fused, pixels)
+    assert len(seen) == blocks
+    expected_loss, expected_names, expected = loss_and_gradients(model, pixels)
+    assert len(seen) == blocks  # the model itself is as it was
+    assert names == expected_names
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-5)
+    for found, wanted in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_parameters_are_the_models_own():
+    model = ddfast.create_model("convnet3_in", 10, 32, width=8)
+    before = copy.deepcopy(model.state_dict())
+    types = [type(module) for module in model.modules()]
+    fused = ddfast.fuse(model)
+    assert type(fused) is type(model)
+    assert list(fused.state_dict()) == list(model.state_dict())
+    for (name, ours), (same, theirs) in zip(fused.named_parameters(), model.named_parameters(), strict=True):
+        assert name == same
+        assert ours is theirs
+    optimizer = torch.optim.SGD(fused.parameters(), lr=0.1)
+    fused(images()).square().sum().backward()
+    optimizer.step()
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(fused.state_dict().values(), model.state_dict().values(), strict=True)
+    )
+    fused.load_state_dict(before)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    assert [type(module) for module in model.modules()] == types
+
+
+def test_modes_are_apart():
+    model = nn.Sequential(ReferenceConvNet(), nn.BatchNorm1d(10))
+    fused = ddfast.fuse(model).eval()
+    assert all(module.training for module in model.modules())
+    assert not any(module.training for module in fused.modules())
+    assert fused[1].running_mean is model[1].running_mean
+
+
+def test_functional_call_takes_other_parameters():
+    model = randomised(ReferenceConvNet(width=8))
+    fused = ddfast.fuse(model)
+    others = {name: 2 * parameter.detach() for name, parameter in model.named_parameters()}
+    found, wanted = (torch.func.functional_call(each, others, (images(),)) for each in (fused, model))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@NATIVE
+def test_hooked_blocks_run_as_they_are(monkeypatch):
+    model, heard = ReferenceConvNet(width=8), []
+    handle = model.features[5].register_forward_hook(lambda *_: heard.append("norm"))
+    fused = ddfast.fuse(model)
+    seen = calls(monkeypatch)
+    fused(images())
+    assert (heard, len(seen)) == (["norm"], 2)
+    later = fused.features[0].register_full_backward_hook(lambda *_: heard.append("conv"))
+    fused(images()).sum().backward()
+    assert (heard, len(seen)) == (["norm", "norm", "conv"], 3)
+    later.remove()
+    handle.remove()
+    fused(images())
+    assert len(seen) == 5  # the copy keeps the hook it was made with
+
+
+@NATIVE
+@pytest.mark.parametrize("affine", [False, True])
+def test_instance_norm_layers(affine, monkeypatch):
+    layers = (nn.Conv2d(3, 6, 3, padding="same", bias=False), nn.InstanceNorm2d(6, affine=affine), nn.ReLU())
+    model = randomised(nn.Sequential(*layers, nn.AvgPool2d((2, 2))))
+    fused, seen = ddfast.fuse(model), calls(monkeypatch)
+    torch.testing.assert_close(fused(images()), model(images()), rtol=1e-4, atol=1e-4)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        (nn.Conv2d(3, 6, 3, padding=1, stride=2), nn.GroupNorm(6, 6), nn.ReLU(), nn.AvgPool2d(2)),
+        (nn.Conv2d(3, 6, 5, padding=2), nn.GroupNorm(6, 6), nn.ReLU(), nn.AvgPool2d(2)),
+        (nn.Conv2d(3, 6, 3, padding=1, groups=3), nn.GroupNorm(6, 6), nn.ReLU(), nn.AvgPool2d(2)),
+        (
+            nn.Conv2d(3, 6, 3, padding=1, padding_mode="reflect"),
+            nn.GroupNorm(6, 6),
+            nn.ReLU(),
+            nn.AvgPool2d(2),
+        ),
+        (nn.Conv2d(3, 6, 3, padding=1), nn.GroupNorm(3, 6), nn.ReLU(), nn.AvgPool2d(2)),
+        (nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.AvgPool2d(2)),
+        (
+            nn.Conv2d(3, 6, 3, padding=1),
+            nn.InstanceNorm2d(6, track_running_stats=True),
+            nn.ReLU(),
+            nn.AvgPool2d(2),
+        ),
+        (nn.Conv2d(3, 6, 3, padding=1), nn.GroupNorm(6, 6), nn.LeakyReLU(), nn.AvgPool2d(2)),
+        (nn.Conv2d(3, 6, 3, padding=1), nn.GroupNorm(6, 6), nn.ReLU(), nn.MaxPool2d(2)),
+        (nn.Conv2d(3, 6, 3, padding=1), nn.GroupNorm(6, 6), nn.ReLU(), nn.AvgPool2d(2, stride=1)),
+        (nn.Conv2d(3, 6, 3, padding=1), nn.GroupNorm(6, 6), nn.ReLU(), nn.AvgPool2d(2, ceil_mode=True)),
+        (nn.Conv2d(3, 6, 3, padding=1), nn.GroupNorm(6, 6), nn.ReLU()),
+        (weight_norm(nn.Conv2d(3, 6, 3, padding=1)), nn.GroupNorm(6, 6), nn.ReLU(), nn.AvgPool2d(2)),
+    ],
+)
+def test_other_layers_are_left_alone(layers):
+    model = nn.Sequential(*layers).eval()
+    fused = ddfast.fuse(model)
+    assert not any(isinstance(module, FusedSequential) for module in fused.modules())
+    assert torch.equal(fused(images(size=9)), model(images(size=9)))
+
+
+@NATIVE
+def test_layouts_and_shapes_are_the_layers(monkeypatch):
+    model = ReferenceConvNet(width=8, depth=2, image_size=9).features
+    fused, seen = ddfast.fuse(model), calls(monkeypatch)
+    for pixels in (images(size=9), images(size=9).contiguous(memory_format=torch.channels_last)):
+        found, wanted = fused(pixels), model(pixels)
+        assert (found.shape, found.stride()) == (wanted.shape, wanted.stride())
+    assert len(seen) == 4
+    assert seen[1].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_the_op_does_not_speed_up_runs_as_it_is(dtype):
+    model = ReferenceConvNet(width=8).to(dtype)
+    fused = ddfast.fuse(model)
+    assert torch.equal(fused(images().to(dtype)), model(images().to(dtype)))
+
+
+def test_autocast_is_the_layers():
+    model = ReferenceConvNet(width=8)
+    fused = ddfast.fuse(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fused(images()), model(images()))
+
+
+def test_bad_inputs_fail_as_the_layers_do():
+    model = ReferenceConvNet(width=8)
+    fused = ddfast.fuse(model)
+    for wrong in (images(size=1), images(channels=2), torch.zeros(3)):
+        with pytest.raises((RuntimeError, ValueError)):
+            model(wrong)
+        with pytest.raises((RuntimeError, ValueError)):
+            fused(wrong)
+
+
+def test_tracing_sees_the_layers():
+    """As the masked forward pass and every tool on torch.fx needs it."""
+    model = ReferenceConvNet(width=8)
+    traced = torch.fx.symbolic_trace(ddfast.fuse(model))
+    assert sum(node.op == "call_module" for node in traced.graph.nodes) == len(model.features) + 1
+    assert torch.equal(traced(images()), model(images()))
+
+
+def test_compiled_and_copied():
+    fused = ddfast.fuse(randomised(ReferenceConvNet(width=8)))
+    expected = fused(images())
+    assert torch.equal(copy.deepcopy(fused)(images()), expected)
+    compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images()), expected, rtol=1e-5, atol=1e-5)
