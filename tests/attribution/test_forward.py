@@ -1,10 +1,7 @@
 """What happens to a model before it runs: tracing, folding, casting, fusing, splitting."""
 
 import operator
-import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,6 +10,7 @@ from torch import nn
 
 from ddfast.attribution import folding, forward, locality, shapley, tracing
 from ddfast.models import create_model
+from ddfast.ops import graphs
 from ddfast.ops.precision import cpu_multiplies_bfloat16
 from tests.attribution.networks import Residual, local_net, randomise
 
@@ -261,101 +259,10 @@ def test_parts_of_a_graph_are_the_graph():
         assert torch.equal(values[0], graph(images))
 
 
-def test_recording_needs_a_gpu():
-    recorded = forward.CudaGraphs(lambda x: (x + 1,))
-    for _ in range(4):
-        assert torch.equal(recorded(torch.ones(2))[0], torch.full((2,), 2.0))
-    assert recorded._recorded == {}
-    assert recorded.reason == ""
-
-
-class OnGpu(torch.Tensor):
-    """A tensor that says that it is on the second GPU."""
-
-    device = property(lambda self: torch.device("cuda", 1))
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    """A stand-in for what recording asks of torch.cuda; its value is what was asked."""
-    asked = []
-
-    @contextmanager
-    def context(name, *arguments, **options):
-        asked.append((name, *arguments, *options.items()))
-        yield
-
-    class Event:
-        def record(self, stream=None):
-            asked.append(("record", stream))
-
-    class Stream:
-        def wait_event(self, event):
-            asked.append(("wait", event))
-
-    class Graph:
-        def __init__(self):
-            Graph.last = self
-
-        def replay(self):
-            place, output = self.recorded
-            time.sleep(0.001)  # another thread has time to come between
-            output.copy_(place + 1)
-
-    def function(place):
-        output = place + 1
-        Graph.last.recorded = (place, output)
-        return (output,)
-
-    Graph.last = Graph()
-    monkeypatch.setattr(torch.cuda, "device", lambda device: context("device", device))
-    monkeypatch.setattr(
-        torch.cuda, "graph", lambda graph, **options: context("graph", *sorted(options.items()))
-    )
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: ("stream of", device))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
-    return asked, forward.CudaGraphs(function)
-
-
-def test_a_pass_is_recorded_on_its_device_and_beside_other_threads(gpu):
-    asked, recorded = gpu
-    for _ in range(4):
-        (output,) = recorded(torch.ones(2).as_subclass(OnGpu))
-    assert output.tolist() == [2, 2]
-    second = torch.device("cuda", 1)
-    graph = ("graph", ("capture_error_mode", "thread_local"), ("stream", ("stream of", second)))
-    assert [each for each in asked if each[0] == "graph"] == [graph]
-    assert [each for each in asked if each[0] == "device"] == [("device", second)] * 4
-    assert recorded.reason == ""
-
-
-def test_a_replay_waits_for_the_one_before(gpu):
-    asked, recorded = gpu
-    for _ in range(4):
-        recorded(torch.ones(2).as_subclass(OnGpu))
-    steps = [each[0] for each in asked if each[0] in ("wait", "record", "graph")]
-    assert steps == ["graph", "record", "wait", "record", "wait", "record"]
-
-
-def test_threads_take_turns_with_a_recording(gpu):
-    _, recorded = gpu
-    for _ in range(3):
-        recorded(torch.zeros(2).as_subclass(OnGpu))
-
-    def call(value):
-        return [float(recorded(torch.full((2,), value).as_subclass(OnGpu))[0][0]) for _ in range(10)]
-
-    with ThreadPoolExecutor(4) as threads:
-        found = list(threads.map(call, (1.0, 2.0, 3.0, 4.0)))
-    assert found == [[value] * 10 for value in (2.0, 3.0, 4.0, 5.0)]
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_recorded_passes_repeat_the_results():
     model, images = local_net().cuda(), random_images(8).cuda()
-    recorded = forward.CudaGraphs(lambda x: (model(x),))
+    recorded = graphs.Recorded(lambda x: (model(x),))
     with torch.no_grad():
         wanted = model(images)
         results = [recorded(images + shift)[0] for shift in (0, 1, 2, 3, 0)]
