@@ -316,6 +316,8 @@ def _make(
     for part in _split(graph, found.cuts):
         if under == "float32":
             folding.fuse_epilogues(part, device, low or dtype, share=not _compiles())
+            fused = part.meta.get("epilogues", "")
+            reason += f"; {fused}" if fused else ""
         stages.append(_accelerated(part, device))
     tables = [
         replace(cut, tables=tuple(None if t is None else t.to(device) for t in cut.tables))

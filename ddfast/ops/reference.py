@@ -486,3 +486,16 @@ def winograd_conv2d(
         result = result + other
     result = result.relu() if relu else result
     return result.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+# --- add_bias_relu_ -----------------------------------------------------------------------------------------
+
+
+def add_bias_relu_(x: Tensor, bias: Tensor | None, other: Tensor | None, relu: bool) -> None:
+    """relu(x + bias + other), written over x; rounded once."""
+    value = x.to(accumulation_dtype(x.dtype), copy=True)
+    if bias is not None:
+        value += bias[:, None, None]
+    if other is not None:
+        value += other
+    x.copy_(value.relu_() if relu else value)
