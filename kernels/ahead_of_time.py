@@ -126,10 +126,9 @@ def _compiling() -> Iterator[list[Any]]:
     compiled: list[Any] = []
     launch = JITFunction.run
 
-    def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
-        compiled.append(kernel)
-        return kernel
+    def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        # What was compiled is not returned: a prepared launch would call it the next time.
+        compiled.append(launch(self, *args, grid=grid, warmup=True, **kwargs))
 
     JITFunction.run = compile_instead
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from ddfast.kernels.launching import Allocation, Launch, Run, channels_last, prepared
 
 # Elements of a map a program: 8 a thread, so that a thread moves 16 bytes of half precision at a time.
 BLOCK = 1024
@@ -54,11 +55,12 @@ def _assemble_masked_features(
     there = location < locations
     inside = there[:, None] & (channel < channels)[None, :]
     element = location[:, None] * channels + channel[None, :]
-    elements = locations.to(tl.int64) * channels
+    elements = tl.cast(locations, tl.int64) * channels
 
     maps = variants + image * (elements << CLASSES) + element
     copy = assembled + (image * count + first) * elements + element
-    cells = coalitions + image * coalitions_image_stride + first.to(tl.int64) * players
+    cells = coalitions.to(tl.pointer_type(tl.uint8), bitcast=True)
+    cells += image * coalitions_image_stride + first.to(tl.int64) * players
     for _ in range(first, tl.minimum(first + count_a_program, count)):
         variant = tl.zeros([LOCATIONS], tl.int64)
         for m in tl.static_range(CLASSES):
@@ -72,46 +74,48 @@ def _assemble_masked_features(
         copy += elements
 
 
-def assemble_masked_features(
-    variants: torch.Tensor, coalitions: torch.Tensor, table: torch.Tensor
-) -> torch.Tensor:
+@prepared
+def assemble_masked_features(variants: torch.Tensor, coalitions: torch.Tensor, table: torch.Tensor) -> Run:
     """Launch the kernel; arguments and result are those of the op `ddfast::assemble_masked_features`."""
     batch, _, channels, height, width = variants.shape
-    count, locations, classes = coalitions.shape[-2], height * width, table.shape[-1]
+    count, players = coalitions.shape[-2:]
+    locations = height * width
     if locations * channels > 2**31 - BLOCK:
         raise ValueError(
             f"maps must have at most {2**31 - BLOCK} elements each, got {list(variants.shape[2:])}"
         )
-    assembled = torch.empty(
-        (batch * count, channels, height, width),
-        dtype=variants.dtype,
-        device=variants.device,
-        memory_format=torch.channels_last,
-    )
-    if assembled.numel() == 0:
-        return assembled
-    maps = variants.permute(0, 1, 3, 4, 2).contiguous()  # no copy of channels-last maps
-    cells = coalitions.contiguous().view(torch.uint8)
+    size = (batch * count, channels, height, width)
+    empty = Allocation(size, variants.dtype, variants.device, channels_last(size))
+    if 0 in size:
+        return lambda *_: empty()
+    in_place = variants.permute(0, 1, 3, 4, 2).is_contiguous()
 
     channels_a_program = min(triton.next_power_of_2(channels), 128)
     locations_a_program = BLOCK // channels_a_program
     owned = triton.cdiv(channels, channels_a_program) * triton.cdiv(locations, locations_a_program) * batch
     # Coalitions are shared out among programs only as far as the maps alone leave the GPU idle.
     count_a_program = triton.cdiv(count, min(count, triton.cdiv(PROGRAMS, owned)))
-    _assemble_masked_features[(owned * triton.cdiv(count, count_a_program),)](
-        maps,
-        cells,
-        table.contiguous(),
-        assembled,
-        locations,
-        channels,
-        cells.shape[-1],
-        count,
-        count_a_program,
-        cells.stride(0) if cells.ndim == 3 else 0,
-        CLASSES=classes,
+    launch = Launch(
+        _assemble_masked_features,
+        (owned * triton.cdiv(count, count_a_program),),
+        (
+            locations,
+            channels,
+            players,
+            count,
+            count_a_program,
+            count * players if coalitions.ndim == 3 else 0,
+        ),
+        CLASSES=table.shape[-1],
         LOCATIONS=locations_a_program,
         CHANNELS=channels_a_program,
         num_warps=4,
     )
-    return assembled
+
+    def run(variants: torch.Tensor, coalitions: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        assembled = empty()
+        maps = variants if in_place else variants.permute(0, 1, 3, 4, 2).contiguous()
+        launch(maps, coalitions.contiguous(), table.contiguous(), assembled)
+        return assembled
+
+    return run

@@ -14,10 +14,12 @@ program writes the squared norm of its part, and the parts are added up in a fix
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from ddfast.kernels.launching import Allocation, Launch, Run, prepared
 
 # A few waves on the largest GPUs; tiles shrink until there are so many programs, or as small as they can be.
 PROGRAMS = 512
@@ -39,27 +41,40 @@ def _columns(
     dilation,
     KERNEL_X: tl.constexpr,
     FLAT: tl.constexpr,
+    ONES: tl.constexpr,
 ):
     """Rows `position` of the unfolded channels-last image; 0 outside.
 
-    Columns are the channels `feature` under one tap of the kernel, or, FLAT, the features themselves, of which the
-    tap is the slow part: for layers with so few channels that those of one tap would not fill a tile.
+    Columns are the channels `feature` under one tap of the kernel, or, FLAT, the features themselves, for layers with
+    so few channels that those of one tap would not fill a tile. Features lie in the order of memory, row of the kernel
+    by row, and a row of the kernel (its taps times their channels) is one run of the image where taps touch. So where
+    an element lies is a number of its position plus a number of its feature, each worked out once. ONES: one feature
+    more, always 1.
     """
     height, width, out_width = size
+    y = position // out_width * step[0] - padding[0]
+    x = position % out_width * step[1] - padding[1]
     if FLAT:
-        tap, channel = (feature // channels)[None, :], (feature % channels)[None, :]
-        t = position[:, None]
+        row = feature // (KERNEL_X * channels) * dilation[0]
+        col = feature // channels % KERNEL_X * dilation[1]
+        behind = row * strides[0] + col * strides[1] + feature % channels
+        rows, cols = y[:, None] + row[None, :], x[:, None] + col[None, :]
+        known = (position < positions)[:, None] & (feature < features)[None, :]
+        # What is negative is a large number without its sign.
+        known &= (rows.to(tl.uint32) < tl.cast(height, tl.uint32)) & (
+            cols.to(tl.uint32) < tl.cast(width, tl.uint32)
+        )
+        at = (y * strides[0] + x * strides[1])[:, None] + behind[None, :]
+        columns = tl.load(image + at, mask=known, other=0)
+        if ONES:
+            columns = tl.where((feature == features)[None, :], 1.0, columns).to(columns.dtype)
     else:
-        channel, t = feature, position
-    y = t // out_width * step[0] - padding[0] + tap // KERNEL_X * dilation[0]
-    x = t % out_width * step[1] - padding[1] + tap % KERNEL_X * dilation[1]
-    inside = (t < positions) & (y >= 0) & (y < height) & (x >= 0) & (x < width)
-    pixel = y * strides[0] + x * strides[1]
-    if FLAT:
-        columns = tl.load(image + pixel + channel, mask=inside & (feature < features)[None, :], other=0)
-    else:
-        known = inside[:, None] & (channel < channels)[None, :]
-        columns = tl.load(image + pixel[:, None] + channel[None, :], mask=known, other=0)
+        y += tap // KERNEL_X * dilation[0]
+        x += tap % KERNEL_X * dilation[1]
+        inside = (position < positions) & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+        known = inside[:, None] & (feature < channels)[None, :]
+        pixel = y * strides[0] + x * strides[1]
+        columns = tl.load(image + pixel[:, None] + feature[None, :], mask=known, other=0)
     return columns
 
 
@@ -89,6 +104,7 @@ def _direct(
     KERNEL_X: tl.constexpr,
     TAPS: tl.constexpr,
     FLAT: tl.constexpr,
+    BIAS: tl.constexpr,
     SUM: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -97,7 +113,8 @@ def _direct(
 ):
     """A program makes one BLOCK_O x BLOCK_I tile of one sample's G^T X in registers, squares it and adds it up.
 
-    A tile's inputs are channels under one tap, so that where they lie is worked out once a position.
+    A tile's inputs are channels under one tap, so that where they lie is worked out once a position, or FLAT features,
+    to which a bias adds one. Else the bias's gradient is added up beside the product.
 
     Operations a sample: 2 T I O, three times that on the matrix units for float32. Bytes moved: X and G once from
     memory, and from L2 X once for each BLOCK_O outputs and G once for each BLOCK_I inputs; one number a tile is
@@ -106,7 +123,7 @@ def _direct(
     """
     program = tl.program_id(0).to(tl.int64)
     if FLAT:
-        tiles_i = tl.cdiv(features, BLOCK_I)
+        tiles_i = tl.cdiv(features + 1 if BIAS else features, BLOCK_I)
     else:
         tiles_i = tl.cdiv(channels, BLOCK_I) * TAPS
     tiles = tl.cdiv(outputs, BLOCK_O) * tiles_i
@@ -124,6 +141,7 @@ def _direct(
         feature = tile % tiles_i // TAPS * BLOCK_I + tl.arange(0, BLOCK_I)
 
     product = tl.zeros([BLOCK_O, BLOCK_I], SUM)
+    total = tl.zeros([16, BLOCK_O], SUM)
     for start in range(0, positions, BLOCK_T):
         position = start + tl.arange(0, BLOCK_T)
         x = _columns(
@@ -141,10 +159,17 @@ def _direct(
             dilation,
             KERNEL_X,
             FLAT,
+            BIAS,
         )
         g = _grads(grad, position, output, positions, outputs, grad_stride)
         product = tl.dot(tl.trans(g), x, product, input_precision=PRECISION, out_dtype=SUM)
-    tl.store(parts + program, tl.sum(product * product))
+        if BIAS and not FLAT:  # rows that are 16 apart lie in one thread
+            total += tl.sum(tl.reshape(g.to(SUM), [BLOCK_T // 16, 16, BLOCK_O]), 0)
+    part = tl.sum(product * product)
+    if BIAS and not FLAT:  # by the first of the programs that read these outputs
+        bias = tl.sum(total, 0)
+        part += tl.where(tile % tiles_i == 0, tl.sum(bias * bias), 0.0)
+    tl.store(parts + program, part)
 
 
 @triton.jit
@@ -166,6 +191,7 @@ def _gram(
     KERNEL_X: tl.constexpr,
     TAPS: tl.constexpr,
     FLAT: tl.constexpr,
+    BIAS: tl.constexpr,
     SUM: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -218,6 +244,7 @@ def _gram(
             dilation,
             KERNEL_X,
             FLAT,
+            False,
         )
         right = _columns(
             image,
@@ -234,6 +261,7 @@ def _gram(
             dilation,
             KERNEL_X,
             FLAT,
+            False,
         )
         inputs_gram = tl.dot(left, tl.trans(right), inputs_gram, input_precision=PRECISION, out_dtype=SUM)
     grads_gram = tl.zeros([BLOCK_T, BLOCK_T], SUM)
@@ -242,6 +270,8 @@ def _gram(
         left = _grads(grad, rows, output, positions, outputs, grad_stride)
         right = _grads(grad, cols, output, positions, outputs, grad_stride)
         grads_gram = tl.dot(left, tl.trans(right), grads_gram, input_precision=PRECISION, out_dtype=SUM)
+    if BIAS:  # an input that is always 1; positions that are not there have no gradient
+        inputs_gram += 1.0
     part = tl.sum(inputs_gram * grads_gram) * tl.where(row == col, 1.0, 2.0)
     tl.store(parts + program, part)
 
@@ -336,19 +366,67 @@ def _embedding(
     tl.store(parts + program, part)
 
 
-def grad_sq_norm_linear(input: torch.Tensor, grad_output: torch.Tensor, bias: bool) -> torch.Tensor:
+@triton.jit
+def _rows(
+    input, grad_output, norms, features, outputs, BIAS: tl.constexpr, SUM: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Squared norm of the outer product of a sample's input and gradient. One program a sample.
+
+    Bytes moved: both read once. Operations: two an element. The reads bind, or the latency of the launch.
+    """
+    sample = tl.program_id(0).to(tl.int64)
+    squares = tl.zeros([BLOCK], SUM)
+    for start in range(0, features, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        x = tl.load(input + sample * features + at, mask=at < features, other=0).to(SUM)
+        squares += x * x
+    grad_squares = tl.zeros([BLOCK], SUM)
+    for start in range(0, outputs, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        g = tl.load(grad_output + sample * outputs + at, mask=at < outputs, other=0).to(SUM)
+        grad_squares += g * g
+    norm = tl.sum(squares, 0)
+    if BIAS:
+        norm += 1.0
+    tl.store(norms + sample, norm * tl.sum(grad_squares, 0))
+
+
+@prepared
+def grad_sq_norm_linear(input: torch.Tensor, grad_output: torch.Tensor, bias: bool) -> Run:
     """Launch the kernel; arguments and result are those of the op `ddfast::grad_sq_norm_linear`."""
     samples, features, outputs = input.shape[0], input.shape[-1], grad_output.shape[-1]
-    positions = input[0].numel() // features if samples * features else 0
-    if input.ndim == 2:
-        sq_norm = _sq_norm(input)
-        return (sq_norm + 1 if bias else sq_norm) * _sq_norm(grad_output)
-    x = input.reshape(samples, 1, positions, features).contiguous()
-    g = grad_output.reshape(samples, 1, positions, outputs).contiguous()
-    norms = _sq_norm_of_product(x, g, (1, 1), (1, 1), (0, 0), (1, 1), 1)
-    return norms + _bias_sq_norm(g) if bias else norms
+    if input.ndim > 2:
+        positions = input.shape[1:-1].numel()
+        of_rows = _product(
+            (samples, 1, positions, features),
+            (samples, 1, positions, outputs),
+            ((1, 1), (1, 1), (0, 0), (1, 1), 1),
+            bias,
+            grad_output,
+        )
+        return lambda input, grad_output, _: of_rows(input.contiguous(), grad_output.contiguous())
+    empty = Allocation((samples,), _sum_dtype(grad_output), grad_output.device)
+    if samples == 0:
+        return lambda *_: empty()
+    launch = Launch(
+        _rows,
+        (samples,),
+        (features, outputs),
+        BIAS=bias,
+        SUM=_sum(grad_output),
+        BLOCK=min(1024, triton.next_power_of_2(max(features, outputs, 1))),
+        num_warps=4,
+    )
+
+    def run(input: torch.Tensor, grad_output: torch.Tensor, bias: bool) -> torch.Tensor:
+        norms = empty()
+        launch(input.contiguous(), grad_output.contiguous(), norms)
+        return norms
+
+    return run
 
 
+@prepared
 def grad_sq_norm_conv2d(
     input: torch.Tensor,
     grad_output: torch.Tensor,
@@ -358,92 +436,149 @@ def grad_sq_norm_conv2d(
     dilation: Sequence[int],
     groups: int,
     bias: bool,
-) -> torch.Tensor:
+) -> Run:
     """Launch the kernel; arguments and result are those of the op `ddfast::grad_sq_norm_conv2d`."""
-    x, g = (tensor.permute(0, 2, 3, 1).contiguous() for tensor in (input, grad_output))
-    norms = _sq_norm_of_product(x, g, kernel_size, stride, padding, dilation, groups)
-    return norms + _bias_sq_norm(g) if bias else norms
+    samples, channels, height, width = input.shape
+    _, outputs, out_height, out_width = grad_output.shape
+    of_rows = _product(
+        (samples, height, width, channels),
+        (samples, out_height, out_width, outputs),
+        (kernel_size, stride, padding, dilation, groups),
+        bias,
+        grad_output,
+    )
+    if all(tensor.permute(0, 2, 3, 1).is_contiguous() for tensor in (input, grad_output)):
+        return of_rows
+
+    def run(input: torch.Tensor, grad_output: torch.Tensor, *_: Any) -> torch.Tensor:
+        last = input.permute(0, 2, 3, 1).contiguous()
+        return of_rows(last, grad_output.permute(0, 2, 3, 1).contiguous())
+
+    return run
 
 
-def _sq_norm_of_product(
-    input: torch.Tensor,
-    grad_output: torch.Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> torch.Tensor:
-    """Norms of a convolution's weight gradient from contiguous images [B, H, W, C] and gradients [B, H', W', O]."""
-    samples, height, width, all_channels = input.shape
-    _, out_height, out_width, out_channels = grad_output.shape
-    for tensor in (input, grad_output):
-        if tensor.shape[1:].numel() >= 2**31:  # offsets within a sample are 32 bits wide
-            raise ValueError(f"a sample must have fewer than 2^31 elements, got {list(tensor.shape[1:])}")
-    taps = kernel_size[0] * kernel_size[1]
+def _product(
+    input_size: tuple[int, int, int, int],
+    grad_size: tuple[int, int, int, int],
+    geometry: tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int], int],
+    bias: bool,
+    like: torch.Tensor,
+) -> Run:
+    """Norms of the weight and bias gradient of a convolution of images [B, H, W, C], from gradients [B, H', W', O].
+
+    What is returned takes the two, contiguous, or tensors that lie so in memory. `geometry` is kernel size, stride,
+    padding, dilation and groups; `like` has the gradients' dtype and device.
+    """
+    kernel_size, stride, padding, dilation, groups = geometry
+    samples, height, width, all_channels = input_size
+    _, out_height, out_width, out_channels = grad_size
+    for size in (input_size, grad_size):
+        if size[1] * size[2] * size[3] >= 2**31:  # offsets within a sample are 32 bits wide
+            raise ValueError(f"a sample must have fewer than 2^31 elements, got {list(size[1:])}")
     positions = out_height * out_width
     channels, outputs = all_channels // groups, out_channels // groups
+    kernel, tiles, constants = blocks(
+        samples, positions, channels, outputs, kernel_size, groups, bias, like.dtype
+    )
+    programs = groups * tiles
+    empty = Allocation((samples, programs), _sum_dtype(like), like.device)
+    if samples * programs == 0:
+        if bias and channels * kernel_size[0] * kernel_size[1] == 0:  # there is a bias alone
+            return lambda _, g, *__: g.flatten(1, -2).sum(1, dtype=_sum_dtype(g)).square().sum(1)
+        return lambda *_: empty().sum(1)
+    launch = Launch(
+        kernel,
+        (samples * programs,),
+        (
+            positions,
+            channels * kernel_size[0] * kernel_size[1],
+            channels,
+            outputs,
+            groups,
+            (height, width, out_width),
+            (width * all_channels, all_channels, height * width * all_channels),
+            out_channels,
+            tuple(stride),
+            tuple(padding),
+            tuple(dilation),
+        ),
+        KERNEL_X=kernel_size[1],
+        TAPS=kernel_size[0] * kernel_size[1],
+        BIAS=bias,
+        SUM=_sum(like),
+        PRECISION="ieee" if like.dtype == torch.float64 else "tf32x3",
+        **constants,
+    )
+
+    def run(input: torch.Tensor, grad_output: torch.Tensor, *_: Any) -> torch.Tensor:
+        parts = empty()
+        launch(input, grad_output, parts)
+        return parts.sum(1)
+
+    return run
+
+
+def blocks(
+    samples: int,
+    positions: int,
+    channels: int,
+    outputs: int,
+    kernel_size: Sequence[int],
+    groups: int,
+    bias: bool,
+    dtype: torch.dtype,
+) -> tuple[Any, int, dict[str, Any]]:
+    """The kernel for a layer's norms, its tiles a sample and group, and its constants.
+
+    Args:
+        samples, positions: B and T.
+        channels, outputs: of one group.
+        kernel_size, groups, bias: the convolution's.
+        dtype: of input and gradient.
+    """
+    taps = kernel_size[0] * kernel_size[1]
     features = channels * taps
     flat = taps > 1 and channels < 16
-    double = grad_output.dtype == torch.float64
+    double = dtype == torch.float64
     # 64 bytes of a row, at least, are one step of a matrix product.
-    depth = {8: 16, 4: 32, 2: 64}[grad_output.element_size()]
+    depth = {8: 16, 4: 32, 2: 64}[dtype.itemsize]
     if positions * (features + outputs) < features * outputs:
         block = _block(positions)
 
         def tiles() -> int:
-            return groups * triton.cdiv(positions, block) * (triton.cdiv(positions, block) + 1) // 2
+            return triton.cdiv(positions, block) * (triton.cdiv(positions, block) + 1) // 2
 
-        while block > 16 and samples * tiles() < PROGRAMS:
+        while block > 16 and samples * groups * tiles() < PROGRAMS:
             block //= 2
-        width_k = features if flat else channels
-        kernel, blocks = _gram, {"BLOCK_T": block, "BLOCK_K": min(depth, _power(width_k))}
-        largest = block
-    else:
-        largest = 64 if double else 128
-        block_o, block_i = _block(outputs, largest), _block(features if flat else channels, largest)
+        step = min(depth, _power(features if flat else channels))
+        return _gram, tiles(), {"FLAT": flat, "BLOCK_T": block, "BLOCK_K": step, "num_warps": 4}
+    largest = 64 if double else 128
+    block_o = _block(outputs, largest)
+    block_i = _least_padded(features + bias, largest) if flat else _block(channels, largest)
 
-        def tiles() -> int:
-            tiles_i = triton.cdiv(features, block_i) if flat else taps * triton.cdiv(channels, block_i)
-            return groups * triton.cdiv(outputs, block_o) * tiles_i
+    def tiles() -> int:
+        tiles_i = triton.cdiv(features + bias, block_i) if flat else taps * triton.cdiv(channels, block_i)
+        return triton.cdiv(outputs, block_o) * tiles_i
 
-        while max(block_o, block_i) > 32 and samples * tiles() < PROGRAMS:
-            if block_i >= block_o:
-                block_i //= 2
-            else:
-                block_o //= 2
-        kernel, blocks = _direct, {"BLOCK_O": block_o, "BLOCK_I": block_i, "BLOCK_T": min(depth, 32)}
-        largest = max(block_o, block_i)
-    programs = tiles()
-    parts = torch.empty((samples, programs), dtype=_sum_dtype(grad_output), device=grad_output.device)
-    if parts.numel() == 0:
-        return parts.sum(1)
-    kernel[(samples * programs,)](
-        input,
-        grad_output,
-        parts,
-        positions,
-        features,
-        channels,
-        outputs,
-        groups,
-        (height, width, out_width),
-        (width * all_channels, all_channels, height * width * all_channels),
-        out_channels,
-        tuple(stride),
-        tuple(padding),
-        tuple(dilation),
-        KERNEL_X=kernel_size[1],
-        TAPS=taps,
-        FLAT=flat,
-        SUM=tl.float64 if double else tl.float32,
-        PRECISION="ieee" if double else "tf32x3",
-        num_warps=8 if largest == 128 else 4,
-        **blocks,
+    while max(block_o, block_i) > 32 and samples * groups * tiles() < PROGRAMS:
+        if block_i >= block_o:
+            block_i //= 2
+        else:
+            block_o //= 2
+    constants = {"BLOCK_O": block_o, "BLOCK_I": block_i, "BLOCK_T": min(depth, 32)}
+    return (
+        _direct,
+        tiles(),
+        {
+            "FLAT": flat,
+            "num_stages": 2 if flat else 3,
+            "num_warps": 8 if max(block_o, block_i) == 128 else 4,
+            **constants,
+        },
     )
-    return parts.sum(1)
 
 
+@prepared
 def grad_sq_norm_norm(
     normalized: torch.Tensor,
     grad_output: torch.Tensor,
@@ -451,7 +586,7 @@ def grad_sq_norm_norm(
     last_dim: int,
     weight: bool,
     bias: bool,
-) -> torch.Tensor:
+) -> Run:
     """Launch the kernel; arguments and result are those of the op `ddfast::grad_sq_norm_norm`."""
     shape = normalized.shape
     folded = (
@@ -462,69 +597,63 @@ def grad_sq_norm_norm(
     )
     x, g = normalized.reshape(folded), grad_output.reshape(folded)
     _check_extents(x, g)
+    in_place = all(a.data_ptr() == b.data_ptr() for a, b in ((x, normalized), (g, grad_output)))
     samples, outer, parameters, inner = folded
     block_p, block_r = (16, 128) if inner > 1 else (64, 32)
     programs = triton.cdiv(parameters, block_p)
-    parts = torch.empty((samples, programs), dtype=_sum_dtype(g), device=g.device)
-    if parts.numel() == 0:
-        return parts.sum(1)
-    _affine[(samples * programs,)](
-        x,
-        g,
-        parts,
-        outer,
-        parameters,
-        inner,
-        x.stride(),
-        g.stride(),
+    empty = Allocation((samples, programs), _sum_dtype(g), g.device)
+    if samples * programs == 0:
+        return lambda *_: empty().sum(1)
+    launch = Launch(
+        _affine,
+        (samples * programs,),
+        (outer, parameters, inner, x.stride(), g.stride()),
         WEIGHT=weight,
         BIAS=bias,
-        SUM=tl.float64 if g.dtype == torch.float64 else tl.float32,
+        SUM=_sum(g),
         BLOCK_P=block_p,
         BLOCK_R=block_r,
         num_warps=4,
     )
-    return parts.sum(1)
+
+    def run(normalized: torch.Tensor, grad_output: torch.Tensor, *_: Any) -> torch.Tensor:
+        parts = empty()
+        if not in_place:
+            normalized, grad_output = normalized.reshape(folded), grad_output.reshape(folded)
+        launch(normalized, grad_output, parts)
+        return parts.sum(1)
+
+    return run
 
 
-def grad_sq_norm_embedding(
-    indices: torch.Tensor, grad_output: torch.Tensor, padding_idx: int
-) -> torch.Tensor:
+@prepared
+def grad_sq_norm_embedding(indices: torch.Tensor, grad_output: torch.Tensor, padding_idx: int) -> Run:
     """Launch the kernel; arguments and result are those of the op `ddfast::grad_sq_norm_embedding`."""
     samples, width = grad_output.shape[0], grad_output.shape[-1]
-    positions = indices[0].numel() if samples else 0
+    positions = indices.shape[1:].numel()
     double = grad_output.dtype == torch.float64
     block = min(32, _block(positions))
     programs = triton.cdiv(positions, block) ** 2
-    parts = torch.empty((samples, programs), dtype=_sum_dtype(grad_output), device=grad_output.device)
-    if parts.numel() == 0:
-        return parts.sum(1)
-    grads = grad_output.contiguous()
-    _embedding[(samples * programs,)](
-        indices.contiguous(),
-        grads,
-        parts,
-        positions,
-        width,
-        padding_idx,
-        grads.stride(0),
-        SUM=tl.float64 if double else tl.float32,
+    empty = Allocation((samples, programs), _sum_dtype(grad_output), grad_output.device)
+    if samples * programs == 0:
+        return lambda *_: empty().sum(1)
+    launch = Launch(
+        _embedding,
+        (samples * programs,),
+        (positions, width, padding_idx, positions * width),
+        SUM=_sum(grad_output),
         PRECISION="ieee" if double else "tf32x3",
         BLOCK_T=block,
         BLOCK_K=16 if double else 32,
         num_warps=4,
     )
-    return parts.sum(1)
 
+    def run(indices: torch.Tensor, grad_output: torch.Tensor, padding_idx: int) -> torch.Tensor:
+        parts = empty()
+        launch(indices.contiguous(), grad_output.contiguous(), parts)
+        return parts.sum(1)
 
-def _bias_sq_norm(grads: torch.Tensor) -> torch.Tensor:
-    """Squared norm [B] of the gradient of a bias, from gradients [B, ..., O]."""
-    return grads.flatten(1, -2).sum(1, dtype=_sum_dtype(grads)).square().sum(1)
-
-
-def _sq_norm(rows: torch.Tensor) -> torch.Tensor:
-    """Squared norm [B] of rows [B, I], in one pass."""
-    return torch.linalg.vector_norm(rows, dim=1, dtype=_sum_dtype(rows)).square()
+    return run
 
 
 def _check_extents(*tensors: torch.Tensor) -> None:
@@ -545,6 +674,17 @@ def _power(size: int) -> int:
 def _block(size: int, largest: int = 64) -> int:
     """Side of a tile."""
     return min(largest, _power(size))
+
+
+def _least_padded(features: int, largest: int) -> int:
+    """The largest tile that `features` fill to three quarters; where none is, the one that they fill best."""
+    sizes = [largest >> shift for shift in range(8) if largest >> shift >= 16]
+    shares = {size: features / (triton.cdiv(features, size) * size) for size in sizes}
+    return next((size for size in sizes if shares[size] >= 0.75), max(sizes, key=shares.__getitem__))
+
+
+def _sum(tensor: torch.Tensor) -> tl.dtype:
+    return tl.float64 if tensor.dtype == torch.float64 else tl.float32
 
 
 def _sum_dtype(tensor: torch.Tensor) -> torch.dtype:

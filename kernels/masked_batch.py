@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+from ddfast.kernels.launching import Allocation, Launch, Run, channels_last, prepared
 
 # Elements of one image a program: 8 a thread, so that a thread stores 16 bytes of half precision.
 BLOCK = 1024
@@ -113,7 +116,8 @@ def _masked_batch(
     )
     absent = _rounded(absent.to(COMPUTE), masked.dtype.element_ty)
 
-    cells = coalitions + image * coalitions_image_stride + first.to(tl.int64) * (rows * cols) + player
+    cells = coalitions.to(tl.pointer_type(tl.uint8), bitcast=True)
+    cells += image * coalitions_image_stride + first.to(tl.int64) * (rows * cols) + player
     copy = masked + (image * count + first) * elements + element
     for _ in range(first, tl.minimum(first + count_a_program, count)):
         keep = tl.load(cells, mask=inside, other=0) != 0
@@ -122,6 +126,7 @@ def _masked_batch(
         copy += elements
 
 
+@prepared
 def masked_batch(
     images: torch.Tensor,
     coalitions: torch.Tensor,
@@ -131,7 +136,7 @@ def masked_batch(
     rows: int,
     cols: int,
     dtype: torch.dtype,
-) -> torch.Tensor:
+) -> Run:
     """Launch the kernel; arguments and result are those of the op `ddfast::masked_batch`."""
     batch, channels, height, width = images.shape
     count, elements = coalitions.shape[-2], channels * height * width
@@ -139,40 +144,32 @@ def masked_batch(
         raise ValueError(
             f"images must have at most {2**31 - BLOCK} elements each, got {list(images.shape[1:])}"
         )
-    masked = torch.empty(
-        (batch * count, channels, height, width),
-        dtype=dtype,
-        device=images.device,
-        memory_format=torch.channels_last,
-    )
-    if masked.numel() == 0:
-        return masked
+    size = (batch * count, channels, height, width)
+    empty = Allocation(size, dtype, images.device, channels_last(size))
+    if 0 in size:
+        return lambda *_: empty()
     planes = baseline[:, None, None] if baseline.ndim == 1 else baseline
-    planes = planes.expand(images.shape)
-    cells = coalitions.contiguous().view(torch.uint8)
     double = torch.float64 in (images.dtype, baseline.dtype, dtype)
 
     # Coalitions are shared out among programs only as far as the images alone leave the GPU idle.
     tiles = triton.cdiv(elements, BLOCK)
     chunks = min(count, triton.cdiv(PROGRAMS, tiles * batch))
     count_a_program = triton.cdiv(count, chunks)
-    _masked_batch[(tiles * batch * triton.cdiv(count, count_a_program),)](
-        images,
-        cells,
-        planes,
-        None if mean is None else mean.contiguous(),
-        None if std is None else std.contiguous(),
-        masked,
-        elements,
-        height,
-        width,
-        rows,
-        cols,
-        count,
-        count_a_program,
-        cells.stride(0) if cells.ndim == 3 else 0,
-        *images.stride(),
-        *planes.stride(),
+    launch = Launch(
+        _masked_batch,
+        (tiles * batch * triton.cdiv(count, count_a_program),),
+        (
+            elements,
+            height,
+            width,
+            rows,
+            cols,
+            count,
+            count_a_program,
+            count * coalitions.shape[-1] if coalitions.ndim == 3 else 0,
+            *images.stride(),
+            *planes.expand(images.shape).stride(),
+        ),
         CHANNELS=channels,
         IMAGES_INTERLEAVED=images[0].permute(1, 2, 0).is_contiguous(),
         COMPUTE=tl.float64 if double else tl.float32,
@@ -181,4 +178,24 @@ def masked_batch(
         num_warps=4,
         enable_fp_fusion=False,
     )
-    return masked
+
+    def run(
+        images: torch.Tensor,
+        coalitions: torch.Tensor,
+        baseline: torch.Tensor,
+        mean: torch.Tensor | None,
+        std: torch.Tensor | None,
+        *_: Any,
+    ) -> torch.Tensor:
+        masked = empty()
+        launch(
+            images,
+            coalitions.contiguous(),
+            baseline,
+            None if mean is None else mean.contiguous(),
+            None if std is None else std.contiguous(),
+            masked,
+        )
+        return masked
+
+    return run

@@ -4,10 +4,12 @@ it."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from ddfast.kernels.launching import Allocation, Launch, Run, prepared
 
 LANES = 1024  # (crop, window) pairs whose noise a program draws at a time
 
@@ -186,6 +188,7 @@ def _noisy_crop_boxes(
     )
 
 
+@prepared
 def noisy_crop_boxes(
     phi: torch.Tensor,
     sample_ids: torch.Tensor,
@@ -202,26 +205,17 @@ def noisy_crop_boxes(
     crop_heights: Sequence[int],
     crop_widths: Sequence[int],
     coverage: float,
-) -> torch.Tensor:
+) -> Run:
     """Launch the kernel; arguments and result are those of the op `ddfast::noisy_crop_boxes`."""
     images = phi.shape[0]
-    boxes = torch.empty(images, crops, 4, dtype=torch.int32, device=phi.device)
-    if boxes.numel() == 0:
-        return boxes
+    empty = Allocation((images, crops, 4), torch.int32, phi.device)
+    if images * crops == 0:
+        return lambda *_: empty()
     block, block_crops, warps = blocks(rows * cols, crops)
-    _noisy_crop_boxes[(images,)](
-        phi.contiguous(),
-        sample_ids.contiguous(),
-        quantiles.contiguous(),
-        boxes,
-        seed,
-        alpha,
-        coverage,
-        rows,
-        cols,
-        crops,
-        image_height,
-        image_width,
+    launch = Launch(
+        _noisy_crop_boxes,
+        (images,),
+        (seed, alpha, coverage, rows, cols, crops, image_height, image_width),
         POOLS=tuple(pools[::-1]),
         CROP_HEIGHTS=tuple(crop_heights[::-1]),
         CROP_WIDTHS=tuple(crop_widths[::-1]),
@@ -232,7 +226,13 @@ def noisy_crop_boxes(
         num_warps=warps,
         enable_fp_fusion=False,
     )
-    return boxes
+
+    def run(phi: torch.Tensor, sample_ids: torch.Tensor, quantiles: torch.Tensor, *_: Any) -> torch.Tensor:
+        boxes = empty()
+        launch(phi.contiguous(), sample_ids.contiguous(), quantiles.contiguous(), boxes)
+        return boxes
+
+    return run
 
 
 def blocks(players: int, crops: int) -> tuple[int, int, int]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from ddfast.kernels.launching import Allocation, Launch, Run, prepared
 from ddfast.kernels.noisy_crop_boxes import _place_boxes, blocks
 from ddfast.kernels.shapley_heatmap import CLASSES, COALITIONS, _heatmap
 
@@ -94,6 +96,7 @@ def _shapley_crop_boxes(
     )
 
 
+@prepared
 def shapley_crop_boxes(
     outputs: torch.Tensor,
     labels: torch.Tensor,
@@ -114,37 +117,31 @@ def shapley_crop_boxes(
     crop_heights: Sequence[int],
     crop_widths: Sequence[int],
     coverage: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Run:
     """Launch the kernel; arguments and results are those of the op `ddfast::shapley_crop_boxes`."""
     batch, count, classes = outputs.shape
     double = outputs.dtype == torch.float64
-    phi = torch.empty(
-        batch, rows * cols, dtype=torch.float64 if double else torch.float32, device=outputs.device
-    )
-    boxes = torch.empty(batch, crops, 4, dtype=torch.int32, device=outputs.device)
+    phi_dtype = torch.float64 if double else torch.float32
+    new_phi = Allocation((batch, rows * cols), phi_dtype, outputs.device)
+    new_boxes = Allocation((batch, crops, 4), torch.int32, outputs.device)
     if batch == 0:
-        return phi, boxes
-    weights = projection.contiguous()
+        return lambda *_: (new_phi(), new_boxes())
     block, block_crops, warps = blocks(rows * cols, crops)
-    _shapley_crop_boxes[(batch,)](
-        outputs.contiguous(),
-        labels.contiguous(),
-        weights,
-        None if partial is None else partial.contiguous(),
-        sample_ids.contiguous(),
-        quantiles.contiguous(),
-        phi,
-        boxes,
-        count,
-        weights.stride(0) if weights.ndim == 3 else 0,
-        seed,
-        alpha,
-        coverage,
-        rows,
-        cols,
-        crops,
-        image_height,
-        image_width,
+    launch = Launch(
+        _shapley_crop_boxes,
+        (batch,),
+        (
+            count,
+            count * rows * cols if projection.ndim == 3 else 0,
+            seed,
+            alpha,
+            coverage,
+            rows,
+            cols,
+            crops,
+            image_height,
+            image_width,
+        ),
         CLASS_COUNT=classes,
         VALUE=value,
         COMPUTE=tl.float64 if double else tl.float32,
@@ -160,4 +157,28 @@ def shapley_crop_boxes(
         num_warps=warps if value == "logit" else 4,
         enable_fp_fusion=False,
     )
-    return phi, boxes
+
+    def run(
+        outputs: torch.Tensor,
+        labels: torch.Tensor,
+        projection: torch.Tensor,
+        partial: torch.Tensor | None,
+        value: str,
+        sample_ids: torch.Tensor,
+        quantiles: torch.Tensor,
+        *_: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        phi, boxes = new_phi(), new_boxes()
+        launch(
+            outputs.contiguous(),
+            labels.contiguous(),
+            projection.contiguous(),
+            None if partial is None else partial.contiguous(),
+            sample_ids.contiguous(),
+            quantiles.contiguous(),
+            phi,
+            boxes,
+        )
+        return phi, boxes
+
+    return run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from ddfast.kernels.launching import Allocation, Launch, Run, prepared
 
 COALITIONS = 16  # coalitions whose values a program computes at a time
 CLASSES = 256  # at most so many classes of each at a time
@@ -141,25 +142,19 @@ def _shapley_heatmap(
     tl.store(phi + image * players + player, cells, mask=player < players)
 
 
-def shapley_heatmap(
-    outputs: torch.Tensor, labels: torch.Tensor, projection: torch.Tensor, value: str
-) -> torch.Tensor:
+@prepared
+def shapley_heatmap(outputs: torch.Tensor, labels: torch.Tensor, projection: torch.Tensor, value: str) -> Run:
     """Launch the kernel; arguments and result are those of the op `ddfast::shapley_heatmap`."""
     batch, count, classes = outputs.shape
     players = projection.shape[-1]
     double = outputs.dtype == torch.float64
-    phi = torch.empty(batch, players, dtype=torch.float64 if double else torch.float32, device=outputs.device)
-    if phi.numel() == 0:
-        return phi
-    weights = projection.contiguous()
-    _shapley_heatmap[(batch,)](
-        outputs.contiguous(),
-        labels.contiguous(),
-        weights,
-        phi,
-        count,
-        players,
-        weights.stride(0) if weights.ndim == 3 else 0,
+    empty = Allocation((batch, players), torch.float64 if double else torch.float32, outputs.device)
+    if batch * players == 0:
+        return lambda *_: empty()
+    launch = Launch(
+        _shapley_heatmap,
+        (batch,),
+        (count, players, count * players if projection.ndim == 3 else 0),
         CLASS_COUNT=classes,
         VALUE=value,
         COMPUTE=tl.float64 if double else tl.float32,
@@ -169,4 +164,12 @@ def shapley_heatmap(
         num_warps=4,
         enable_fp_fusion=False,
     )
-    return phi
+
+    def run(
+        outputs: torch.Tensor, labels: torch.Tensor, projection: torch.Tensor, value: str
+    ) -> torch.Tensor:
+        phi = empty()
+        launch(outputs.contiguous(), labels.contiguous(), projection.contiguous(), phi)
+        return phi
+
+    return run

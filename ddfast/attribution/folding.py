@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ddfast.attribution.locality import tile_reach
-from ddfast.ops import winograd_conv2d, winograd_weight
+from ddfast.ops import add_bias_relu_, winograd_conv2d, winograd_weight
 from ddfast.ops._winograd import INPUTS, OUTPUTS, winograd_is_fast, winograd_pays
 
 _LOW_PRECISION_MODULES = (
@@ -187,12 +189,14 @@ def fuse_epilogues(
 
     conv -> relu, conv -> add -> relu and conv -> add, on the CPU in float32 and bfloat16: one pass over memory
     where there were two or three. It changes the graph after `measure` has noted shapes and after `cast`. Returns
-    how many convolutions were replaced.
+    how many convolutions were replaced. On a GPU it is `fuse_gpu_epilogues`.
 
     With `share`, on a graph that `note_reach` has seen, tiles of Winograd's convolutions that masked images of one
     image have in common are computed once. The graph then takes one input more, `sets` int64 [images, maps] of
     `winograd_conv2d` or None, and `traced.meta["takes_sets"]` is true.
     """
+    if device.type == "cuda":
+        return fuse_gpu_epilogues(traced, device, dtype)
     if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return 0
     modules = dict(traced.named_modules())
@@ -248,6 +252,133 @@ def fuse_epilogues(
     traced.recompile()
     traced.meta["takes_sets"] = sets is not None
     return replaced
+
+
+def fuse_gpu_epilogues(traced: fx.GraphModule, device: torch.device, dtype: torch.dtype) -> int:
+    """`fuse_epilogues` for cuDNN and Triton.
+
+    A ReLU, and a sum before it, go into cuDNN's convolution where that takes it: this is tried once here for every
+    geometry, and compared with the separate operations. Else bias, sum and ReLU become one pass over the convolution's
+    output by `ddfast.ops.add_bias_relu_`, where they were at least two. The convolutions compute as plain ones do:
+    cuDNN's read the same settings for TF32 and for the choice of an algorithm.
+
+    Returns how many convolutions were replaced; `traced.meta["epilogues"]` says by what, and why not by cuDNN.
+    """
+    modules = dict(traced.named_modules())
+    counts: Counter[str] = Counter()
+    refusals: dict[tuple, str] = {}
+    for node in list(traced.graph.nodes):
+        if node.op != "call_module" or type(modules[node.target]) is not nn.Conv2d:
+            continue
+        conv = modules[node.target]
+        if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+            continue
+        end, other, relu = _epilogue(node, modules)
+        passes = (conv.bias is not None) + (other is not None) + relu
+        if end is node:
+            continue
+        refusal = "there is no ReLU"
+        if relu:
+            shape = _input_size(conv, node.meta.get("shape"))
+            kind = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+            tried = (shape, conv.weight.shape, kind, conv.bias is None, other is None)
+            if tried not in refusals:
+                refusals[tried] = _cudnn_refusal(conv, shape, other is not None, device, dtype)
+            refusal = refusals[tried]
+        if refusal and passes < 2:
+            continue
+        with traced.graph.inserting_before(end):
+            bias = None if conv.bias is None else traced.graph.get_attr(f"{node.target}.bias")
+            weight = traced.graph.get_attr(f"{node.target}.weight")
+            arguments: tuple[Any, ...] = (node.args[0], weight, bias, other)
+            geometry = (list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups)
+            if not refusal:
+                new = traced.graph.call_function(_cudnn_conv2d, (*arguments, *geometry))
+                counts["cuDNN"] += 1
+            else:
+                new = traced.graph.call_function(_conv2d_then_add, (*arguments, relu, *geometry))
+                counts[f"one pass behind the convolution: {refusal}"] += 1
+        new.meta.update(end.meta)
+        end.replace_all_uses_with(new)
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    traced.meta["takes_sets"] = False
+    told = ", ".join(f"{count} by {how}" for how, count in counts.items())
+    traced.meta["epilogues"] = f"epilogues fused: {told}" if told else ""
+    return counts.total()
+
+
+def _input_size(conv: nn.Conv2d, shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """The least height and width of what a convolution makes maps of this shape from, where it is known."""
+    if shape is None or isinstance(conv.padding, str):
+        return None
+    return tuple(
+        (made - 1) * conv.stride[d] + conv.dilation[d] * (conv.kernel_size[d] - 1) + 1 - 2 * conv.padding[d]
+        for d, made in enumerate(shape[-2:])
+    )
+
+
+def _cudnn_refusal(
+    conv: nn.Conv2d, size: tuple[int, ...] | None, add: bool, device: torch.device, dtype: torch.dtype
+) -> str:
+    """Why cuDNN does not compute a convolution with its (sum and) ReLU; "" where it does, and rightly."""
+    if not hasattr(torch, "cudnn_convolution_add_relu" if add else "cudnn_convolution_relu"):
+        return "this torch has no such operation of cuDNN"
+    if not torch.backends.cudnn.enabled:
+        return "cuDNN is switched off"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"cuDNN fuses nothing in {str(dtype).removeprefix('torch.')}"
+    if torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled():
+        return "deterministic algorithms are asked for, which cuDNN's fused convolution may leave"
+    if size is None:
+        return "the size of its input is unknown"
+    last = torch.channels_last
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype).contiguous(memory_format=last)
+
+    images, weight, bias = normal(2, conv.in_channels, *size), conv.weight.detach(), conv.bias
+    geometry: tuple[Any, ...] = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    try:
+        wanted = F.conv2d(images, weight, bias, *geometry)
+        other = normal(*wanted.shape) if add else None
+        wanted = torch.relu(wanted if other is None else wanted + other)
+        given = _cudnn_conv2d(images, weight, bias, other, *geometry)
+    except RuntimeError as error:
+        return f"cuDNN refuses it ({str(error).splitlines()[0][:80]})"
+    if given.shape != wanted.shape or given.dtype != wanted.dtype:
+        return "cuDNN gives another shape or dtype"
+    # A few roundings of the dtype, or of TF32 where the plain convolution may take it.
+    unit = torch.finfo(dtype).eps
+    if dtype == torch.float32:
+        unit = 2**-10 if torch.backends.cudnn.allow_tf32 else 2**-18
+    difference = float((given.double() - wanted.double()).abs().amax())
+    agrees = difference <= 8 * unit * float(wanted.double().abs().amax())
+    return "" if agrees else "cuDNN gives other numbers"
+
+
+def _cudnn_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    other: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """relu(conv2d(x) + other) by cuDNN."""
+    if other is None:
+        return torch.cudnn_convolution_relu(x, weight, bias, stride, padding, dilation, groups)
+    return torch.cudnn_convolution_add_relu(x, weight, other, 1.0, bias, stride, padding, dilation, groups)
+
+
+def _conv2d_then_add(
+    x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor | None, relu: bool, *geometry: Any
+) -> Tensor:
+    """relu(conv2d(x) + bias + other), all behind the convolution in one pass over its output."""
+    return add_bias_relu_(F.conv2d(x, weight, None, *geometry), bias, other, relu=relu)
 
 
 def _placeholder(graph: fx.Graph, name: str) -> fx.Node:

@@ -29,6 +29,7 @@ from ddfast.attribution.locality import Cut, Locality
 from ddfast.attribution.random_states import RandomStates
 from ddfast.attribution.validation import check_model
 from ddfast.ops import assemble_masked_features
+from ddfast.ops.graphs import Recorded
 from ddfast.ops.precision import autocast, resolve_precision
 from ddfast.ops.transfer import to_device
 
@@ -82,7 +83,7 @@ class Forward:
             values: tuple[Tensor, ...] = (masked,)
             for stage in self.stages:
                 values = self._run(
-                    stage.function if once and isinstance(stage, CudaGraphs) else stage, values
+                    stage.function if once and isinstance(stage, Recorded) else stage, values
                 )
         return values[0]
 
@@ -368,6 +369,8 @@ def _make(
     for part in _split(graph, found.cuts):
         if under == "float32":
             folding.fuse_epilogues(part, device, low or dtype, share=not _compiles())
+            fused = part.meta.get("epilogues", "")
+            reason += f"; {fused}" if fused else ""
         stages.append(_accelerated(part, device))
     tables = [
         replace(cut, tables=tuple(None if t is None else t.to(device) for t in cut.tables))
@@ -503,84 +506,4 @@ def _compiles() -> bool:
 
 def _accelerated(stage: fx.GraphModule, device: torch.device) -> Stage:
     run: Stage = torch.compile(stage, dynamic=False) if _compiles() else stage
-    return CudaGraphs(run) if device.type == "cuda" else run
-
-
-@dataclass
-class _Recording:
-    """A recorded pass: the graph, what it reads and writes, and the moment at which that was last in use."""
-
-    graph: torch.cuda.CUDAGraph
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
-    done: torch.cuda.Event
-
-    def replay(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The outputs for these inputs, behind every earlier replay, whatever stream that one is on."""
-        stream = torch.cuda.current_stream(self.inputs[0].device)
-        stream.wait_event(self.done)
-        for place, tensor in zip(self.inputs, inputs, strict=True):
-            place.copy_(tensor)
-        self.graph.replay()
-        outputs = tuple(output.clone() for output in self.outputs)
-        self.done.record(stream)
-        return outputs
-
-
-class CudaGraphs:
-    """Calls of a function on a GPU, recorded where shapes repeat and then replayed without the host's work.
-
-    The first two calls of a shape run as they are, the third is recorded. Kernels and results are the same. What
-    cannot be recorded runs on without, with the reason in `reason`. Threads may share one: they take turns with a
-    recording, whose tensors are the same for all of them.
-    """
-
-    MAX_RECORDINGS = 4  # each holds the memory of a pass
-
-    def __init__(self, function: Stage) -> None:
-        self.function = function
-        self.reason = ""
-        self._calls: dict[tuple, int] = {}
-        self._recorded: dict[tuple, _Recording] = {}
-        self._turn = threading.Lock()
-
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The function of these tensors."""
-        devices = {tensor.device for tensor in inputs}
-        if self.reason or len(devices) != 1 or torch.is_autocast_enabled("cuda"):
-            return self.function(*inputs)
-        device = devices.pop()
-        if device.type != "cuda":
-            return self.function(*inputs)
-        key = tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs)
-        with self._turn, torch.cuda.device(device):
-            if self._is_ready(key, inputs):
-                return self._recorded[key].replay(inputs)
-        return self.function(*inputs)
-
-    def _is_ready(self, key: tuple, inputs: tuple[Tensor, ...]) -> bool:
-        """Whether there is a recording for these inputs; it is made where it is due."""
-        if key in self._recorded:
-            return True
-        self._calls[key] = self._calls.get(key, 0) + 1
-        if self.reason or self._calls[key] < 3 or len(self._recorded) == self.MAX_RECORDINGS:
-            return False
-        try:
-            self._recorded[key] = self._record(inputs)
-        except RuntimeError as error:
-            self.reason = f"the pass cannot be recorded: {str(error).splitlines()[0]}"
-            log.info("CUDA graphs are off: %s", self.reason)
-            torch.cuda.synchronize()
-            return False
-        return True
-
-    def _record(self, inputs: tuple[Tensor, ...]) -> _Recording:
-        places = tuple(t.clone() for t in inputs)
-        graph, done = torch.cuda.CUDAGraph(), torch.cuda.Event()
-        # A stream of this device: torch would share one of the device that was recorded on first. Another thread, a
-        # loader that decodes on the GPU, may allocate meanwhile: only what this one does can spoil the recording.
-        stream = torch.cuda.Stream(places[0].device)
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            outputs = self.function(*places)
-        done.record()
-        return _Recording(graph, places, outputs, done)
+    return Recorded(run) if device.type == "cuda" else run

@@ -5,6 +5,7 @@ from ddfast.ops._class_kl import class_kl
 from ddfast.ops._convnet import convnet_block
 from ddfast.ops._crops import crop_batch, crop_resize
 from ddfast.ops._dispatch import paths
+from ddfast.ops._epilogue import add_bias_relu_
 from ddfast.ops._gradients import (
     grad_sq_norm_conv2d,
     grad_sq_norm_embedding,
@@ -18,6 +19,7 @@ from ddfast.ops._tail import shapley_crop_boxes
 from ddfast.ops._winograd import winograd_conv2d, winograd_weight
 
 __all__ = [
+    "add_bias_relu_",
     "assemble_masked_features",
     "class_kl",
     "convnet_block",

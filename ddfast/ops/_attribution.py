@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ddfast.ops import reference
+from ddfast.ops._constants import shared
 from ddfast.ops._dispatch import LIBRARY, define
 from ddfast.ops._grid import player_map
 from ddfast.ops._philox import as_signed_64_bit, quantile_table
@@ -111,7 +112,11 @@ def _broadcast_baseline(baseline: float | Tensor, images: Tensor, precision: tor
     """The baseline in one of the op's three forms: [C], [C, H, W] or [B, C, H, W]."""
     channels = images.shape[1]
     if not isinstance(baseline, Tensor):
-        return torch.full((channels,), baseline, dtype=precision, device=images.device)
+        device = images.device
+        return shared(
+            ("baseline", repr(baseline), channels, precision, device),
+            lambda: torch.full((channels,), baseline, dtype=precision, device=device),
+        )
     if baseline.dtype not in _FLOATING:
         raise TypeError(f"baseline must be a number or a floating-point tensor, got {baseline.dtype}")
     form: tuple[int, ...] = tuple(images.shape if baseline.ndim == 4 else images.shape[1:])
@@ -131,7 +136,14 @@ def _channel_statistic(
 ) -> Tensor | None:
     if statistic is None:
         return None
-    tensor = to_device(torch.as_tensor(statistic, dtype=precision), images.device)
+    device = images.device
+    if isinstance(statistic, list | tuple) and all(type(number) in (int, float) for number in statistic):
+        tensor = shared(
+            ("statistic", repr(statistic), precision, device),
+            lambda: to_device(torch.tensor(statistic, dtype=precision), device),
+        )
+    else:
+        tensor = to_device(torch.as_tensor(statistic, dtype=precision), device)
     if tensor.shape != images.shape[1:2]:
         raise ValueError(
             f"{name} must have one number for each of {images.shape[1]} channels, got {statistic}"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ddfast.ops import reference
 from ddfast.ops._attribution import ChannelStatistic, _channel_statistic, _pair
+from ddfast.ops._constants import shared
 from ddfast.ops._dispatch import LIBRARY, define
 
 _FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -146,9 +147,11 @@ def _flat_boxes(images: Tensor, boxes: Tensor, source: Tensor | None) -> tuple[T
             raise ValueError(
                 f"boxes {tuple(boxes.shape)} for {count} images need source, the image of each box"
             )
-        source = torch.arange(count, device=images.device)
-        if batched:
-            source = source.repeat_interleave(boxes.shape[1])
+        device, each = images.device, boxes.shape[1] if batched else 1
+        source = shared(
+            ("source", count, each, device),
+            lambda: torch.arange(count, device=device).repeat_interleave(each),
+        )
     elif batched:
         raise ValueError(
             "boxes [B, K, 4] cut image b already; leave source out or flatten the boxes to [M, 4]"

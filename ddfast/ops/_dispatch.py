@@ -145,27 +145,44 @@ def define(
 
 def _on_gpu(op: Op, *args: Any, **kwargs: Any) -> Any:
     """The CUDA body of an op, with the device of its arguments as the current one: Triton launches on that."""
-    with torch.cuda.device(_one_device(op.name, (*args, *kwargs.values()))):
-        if op.triton is not None and triton_status()[0]:
-            module = importlib.import_module(f"ddfast.kernels.{op.triton}")
-            return getattr(module, op.name)(*args, **kwargs)
-        return op.reference(*args, **kwargs)
+    index = _one_device(op.name, (*args, *kwargs.values()))
+    body = _launcher(op.triton, op.name) if op.triton is not None and triton_status()[0] else op.reference
+    if _gpus() == 1:
+        return body(*args, **kwargs)
+    with torch.cuda.device(index):
+        return body(*args, **kwargs)
 
 
-def _one_device(name: str, arguments: Iterable[Any]) -> torch.device:
-    """The device of an op's tensors.
+@functools.cache
+def _launcher(module: str, name: str) -> Callable[..., Any]:
+    return getattr(importlib.import_module(f"ddfast.kernels.{module}"), name)
+
+
+@functools.cache
+def _gpus() -> int:
+    """How many GPUs this process sees; asked when one of them is in use already."""
+    return torch.cuda.device_count()
+
+
+def _one_device(name: str, arguments: Iterable[Any]) -> int:
+    """The index of the GPU that an op's tensors are on.
 
     Raises:
-        ValueError: they are on several: a kernel would read memory that is not its own.
+        ValueError: they are on several devices: a kernel would read memory that is not its own.
     """
-    devices = list(
-        dict.fromkeys(argument.device for argument in arguments if isinstance(argument, torch.Tensor))
-    )
-    if len(devices) > 1:
-        raise ValueError(
-            f"{name} takes tensors on one device, got {' and '.join(map(str, devices))}: move them to one"
-        )
-    return devices[0]
+    index = None
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            if index is None:
+                index = argument.get_device()
+            elif argument.get_device() != index:
+                devices = [value.device for value in arguments if isinstance(value, torch.Tensor)]
+                raise ValueError(
+                    f"{name} takes tensors on one device, got {' and '.join(map(str, dict.fromkeys(devices)))}: "
+                    "move them to one"
+                )
+    assert index is not None
+    return index
 
 
 @functools.cache

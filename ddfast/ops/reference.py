@@ -726,3 +726,16 @@ def class_kl_terms(
     rows = counts.to(logits.dtype)[members] * len(counts) if by_class else len(members)
     weights = torch.ones_like(divergences) / rows
     return (divergences * weights).sum(), p * (excess - divergences[:, None]) * weights[:, None]
+
+
+# --- add_bias_relu_ -----------------------------------------------------------------------------------------
+
+
+def add_bias_relu_(x: Tensor, bias: Tensor | None, other: Tensor | None, relu: bool) -> None:
+    """relu(x + bias + other), written over x; rounded once."""
+    value = x.to(accumulation_dtype(x.dtype), copy=True)
+    if bias is not None:
+        value += bias[:, None, None]
+    if other is not None:
+        value += other
+    x.copy_(value.relu_() if relu else value)

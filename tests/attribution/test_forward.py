@@ -1,10 +1,7 @@
 """What happens to a model before it runs: tracing, folding, casting, fusing, splitting."""
 
 import operator
-import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,6 +10,7 @@ from torch import nn
 
 from ddfast.attribution import folding, forward, locality, shapley, tracing
 from ddfast.models import create_model
+from ddfast.ops import graphs
 from ddfast.ops.precision import cpu_multiplies_bfloat16
 from tests.attribution.networks import Residual, local_net, randomise
 
@@ -185,6 +183,117 @@ def test_fused_epilogues_have_the_bits_of_separate_ones(dtype):
         torch.testing.assert_close(together, separate, rtol=0, atol=2**-6 * float(separate.abs().max()))
 
 
+@pytest.fixture
+def cudnn(monkeypatch):
+    """Stands in for cuDNN's fused convolutions on the CPU; its value decides whether one raises."""
+    refuses = []
+
+    def relu(x, weight, bias, stride, padding, dilation, groups):
+        if refuses and refuses[0](x, weight, None):
+            raise RuntimeError("FIND was unable to find an engine\nto execute this computation")
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups).relu()
+
+    def add_relu(x, weight, z, alpha, bias, stride, padding, dilation, groups):
+        if refuses and refuses[0](x, weight, z):
+            raise RuntimeError("FIND was unable to find an engine\nto execute this computation")
+        return (F.conv2d(x, weight, bias, stride, padding, dilation, groups) + alpha * z).relu()
+
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", relu)
+    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", add_relu)
+    return refuses
+
+
+def gpu_epilogues(model, dtype):
+    """How many were fused, what is said of it, and the scores before and after, by stand-ins on the CPU."""
+    images = random_images(dtype=dtype)
+    graph = tracing.trace(model)
+    folding.fold_batch_norms(graph)
+    with torch.no_grad():
+        locality.measure(graph, random_images(1))
+        folding.cast(graph, dtype)
+        separate = graph(images)
+        fused = folding.fuse_gpu_epilogues(graph, torch.device("cpu"), dtype)
+        together = graph(images)
+    return fused, graph.meta["epilogues"], separate.double(), together.double()
+
+
+RESIDUAL = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), Residual(8), Residual(8, 2), Residual(8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_gpu_takes_sums_and_relus_into_the_convolution(dtype, cudnn):
+    fused, told, separate, together = gpu_epilogues(randomise(RESIDUAL), dtype)
+    assert (fused, told) == (7, "epilogues fused: 7 by cuDNN")
+    torch.testing.assert_close(
+        together, separate, rtol=0, atol=torch.finfo(dtype).eps * float(separate.abs().max())
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_what_cudnn_refuses_is_one_pass_behind_the_convolution(dtype, cudnn):
+    cudnn.append(lambda x, weight, z: True)
+    fused, told, separate, together = gpu_epilogues(randomise(RESIDUAL), dtype)
+    why = (
+        "cuDNN fuses nothing in float64"
+        if dtype == torch.float64
+        else "cuDNN refuses it (FIND was unable to find an engine)"
+    )
+    assert (fused, told) == (7, f"epilogues fused: 7 by one pass behind the convolution: {why}")
+    if dtype.itemsize > 2:
+        atol = 8 * torch.finfo(dtype).eps
+    else:  # one rounding where there were up to three a layer
+        atol = 16 * torch.finfo(dtype).eps
+    torch.testing.assert_close(together, separate, rtol=0, atol=atol * float(separate.abs().max()))
+
+
+def test_each_geometry_is_tried_once_and_takes_its_own_way(cudnn):
+    tried = []
+
+    def refuses(x, weight, z):
+        tried.append((tuple(x.shape), tuple(weight.shape), z is None))
+        return len(x) == 2 and z is not None  # a trial, of a sum
+
+    cudnn.append(refuses)
+    fused, told, separate, together = gpu_epilogues(randomise(RESIDUAL), torch.float32)
+    assert fused == 7
+    assert told == (
+        "epilogues fused: 4 by cuDNN, 3 by one pass behind the convolution: "
+        "cuDNN refuses it (FIND was unable to find an engine)"
+    )
+    trials = [each for each in tried if each[0][0] == 2]
+    assert len(trials) == len(set(trials)) >= 4
+    torch.testing.assert_close(together, separate, rtol=0, atol=1e-6 * float(separate.abs().max()))
+
+
+@pytest.mark.parametrize(("error", "tf32"), [(0.1, True), (1e-4, False)])
+def test_wrong_numbers_of_cudnn_are_not_taken(error, tf32, cudnn, monkeypatch):
+    """Nor those of TF32 where the plain convolution may not take it."""
+    right = torch.cudnn_convolution_relu
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", lambda *arguments: right(*arguments) * (1 + error))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
+    _, told, separate, together = gpu_epilogues(randomise(RESIDUAL), torch.float32)
+    fused = "4 by one pass behind the convolution: cuDNN gives other numbers, 3 by cuDNN"
+    assert told == f"epilogues fused: {fused}"
+    torch.testing.assert_close(together, separate, rtol=0, atol=1e-6 * float(separate.abs().max()))
+
+
+@pytest.mark.parametrize("asked", ["deterministic", "off"])
+def test_settings_of_cudnn_are_respected(asked, cudnn, monkeypatch):
+    monkeypatch.setattr(
+        torch.backends.cudnn, "deterministic" if asked == "deterministic" else "enabled", asked != "off"
+    )
+    _, told, _, _ = gpu_epilogues(randomise(RESIDUAL), torch.float32)
+    assert ("deterministic algorithms" if asked == "deterministic" else "cuDNN is switched off") in told
+
+
+def test_a_relu_alone_is_left_where_cudnn_does_not_take_it(cudnn):
+    cudnn.append(lambda *_: True)
+    net = randomise(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Tanh()))
+    fused, told, separate, together = gpu_epilogues(net, torch.float32)
+    assert (fused, told) == (0, "")
+    assert torch.equal(separate, together)
+
+
 def test_sums_of_maps_of_one_pixel_stay_apart():
     """torch 2.11's oneDNN cannot fuse them."""
     model = randomise(nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), Residual(8)))
@@ -261,101 +370,10 @@ def test_parts_of_a_graph_are_the_graph():
         assert torch.equal(values[0], graph(images))
 
 
-def test_recording_needs_a_gpu():
-    recorded = forward.CudaGraphs(lambda x: (x + 1,))
-    for _ in range(4):
-        assert torch.equal(recorded(torch.ones(2))[0], torch.full((2,), 2.0))
-    assert recorded._recorded == {}
-    assert recorded.reason == ""
-
-
-class OnGpu(torch.Tensor):
-    """A tensor that says that it is on the second GPU."""
-
-    device = property(lambda self: torch.device("cuda", 1))
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    """A stand-in for what recording asks of torch.cuda; its value is what was asked."""
-    asked = []
-
-    @contextmanager
-    def context(name, *arguments, **options):
-        asked.append((name, *arguments, *options.items()))
-        yield
-
-    class Event:
-        def record(self, stream=None):
-            asked.append(("record", stream))
-
-    class Stream:
-        def wait_event(self, event):
-            asked.append(("wait", event))
-
-    class Graph:
-        def __init__(self):
-            Graph.last = self
-
-        def replay(self):
-            place, output = self.recorded
-            time.sleep(0.001)  # another thread has time to come between
-            output.copy_(place + 1)
-
-    def function(place):
-        output = place + 1
-        Graph.last.recorded = (place, output)
-        return (output,)
-
-    Graph.last = Graph()
-    monkeypatch.setattr(torch.cuda, "device", lambda device: context("device", device))
-    monkeypatch.setattr(
-        torch.cuda, "graph", lambda graph, **options: context("graph", *sorted(options.items()))
-    )
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: ("stream of", device))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
-    return asked, forward.CudaGraphs(function)
-
-
-def test_a_pass_is_recorded_on_its_device_and_beside_other_threads(gpu):
-    asked, recorded = gpu
-    for _ in range(4):
-        (output,) = recorded(torch.ones(2).as_subclass(OnGpu))
-    assert output.tolist() == [2, 2]
-    second = torch.device("cuda", 1)
-    graph = ("graph", ("capture_error_mode", "thread_local"), ("stream", ("stream of", second)))
-    assert [each for each in asked if each[0] == "graph"] == [graph]
-    assert [each for each in asked if each[0] == "device"] == [("device", second)] * 4
-    assert recorded.reason == ""
-
-
-def test_a_replay_waits_for_the_one_before(gpu):
-    asked, recorded = gpu
-    for _ in range(4):
-        recorded(torch.ones(2).as_subclass(OnGpu))
-    steps = [each[0] for each in asked if each[0] in ("wait", "record", "graph")]
-    assert steps == ["graph", "record", "wait", "record", "wait", "record"]
-
-
-def test_threads_take_turns_with_a_recording(gpu):
-    _, recorded = gpu
-    for _ in range(3):
-        recorded(torch.zeros(2).as_subclass(OnGpu))
-
-    def call(value):
-        return [float(recorded(torch.full((2,), value).as_subclass(OnGpu))[0][0]) for _ in range(10)]
-
-    with ThreadPoolExecutor(4) as threads:
-        found = list(threads.map(call, (1.0, 2.0, 3.0, 4.0)))
-    assert found == [[value] * 10 for value in (2.0, 3.0, 4.0, 5.0)]
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_recorded_passes_repeat_the_results():
     model, images = local_net().cuda(), random_images(8).cuda()
-    recorded = forward.CudaGraphs(lambda x: (model(x),))
+    recorded = graphs.Recorded(lambda x: (model(x),))
     with torch.no_grad():
         wanted = model(images)
         results = [recorded(images + shift)[0] for shift in (0, 1, 2, 3, 0)]

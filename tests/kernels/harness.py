@@ -7,7 +7,8 @@ positional arguments, with CPU tensors. One call serves many cases, because ever
     outputs = run("masked_batch.masked_batch", cases, where="cuda")                  # a real GPU
     binaries = compile_ahead("masked_batch.masked_batch", cases)                     # ptxas, without a GPU
 
-`run` returns what the launcher returns, on the CPU, one entry a case. Memory that the launcher allocates
+`run` returns what the launcher returns (one that works in place: its first argument), on the CPU, one entry a case.
+Memory that the launcher allocates
 holds NaN (or the largest integer) beforehand, so that an element it forgets to write shows.
 
 `compile_ahead` compiles what the launcher would launch, see `ddfast.kernels.ahead_of_time`. It returns one
@@ -97,7 +98,8 @@ def _poisoned(function: Callable[..., Any], arguments: tuple) -> Any:
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
-        return function(*arguments)
+        result = function(*arguments)
+        return arguments[0] if result is None else result  # a launcher that works in place
     finally:
         torch.use_deterministic_algorithms(before)
 

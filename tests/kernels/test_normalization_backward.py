@@ -59,6 +59,8 @@ def test_compiles_for_every_gpu_with_wide_accesses_and_no_spills():
     widest_store = {}
     for binary in compile_ahead(LAUNCHER, cases):
         assert binary.spilled_bytes == 0
+        if binary.kernel == "_finish":  # adds up what the others leave in L2
+            continue
         assert max(binary.load_bytes) == 16
         key = (binary.case, binary.capability)  # one launch or two; the one that writes the gradient
         widest_store[key] = max([widest_store.get(key, 0), *binary.store_bytes])

@@ -1,0 +1,29 @@
+"""Small tensors that calls with equal settings share, so that a GPU is not sent the same numbers again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor
+
+MAX_KEPT = 256
+_KEPT: dict[Hashable, Tensor] = {}
+
+
+def shared(key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+    """What `make` gives, made once for each key: not to be written to, and not to be handed to a caller."""
+    if torch.compiler.is_compiling():
+        return make()
+    kept = _KEPT.get(key)
+    if kept is not None:
+        return kept
+    with torch.inference_mode(False):  # serves training too
+        made = make()
+    # What a CUDA graph is being recorded for is memory of that graph.
+    recorded = made.is_cuda and torch.cuda.is_current_stream_capturing()
+    if type(made) is torch.Tensor and not recorded:  # a stand-in of a tracer is good for this call alone, too
+        if len(_KEPT) >= MAX_KEPT:
+            _KEPT.clear()
+        _KEPT[key] = made
+    return made

@@ -1,0 +1,245 @@
+"""Whole passes on a GPU without the host's work: recorded as CUDA graphs where shapes repeat, and replayed."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+log = logging.getLogger(__name__)
+
+_RUNS_BEFORE = 2  # as it is: the first compiles and allocates what is kept, the second is watched
+_COPIES = ("aten::copy_", "aten::_to_copy", "aten::lift_fresh", "aten::lift_fresh_copy")
+
+
+@dataclass
+class _Recording:
+    """A recorded pass: the graph, what it reads and writes, and the moment at which that was last in use."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    done: torch.cuda.Event
+
+    @torch.no_grad()
+    def replay(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The outputs for these inputs, behind every earlier replay, whatever stream that one is on."""
+        stream = torch.cuda.current_stream(self.inputs[0].device)
+        stream.wait_event(self.done)
+        for place, tensor in zip(self.inputs, inputs, strict=True):
+            place.copy_(tensor)
+        self.graph.replay()
+        outputs = tuple(output.clone() for output in self.outputs)
+        self.done.record(stream)
+        return outputs
+
+
+class _UnderWay(threading.local):
+    """Whether this thread is inside of a pass that may be recorded as a whole."""
+
+    inside = False
+
+
+_UNDER_WAY = _UnderWay()
+
+
+class Recorded:
+    """Calls of a function on a GPU, recorded where shapes repeat and then replayed without the host's work.
+
+    The first two calls with tensors of a kind (shapes, strides, dtypes, device) run as they are, the third one is
+    recorded; `warm` does all of it at once. Kernels and results are the same. Results are copies of their own.
+
+    The function takes tensors on one GPU and returns a tuple of tensors. It may run autograd inside
+    (`torch.autograd.grad`, custom functions), but its results carry no gradient. Whatever else it reads is fixed by the
+    recording: tensors by where they lie (weights may change in place), numbers by their value. What it does besides on
+    the host, as logging or counting, is not done again.
+
+    A function that draws random numbers or sends numbers from the host would repeat those of the recording: it runs as
+    it is, as does one that waits for the GPU. So do calls under autocast, whose copies of weights would come to lie in
+    the recording, and calls whose inputs require a gradient.
+
+    One may be called inside of another, and is then a part of that one.
+
+    Threads may share one: they take turns with a recording, whose tensors are the same for all of them. Other threads
+    may use the GPU while one records.
+
+    Args:
+        function: of tensors, to a tuple of tensors.
+        limit: so many kinds are recorded, each of which holds the memory of a pass; others run as they are.
+
+    Attributes:
+        reason: why the last call that could not be replayed ran as it is; "" where none had to.
+    """
+
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]], *, limit: int = 4) -> None:
+        self.function = function
+        self.limit = limit
+        self.reason = ""
+        self._refused = False  # for good
+        self._calls: dict[tuple, int] = {}
+        self._seen: set[tuple] = set()  # kinds whose calls were watched
+        self._recorded: dict[tuple, _Recording] = {}
+        self._turn = threading.Lock()
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The function of these tensors."""
+        if _UNDER_WAY.inside or self._refused or not self._may_be_recorded(inputs):
+            return self.function(*inputs)
+        kind = _kind(inputs)
+        with self._turn, torch.cuda.device(inputs[0].device):
+            recording = self._recorded.get(kind)
+            if recording is None and self._is_due(kind):
+                recording = self._record(kind, inputs)
+            if recording is not None:
+                return recording.replay(inputs)
+            unseen = self._calls.get(kind, 0) >= _RUNS_BEFORE and kind not in self._seen
+        return self._watched(kind, inputs) if unseen else self._run(inputs)
+
+    def warm(self, *inputs: Tensor) -> bool:
+        """Record the function of such tensors now, unless it is recorded; their values do not matter.
+
+        To be called before other threads use the function, so that none of them waits for the recording.
+
+        Returns:
+            whether it is recorded; where not, `reason` says why.
+        """
+        if self._refused or not self._may_be_recorded(inputs):
+            return False
+        kind = _kind(inputs)
+        for _ in range(_RUNS_BEFORE + 1):
+            if self._refused or kind in self._recorded:
+                break
+            self(*inputs)
+        return kind in self._recorded
+
+    def forget(self) -> None:
+        """Let go of all recordings and of their memory; what the function reads may lie elsewhere afterwards."""
+        with self._turn:
+            self._recorded.clear()
+            self._calls.clear()
+            self._seen.clear()
+
+    def _may_be_recorded(self, inputs: tuple[Tensor, ...]) -> bool:
+        devices = {tensor.device for tensor in inputs}
+        if any(device.type != "cuda" for device in devices) or not devices:
+            return False
+        if len(devices) > 1:
+            self.reason = "its inputs are on several GPUs"
+        elif torch.is_autocast_enabled("cuda"):
+            self.reason = "it is called under autocast"
+        elif torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+            self.reason = "its inputs require a gradient"
+        else:
+            return True
+        return False
+
+    def _is_due(self, kind: tuple) -> bool:
+        """Whether a call of this kind, which has no recording, is to be recorded; counts it."""
+        if self._refused:
+            return False
+        if len(self._recorded) >= self.limit:
+            self.reason = f"{self.limit} kinds of inputs are recorded, which is the limit"
+            return False
+        calls = self._calls[kind] = self._calls.get(kind, 0) + 1
+        return calls > _RUNS_BEFORE and kind in self._seen
+
+    def _run(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The function as it is; what is recorded apart inside of it is a part of this pass."""
+        _UNDER_WAY.inside = True
+        try:
+            return self.function(*inputs)
+        finally:
+            _UNDER_WAY.inside = False
+
+    def _watched(self, kind: tuple, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The function of these tensors, refused from now on where a recording would not repeat it."""
+        watch = _Watch()
+        with watch:
+            outputs = self._run(inputs)
+        fault = watch.fault
+        if not fault and any(output.requires_grad for output in outputs):
+            fault = "its results require a gradient"
+        if fault:
+            self._refuse(fault)
+        with self._turn:
+            self._seen.add(kind)
+        return outputs
+
+    def _record(self, kind: tuple, inputs: tuple[Tensor, ...]) -> _Recording | None:
+        with torch.inference_mode(False), torch.no_grad():  # tensors that may be written to in any mode
+            places = tuple(tensor.detach().clone() for tensor in inputs)
+        graph, done = torch.cuda.CUDAGraph(), torch.cuda.Event()
+        # A stream of this device: torch would share one of the device that was recorded on first. Another thread, a
+        # loader that decodes on the GPU, may allocate meanwhile: only what this one does can spoil the recording.
+        stream = torch.cuda.Stream(places[0].device)
+        try:
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                outputs = self._run(tuple(place.detach() for place in places))
+        except RuntimeError as error:
+            self._refuse(f"it cannot be recorded: {str(error).splitlines()[0]}")
+            torch.cuda.synchronize()
+            return None
+        done.record()
+        recording = _Recording(graph, places, tuple(output.detach() for output in outputs), done)
+        self._recorded[kind] = recording
+        return recording
+
+    def _refuse(self, reason: str) -> None:
+        self._refused, self.reason = True, reason
+        log.info("a pass runs without a CUDA graph: %s", reason)
+
+
+def _kind(inputs: tuple[Tensor, ...]) -> tuple:
+    """What a recording is good for."""
+    modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+    return (modes, *((t.shape, t.stride(), t.dtype, t.device) for t in inputs))
+
+
+class _Watch(TorchDispatchMode):
+    """Sees what a function asks of torch, and keeps the first thing that a replay would not repeat."""
+
+    fault = ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if not self.fault:
+            self.fault = _fault(func, args, kwargs, result)
+        return result
+
+
+def _fault(func: Any, args: Any, kwargs: Any, result: Any) -> str:
+    """Why a replay would not repeat a call of an op; "" where it would."""
+    name = func.name().partition(".")[0]
+    if torch.Tag.nondeterministic_seeded in func.tags and not _draws_nothing(func, args, kwargs):
+        return f"it draws random numbers ({name})"
+    copies = name in _COPIES
+    given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    made = {_device_type(t) for t in tree_leaves(result) if isinstance(t, Tensor)}
+    # A single number from the host is an argument of a launch, which a recording keeps by its value.
+    host = any(_device_type(t) == "cpu" and (t.ndim or copies) for t in given)
+    gpu = any(_device_type(t) == "cuda" for t in given)
+    if "cuda" in made and (host or name.startswith("aten::lift_fresh")):
+        return f"it sends numbers from the host to the GPU ({name})"
+    if gpu and ("cpu" in made or name == "aten::_local_scalar_dense"):
+        return f"it waits for numbers from the GPU ({name})"
+    return ""
+
+
+def _device_type(tensor: Tensor) -> str:
+    return tensor.device.type
+
+
+def _draws_nothing(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an op that may draw random numbers does not: dropout of probability 0, or outside of training."""
+    values = {argument.name: argument.default_value for argument in func._schema.arguments}
+    values |= dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+    shares = [values[name] for name in ("p", "dropout_p", "dropout") if values.get(name) is not None]
+    return values.get("train") is False or values.get("training") is False or 0 in shares
