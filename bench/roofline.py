@@ -256,7 +256,7 @@ def levers(found: Subject, precision: str, rounds: int) -> dict[str, float]:
         return plain(self, stage, inputs)
 
     def direct() -> None:
-        with mock.patch.object(engine._ImageGame, "_maps", return_value=None):
+        with mock.patch.object(engine.ImageGame, "_maps", return_value=None):
             attribute(found, precision)
 
     def unshared() -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ddfast.attribution.engine import Channels, evaluations, start, weights
-from ddfast.attribution.validation import as_tensors
+from ddfast.attribution.engine import Channels, ImageGame, evaluations, start, weights
+from ddfast.attribution.estimators import Plan, SampledPlan
+from ddfast.attribution.validation import as_tensors, check_finite
 from ddfast.ops import noisy_crop_boxes, shapley_crop_boxes
 from ddfast.ops.transfer import to_device
 
@@ -106,22 +108,53 @@ def unread_crops(
         std=std,
         chunk_size=chunk_size,
     )
-    image_size = (images.shape[2], images.shape[3])
-    partial, sample_ids = game.nothing(), to_device(sample_ids, images.device)
+    sample_ids = to_device(sample_ids, images.device)
+    if isinstance(plan, SampledPlan) and game.is_settled:
+        given = (game.images, game.labels, plan.coalitions, plan.projection, sample_ids)
+        phi, placed, bad = game.recorded(
+            ("crops", repr(rule)), partial(_of_tensors, game.again(), rule, chunk)
+        )(*given)
+    else:
+        phi, placed, bad = _placed(game, plan, chunk, sample_ids, rule, check=check)
+    if check:
+        check_finite(int(bad), game.evaluated, "masked images")
+    return phi, placed, bad
+
+
+def _of_tensors(
+    game: Callable[[Tensor, Tensor], ImageGame],
+    rule: CropRule,
+    chunk: int,
+    images: Tensor,
+    labels: Tensor,
+    coalitions: Tensor,
+    projection: Tensor,
+    sample_ids: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The whole pass as a function of tensors, which a GPU can record."""
+    return _placed(game(images, labels), SampledPlan(coalitions, projection), chunk, sample_ids, rule)
+
+
+def _placed(
+    game: ImageGame, plan: Plan, chunk: int, sample_ids: Tensor, rule: CropRule, *, check: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """phi, boxes and the number of masked images that got no number."""
+    image_size = (game.images.shape[2], game.images.shape[3])
+    so_far = game.nothing()
     dtype = torch.float64 if game.dtype == torch.float64 else torch.float32
     heatmaps: list[Tensor] = []
     boxes: list[Tensor] = []
     for which, scores, projection, last in evaluations(game, plan, chunk, check=check):
         if not last:
-            partial[which] += game.project(which, scores, projection)
+            so_far[which] += game.project(which, scores, projection)
             continue
         phi, placed = shapley_crop_boxes(
             scores,
             game.labels[which],
             weights(projection, scores),
             sample_ids[which],
-            value=value,
-            partial=partial[which],
+            value=game.value,
+            partial=so_far[which],
             grid=game.grid,
             image_size=image_size,
             **asdict(rule),
@@ -129,7 +162,7 @@ def unread_crops(
         heatmaps.append(phi.to(dtype))
         boxes.append(placed)
     if not heatmaps:
-        heatmaps = [partial.to(dtype)]
+        heatmaps = [so_far.to(dtype)]
         boxes = [rule.boxes(heatmaps[0], sample_ids, game.grid, image_size)]
     phi, placed = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in (heatmaps, boxes))
     return phi, placed, game.bad_scores()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from ddfast.attribution.validation import (
 )
 from ddfast.ops import masked_batch, shapley_heatmap
 from ddfast.ops._attribution import VALUES
+from ddfast.ops.graphs import Recorded
 from ddfast.ops.precision import autocast, resolve_precision
 from ddfast.ops.transfer import statistic, to_device
 from ddfast.unchanged import found_of
@@ -131,7 +133,7 @@ def start(
     mean: Channels,
     std: Channels,
     chunk_size: int | None,
-) -> tuple[_ImageGame, Plan, int]:
+) -> tuple[ImageGame, Plan, int]:
     """Check the arguments of `shapley`: the games of the images, the plan of their evaluation, and how many
     masked images a forward pass takes.
 
@@ -149,7 +151,7 @@ def start(
     chunk = check_chunk_size(DEFAULT_CHUNK_SIZE if chunk_size is None else chunk_size)
     baseline = check_baseline(baseline, images)
     seed = check_seed(seed, len(images))
-    game = _ImageGame(
+    game = ImageGame(
         model,
         images,
         to_device(labels, images.device),
@@ -183,6 +185,7 @@ class _Known:
         forwards: the model prepared, by the evaluations an image.
         empty: class scores [1, 1, classes] of the empty coalition, alike.
         batches: evaluations an image at which a large batch was held against the model itself.
+        passes: whole passes over the images of a micro-batch, which a GPU records.
     """
 
     statistics: tuple[Tensor | None, Tensor | None]
@@ -190,6 +193,7 @@ class _Known:
     forwards: dict[int, Forward] = field(default_factory=dict)
     empty: dict[int, Tensor] = field(default_factory=dict)
     batches: set[int] = field(default_factory=set)
+    passes: dict[tuple[Any, ...], Recorded] = field(default_factory=dict)
 
 
 def _known(
@@ -214,7 +218,7 @@ def _known(
 
 
 def evaluations(
-    game: _ImageGame, plan: Plan, chunk: int, *, check: bool = True
+    game: ImageGame, plan: Plan, chunk: int, *, check: bool = True
 ) -> Iterator[tuple[slice, Tensor, Tensor, bool]]:
     """Run the plan, one forward pass after another.
 
@@ -238,7 +242,7 @@ def evaluations(
             states.restore()
 
 
-def _evaluations(game: _ImageGame, plan: Plan, chunk: int) -> Iterator[tuple[slice, Tensor, Tensor, bool]]:
+def _evaluations(game: ImageGame, plan: Plan, chunk: int) -> Iterator[tuple[slice, Tensor, Tensor, bool]]:
     images, first = len(game.images), 0
     if images and not game.baseline_per_image:
         # Nothing of an image shows in the empty coalition: one evaluation serves all.
@@ -279,7 +283,7 @@ class MicroBatch:
 
 
 @dataclass
-class _ImageGame:
+class ImageGame:
     """The games v(s) = f(x masked to s)_y of a batch of images (InfoUtil, Sec. 3.2.1).
 
     The model is inspected before its first pass, and what was prepared for it is compared with what it gives. Where
@@ -315,6 +319,32 @@ class _ImageGame:
     def scores(self, which: slice, coalitions: Tensor) -> Tensor:
         """Class scores [b, k, classes] of the images `which` under coalitions bool [k, d] or [b, k, d]."""
         return self.run(self.micro_batch(which, coalitions))
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether all is known that is looked for at first, so that a pass is a function of tensors."""
+        known = self.known
+        settled = known is not None and self.evaluations in known.batches and self.evaluations in known.empty
+        return settled and not self.draws and self.images.device.type != "cpu"
+
+    def again(self) -> Callable[[Tensor, Tensor], ImageGame]:
+        """The same game of other images and labels."""
+        settings = (self.grid, self.value, self.baseline, self.mean, self.std, self.precision)
+        evaluations, chunk, known = self.evaluations, self.chunk, self.known
+        model = self.model
+
+        def game(images: Tensor, labels: Tensor) -> ImageGame:
+            return ImageGame(model, images, labels, *settings, evaluations, chunk, known=known)
+
+        return game
+
+    def recorded(self, key: tuple[Any, ...], run: Callable[..., tuple[Tensor, ...]]) -> Recorded:
+        """A pass over tensors, made once for the settings of this game and `key`."""
+        assert self.known is not None
+        whole = (*key, self.evaluations, self.value, self.chunk)
+        if whole not in self.known.passes:
+            self.known.passes[whole] = Recorded(run)
+        return self.known.passes[whole]
 
     def empty_scores(self, coalitions: Tensor) -> Tensor:
         """Class scores [1, 1, classes] of the empty coalition, in which nothing of any image shows."""

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddfast.attribution.engine import _ImageGame, compute_dtype
+from ddfast.attribution.engine import ImageGame, compute_dtype
 from ddfast.attribution.inspection import Inspection
 
 MAX_KEYED_PLAYERS = 62
@@ -339,7 +339,7 @@ class GridGame(FeatureGame):
         (images,), (baseline,) = self.inputs, self.baselines
         if isinstance(baseline, Tensor) and len(baseline) == 1:
             baseline = baseline[0]
-        self._engine = _ImageGame(
+        self._engine = ImageGame(
             self.model,
             images,
             torch.zeros(len(images), dtype=torch.int64, device=images.device),

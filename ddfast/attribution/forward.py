@@ -82,9 +82,7 @@ class Forward:
         with autocast(self.precision, masked.device):
             values: tuple[Tensor, ...] = (masked,)
             for stage in self.stages:
-                values = self._run(
-                    stage.function if once and isinstance(stage, Recorded) else stage, values
-                )
+                values = self._run(stage.function if once and isinstance(stage, Recorded) else stage, values)
         return values[0]
 
     def variants(

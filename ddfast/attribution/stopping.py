@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ddfast.attribution.design import design, extended
 from ddfast.attribution.designs import kept_rounds
-from ddfast.attribution.engine import DEFAULT_CHUNK_SIZE, Channels, _ImageGame
+from ddfast.attribution.engine import DEFAULT_CHUNK_SIZE, Channels, ImageGame
 from ddfast.attribution.estimators import relabellings
 from ddfast.attribution.game_prior import GamePrior, Grid
 from ddfast.attribution.inspection import Inspection
@@ -119,7 +119,7 @@ def settled_shapley(
         before = rounds.sizes[number - 1] if number else 0
         there = active.to(images.device)
         per_image = isinstance(baseline, Tensor) and baseline.dim() == 4
-        game = _ImageGame(
+        game = ImageGame(
             model,
             images[there],
             labels.to(images.device)[there],
@@ -147,7 +147,7 @@ def settled_shapley(
     return phi.to(images.device, torch.float64 if dtype == torch.float64 else torch.float32), evaluations
 
 
-def _values(game: _ImageGame, coalitions: Tensor, chunk: int) -> Tensor:
+def _values(game: ImageGame, coalitions: Tensor, chunk: int) -> Tensor:
     """Values float64 [B, K] of coalitions bool [B, K, d], in forward passes of at most `chunk` masked images."""
     images, size = coalitions.shape[:2]
     values = torch.empty(images, size, dtype=torch.float64)

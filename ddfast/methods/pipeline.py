@@ -500,10 +500,11 @@ def score(run: Run) -> None:
         sources = sum(len(pool[i * size : (i + 1) * size]) for i in mine)
         wanted = sum(len(shard) for shard in shards)
         wished = (sample for shard in shards for sample in _samples(run, shard))
-        loaded = _Awaited(run.load(wished, on_device=True))
         label = "score" if run.ranks.size == 1 else f"score, rank 0 of {run.ranks.size}"
         progress = Progress(label, sources, "images", done=sources - wanted, quiet=run.quiet)
         with progress, unchanged(run.teacher.model, run.label_teacher.model):
+            _warm(run, shards[0])
+            loaded = _Awaited(run.load(wished, on_device=True))
             _score_shards(
                 run,
                 [
@@ -629,6 +630,18 @@ def _score_shards(
             waiting.append((shard, pairs, rows))
             settle(late)
     settle(0)
+
+
+def _warm(run: Run, places: np.ndarray) -> None:
+    """Score the first images until a GPU has recorded the passes, before the loader's threads are there."""
+    if run.device.type == "cpu":
+        return
+    micro_batch = run.plan["arithmetic"]["micro_batch"]
+    loaded = run.load(_samples(run, places[:micro_batch]), on_device=True)
+    pairs = list(loaded)
+    if any(not isinstance(image, BadImage) for _, image in pairs):
+        for _ in range(4):  # the first compiles, the second is watched, the third records
+            _Rows(run.method.score(_micro_batch(run, pairs, micro_batch), run.context)).wait()
 
 
 class _Rows:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +12,10 @@ from torch import Tensor
 
 from ddfast.methods.base import Context
 from ddfast.ops import crop_batch, crop_resize
+from ddfast.ops.graphs import Recorded
 from ddfast.ops.precision import autocast
 from ddfast.ops.transfer import to_device
+from ddfast.unchanged import found_of
 
 
 @dataclass(frozen=True)
@@ -82,13 +86,35 @@ def judge(
         scoring_input: "pad" or "resize", see `teacher_input`.
         norm: None for no gradient norm, else a method of `ddfast.grad_norm`.
     """
+    assert context.teacher is not None
+    found = found_of(context.teacher.model)
+    run: Callable[..., tuple[Tensor, ...]] = partial(_judged, context, scoring_input, norm)
+    if found is not None and images.device.type != "cpu":  # recorded where the teacher is held unchanged
+        key = (
+            "judge",
+            scoring_input,
+            norm,
+            context.precision,
+            context.forward_batch,
+            context.image_size,
+            context.tile,
+        )
+        run = found.setdefault(key, Recorded(run))
+    loss, correct, damaged, *norms = run(images, boxes, to_device(labels, images.device))
+    return Verdict(loss, correct, norms[0] if norms else None, damaged)
+
+
+def _judged(
+    context: Context, scoring_input: str, norm: str | None, images: Tensor, boxes: Tensor, labels: Tensor
+) -> tuple[Tensor, ...]:
+    """Loss, correctness, how many crops got no number, and the gradient norm where asked."""
     from ddfast.gradients import grad_norm
 
     teacher = context.teacher
     assert teacher is not None
     count, crops = boxes.shape[:2]
     source = torch.arange(count, device=images.device).repeat_interleave(crops)
-    targets = labels.repeat_interleave(crops)  # on the host, where their range is looked at
+    targets = labels.repeat_interleave(crops)
     outputs, norms = [], []
     for first in range(0, count * crops, context.forward_batch):
         which = slice(first, first + context.forward_batch)
@@ -109,10 +135,7 @@ def judge(
             outputs.append(logits)
             norms.append(found)
     logits = torch.cat(outputs).float()
-    targets = to_device(targets, images.device)
-    return Verdict(
-        loss=F.cross_entropy(logits, targets, reduction="none").view(count, crops),
-        correct=(logits.argmax(dim=1) == targets).view(count, crops),
-        grad_norm=torch.cat(norms).view(count, crops) if norms else None,
-        damaged=(~logits.isfinite()).any(dim=1).sum(),
-    )
+    loss = F.cross_entropy(logits, targets, reduction="none").view(count, crops)
+    correct = (logits.argmax(dim=1) == targets).view(count, crops)
+    damaged = (~logits.isfinite()).any(dim=1).sum()
+    return (loss, correct, damaged, *((torch.cat(norms).view(count, crops),) if norms else ()))

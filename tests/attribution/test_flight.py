@@ -106,7 +106,7 @@ def test_neither_the_number_nor_a_failure_changes_a_bit(size, monkeypatch):
     labels = torch.arange(6) % 5
     arguments = (model, images, labels, 4, 64)
     expected = shapley(*arguments, chunk_size=25)
-    run, failures = engine._ImageGame.run, []
+    run, failures = engine.ImageGame.run, []
 
     def fails_once(self, batch):
         if self.evaluated > 40 and not failures:
@@ -116,6 +116,6 @@ def test_neither_the_number_nor_a_failure_changes_a_bit(size, monkeypatch):
 
     monkeypatch.setattr(engine, "Flight", lambda device: Flight(device, size=size))
     assert torch.equal(shapley(*arguments, chunk_size=25), expected)
-    monkeypatch.setattr(engine._ImageGame, "run", fails_once)
+    monkeypatch.setattr(engine.ImageGame, "run", fails_once)
     assert torch.equal(shapley(*arguments, chunk_size=25), expected)
     assert len(failures) == 1

@@ -10,7 +10,7 @@ import pytest
 CHECKOUT = Path(__file__).parents[2]
 
 SCRIPT = """
-import copy, json, sys
+import copy, json, os, sys
 import torch
 from ddfast.data.samples import Sample
 from ddfast.methods import get_method
