@@ -165,6 +165,17 @@ def _conv2d(dtype: torch.dtype, channels: int, side: int) -> Tensor:
     return ops.grad_sq_norm_conv2d(x, g, 3, padding=1)
 
 
+def _stem(dtype: torch.dtype) -> Tensor:
+    """The first layer of a ResNet."""
+    x, g = _last(_random(16, 3, 112, 112, dtype=dtype)), _last(_random(16, 64, 56, 56, dtype=dtype))
+    return ops.grad_sq_norm_conv2d(x, g, 7, stride=2, padding=3, bias=False)
+
+
+def _epilogue(dtype: torch.dtype) -> Tensor:
+    x, other = (_last(_random(8, 64, 28, 28, dtype=dtype)) for _ in range(2))
+    return ops.add_bias_relu_(x, _random(64, dtype=dtype), other)
+
+
 def _norm(dtype: torch.dtype, dims: tuple[int, int]) -> Tensor:
     shape = (8, 64, 28, 28) if dims == (1, 1) else (8, 64, 256)
     return ops.grad_sq_norm_norm(_random(*shape, dtype=dtype), _random(*shape, dtype=dtype), dims)
@@ -274,6 +285,22 @@ def cases() -> list[Case]:
                 main=("_direct", "_gram"),
             )
             for channels, side in ((64, 28), (256, 7))
+            for dtype in (brain, single)
+        ),
+        *(
+            Case(
+                "grad_sq_norm_conv2d",
+                f"stem of 3 channels, 7x7, {_name(dtype)}",
+                partial(_stem, dtype),
+                store=4,
+                why=_NUMBER,
+                matrix=True,
+                main=("_direct",),
+            )
+            for dtype in (brain, single)
+        ),
+        *(
+            Case("add_bias_relu_", _name(dtype), partial(_epilogue, dtype), main=("_add_bias_relu",))
             for dtype in (brain, single)
         ),
         *(
