@@ -571,7 +571,7 @@ def crop_resize_backward(
         _tiles_of_images,
         (images + 1,),
         (tiles,),
-        BLOCK=min(1024, triton.next_power_of_2(tiles)),
+        BLOCK=min(128, triton.next_power_of_2(tiles)),
         num_warps=4,
     )
     weigh = Launch(

@@ -326,7 +326,8 @@ def grad_sq_norm_linear(input: Tensor, grad_output: Tensor, bias: bool) -> Tenso
     dtype = accumulation_dtype(input.dtype)
     norms = input.new_zeros(input.shape[0], dtype=dtype)
     for b, (x, g) in enumerate(zip(input, grad_output, strict=True)):
-        x, g = x.reshape(-1, input.shape[-1]).to(dtype), g.reshape(-1, grad_output.shape[-1]).to(dtype)
+        positions = x.shape[:-1].numel()
+        x, g = (t.reshape(positions, t.shape[-1]).to(dtype) for t in (x, g))
         norms[b] = (g.T @ x).square().sum()
         if bias:
             norms[b] += g.sum(0).square().sum()

@@ -72,11 +72,19 @@ def compile_ahead(
     launcher: str, cases: Sequence[tuple], *, capabilities: Sequence[int] = CAPABILITIES
 ) -> list[Binary]:
     """Compile every kernel that the launcher launches on the cases, for the given compute capabilities."""
-    request = {"launcher": launcher, "cases": list(cases), "capabilities": list(capabilities)}
+    return compile_each([(launcher, case) for case in cases], capabilities=capabilities)
+
+
+def compile_each(
+    calls: Sequence[tuple[str, tuple]], *, capabilities: Sequence[int] = CAPABILITIES
+) -> list[Binary]:
+    """As `compile_ahead`, of several launchers in one process: pairs (launcher, case)."""
+    launchers = " and ".join(dict(calls))
+    request = {"launcher": launchers, "calls": list(calls), "capabilities": list(capabilities)}
     binaries = [Binary(**fields) for fields in _in_process("compile", request, TRITON_INTERPRET="0")]
     assert {(binary.case, binary.capability) for binary in binaries} == {
-        (case, capability) for case in range(len(cases)) for capability in capabilities
-    }, f"{launcher} launched no kernel for some case"
+        (case, capability) for case in range(len(calls)) for capability in capabilities
+    }, f"{launchers} launched no kernel for some case"
     return binaries
 
 
@@ -130,8 +138,7 @@ def _interpret(request: dict[str, Any]) -> list[Any]:
 
 
 def _compile(request: dict[str, Any]) -> list[dict[str, Any]]:
-    launcher = _launcher(request["launcher"])
-    calls = [partial(launcher, *case) for case in request["cases"]]
+    calls = [partial(_launcher(launcher), *case) for launcher, case in request["calls"]]
     return [asdict(binary) for binary in compile_launches(calls, request["capabilities"])]
 
 

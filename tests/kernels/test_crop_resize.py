@@ -72,6 +72,7 @@ def test_backward_agrees_with_the_reference(where):
         # Enlarged, more than one block of an image, images without boxes, no boxes and no images.
         backward_case(torch.float32, 2, 12, 9, 1, shape=(4, 1, 6, 5)),
         backward_case(torch.float32, 2, 3, 4, 1, shape=(1, 1, 9, 70)),
+        backward_case(torch.float32, 130, 1, 2, 1, shape=(3, 1, 3, 3)),  # tiles sorted in more than one step
         backward_case(torch.float32, 0, 4, 4, 1),
         backward_case(torch.float32, 0, 4, 4, 1, shape=(0, 2, 5, 5)),
     ]

@@ -72,6 +72,9 @@ def test_linear(where):
         linear_case(torch.float32, (2, 70), 200, 190),  # Gram of more than one tile
         linear_case(torch.float32, (0, 4), 3, 2),
         linear_case(torch.float32, (2, 0), 3, 2),
+        linear_case(torch.float32, (2, 4), 0, 3),  # a bias alone
+        linear_case(torch.float32, (2,), 0, 3),
+        linear_case(torch.float16, (2,), 1100, 1030),
     ]
     strided = random((4, 12, 50), torch.float32)[::2, :, ::2].transpose(1, 2)
     cases.append((strided, random((2, 25, 9), torch.float32, 1), True))
@@ -100,6 +103,12 @@ def test_conv2d(where):
         conv2d_case(torch.float16, (1, 40, 6, 5), 70, (2, 2), groups=2, padding=1),  # more than one tile
         conv2d_case(torch.float32, (2, 3, 6, 6), 80, (3, 3), stride=3),  # Gram of a few channels
         conv2d_case(torch.float32, (1, 80, 9, 9), 90, (3, 3), padding=1),  # Gram of more than one tile
+        conv2d_case(torch.float32, (2, 3, 20, 17), 40, (7, 7), 2, 3, bias=False, layout=last),  # rows of 21
+        conv2d_case(torch.float32, (2, 3, 20, 17), 40, (7, 7), 2, 3),
+        conv2d_case(torch.float16, (2, 3, 19, 14), 18, (7, 5), (1, 3), (4, 1), (1, 2), layout=last),
+        conv2d_case(torch.float32, (2, 4, 8, 8), 18, (2, 2), layout=last),  # the bias begins a tile
+        conv2d_case(torch.float32, (2, 3, 6, 6), 80, (3, 3), stride=3, bias=False),
+        conv2d_case(torch.float32, (3, 3, 1, 9), 5, (3, 3), padding=1),
     ]
     assert_agrees(CONV2D, cases, where)
 
@@ -160,6 +169,40 @@ def test_compiles_for_every_gpu_on_matrix_units_without_spills():
     for binary in compile_ahead(EMBEDDING, [embedding_case(torch.float32, (3, 40), 7, 64)]):
         assert binary.spilled_bytes == 0
         assert matrix_instructions(binary.ptx)
+
+
+def test_a_stem_compiles_for_every_gpu_without_spills():
+    last = torch.channels_last
+    cases = [
+        conv2d_case(dtype, (16, 3, *size), outputs, kernel, stride, padding, bias=bias, layout=last)
+        for dtype in (torch.bfloat16, torch.float32)
+        for size, outputs, kernel, stride, padding, bias in (
+            ((112, 112), 64, (7, 7), 2, 3, False),
+            ((32, 32), 128, (3, 3), 1, 1, True),
+        )
+    ]
+    for binary in compile_ahead(CONV2D, cases):
+        assert binary.kernel == "_direct"
+        assert binary.spilled_bytes == 0
+        assert matrix_instructions(binary.ptx)
+
+
+@pytest.mark.parametrize(
+    ("channels", "kernel", "samples"),
+    [
+        (3, (7, 7), 1024),
+        (3, (7, 7), 32),
+        (3, (5, 5), 256),
+        (3, (3, 3), 256),
+        (1, (7, 7), 256),
+        (4, (4, 4), 256),
+    ],
+)
+def test_three_quarters_of_a_stems_multiplications_are_useful(channels, kernel, samples):
+    launchers = pytest.importorskip("ddfast.kernels.grad_sq_norm")
+    features = channels * kernel[0] * kernel[1]
+    _, tiles, constants = launchers.blocks(samples, 1024, channels, 64, kernel, 1, False, torch.float32)
+    assert features * 64 >= 0.75 * tiles * constants["BLOCK_O"] * constants["BLOCK_I"]
 
 
 def test_channels_are_loaded_16_bytes_at_a_time():

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ddfast.ops import _dispatch, normal_quantiles, reference
-from tests.kernels.harness import WHERE, run_each
+from tests.kernels.harness import WHERE, compile_each, run_each
 from tests.ops import layouts
 
 OPS = {
@@ -43,3 +43,30 @@ def test_a_fine_grid_over_a_long_image_overflows_no_index(where):
     ):
         assert torch.equal(found, expected)
     assert int(expected.max()) > 2**25
+
+
+def ones(op):
+    """Arguments of an op that is given one of everything."""
+    one, number = torch.ones(1, 1, 1, 1), torch.ones(1)
+    box, index = torch.tensor([[0.0, 0, 1, 1]]), torch.zeros(1, dtype=torch.int64)
+    places = (normal_quantiles(), 1, 1, 1, [1], 1, True, 1.0, 1, 1, [1], [1], 1.0)
+    return {
+        "masked_batch": (one, one[0, 0] > 0, number, number, number, 1, 1, torch.float32),
+        "assemble_masked_features": (one[None].expand(1, 2, 1, 1, 1), one[0, 0] > 0, index.int()[None, None]),
+        "shapley_heatmap": (one[0], index, one[0, 0], "prob"),
+        "shapley_crop_boxes": (one[0], index, one[0, 0], None, "logit", index, *places),
+        "noisy_crop_boxes": (one[0, 0], index, *places),
+        "crop_resize": (one, box, index, 1, 1, 1),
+        "crop_resize_backward": (one, box, index, 1, 1, 1, 1),
+        "crop_batch": (one, box, index, number, number, 1, 1, 1, 1, torch.float32),
+        "grad_sq_norm_linear": (one[0], one[0], True),
+        "grad_sq_norm_conv2d": (one, one, [1, 1], [1, 1], [0, 0], [1, 1], 1, True),
+        "grad_sq_norm_norm": (one, one, 1, 1, True, True),
+        "grad_sq_norm_embedding": (index[None], one[0], 1),
+        "normalization_backward": (one, one, one[0, 0], one[0, 0], number, True, True),
+    }[op]
+
+
+def test_compiles_where_every_extent_is_one():
+    """Triton compiles a number that is 1 as a constant, which has none of a variable's methods."""
+    compile_each([(OPS[op], ones(op)) for op in sorted(OPS)], capabilities=(90,))

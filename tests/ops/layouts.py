@@ -61,6 +61,8 @@ def arguments(op: str) -> tuple:
         return normal(2, 6, 4, 5), normal(2, 6, 4, 5), 1, 1, True, True
     if op == "grad_sq_norm_embedding":
         return below(4, 2, 5), normal(2, 5, 6), 1
+    if op == "add_bias_relu_":
+        return normal(2, 3, 4, 5), normal(3), normal(2, 3, 4, 5), True
     if op == "normalization_backward":
         return normal(2, 6, 4, 5), normal(2, 6, 4, 5), normal(2, 3), normal(2, 3), normal(6), True, True
     if op == "winograd_conv2d":
