@@ -225,27 +225,15 @@ def _conv2d(dtype: torch.dtype, channels: int, side: int, sources: int) -> Tenso
     return ops.grad_sq_norm_conv2d(x, g, 3, padding=1)
 
 
-<<<<<<< HEAD
 def _stem(dtype: torch.dtype, sources: int) -> Tensor:
     """ResNet's first layer: 7 x 7 over 3 channels, every second pixel."""
     x, g = (_last(_of(CROPS * sources, *shape, dtype=dtype)) for shape in ((3, 224, 224), (64, 112, 112)))
     return ops.grad_sq_norm_conv2d(x, g, 7, stride=2, padding=3, bias=False)
-=======
-def _stem(dtype: torch.dtype) -> Tensor:
-    """The first layer of a ResNet."""
-    x, g = _last(_random(16, 3, 112, 112, dtype=dtype)), _last(_random(16, 64, 56, 56, dtype=dtype))
-    return ops.grad_sq_norm_conv2d(x, g, 7, stride=2, padding=3, bias=False)
 
 
-def _epilogue(dtype: torch.dtype) -> Tensor:
-    x, other = (_last(_random(8, 64, 28, 28, dtype=dtype)) for _ in range(2))
-    return ops.add_bias_relu_(x, _random(64, dtype=dtype), other)
-
-
-def _norm(dtype: torch.dtype, dims: tuple[int, int]) -> Tensor:
-    shape = (8, 64, 28, 28) if dims == (1, 1) else (8, 64, 256)
-    return ops.grad_sq_norm_norm(_random(*shape, dtype=dtype), _random(*shape, dtype=dtype), dims)
->>>>>>> native
+def _epilogue(dtype: torch.dtype, sources: int) -> Tensor:
+    x, other = (_last(_of(COALITIONS * sources, 64, 56, 56, dtype=dtype)) for _ in range(2))
+    return ops.add_bias_relu_(x, _of(64, dtype=dtype), other)
 
 
 def _norm(dtype: torch.dtype, dims: tuple[int, int], sources: int) -> Tensor:
@@ -373,20 +361,10 @@ def cases() -> list[Case]:
             for channels, side in ((64, 56), (128, 28), (256, 14), (512, 7))
             for dtype in (brain, single)
         ),
-        Case(
-            "grad_sq_norm_conv2d",
-            "3 channels of 224 px, 7x7, bfloat16",
-            partial(_stem, brain),
-            load=2,
-            store=4,
-            why=f"{_UNFOLDED}; 3 channels of bfloat16 are 6 bytes",
-            matrix=True,
-            main=("_direct", "_gram"),
-        ),
         *(
             Case(
                 "grad_sq_norm_conv2d",
-                f"stem of 3 channels, 7x7, {_name(dtype)}",
+                f"3 channels of 224 px, 7x7, {_name(dtype)}",
                 partial(_stem, dtype),
                 store=4,
                 why=_NUMBER,
