@@ -1,7 +1,7 @@
 """InfoUtil: the most informative region of each image, then the images with the most utility (ICLR 2026).
 
-Algorithm 1 of the paper, with every reading that it leaves open as an option. Names of the ambiguities (IU-n) and the
-measurements behind the defaults are in the comments where each default stands.
+Algorithm 1 of the paper, with every reading that it leaves open as an option. The measurements behind the defaults are in
+the comments where each default stands.
 """
 
 from __future__ import annotations
@@ -51,49 +51,49 @@ class InfoUtilOptions:
     attribution: str = option("shapley", "attribution of the grid cells", choices=("shapley", "grad_cam"))
     estimator: str = option(
         "auto",
-        "Shapley estimator (IU-3): auto is designed up to 4 x 4 cells, else permutation; `kernel` is the paper's",
+        "Shapley estimator: auto is designed up to 4 x 4 cells, else permutation; `kernel` is the paper's",
         choices=("auto", *list_estimators()),
     )
-    n_samples: int = option(32, "model evaluations an image, the two anchors included (IU-3)")
-    value: str = option("logit", "game value on the true class (IU-5)", choices=("logit", "prob", "logprob"))
-    baseline: float = option(0.0, "value of masked pixels in normalised space (IU-5)")
-    grid: int = option(4, "cells per side of the attribution grid (B.1)")
+    n_samples: int = option(32, "model evaluations an image, the two anchors included")
+    value: str = option("logit", "game value on the true class", choices=("logit", "prob", "logprob"))
+    baseline: float = option(0.0, "value of masked pixels in normalised space")
+    grid: int = option(4, "cells per side of the attribution grid")
     crop_rule: str = option(
         "window",
-        "crop around the best pooled window, or around the best single cell (IU-6)",
+        "crop around the best pooled window, or around the best single cell",
         choices=("window", "patch"),
     )
     crop_frac: str = option(
-        "auto", "side of a crop as a share of the image's: auto, adaptive, or a number in (0, 1] (IU-7)"
+        "auto", "side of a crop as a share of the image's: auto, adaptive, or a number in (0, 1]"
     )
     coverage: float = option(
         0.8, "crop_frac adaptive: smallest window with this share of the positive attribution"
     )
-    crops: int = option(5, "crops an image: all but the last noisy, the last clean (B.1)")
-    alpha: float = option(2.0, "noise in standard deviations of the pooled map (B.1, IU-13); 0 is no noise")
+    crops: int = option(5, "crops an image: all but the last noisy, the last clean")
+    alpha: float = option(2.0, "noise in standard deviations of the pooled map; 0 is no noise")
     scoring_input: str = option(
-        "pad", "how a tile smaller than the image meets the teacher (IU-16)", choices=("pad", "resize")
+        "pad", "how a tile smaller than the image meets the teacher", choices=("pad", "resize")
     )
     norm: str = option(
         "full",
-        "gradient norm over all parameters or the last layer's (IU-14)",
+        "gradient norm over all parameters or the last layer's",
         choices=("full", "last_layer"),
     )
     # Stage 2: utility.
     within: str = option(
         "auto",
-        "which crop of an image competes (IU-8)",
+        "which crop of an image competes",
         stage="select",
         choices=("auto", "max_norm", "min_loss", "clean"),
     )
     rank_by: str = option(
         "auto",
-        "what images compete by; `quantiles` spreads over the norms (IU-15)",
+        "what images compete by; `quantiles` spreads over the norms",
         stage="select",
         choices=("auto", "grad_norm", "loss", "quantiles", "random"),
     )
     order: str = option(
-        "auto", "keep the highest or the lowest (IU-15)", stage="select", choices=("auto", "high", "low")
+        "auto", "keep the highest or the lowest", stage="select", choices=("auto", "high", "low")
     )
     correct_only: bool = option(
         False, "only crops that the teacher reads correctly, while they last", stage="select"
