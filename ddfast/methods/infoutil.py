@@ -1,7 +1,7 @@
 """InfoUtil: the most informative region of each image, then the images with the most utility (ICLR 2026).
 
-Algorithm 1 of the paper, with every reading that it leaves open as an option. The measurements behind the defaults are in
-the comments where each default stands.
+Algorithm 1 of the paper, with every reading that it leaves open as an option. The measurements behind the defaults are
+in the comments where each default stands.
 """
 
 from __future__ import annotations
