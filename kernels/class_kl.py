@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from ddfast.kernels.launching import Allocation, Launch, Run, prepared
 
 from ddfast.ops import reference
 
@@ -61,30 +62,39 @@ def _class_kl(
         tl.store(gradient + row * width + column, grad.to(gradient.dtype.element_ty), mask=column < width)
 
 
-def class_kl(
-    features: torch.Tensor, members: torch.Tensor, counts: torch.Tensor, by_class: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+@prepared
+def class_kl(features: torch.Tensor, members: torch.Tensor, counts: torch.Tensor, by_class: bool) -> Run:
     """Launch the kernel; arguments and results are those of the op `ddfast::class_kl`."""
-    rows, width = features.shape
+    (rows, width), classes = features.shape, len(counts)
     if width > WIDEST:
-        return reference.class_kl(features, members, counts, by_class)
+        return reference.class_kl
     dtype = reference.accumulation_dtype(features.dtype)
-    gradient = torch.empty((rows, width), dtype=features.dtype, device=features.device)
-    divergences = torch.empty(rows, dtype=dtype, device=features.device)
-    share = 1 / counts.to(dtype) / len(counts) if by_class else torch.full_like(counts, 1 / rows, dtype=dtype)
-    block = triton.next_power_of_2(width)
-    _class_kl[(len(counts),)](
-        features.contiguous(),
-        members.argsort(stable=True),
-        counts.cumsum(0) - counts,
-        counts,
-        share,
-        divergences,
-        gradient,
-        width,
+    launch = Launch(
+        _class_kl,
+        (classes,),
+        (width,),
         LOWEST=torch.finfo(dtype).min,
         SUM=tl.float64 if dtype == torch.float64 else tl.float32,
-        BLOCK=block,
-        num_warps=min(max(block // 256, 1), 16),
+        BLOCK=triton.next_power_of_2(width),
+        num_warps=min(max(triton.next_power_of_2(width) // 256, 1), 16),
     )
-    return divergences.sum(), gradient
+    gradients = Allocation((rows, width), features.dtype, features.device)
+    shares = Allocation((rows,), dtype, features.device)
+
+    def run(
+        features: torch.Tensor, members: torch.Tensor, counts: torch.Tensor, by_class: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        gradient, divergences = gradients(), shares()
+        share = 1 / counts.to(dtype) / classes if by_class else torch.full_like(counts, 1 / rows, dtype=dtype)
+        launch(
+            features.contiguous(),
+            members.argsort(stable=True),
+            counts.cumsum(0) - counts,
+            counts.contiguous(),
+            share.contiguous(),
+            divergences,
+            gradient,
+        )
+        return divergences.sum(), gradient
+
+    return run

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from ddfast.kernels.launching import Allocation, Launch, Run, prepared
 from torch.nn import functional
 
 from ddfast.ops.reference import accumulation_dtype, channels_last_strides
@@ -112,7 +113,7 @@ def _forward(
     cells = (height + 1) // 2 * cells_wide
     conv += image * height * width * channels
     pooled += image * (height // 2) * (width // 2) * channels
-    count = (height * width).to(SUM)
+    count = tl.full((), height * width, SUM)
     if SINGLE:
         a, b, d, e, in_a, in_b, in_d, in_e = _load_cells(conv, q, cells_wide, height, width, channels, c, SUM)
         mean = tl.sum(a + b + d + e, 0)[None, :] / count
@@ -242,7 +243,7 @@ def _backward(
     conv += image * height * width * channels
     grad_conv += image * height * width * channels
     grad_output += image * (height // 2) * (width // 2) * channels
-    count = (height * width).to(SUM)
+    count = tl.full((), height * width, SUM)
     mean = tl.load(means + image * channels + c, mask=c < channels, other=0)
     rstd = tl.load(rstds + image * channels + c, mask=c < channels, other=0)
     scale = rstd
@@ -301,27 +302,25 @@ def _backward(
             )
 
 
-def _blocks(conv: torch.Tensor) -> dict[str, int | bool]:
-    """Block sizes and warps for maps [B, O, H, W]."""
-    _, channels, height, width = conv.shape
+def _blocks(channels: int, height: int, width: int, element_size: int) -> dict[str, int | bool]:
+    """Block sizes and warps for maps [B, channels, height, width]."""
     cells = triton.next_power_of_2(triton.cdiv(height, 2) * triton.cdiv(width, 2))
     for line in (
         128,
         64,
     ):  # bytes of a position that a program reads; the fewer, the larger a map it can hold
-        block_c = min(line // conv.element_size(), triton.next_power_of_2(channels))
+        block_c = min(line // element_size, triton.next_power_of_2(channels))
         warps = 4 * cells * block_c // (32 * VALUES)
         if warps <= WARPS:
             return {"SINGLE": True, "BLOCK_C": block_c, "BLOCK_Q": cells, "num_warps": max(warps, 1)}
-    block_c = min(128 // conv.element_size(), triton.next_power_of_2(channels))
-    block_q = (
-        32 * 8 * 16 // conv.element_size() // block_c
-    )  # 16 bytes a thread, of each of the four positions
+    block_c = min(128 // element_size, triton.next_power_of_2(channels))
+    block_q = 32 * 8 * 16 // element_size // block_c  # 16 bytes a thread, of each of the four positions
     return {"SINGLE": False, "BLOCK_C": block_c, "BLOCK_Q": block_q, "num_warps": 8}
 
 
-def _channels_last(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(shape, channels_last_strides(shape), dtype=like.dtype, device=like.device)
+def _maps(shape: tuple[int, ...], like: torch.Tensor) -> Allocation:
+    """Memory for maps of that shape, channels-last."""
+    return Allocation(shape, like.dtype, like.device, channels_last_strides(shape))
 
 
 def _convolution(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -331,11 +330,31 @@ def _convolution(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
     return functional.conv2d(input, weight, bias, padding=1).contiguous(memory_format=last)
 
 
-def _checked(conv: torch.Tensor) -> None:
-    if conv[0].numel() >= 2**31:
-        raise ValueError(f"a map must have fewer than 2^31 elements, got {list(conv.shape[1:])}")
+def _launch(
+    kernel: object,
+    input: torch.Tensor,
+    outputs: int,
+    numbers: tuple[float, ...],
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+) -> Launch:
+    """A kernel over the convolution [B, outputs, H, W] of an input, a program for some channels of an image."""
+    batch, _, height, width = input.shape
+    if outputs * height * width >= 2**31:
+        raise ValueError(f"a map must have fewer than 2^31 elements, got {[outputs, height, width]}")
+    blocks = _blocks(outputs, height, width, input.element_size())
+    return Launch(
+        kernel,
+        (batch * triton.cdiv(outputs, int(blocks["BLOCK_C"])),),
+        (outputs, height, width, *numbers),
+        AFFINE=norm_weight is not None,
+        SHIFTED=norm_bias is not None,
+        SUM=tl.float64 if input.dtype == torch.float64 else tl.float32,
+        **blocks,
+    )
 
 
+@prepared
 def convnet_block(
     input: torch.Tensor,
     weight: torch.Tensor,
@@ -344,44 +363,43 @@ def convnet_block(
     norm_bias: torch.Tensor | None,
     eps: float,
     keep: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Run:
     """Convolve and launch the kernel; arguments and results are those of the op `ddfast::convnet_block`."""
     (batch, _, height, width), outputs = input.shape, weight.shape[0]
-    dtype = accumulation_dtype(input.dtype)
-    mean, rstd = (torch.empty((batch, outputs), dtype=dtype, device=input.device) for _ in range(2))
-    pooled = _channels_last((batch, outputs, height // 2, width // 2), input)
-    kept = (
-        _channels_last((batch, outputs, height, width), input) if keep and batch == 0 else input.new_empty(0)
-    )
+    statistic = Allocation((batch, outputs), accumulation_dtype(input.dtype), input.device)
+    pooled = _maps((batch, outputs, height // 2, width // 2), input)
+    kept = _maps((batch, outputs, height, width), input)
+    nothing = Allocation((0,), input.dtype, input.device)
     if batch == 0:
-        return pooled, mean, rstd, kept
-    conv = _convolution(input, weight, bias)
-    _checked(conv)
-    blocks = _blocks(conv)
-    _forward[(batch * triton.cdiv(outputs, int(blocks["BLOCK_C"])),)](
-        conv,
-        conv if norm_weight is None else norm_weight.contiguous(),
-        conv if norm_bias is None else norm_bias.contiguous(),
-        pooled,
-        mean,
-        rstd,
-        outputs,
-        height,
-        width,
-        eps,
-        AFFINE=norm_weight is not None,
-        SHIFTED=norm_bias is not None,
-        SUM=tl.float64 if dtype == torch.float64 else tl.float32,
-        **blocks,
-    )
-    return (
-        pooled,
-        mean,
-        rstd,
-        conv.as_strided(conv.shape, channels_last_strides(conv.shape)) if keep else kept,
-    )
+        return lambda *_: (pooled(), statistic(), statistic(), kept() if keep else nothing())
+    launch = _launch(_forward, input, outputs, (eps,), norm_weight, norm_bias)
+    strides = channels_last_strides((batch, outputs, height, width))
+
+    def run(
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        norm_weight: torch.Tensor | None,
+        norm_bias: torch.Tensor | None,
+        eps: float,
+        keep: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        small, mean, rstd = pooled(), statistic(), statistic()
+        conv = _convolution(input, weight, bias)
+        launch(
+            conv,
+            conv if norm_weight is None else norm_weight.contiguous(),
+            conv if norm_bias is None else norm_bias.contiguous(),
+            small,
+            mean,
+            rstd,
+        )
+        return small, mean, rstd, conv.as_strided(conv.shape, strides) if keep else nothing()
+
+    return run
 
 
+@prepared
 def convnet_block_backward(
     grad_output: torch.Tensor,
     input: torch.Tensor,
@@ -395,43 +413,53 @@ def convnet_block_backward(
     eps: float,
     to_input: bool,
     to_weight: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Run:
     """Launch the kernel, then cuDNN's gradients; as the op `ddfast::convnet_block_backward`."""
     (batch, _, height, width), outputs = input.shape, weight.shape[0]
-    grad_input = _channels_last(tuple(input.shape), input) if to_input else input.new_empty(0)
+    inner = _maps(tuple(input.shape), input)
+    nothing = Allocation((0,), input.dtype, input.device)
     if batch == 0:
-        grad_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
-        zeros = (weight.new_zeros(outputs) for _ in range(2))
-        return grad_input, grad_weight if to_weight else weight.new_empty(0), *zeros
+        return lambda *_: (
+            inner() if to_input else nothing(),
+            torch.zeros_like(weight, memory_format=torch.contiguous_format) if to_weight else nothing(),
+            *(weight.new_zeros(outputs) for _ in range(2)),
+        )
+    launch = _launch(_backward, input, outputs, (), norm_weight, norm_bias)
+    of_conv = _maps((batch, outputs, height, width), input)
+    statistic = Allocation((batch, outputs), mean.dtype, input.device)
     last = torch.channels_last
-    conv = conv.contiguous(memory_format=last) if conv.ndim == 4 else _convolution(input, weight, bias)
-    _checked(conv)
-    grad_conv = _channels_last((batch, outputs, height, width), input)
-    grads, products = (torch.empty_like(mean, memory_format=torch.contiguous_format) for _ in range(2))
-    blocks = _blocks(conv)
-    _backward[(batch * triton.cdiv(outputs, int(blocks["BLOCK_C"])),)](
-        conv,
-        grad_output.contiguous(memory_format=last),
-        conv if norm_weight is None else norm_weight.contiguous(),
-        conv if norm_bias is None else norm_bias.contiguous(),
-        mean.contiguous(),
-        rstd.contiguous(),
-        grad_conv,
-        grads,
-        products,
-        outputs,
-        height,
-        width,
-        AFFINE=norm_weight is not None,
-        SHIFTED=norm_bias is not None,
-        SUM=tl.float64 if mean.dtype == torch.float64 else tl.float32,
-        **blocks,
-    )
-    of_input, of_weight, _ = torch.ops.aten.convolution_backward(
-        grad_conv, input.contiguous(memory_format=last), weight.contiguous(memory_format=last), None,
-        (1, 1), (1, 1), (1, 1), False, (0, 0), 1, (to_input, to_weight, False),
-    )  # fmt: skip
-    if to_input:
-        grad_input.copy_(of_input)
-    grad_weight = of_weight.contiguous() if to_weight else weight.new_empty(0)
-    return grad_input, grad_weight, products.sum(0).to(weight.dtype), grads.sum(0).to(weight.dtype)
+    geometry = ((1, 1), (1, 1), (1, 1), False, (0, 0), 1, (to_input, to_weight, False))
+
+    def run(
+        grad_output: torch.Tensor,
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        norm_weight: torch.Tensor | None,
+        norm_bias: torch.Tensor | None,
+        mean: torch.Tensor,
+        rstd: torch.Tensor,
+        conv: torch.Tensor,
+        *_: object,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        conv = conv.contiguous(memory_format=last) if conv.ndim == 4 else _convolution(input, weight, bias)
+        grad_conv, grads, products = of_conv(), statistic(), statistic()
+        launch(
+            conv,
+            grad_output.contiguous(memory_format=last),
+            conv if norm_weight is None else norm_weight.contiguous(),
+            conv if norm_bias is None else norm_bias.contiguous(),
+            mean.contiguous(),
+            rstd.contiguous(),
+            grad_conv,
+            grads,
+            products,
+        )
+        input, weight = input.contiguous(memory_format=last), weight.contiguous(memory_format=last)
+        backward = torch.ops.aten.convolution_backward
+        of_input, of_weight, _none = backward(grad_conv, input, weight, None, *geometry)
+        grad_input = inner().copy_(of_input) if to_input else nothing()
+        grad_weight = of_weight.contiguous() if to_weight else nothing()
+        return grad_input, grad_weight, products.sum(0).to(weight.dtype), grads.sum(0).to(weight.dtype)
+
+    return run

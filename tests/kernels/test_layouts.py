@@ -63,6 +63,12 @@ def ones(op):
         "grad_sq_norm_conv2d": (one, one, [1, 1], [1, 1], [0, 0], [1, 1], 1, True),
         "grad_sq_norm_norm": (one, one, 1, 1, True, True),
         "grad_sq_norm_embedding": (index[None], one[0], 1),
+        "class_kl": (one[0, 0], index, index + 1, True),
+        "convnet_block": (one, one.expand(1, 1, 3, 3), number, number, number, 1e-5, True),
+        "convnet_block_backward": (
+            *(one.expand(1, 1, 0, 0), one, one.expand(1, 1, 3, 3), number, number, number),
+            *(one[0, 0], one[0, 0], one, 1e-5, True, True),
+        ),
         "normalization_backward": (one, one, one[0, 0], one[0, 0], number, True, True),
     }[op]
 

@@ -7,13 +7,20 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ddfast.ops import normal_quantiles
+from ddfast.ops import normal_quantiles, reference
 from tests.ops.boxes import random_boxes
 
 BOXES = (7, 2, 3, [1, 2], 3, True, 0.5, 20, 30, [6, 10], [7, 12], 0.5)
 
 # Values that an op may not be given: boxes without an extent, tiles that differ where maps promise to share them.
 _IMPOSSIBLE = {
+    # Counts are those of the members; mean, deviation and convolution are those of what goes with them.
+    *(
+        (op, place, f"{what} expanded")
+        for op, places in (("class_kl", (1, 2)), ("convnet_block_backward", range(1, 9)))
+        for place in places
+        for what in (*(f"dimension {dim}" for dim in range(4)), "one number")
+    ),
     *(
         (op, 1, f"{what} expanded")
         for op in ("crop_resize", "crop_resize_backward", "crop_batch")
@@ -69,6 +76,16 @@ def arguments(op: str) -> tuple:
         weight, sets, reads = normal(16, 1, 64, 32), below(4, 2, 2), below(4, 6)
         image = normal(2, 1, 64, 4, 5).expand(2, 2, 64, 4, 5).reshape(4, 64, 4, 5)
         return image, weight, normal(32), image[:, :32].contiguous(), True, sets, reads
+    if op == "class_kl":
+        return normal(5, 6), torch.tensor([0, 1, 0, 1, 1]), torch.tensor([2, 3]), True
+    if op == "convnet_block":
+        return normal(2, 5, 4, 6), normal(7, 5, 3, 3), normal(7), normal(7), normal(7), 1e-5, True
+    if op == "convnet_block_backward":
+        image, weight, bias = normal(2, 5, 4, 6), normal(7, 5, 3, 3), normal(7)
+        affine = normal(7), normal(7)
+        _, mean, rstd, conv = reference.convnet_block(image, weight, bias, *affine, 1e-5, True)
+        given = (normal(2, 7, 2, 3), image, weight, bias, *affine, mean, rstd, conv.contiguous())
+        return *given, 1e-5, True, True
     raise ValueError(f"no arguments for the op {op}")
 
 
