@@ -64,6 +64,7 @@ def op_cases(settings: Settings) -> Iterator[OpCase]:
         yield _masked_batch(settings, dtype)
     yield _assemble_masked_features(settings)
     yield _winograd_conv2d(settings)
+    yield _add_bias_relu(settings)
     yield _shapley_heatmap(settings, "logit")
     yield _shapley_heatmap(settings, "prob")
     yield _noisy_crop_boxes(settings)
@@ -178,6 +179,37 @@ def _winograd_conv2d(settings: Settings) -> OpCase:
         bytes=3 * _bytes(x),
         operations=2 * 16 * count * (side // 2) ** 2 * channels**2,
         binds="operations",
+    )
+
+
+def _add_bias_relu(settings: Settings) -> OpCase:
+    """In place: each call goes on from what the last one left, whose numbers stay finite."""
+    count, channels, side = settings.size((32, 64, 56), quick=(2, 8, 4), gpu=(1024, 64, 56))
+    x, other = (
+        _normal(settings, count, channels, side, side).contiguous(memory_format=torch.channels_last)
+        for _ in range(2)
+    )
+    bias = _normal(settings, channels)
+    kept = x.clone()
+
+    def ours() -> Tensor:
+        return ops.add_bias_relu_(x, bias, other)
+
+    def plain() -> Tensor:
+        return x.add_(bias[:, None, None]).add_(other).relu_()
+
+    def check() -> list[Check]:
+        found = ops.add_bias_relu_(kept.clone(), bias, other)
+        wanted = kept.clone().add_(bias[:, None, None]).add_(other).relu_()
+        return [Check("sums", relative_error(found, wanted), 1e-6)]
+
+    return OpCase(
+        "add_bias_relu_",
+        f"{count} x {channels} channels of {side} px",
+        ours,
+        plain,
+        check,
+        bytes=_bytes(x, x, other),
     )
 
 

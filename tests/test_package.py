@@ -15,6 +15,7 @@ BOTTOM = (
     "isolation",
     "progress",
     "ranks",
+    "unchanged",
     "wording",
 )  # modules below every floor
 

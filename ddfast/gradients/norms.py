@@ -126,8 +126,7 @@ def grad_norm(
             not end in a Linear layer.
     """
     found = found_of(model)
-    kind = (method, images.dtype, tuple(images.shape[1:]), images.device, chunk_size, len(images))
-    key = ("grad_norm", *kind, torch.is_autocast_enabled(images.device.type)) if len(images) else None
+    key = None if found is None else _kind(method, images, chunk_size)
     if found is not None and key in found:
         # What served the last call of this kind, on a model that was held unchanged since then.
         served, dtype = found[key]
@@ -301,6 +300,12 @@ class _ContiguousGradients(TorchFunctionMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         return contiguous_gradient(result) if func in INSTANCE_NORMS else result
+
+
+def _kind(method: str, images: Tensor, chunk_size: int | None) -> tuple[Any, ...]:
+    """What decides how a model's norms are computed, beside the model."""
+    autocast = torch.is_autocast_enabled(images.device.type)
+    return ("grad_norm", method, images.dtype, tuple(images.shape), images.device, chunk_size, autocast)
 
 
 def _dispatched(

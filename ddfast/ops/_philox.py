@@ -12,8 +12,6 @@ from statistics import NormalDist
 
 import torch
 
-from ddfast.ops.transfer import to_device
-
 QUANTILE_BITS = 12
 
 _MASK = 0xFFFFFFFF
@@ -82,7 +80,7 @@ def quantile_table(device: torch.device) -> torch.Tensor:
         return _QUANTILES
     if device not in _COPIES:
         with torch.inference_mode(False):
-            copy = to_device(_QUANTILES, device)
+            copy = _QUANTILES.to(device)
         if type(copy) is not torch.Tensor:  # a stand-in of a tracer, good for this call alone
             return copy
         _COPIES[device] = copy

@@ -30,8 +30,8 @@ def statistic(values: Tensor | Sequence[float] | None, device: torch.device) -> 
 
 
 def pinned(tensor: Tensor) -> Tensor:
-    """The tensor in page-locked memory, from which a GPU copies by itself."""
-    return tensor.pin_memory()
+    """The tensor in page-locked memory, from which a GPU copies by itself; as it is where there is no GPU."""
+    return tensor.pin_memory() if torch.cuda.is_available() else tensor
 
 
 class Arriving:
