@@ -7,7 +7,8 @@ reads that file. The state on the way stands in a hidden file, so that a killed 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from ddfast.data.files import atomic_write_bytes
+from ddfast.data.loading import Loaded
+from ddfast.data.samples import Sample, Samples
 from ddfast.data.table import is_readable, make_table, read_facts, read_table, to_numpy, write_table
 from ddfast.errors import BadImage
 from ddfast.methods.base import Prepared
@@ -51,8 +54,8 @@ def prepare(run: Run) -> None:
 def _make(run: Run) -> None:
     path, digest = run.out / PREPARED, score_digest(run.plan)
     if not is_readable(path, PREPARED_SCHEMA) or read_facts(path).get("scores") != digest:
-        state = FileCheckpoint(run, digest)
-        values = run.method.prepare(DecodedPool(run), run.context, state)
+        state = FileCheckpoint(run.out / _STATE, digest)
+        values = run.method.prepare(run.decoded_pool(), run.context, state)
         ids = run.source.samples.ids[run.pool()]
         table = make_table({"sample_id": ids, "value": values.numpy()}, PREPARED_SCHEMA)
         write_table(path, table, {"scores": digest})
@@ -62,16 +65,16 @@ def _make(run: Run) -> None:
 
 
 class FileCheckpoint:
-    """A preparation's state in a hidden safetensors file of the run's folder; see `Checkpoint`."""
+    """A state in one safetensors file, which says by its digest whose it is; see `Checkpoint`."""
 
-    def __init__(self, run: Run, digest: str) -> None:
-        self._path, self._digest = run.out / _STATE, digest
+    def __init__(self, path: Path, digest: str) -> None:
+        self._path, self._digest = path, digest
 
     def load(self) -> dict[str, Tensor]:
         """What was saved last by this run; nothing where there is no such file."""
         if not self._path.is_file():
             return {}
-        tensors, facts = read_tensors(self._path, self._path.read_bytes(), what="preparation's state")
+        tensors, facts = read_tensors(self._path, self._path.read_bytes(), what="saved state")
         return tensors if facts.get("scores") == self._digest else {}
 
     def save(self, tensors: Mapping[str, Tensor]) -> None:
@@ -80,14 +83,31 @@ class FileCheckpoint:
 
 
 class DecodedPool:
-    """The run's pool: decoded once and held where that takes 4 GiB or less, else decoded in every pass."""
+    """Images of a source: decoded once and held where that takes 4 GiB or less, else decoded in every pass.
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self._places = run.pool()
-        self.labels = torch.from_numpy(run.source.samples.labels[self._places].astype(np.int64))
-        self.classes = len(run.source.class_names)
-        self._size = run.plan["image_size"]
+    Args:
+        samples: of the source.
+        places: int64 [N], which of them make up the pool, in the order of their ids.
+        classes: number of classes.
+        size: side of the decoded images in pixels.
+        load: decodes samples at that size, in order.
+        quiet: `say` says nothing.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        places: np.ndarray,
+        classes: int,
+        size: int,
+        load: Callable[[Iterable[Sample]], Iterable[Loaded]],
+        *,
+        quiet: bool = False,
+    ) -> None:
+        self._samples, self._places, self._load, self._quiet = samples, places, load, quiet
+        self.labels = torch.from_numpy(samples.labels[places].astype(np.int64))
+        self.classes = classes
+        self._size = size
         self._images: Tensor | None = None
         if len(self.labels) * 3 * self._size**2 <= MEMORY_LIMIT:
             self._hold()
@@ -102,8 +122,7 @@ class DecodedPool:
 
     def _decoded(self, order: Tensor) -> Iterator[tuple[int, Tensor]]:
         """(place, image) of the places `order`, without those that cannot be decoded."""
-        samples = self._run.source.samples
-        loaded = self._run.load(samples[int(place)] for place in self._places[order.numpy()])
+        loaded = self._load(self._samples[int(place)] for place in self._places[order.numpy()])
         for place, (_, image) in zip(order.tolist(), loaded, strict=True):
             if not isinstance(image, BadImage):
                 yield place, image
@@ -125,7 +144,7 @@ class DecodedPool:
 
     def say(self, message: str) -> None:
         """See `Pool`."""
-        say(message, quiet=self._run.quiet)
+        say(message, quiet=self._quiet)
 
     def _batch(self, held: list[tuple[int, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
         places = torch.tensor([place for place, _ in held])

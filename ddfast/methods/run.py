@@ -28,10 +28,11 @@ from ddfast.data.distilled import FORMAT_VERSION, MANIFEST
 from ddfast.data.files import atomic_write_text, make_folder, sweep_temporary
 from ddfast.data.loaders import Loader, resolve_loader
 from ddfast.data.loading import Loaded
-from ddfast.data.samples import Sample
+from ddfast.data.samples import Sample, Samples
 from ddfast.data.sources import Source, file_limit, open_source
 from ddfast.errors import UsageError
 from ddfast.methods import get_method
+from ddfast.methods.preparation import DecodedPool
 from ddfast.methods.base import Context, Method, Prepared, stream
 from ddfast.models import Teacher, load_teacher
 from ddfast.models.teacher import is_named
@@ -123,31 +124,20 @@ class Run:
         Of each class they are the first `images_per_class` of a seeded shuffle that depends on their ids alone.
         """
         if self._pool is None:
-            ids, labels = self.source.samples.ids, self.source.samples.labels
-            starts = np.searchsorted(labels, np.arange(len(self.source.class_names) + 1))
-            kept, first = [], 0
-            while first < len(starts) - 1:  # some whole classes at a time
-                last = max(first + 1, int(np.searchsorted(starts, starts[first] + _DRAWS, side="right")) - 1)
-                block = slice(starts[first], starts[last])
-                kept.append(starts[first] + self._first_drawn(ids[block], labels[block] - first))
-                first = last
-            pool = np.concatenate(kept)
-            self._pool = pool[np.argsort(ids[pool], kind="stable")]
+            samples, classes = self.source.samples, len(self.source.class_names)
+            self._pool = drawn_places(samples, classes, self.plan["images_per_class"], self.plan["seed"])
         return self._pool
 
-    def _first_drawn(self, ids: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Places of the first `images_per_class` samples of each class by their draws, ties by id."""
-        keys = [self._draws(ids[first : first + _DRAWS]) for first in range(0, len(ids), _DRAWS)]
-        order = np.lexsort((ids, np.concatenate(keys), labels)) if keys else np.empty(0, dtype=np.int64)
-        starts = np.searchsorted(labels, np.arange(labels[-1] + 1 if len(labels) else 0))
-        return order[np.arange(len(order)) - starts[labels] < self.plan["images_per_class"]]
-
-    def _draws(self, ids: np.ndarray) -> np.ndarray:
-        """A 64-bit draw of each id: the first two words of Philox under the seed's stream `pool`."""
-        given = torch.from_numpy(np.array(ids, dtype=np.int64))
-        counters = torch.stack((given & 0xFFFFFFFF, (given >> 32) & 0xFFFFFFFF, given * 0, given * 0), dim=1)
-        words = philox4x32(counters, stream(self.plan["seed"], "pool")).numpy().astype(np.uint64)
-        return words[:, 0] << np.uint64(32) | words[:, 1]
+    def decoded_pool(self) -> DecodedPool:
+        """The images of `pool`, decoded as this run decodes."""
+        return DecodedPool(
+            self.source.samples,
+            self.pool(),
+            len(self.source.class_names),
+            self.plan["image_size"],
+            self.load,
+            quiet=self.quiet,
+        )
 
     def load(self, samples: Iterable[Sample], *, on_device: bool = False) -> Generator[Loaded, None, None]:
         """Decode samples at the run's size with its loader, in order; see `ddfast.data.load`.
@@ -167,6 +157,39 @@ class Run:
     def set_arithmetic(self) -> None:
         """Fix the number of threads that the plan names: it changes the order of sums."""
         torch.set_num_threads(self.plan["arithmetic"]["threads"])
+
+
+def drawn_places(samples: Samples, classes: int, per_class: int, seed: int) -> np.ndarray:
+    """Places in `samples` of the first `per_class` of each class by a seeded shuffle, int64 in the order of their ids.
+
+    The shuffle depends on the ids alone.
+    """
+    ids, labels = samples.ids, samples.labels
+    starts = np.searchsorted(labels, np.arange(classes + 1))
+    kept, first = [], 0
+    while first < len(starts) - 1:  # some whole classes at a time
+        last = max(first + 1, int(np.searchsorted(starts, starts[first] + _DRAWS, side="right")) - 1)
+        block = slice(starts[first], starts[last])
+        kept.append(starts[first] + _first_drawn(ids[block], labels[block] - first, per_class, seed))
+        first = last
+    pool = np.concatenate(kept)
+    return pool[np.argsort(ids[pool], kind="stable")]
+
+
+def _first_drawn(ids: np.ndarray, labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
+    """Places of the first `per_class` samples of each class by their draws, ties by id."""
+    keys = [_draws(ids[first : first + _DRAWS], seed) for first in range(0, len(ids), _DRAWS)]
+    order = np.lexsort((ids, np.concatenate(keys), labels)) if keys else np.empty(0, dtype=np.int64)
+    starts = np.searchsorted(labels, np.arange(labels[-1] + 1 if len(labels) else 0))
+    return order[np.arange(len(order)) - starts[labels] < per_class]
+
+
+def _draws(ids: np.ndarray, seed: int) -> np.ndarray:
+    """A 64-bit draw of each id: the first two words of Philox under the seed's stream `pool`."""
+    given = torch.from_numpy(np.array(ids, dtype=np.int64))
+    counters = torch.stack((given & 0xFFFFFFFF, (given >> 32) & 0xFFFFFFFF, given * 0, given * 0), dim=1)
+    words = philox4x32(counters, stream(seed, "pool")).numpy().astype(np.uint64)
+    return words[:, 0] << np.uint64(32) | words[:, 1]
 
 
 def make_plan(

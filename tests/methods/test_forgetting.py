@@ -81,7 +81,7 @@ def test_a_damaged_table_is_made_again_and_a_state_of_another_run_is_left(
     out = distil(toy_folder, toy_teacher, tmp_path / "run", until="score", **SETTINGS)
     path = out / "prepared.parquet"
     path.write_bytes(path.read_bytes()[:-9])
-    other = preparation.FileCheckpoint(reopen(out, quiet=True), "0" * 32)
+    other = preparation.FileCheckpoint(out / preparation._STATE, "0" * 32)
     other.save({"epochs": torch.tensor(3)})
     distil(toy_folder, toy_teacher, out, resume=True, **SETTINGS)
     assert digests(out) == digests(undisturbed)
@@ -93,9 +93,9 @@ def test_a_pool_that_does_not_fit_is_decoded_in_every_pass(
 ):
     run = reopen(undisturbed, quiet=True)
     run.plan["images_per_class"] = 100  # all, the unreadable ones too
-    held = DecodedPool(run)
+    held = run.decoded_pool()
     monkeypatch.setattr(preparation, "MEMORY_LIMIT", 1)
-    streamed = DecodedPool(run)
+    streamed = run.decoded_pool()
     order = torch.randperm(len(held.labels), generator=torch.Generator().manual_seed(0))
     assert len(order) == 182
     pairs = list(zip(held.batches(order, 32), streamed.batches(order, 32), strict=True))
