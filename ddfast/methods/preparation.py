@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ddfast.data.files import atomic_write_bytes
 from ddfast.data.loading import Loaded
-from ddfast.data.samples import Sample, Samples
+from ddfast.data.samples import Sample, SampleList
 from ddfast.data.table import is_readable, make_table, read_facts, read_table, to_numpy, write_table
 from ddfast.errors import BadImage
 from ddfast.methods.base import Prepared
@@ -96,7 +96,7 @@ class DecodedPool:
 
     def __init__(
         self,
-        samples: Samples,
+        samples: SampleList,
         places: np.ndarray,
         classes: int,
         size: int,

@@ -28,7 +28,7 @@ from ddfast.data.distilled import FORMAT_VERSION, MANIFEST
 from ddfast.data.files import atomic_write_text, make_folder, sweep_temporary
 from ddfast.data.loaders import Loader, resolve_loader
 from ddfast.data.loading import Loaded
-from ddfast.data.samples import Sample, Samples
+from ddfast.data.samples import Sample, SampleList
 from ddfast.data.sources import Source, file_limit, open_source
 from ddfast.errors import UsageError
 from ddfast.methods import get_method
@@ -159,7 +159,7 @@ class Run:
         torch.set_num_threads(self.plan["arithmetic"]["threads"])
 
 
-def drawn_places(samples: Samples, classes: int, per_class: int, seed: int) -> np.ndarray:
+def drawn_places(samples: SampleList, classes: int, per_class: int, seed: int) -> np.ndarray:
     """Places in `samples` of the first `per_class` of each class by a seeded shuffle, int64 in the order of their ids.
 
     The shuffle depends on the ids alone.
