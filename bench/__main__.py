@@ -1,4 +1,4 @@
-"""`python -m bench NAME` and `ddfast bench NAME`: run one benchmark or `all`; without a name, list them."""
+"""`python -m bench NAME`: run one benchmark, study or trial, or `all` of the speed entries; without a name, list."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # before torch: its profiler rep
 import torch
 
 from bench import facts
-from bench.registry import ENTRIES, Entry, GateFailed, Settings, Unavailable
-from bench.results import RESULTS, plot, read_csv, rows_of, summary, write_csv
-from ddfast.data.files import atomic_write_text
+from bench.speed.registry import ENTRIES, Entry, GateFailed, Settings, Unavailable
+from bench.speed.results import RESULTS, plot, read_csv, rows_of, summary, write_csv
 from ddfast.errors import UsageError
+from ddfast.files import atomic_write_text
 
 SPEED_MODULES = ("attribution", "norms", "convnet", "op_cases", "score_pass", "host_time")
 
 
 def load_entries() -> dict[str, Entry]:
     """The registered speed entries, by name in the order they run in."""
-    modules = [importlib.import_module(f"bench.{module}").__name__ for module in SPEED_MODULES]
+    modules = [importlib.import_module(f"bench.speed.{module}").__name__ for module in SPEED_MODULES]
     return {
         name: entry
         for module in modules
@@ -36,37 +36,41 @@ def load_entries() -> dict[str, Entry]:
     }
 
 
-def commands() -> dict[str, str]:
-    """The modules beside this one with a `main`, and the first line of what each says it does.
+def commands() -> dict[str, tuple[str, str]]:
+    """The modules of all rooms with a `main`, by name: each one's dotted name, and the first line of what it does.
 
     They are what needs data, a teacher or a GPU, or measures no speed. Read, not imported.
     """
     found = {}
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    here = Path(__file__).parent
+    rooms = (here, here / "speed", here / "studies", here / "studies" / "estimators", here / "trials")
+    for path in (path for room in rooms for path in sorted(room.glob("*.py"))):
         tree = ast.parse(path.read_text("utf-8"))
-        if path != Path(__file__) and any(
+        if path.stem != "__main__" and any(
             isinstance(part, ast.FunctionDef) and part.name == "main" for part in tree.body
         ):
-            found[path.stem] = (ast.get_docstring(tree) or "").partition("\n")[0].rstrip(".:")
-    return found | {"paper": "The studies of the InfoUtil paper, its numbers beside ours"}
+            what = (ast.get_docstring(tree) or "").partition("\n")[0].rstrip(".:")
+            found[path.stem] = (".".join(path.relative_to(here.parent).with_suffix("").parts), what)
+    studies = "Tables and figures of a paper, its numbers beside ours"
+    return found | {"studies": ("bench.studies.__main__", studies)}
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the benchmark named first with the arguments behind it."""
     entries = load_entries()
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: ddfast bench NAME [...]\n\nspeed, against peers (--help for options):")
+        print("usage: python -m bench NAME [...]\n\nspeed, against peers (--help for options):")
         for entry in entries.values():
             print(f"  {entry.name:<18} {entry.what}")
         print(
             f"  {'all':<18} all of these, about {_minutes(entries.values()):.0f} minutes on two cores\n\nothers:"
         )
-        for name, what in commands().items():
+        for name, (_, what) in commands().items():
             print(f"  {name:<18} {what}")
         return 0
     name, rest = argv[0], argv[1:]
     if name in (known := commands()):
-        module = "bench.paper.__main__" if name == "paper" else f"bench.{name}"
+        module = "bench.studies.__main__" if name == "paper" else f"bench.{name}"
         return int(importlib.import_module(module).main(rest))
     if name != "all" and name not in entries:
         names = ", ".join((*entries, "all", *known))
@@ -79,7 +83,7 @@ def main(argv: Sequence[str]) -> int:
             return max(_alone(entry, rest) for entry in chosen)
         return run(chosen, arguments)
     except UsageError as error:
-        print(f"ddfast bench {name}: {error}", file=sys.stderr)
+        print(f"python -m bench {name}: {error}", file=sys.stderr)
         return 2
 
 
@@ -96,7 +100,7 @@ def _alone(entry: Entry, options: Sequence[str]) -> int:
 
 def parse(argv: Sequence[str], name: str) -> argparse.Namespace:
     """Options of the speed entries."""
-    parser = argparse.ArgumentParser(prog=f"ddfast bench {name}")
+    parser = argparse.ArgumentParser(prog=f"python -m bench {name}")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     parser.add_argument("--rounds", type=int, default=None, help="timed rounds; default each entry's own")
     parser.add_argument("--threads", type=int, default=facts.usable_cores(), help="default all usable cores")

@@ -13,7 +13,9 @@ import torch
 
 import ddfast
 
-_CHECKOUT = Path(__file__).resolve().parent.parent
+CHECKOUT = Path(__file__).resolve().parent.parent
+RESULTS = CHECKOUT / "bench" / "results"
+SHARED_DATA = CHECKOUT.parent / "shared" / "data"  # real images, where the checkout has them beside it
 # What decides a speed: results and documents do not make a checkout dirty.
 _DECISIVE = ("ddfast", "kernels", "csrc", "bench/*.py", "setup.py", "pyproject.toml")
 
@@ -56,7 +58,7 @@ def commit() -> tuple[str, bool]:
 def _git(*arguments: str) -> str | None:
     try:
         finished = subprocess.run(
-            ["git", *arguments], cwd=_CHECKOUT, capture_output=True, text=True, check=False
+            ["git", *arguments], cwd=CHECKOUT, capture_output=True, text=True, check=False
         )
     except OSError:
         return None

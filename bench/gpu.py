@@ -9,7 +9,7 @@ the others take what is left. What a section measured is written when it ends: D
 CSV for each kind of number, the plot and the logs, nine files in all.
 
 `gpu.md` begins with the budget of the score pass: what each part of a micro-batch costs the host and the device, what
-waited, and which of the two, or decoding, binds (`bench.budget`).
+waited, and which of the two, or decoding, binds (`bench.speed.budget`).
 
 `--device cpu --quick` runs every section at tiny sizes on the CPU, to try the path; its numbers mean nothing.
 Without a GPU, and without that, it exits with 2.
@@ -36,12 +36,13 @@ from typing import Any
 
 import torch
 
-from bench import budget, facts
-from bench.measuring import seconds_of
-from bench.op_cases import OpCase, op_cases
-from bench.registry import GateFailed, Settings, clock, passed
-from bench.results import plot, read_csv, summary
-from ddfast.data.files import atomic_write_text, make_folder
+from bench import facts
+from bench.speed import budget
+from bench.speed.measuring import seconds_of
+from bench.speed.op_cases import OpCase, op_cases
+from bench.speed.registry import GateFailed, Settings, clock, passed
+from bench.speed.results import plot, read_csv, summary
+from ddfast.files import atomic_write_text, make_folder
 
 MINUTES = 8.0
 _RESERVE = 10.0  # seconds at the end, for the tables
@@ -313,7 +314,7 @@ def profiled(settings: Settings) -> str:
     """Table of one micro-batch of the score pass in `auto`, by the time of its kernels."""
     from torch.profiler import ProfilerActivity, profile
 
-    from bench.score_pass import passes
+    from bench.speed.score_pass import passes
 
     *_, scored = passes(settings)
     batch = scored.micro_batch(scored.found.images)
@@ -437,7 +438,7 @@ def _roofline_table(rows: Sequence[dict[str, str]]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all sections, or inside of one of them its work. 2 without a GPU, 1 where a section did not end well."""
     parser = argparse.ArgumentParser(
-        prog="ddfast bench gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the tables")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for everything (default %(default)s)")
@@ -451,7 +452,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--device cpu only tries the path: add --quick")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print(
-            "ddfast bench gpu: torch finds no CUDA device (--device cpu --quick tries the path without one)",
+            "python -m bench gpu: torch finds no CUDA device (--device cpu --quick tries the path without one)",
             file=sys.stderr,
         )
         return 2

@@ -8,9 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.measuring import synchronise
-from bench.op_cases import OpCase, op_cases
-from bench.registry import Settings, passed
+from bench.speed.measuring import synchronise
+from bench.speed.op_cases import OpCase, op_cases
+from bench.speed.registry import Settings, passed
 
 pytest.importorskip("pytest_benchmark")
 

@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 # Public name -> module that holds it. Loaded on first use, so that `import ddfast` stays cheap.
 _LAZY = {
-    "accelerate": "ddfast.acceleration",
+    "accelerate": "ddfast.captum.accelerate",
     "shapley": "ddfast.attribution",
     "grad_cam": "ddfast.attribution",
     "grad_norm": "ddfast.gradients",
@@ -18,7 +18,7 @@ _LAZY = {
     "create_model": "ddfast.models",
     "fuse": "ddfast.models",
     "load_teacher": "ddfast.models",
-    "DistilledSet": "ddfast.data",
+    "DistilledSet": "ddfast.output",
     "distill": "ddfast.distillation",
     "evaluate": "ddfast.training",
     "train_teacher": "ddfast.training",
@@ -39,16 +39,16 @@ _MODULES = (
 __all__ = ["__version__", *_LAZY, *_MODULES]
 
 if TYPE_CHECKING:
-    from ddfast.acceleration import accelerate as accelerate
     from ddfast.attribution import grad_cam as grad_cam
     from ddfast.attribution import shapley as shapley
-    from ddfast.data import DistilledSet as DistilledSet
+    from ddfast.captum.accelerate import accelerate as accelerate
     from ddfast.distillation import distill as distill
     from ddfast.gradients import grad_norm as grad_norm
     from ddfast.information import cmi as cmi
     from ddfast.models import create_model as create_model
     from ddfast.models import fuse as fuse
     from ddfast.models import load_teacher as load_teacher
+    from ddfast.output import DistilledSet as DistilledSet
     from ddfast.training import evaluate as evaluate
     from ddfast.training import train_teacher as train_teacher
 

@@ -116,8 +116,8 @@ def _check_flags(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
 
     commands = _commands(parser)
     command = next((word for word in given if not word.startswith("-")), None)
-    if command == "bench" or (command is not None and command not in commands):
-        return  # bench has flags of its own; an unknown command is argparse's to refuse
+    if command is not None and command not in commands:
+        return  # an unknown command is argparse's to refuse
     taker = parser if command is None else commands[command]
     method = None
     if command in ("distill", "score"):
@@ -202,7 +202,7 @@ def _after_interruption(arguments: argparse.Namespace) -> str:
         if Path(arguments.out).with_suffix(".state").is_file():
             return "the same command with --resume continues after the last whole epoch"
         return "no epoch was finished, so the training starts from its beginning again"
-    if command in ("select", "synthesize", "relabel", "demo"):
+    if command in ("select", "compose", "relabel", "synthesize", "demo"):
         return "the same command continues"
     if command == "evaluate":
         return "nothing has been written, and the students would be trained anew"
@@ -227,7 +227,6 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     _add_report(commands)
     _add_export(commands)
     _add_env(commands)
-    _add_bench(commands)
     return parser
 
 
@@ -303,11 +302,11 @@ def _check_teacher(
     arguments: argparse.Namespace, spec: str, class_order: str | None, role: str = "teacher"
 ) -> None:
     """Refuse a teacher that is not there, and what is said of it that cannot be; arguments as `_teacher_choice`."""
-    from ddfast.methods.run import check_teacher_choice
     from ddfast.models.class_order import read_class_order
     from ddfast.models.normalization import normalization
     from ddfast.models.registry import check_model
     from ddfast.models.teacher import is_state_dict
+    from ddfast.pipeline.opening import check_teacher_choice
 
     check_teacher_choice(spec, role)
     if class_order is not None:
@@ -429,7 +428,6 @@ def _number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"wanted a number, got {text!r}") from None
 
 
-_STAGES = ("score", "select", "synthesize", "relabel")
 _TYPES: dict[type, Callable[[str], Any]] = {int: _whole, float: _number}
 
 
@@ -470,9 +468,9 @@ def _train_teacher(arguments: argparse.Namespace) -> None:
 
 
 def _add_distill(commands: Any, argv: Sequence[str]) -> None:
-    parser = commands.add_parser("distill", help="distil a data set: score, select, synthesize, relabel")
+    parser = commands.add_parser("distill", help="distil a data set, all stages of a method in a row")
     _method_arguments(parser, argv)
-    parser.set_defaults(parser=parser, run=lambda arguments: _distill(arguments, "relabel"))
+    parser.set_defaults(parser=parser, run=lambda arguments: _distill(arguments, None))
 
 
 def _add_stages(commands: Any, argv: Sequence[str]) -> None:
@@ -481,8 +479,9 @@ def _add_stages(commands: Any, argv: Sequence[str]) -> None:
     parser.set_defaults(parser=parser, run=lambda arguments: _distill(arguments, "score"))
     for name, help in (
         ("select", "stage 2: rank the score table; another --ipc selects again"),
-        ("synthesize", "stage 3: write the images"),
+        ("compose", "stage 3: write the images"),
         ("relabel", "stage 4: soft labels and report"),
+        ("synthesize", "of methods that make pixels, what makes them; of the others the old name of compose"),
     ):
         stage = commands.add_parser(name, help=help)
         stage.add_argument("folder", help="output folder of ddfast score")
@@ -597,7 +596,7 @@ def _method_in(parser: argparse.ArgumentParser, argv: Sequence[str]) -> str | No
     return next(iter(_words(parser, argv)[0][1:]), None)
 
 
-def _distill(arguments: argparse.Namespace, until: str) -> None:
+def _distill(arguments: argparse.Namespace, until: str | None) -> None:
     from ddfast.distillation import distill
     from ddfast.methods import get_method
 
@@ -650,20 +649,22 @@ def _distill(arguments: argparse.Namespace, until: str) -> None:
         until=until,
         **chosen,
     )
-    if until != "relabel":
+    if until is not None:
         _say_what_is_left(out, until, arguments.quiet)
     _print_once(out)
 
 
 def _say_what_is_left(out: Path, stage: str, quiet: bool) -> None:
     """Name the commands that an unfinished set still needs behind `stage`."""
-    from ddfast.methods.run import read_plan
+    from ddfast.methods import get_method
+    from ddfast.pipeline.plan import read_plan
     from ddfast.progress import say
     from ddfast.ranks import is_main
 
     plan = read_plan(out)
     if plan is not None and not plan["complete"] and is_main():
-        left = [f"ddfast {later} {out}" for later in _STAGES[_STAGES.index(stage) + 1 :]]
+        stages = get_method(plan["method"]).stages
+        left = [f"ddfast {later} {out}" for later in stages[stages.index(stage) + 1 :]]
         say(f"the set is unfinished: next run {' and then '.join(left)}", quiet=quiet)
 
 
@@ -677,8 +678,9 @@ def _print_once(text: object) -> None:
 
 def _stage(arguments: argparse.Namespace) -> None:
     from ddfast.distillation import finish
-    from ddfast.methods import pipeline
-    from ddfast.methods.run import reopen
+    from ddfast.pipeline.opening import reopen
+    from ddfast.pipeline.select import change_ipc
+    from ddfast.pipeline.stages import stage_named
 
     if arguments.command == "select" and arguments.ipc is not None:
         whole_number(arguments.ipc, "ipc", least=1)
@@ -693,14 +695,25 @@ def _stage(arguments: argparse.Namespace) -> None:
     )
     try:
         if arguments.command == "select" and arguments.ipc is not None:
-            pipeline.change_ipc(run, arguments.ipc)
-        getattr(pipeline, arguments.command)(run)
-        if arguments.command == "relabel":
+            change_ipc(run, arguments.ipc)
+        stages = run.method.stages
+        stage = _stage_of(arguments.command, run.method.name, stages)
+        stage_named(stage)(run)
+        if stage == stages[-1]:
             finish(run)
     finally:
         run.ranks.leave()
-    _say_what_is_left(run.out, arguments.command, arguments.quiet)
+    _say_what_is_left(run.out, stage, arguments.quiet)
     _print_once(run.out)
+
+
+def _stage_of(command: str, method: str, stages: Sequence[str]) -> str:
+    """The stage of a method that a command asks for: its own name, or what it was called before."""
+    if command == "synthesize" and command not in stages:
+        command = "compose"
+    if command not in stages:
+        raise UsageError(f"a run of {method} has no stage {command}; it has {', '.join(stages)}")
+    return command
 
 
 # evaluate
@@ -753,8 +766,8 @@ def _add_evaluate(commands: Any) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     import json
 
-    from ddfast.data import DistilledSet
-    from ddfast.data.files import atomic_write_text
+    from ddfast.files import atomic_write_text
+    from ddfast.output import DistilledSet
     from ddfast.training import evaluate
 
     if arguments.json:  # before the work, not after it
@@ -868,8 +881,9 @@ def _add_report(commands: Any) -> None:
 def _report(arguments: argparse.Namespace) -> None:
     import json
 
-    from ddfast.data import DistilledSet, open_source
-    from ddfast.methods.run import RUN
+    from ddfast.data import open_source
+    from ddfast.output import DistilledSet
+    from ddfast.pipeline.run import RUN
     from ddfast.progress import say
     from ddfast.report import write_report
 
@@ -902,7 +916,7 @@ def _add_export(commands: Any) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from ddfast.data.webdataset_export import export_webdataset
+    from ddfast.output.webdataset import export_webdataset
 
     paths = export_webdataset(arguments.folder, arguments.out, images_per_shard=arguments.images_per_shard)
     print(paths[0] if len(paths) == 1 else f"{paths[0]} .. {paths[-1].name}")
@@ -919,12 +933,12 @@ def _add_demo(commands: Any) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from ddfast.demo import run_demo
+    from ddfast.demo.demo import run_demo
 
     run_demo(Path(arguments.out), seed=arguments.seed, quiet=arguments.quiet)
 
 
-# env, bench
+# env
 # -----------------------------------------------------------------------------------------------------
 
 
@@ -937,20 +951,3 @@ def _env(arguments: argparse.Namespace) -> None:
     from ddfast.report.environment import describe_environment
 
     print(describe_environment())
-
-
-def _add_bench(commands: Any) -> None:
-    parser = commands.add_parser("bench", help="benchmarks; from a checkout", add_help=False)
-    parser.add_argument("arguments", nargs=argparse.REMAINDER)
-    parser.set_defaults(parser=parser, run=_bench)
-
-
-def _bench(arguments: argparse.Namespace) -> int:
-    checkout = Path(__file__).resolve().parent.parent
-    if not (checkout / "bench" / "__main__.py").is_file():
-        raise UsageError("benchmarks are not installed: run this from a checkout of the repository")
-    sys.path.insert(0, str(checkout))
-    import importlib
-
-    run: Callable[[Sequence[str]], int] = importlib.import_module("bench.__main__").main
-    return run(arguments.arguments)

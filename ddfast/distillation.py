@@ -1,4 +1,4 @@
-"""`ddfast.distill`: the four stages in a row, and the report that closes a run."""
+"""`ddfast.distill`: the stages of a method in a row, and the report that closes a run."""
 
 from __future__ import annotations
 
@@ -8,21 +8,12 @@ from typing import Any
 
 from ddfast.arguments import one_of
 from ddfast.isolation import isolated
-from ddfast.methods.pipeline import (
-    ClassOrder,
-    TeacherChoice,
-    clock,
-    open_run,
-    relabel,
-    score,
-    select,
-    synthesize,
-)
-from ddfast.methods.run import Run
+from ddfast.methods import get_method
+from ddfast.pipeline.opening import ClassOrder, TeacherChoice, open_run
+from ddfast.pipeline.run import Run, clock
+from ddfast.pipeline.stages import stage_named
 from ddfast.progress import say
 from ddfast.report import write_report
-
-STAGES = ("score", "select", "synthesize", "relabel")
 
 
 @isolated()
@@ -53,7 +44,7 @@ def distill(
     class_order: ClassOrder | None = None,
     label_class_order: ClassOrder | None = None,
     quiet: bool = False,
-    until: str = "relabel",
+    until: str | None = None,
     **options: Any,
 ) -> Path:
     """Distil a labelled image set into `ipc` images a class.
@@ -95,7 +86,7 @@ def distill(
         label_class_order: the same of the label teacher; None: `class_order` too where its file does not name its
             classes.
         quiet: print nothing.
-        until: last stage to run: "score", "select", "synthesize" or "relabel".
+        until: last stage to run, one of the method's `stages`; default all, and the report.
         **options: of the method.
 
     Returns:
@@ -104,7 +95,9 @@ def distill(
     Raises:
         UsageError: bad input; nothing is half-written.
     """
-    one_of(until, "until", STAGES)
+    stages = get_method(method).stages
+    if until is not None:
+        one_of(until, "until", stages)
     run = open_run(
         method,
         data=data,
@@ -137,9 +130,9 @@ def distill(
         if run.complete:
             say(f"{run.out} is finished", quiet=run.quiet)
             return run.out
-        for stage in (score, select, synthesize, relabel):
-            stage(run)
-            if stage.__name__ == until != "relabel":
+        for stage in stages:
+            stage_named(stage)(run)
+            if stage == until != stages[-1]:
                 return run.out
         finish(run)
     finally:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class DDFastError(Exception):
     """A failure with a one-line message meant for a person. The command line exits with `exit_code`.
@@ -21,3 +23,18 @@ class UsageError(DDFastError):
 
 class BadImage(UsageError):
     """A file that cannot be decoded to RGB. `str(error)` is the reason, without the file's name."""
+
+
+def shown(names: Iterable[str], limit: int = 5) -> str:
+    """Names for a one-line message: comma-separated, control characters escaped, at most `limit` of them."""
+    names = list(names)
+    clean = [
+        "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+        for name in names[:limit]
+    ]
+    return ", ".join(clean) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text on one line of at most 120 characters, its type where there is no text."""
+    return " ".join(str(error).split())[:120] or type(error).__name__

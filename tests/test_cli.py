@@ -68,7 +68,7 @@ def test_bad_usage_is_one_line_and_exit_code_2(words, capsys):
         "attribute",
         "score",
         "select",
-        "synthesize",
+        "compose",
         "relabel",
         "report",
         "env",
@@ -256,15 +256,15 @@ def unopened(monkeypatch):
     import ddfast.data.decoding
     import ddfast.data.loading
     import ddfast.data.sources
-    import ddfast.methods.pipeline
-    import ddfast.methods.run
+    import ddfast.pipeline.run
+    import ddfast.pipeline.score
     import ddfast.report.attribute
 
     def opened(*_, **__):
         raise AssertionError("data was opened before the options were checked")
 
     for module in (
-        *(ddfast.data.sources, ddfast.methods.pipeline, ddfast.methods.run, ddfast.report.attribute),
+        *(ddfast.data.sources, ddfast.pipeline.score, ddfast.pipeline.run, ddfast.report.attribute),
     ):
         monkeypatch.setattr(module, "open_source", opened)
     monkeypatch.setattr(ddfast.data, "open_source", opened, raising=False)
@@ -511,13 +511,11 @@ def test_what_is_left_to_do_is_said(toy_folder, toy_teacher, tmp_path, capsys):
     )
     code, _, err = run("score", "rded", *settings, capsys=capsys)
     assert code == 0
-    assert (
-        f"next run ddfast select {out} and then ddfast synthesize {out} and then ddfast relabel {out}" in err
-    )
+    assert f"next run ddfast select {out} and then ddfast compose {out} and then ddfast relabel {out}" in err
     assert "1 image " not in err
     code, _, err = run("relabel", out, capsys=capsys)
     assert code == 2
-    assert "000000.png is missing: run the synthesize stage first" in err
+    assert "000000.png is missing: run the compose stage first" in err
     code, _, err = run("distill", "rded", *settings, capsys=capsys)
     assert code == 2
     assert "an unfinished run of the same settings; continue it with --resume" in err
@@ -534,17 +532,17 @@ def test_what_is_left_to_do_is_said(toy_folder, toy_teacher, tmp_path, capsys):
     assert "images_per_class is 12: distil anew into another folder with more" in err
     code, _, err = run("select", out, "--ipc", 2, capsys=capsys)
     assert code == 0
-    assert f"next run ddfast synthesize {out} and then ddfast relabel {out}" in err
+    assert f"next run ddfast compose {out} and then ddfast relabel {out}" in err
     code, _, err = run(
         "evaluate", "--distilled", out, "--data", toy_folder, "--arch", "convnet3", capsys=capsys
     )
     assert code == 2
     assert "its IPC is 2 now" in err
-    assert "ddfast synthesize and ddfast relabel" in err
+    assert "ddfast compose and ddfast relabel" in err
     code, _, err = run("distill", "rded", *settings, "--resume", capsys=capsys)
     assert code == 2
     assert f"ddfast select {out} --ipc 1" in err
-    code, _, err = run("synthesize", out, capsys=capsys)
+    code, _, err = run("compose", out, capsys=capsys)
     assert code == 0
     assert f"next run ddfast relabel {out}" in err
     code, _, err = run("relabel", out, capsys=capsys)
@@ -605,9 +603,9 @@ def test_an_interrupted_command_says_what_has_become_of_the_work(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("ddfast.progress.Progress.advance", interrupted)
-    monkeypatch.setattr("ddfast.demo.write_shapes", interrupted)
+    monkeypatch.setattr("ddfast.demo.demo.write_shapes", interrupted)
     if "nowhere" in words:
-        monkeypatch.setattr("ddfast.methods.pipeline._preflight", interrupted)
+        monkeypatch.setattr("ddfast.pipeline.opening._preflight", interrupted)
     for name, place in {"DATA": toy_folder, "TEACHER": toy_teacher, "RUN": toy_run}.items():
         words = words.replace(name, str(place))
     code, _, err = run(*words.split(), "--quiet", capsys=capsys)

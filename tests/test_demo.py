@@ -5,11 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from ddfast import demo
-from ddfast.data import DistilledSet
-from ddfast.data.shapes import Box, ShapesConfig, read_boxes
-from ddfast.demo import CONTESTANTS, DemoSettings, holds, run_demo
+from ddfast.demo.demo import CONTESTANTS, DemoSettings, demo, holds, run_demo
+from ddfast.demo.shapes import Box, ShapesConfig, read_boxes
 from ddfast.errors import UsageError
+from ddfast.output import DistilledSet
 
 TOY = DemoSettings(
     shapes=ShapesConfig(

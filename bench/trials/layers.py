@@ -1,6 +1,6 @@
 """Draw layers, layouts and small networks at random, and hold their gradient norms against a float64 loop.
 
-    python -m bench.trials.layers --draws 20000 --seed 0 --out bench/results/layers.md
+    python -m bench layers --draws 20000 --seed 0 --out bench/results/layers.md
 
 Three families of kinds: one op of `ddfast.ops` on tensors of any layout; one layer as the ghost method serves it
 (or, where it does not, as `ddfast.grad_norm` does); and a small network of several. A draw is decided by its kind,
@@ -515,7 +515,7 @@ def page(counts: dict[str, Counter[str]], failures: Sequence[str], asked: int, s
     lines = [
         "# Random layers",
         "",
-        f"`python -m bench.trials.layers --draws {asked} --seed {seed}`: gradient norms of randomly drawn ops, layers",
+        f"`python -m bench layers --draws {asked} --seed {seed}`: gradient norms of randomly drawn ops, layers",
         "and small networks (kernels, strides, dilations, groups, paddings, channels, layouts in memory, dtypes,",
         "batches of 1, 2, 3 and 5) against a loop over single images in float64. Held: every norm is the loop's within",
         "what the precision allows, and model and images are as they were. Not counted: torch's own forward pass is",
@@ -545,9 +545,7 @@ def _body() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.trials.layers", description=__doc__.partition("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m bench layers", description=__doc__.partition("\n")[0])
     parser.add_argument("--draws", type=int, default=2000, help="of all kinds together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--draw", metavar="KIND:NUMBER", help="repeat one draw")

@@ -2,11 +2,11 @@
 
 from ddfast.attribution.crops import CropRule, shapley_crops, unread_crops
 from ddfast.attribution.engine import VALUES, shapley
-from ddfast.attribution.estimators import ESTIMATORS, list_estimators
-from ddfast.attribution.forward import locality_of
+from ddfast.attribution.estimators.plans import ESTIMATORS, list_estimators
 from ddfast.attribution.grad_cam import grad_cam
-from ddfast.attribution.locality import Locality
 from ddfast.attribution.stopping import settled_shapley
+from ddfast.masked_forward.forward import locality_of
+from ddfast.masked_forward.locality import Locality
 
 __all__ = [
     "ESTIMATORS",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ddfast.attribution.engine import Channels, ImageGame, evaluations, start, weights
-from ddfast.attribution.estimators import Plan, SampledPlan
+from ddfast.attribution.estimators.plans import Plan, SampledPlan
 from ddfast.attribution.validation import as_tensors, check_finite
 from ddfast.ops import noisy_crop_boxes, shapley_crop_boxes
 from ddfast.ops.transfer import to_device

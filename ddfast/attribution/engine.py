@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddfast.attribution.estimators import Plan, SampledPlan, make_plan
+from ddfast.attribution.estimators.plans import Plan, SampledPlan, make_plan
 from ddfast.attribution.flight import Flight
-from ddfast.attribution.forward import Forward, assemble, made_up_image, players_of, prepare
 from ddfast.attribution.inspection import Inspection, alike, check_rows, inspect, look
 from ddfast.attribution.random_states import RandomStates
 from ddfast.attribution.validation import (
@@ -26,6 +25,7 @@ from ddfast.attribution.validation import (
     check_scores,
     check_seed,
 )
+from ddfast.masked_forward.forward import Forward, assemble, made_up_image, players_of, prepare
 from ddfast.ops import masked_batch, shapley_heatmap
 from ddfast.ops._attribution import VALUES
 from ddfast.ops.graphs import Recorded
@@ -76,7 +76,7 @@ def shapley(
             prior over games, and what it expects of them), "gp" (the same prior on coalitions drawn at random),
             "paired", "leverage" and "enumerated" (constrained regression on complement pairs), "ramc" (unbiased
             regression-adjusted Monte Carlo), "kernel" (Captum's KernelShap, whose own budget is n_samples=25) or
-            "exact" (d <= 20). Formulas and smallest budgets stand in `ddfast.attribution.estimators`.
+            "exact" (d <= 20). Formulas and smallest budgets stand in `ddfast.attribution.estimators.plans`.
         value: the score, "logit" (the model's output), "prob" (its softmax) or "logprob".
         baseline: what absent cells show, after normalisation: a number, one a channel [C], an image [C, H,
             W], or an image for each image [B, C, H, W].

@@ -17,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from ddfast.attribution.call_log import Log, recorded
 from ddfast.attribution.random_states import RandomStates, equal_states
-from ddfast.attribution.tracing import is_compiled
 from ddfast.attribution.validation import check_labels, check_scores
+from ddfast.masked_forward.tracing import is_compiled
 
 _RUNS = 8
 _SMALL_DRAW = (

@@ -13,11 +13,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ddfast.attribution.design import design, extended
-from ddfast.attribution.designs import kept_rounds
 from ddfast.attribution.engine import DEFAULT_CHUNK_SIZE, Channels, ImageGame
-from ddfast.attribution.estimators import relabellings
-from ddfast.attribution.game_prior import GamePrior, Grid
+from ddfast.attribution.estimators.design_search import design, extended
+from ddfast.attribution.estimators.game_prior import GamePrior, Grid
+from ddfast.attribution.estimators.kept_designs import kept_rounds
+from ddfast.attribution.estimators.plans import relabellings
 from ddfast.attribution.inspection import Inspection
 from ddfast.attribution.random_states import RandomStates
 from ddfast.attribution.validation import (

@@ -21,11 +21,10 @@ from ddfast.data.sources import (
     is_image,
     order_remark,
     path_inside,
-    shown,
     spellings,
 )
 from ddfast.data.splits import pick_split, split_word, train_folder
-from ddfast.errors import UsageError
+from ddfast.errors import UsageError, shown
 
 _MAX_LINKED = 2_000_000  # files that links to folders may add
 _MAX_LINKS = 40  # links followed from one to the next, as Linux does

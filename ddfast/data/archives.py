@@ -24,17 +24,9 @@ from ddfast.data.archive_tree import Layout, Member, Tree
 from ddfast.data.labels import class_list
 from ddfast.data.metadata import METADATA_FILES
 from ddfast.data.samples import Sample
-from ddfast.data.sources import (
-    Source,
-    is_image,
-    machine_refused,
-    one_line,
-    shown,
-    size_refused,
-    utf8,
-)
+from ddfast.data.sources import Source, is_image, machine_refused, size_refused, utf8
 from ddfast.data.splits import split_word
-from ddfast.errors import BadImage, UsageError
+from ddfast.errors import BadImage, UsageError, one_line, shown
 
 _MAX_LABEL_BYTES = 1 << 20  # a .cls, .json or classes.txt larger than this is no label
 _MAX_METADATA_BYTES = 1 << 30

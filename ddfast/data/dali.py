@@ -36,16 +36,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddfast.data.decoding import centre_offsets, decode_fit, fitted_size, pixel_limit
-from ddfast.data.distilled import encode_image
+from ddfast.data.decoding import centre_offsets, decode_fit, encode_image, fitted_size, pixel_limit
 from ddfast.data.jpeg import PlainJpeg, plain_jpeg
 from ddfast.data.loading import Loaded, checked_workers, in_order
 from ddfast.data.native_jpeg import suits
-from ddfast.data.sources import one_line
-from ddfast.errors import BadImage, DDFastError
+from ddfast.errors import BadImage, DDFastError, one_line
 
 if TYPE_CHECKING:
-    from ddfast.data.loaders import Load
+    from ddfast.data.loading import Load
     from ddfast.data.samples import Sample
     from ddfast.data.sources import Source
 

@@ -355,3 +355,40 @@ def _quiet_pillow() -> Iterator[None]:
         yield
     finally:
         _FILTER.release()
+
+
+_EXTENSION = {"png": ".png", "jpeg": ".jpg"}
+_SUBSAMPLING = {"4:4:4": 0, "4:2:2": 1, "4:2:0": 2}
+
+
+def encode_image(
+    image: Tensor, format: str = "png", *, quality: int = 95, subsampling: str = "4:4:4"
+) -> bytes:
+    """Encode an image; equal pixels give equal bytes with one Pillow version.
+
+    Args:
+        image: uint8 [3, H, W].
+        format: "png" (lossless) or "jpeg".
+        quality: of JPEG, 1 to 100.
+        subsampling: chroma of JPEG: "4:4:4", "4:2:2" or "4:2:0". RDED's own files are quality 75 with
+            "4:2:0".
+
+    Raises:
+        ValueError: another shape, dtype, format or subsampling.
+    """
+    from PIL import Image
+
+    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+        raise ValueError(f"image must be uint8 [3, H, W], got {image.dtype} {list(image.shape)}")
+    if format not in _EXTENSION or subsampling not in _SUBSAMPLING:
+        raise ValueError(
+            f"format must be one of {list(_EXTENSION)} and subsampling one of {list(_SUBSAMPLING)}, "
+            f"got {format!r} and {subsampling!r}"
+        )
+    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
+    buffer = io.BytesIO()
+    if format == "png":
+        picture.save(buffer, "PNG", compress_level=6)
+    else:
+        picture.save(buffer, "JPEG", quality=quality, subsampling=_SUBSAMPLING[subsampling])
+    return buffer.getvalue()

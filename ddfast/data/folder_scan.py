@@ -33,11 +33,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ddfast.data.files import atomic_path
 from ddfast.data.metadata import METADATA_FILES
 from ddfast.data.samples import sample_ids
-from ddfast.data.sources import ending_left_out, is_hidden, is_image, shown, utf8
-from ddfast.errors import UsageError
+from ddfast.data.sources import ending_left_out, is_hidden, is_image, utf8
+from ddfast.errors import UsageError, shown
+from ddfast.files import atomic_path
 
 CACHED_FROM = 10_000
 """Files from which on a listing is remembered."""

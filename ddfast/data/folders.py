@@ -32,7 +32,6 @@ from ddfast.data.sources import (
     is_hidden,
     is_image,
     machine_refused,
-    one_line,
     order_remark,
     size_refused,
     spellings,
@@ -40,7 +39,7 @@ from ddfast.data.sources import (
     utf8,
 )
 from ddfast.data.splits import pick_split, split_word, train_folder
-from ddfast.errors import BadImage, UsageError
+from ddfast.errors import BadImage, UsageError, one_line
 
 _GONE = {errno.ENOENT, errno.ENOTDIR}
 

@@ -6,8 +6,8 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from ddfast.data.sources import is_unicode, shown
-from ddfast.errors import UsageError
+from ddfast.data.sources import is_unicode
+from ddfast.errors import UsageError, shown
 
 LABEL_FIELDS = ("label_name", "class_name", "label", "cls")
 """Where a record says its label; the first that does counts."""

@@ -23,8 +23,9 @@ import importlib.util
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
+from ddfast.data.loading import Load
 from ddfast.errors import UsageError
 
 if TYPE_CHECKING:
@@ -38,24 +39,6 @@ LOADERS = ("auto", "dali", "dali-hw", "torchvision", "pillow")
 """What `resolve_loader` takes."""
 
 _INSTALL = "pip install nvidia-dali-cuda130, or nvidia-dali-cuda120 with an older driver"
-
-
-class Load(Protocol):
-    """The call that every loader is; `ddfast.data.loading.load` documents it."""
-
-    def __call__(
-        self,
-        source: Source,
-        samples: Iterable[Sample],
-        size: int,
-        *,
-        resize: int | None = None,
-        workers: int | None = None,
-        ahead: int = 64,
-        max_pixels: int | None = None,
-    ) -> Generator[Loaded, None, None]:
-        """Read, decode and fit samples, in the order given."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from ddfast.errors import BadImage, UsageError
 from ddfast.wording import plural
 
 if TYPE_CHECKING:
-    from ddfast.data.loaders import Load
     from ddfast.data.samples import Sample
     from ddfast.data.sources import Source
 
@@ -180,3 +179,21 @@ def _threaded(
             yield from waiting.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Load(Protocol):
+    """The call that every loader is; `ddfast.data.loading.load` documents it."""
+
+    def __call__(
+        self,
+        source: Source,
+        samples: Iterable[Sample],
+        size: int,
+        *,
+        resize: int | None = None,
+        workers: int | None = None,
+        ahead: int = 64,
+        max_pixels: int | None = None,
+    ) -> Generator[Loaded, None, None]:
+        """Read, decode and fit samples, in the order given."""
+        ...

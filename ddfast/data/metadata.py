@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ddfast.data.labels import LABEL_FIELDS, label_in, label_in_text
-from ddfast.data.sources import is_unicode, one_line, path_inside, shown
-from ddfast.errors import UsageError
+from ddfast.data.sources import is_unicode, path_inside
+from ddfast.errors import UsageError, one_line, shown
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 """What may label the images of a folder, the folders in it, and the folder above it."""

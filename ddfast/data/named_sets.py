@@ -9,8 +9,8 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-from ddfast.data.sources import Sample, Source, one_line
-from ddfast.errors import BadImage, UsageError
+from ddfast.data.sources import Sample, Source
+from ddfast.errors import BadImage, UsageError, one_line
 
 # name -> (class in torchvision.datasets, its arguments for train, its arguments for test)
 NAMED_SETS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {

@@ -12,17 +12,15 @@ import json
 import os
 import re
 import unicodedata
-import zipfile
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 
 from ddfast.data.samples import DuplicateId, Sample, SampleList
-from ddfast.errors import BadImage, UsageError
+from ddfast.errors import BadImage, UsageError, shown
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 """Endings that make a file in a class folder a sample, in any case: torchvision's ImageFolder's, and GIF."""
@@ -150,79 +148,6 @@ class Source(ABC):
     def __repr__(self) -> str:
         classes, samples = len(self.class_names), len(self.samples)
         return f"{type(self).__name__}({self.name!r}, {self.split!r}, {classes} classes, {samples} samples)"
-
-
-def open_source(data: str | os.PathLike[str], split: str = "train") -> Source:
-    """Open one split of a labelled image set.
-
-    Args:
-        data: one of
-            - a folder with `train/<class>/...` and `test/<class>/...` or `val/<class>/...`, or with the class
-              folders alone, which are a train split; `training/`, `validation/`, `Test/`, `val2017/` and their
-              like are read as splits where they cannot be classes. `metadata.jsonl`, `metadata.csv` or
-              `metadata.parquet` labels the images as Hugging Face's imagefolder has it, by `file_name` and one of
-              "label_name", "class_name", "label": where the images do not stand in class folders, and where its
-              labels divide them otherwise than their folders do;
-            - a .zip of the same layout, which may stand in one common folder;
-            - WebDataset shards: an uncompressed .tar, or several as `part-{000..003}.tar` or `part-*.tar`,
-              with that layout, or with pairs `key.jpg` and `key.cls` (a class number or name; `key.json` with
-              "label" or "label_name" will do), the names of numbers in `classes.txt`, one a line, inside or
-              beside the shards;
-            - a torchvision set by name, as `cifar10`, downloaded once into `$DDFAST_DATA` or
-              `~/.cache/ddfast`.
-        split: "train" or "test" ("test" is looked for in `test/`, then in `val/`).
-
-    Labels of the test split follow the class order of the train split where there is one.
-
-    Raises:
-        UsageError: no such data, no images, one class only, an empty class, no such split, a damaged archive,
-            or an archive member that points outside.
-        ValueError: an unknown split.
-    """
-    from ddfast.data.archives import TarSource, ZipSource, find_shards
-    from ddfast.data.folders import open_folder
-    from ddfast.data.named_sets import NAMED_SETS, NamedSource
-
-    if split not in SPLIT_FOLDERS:
-        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
-    name = os.fspath(data)
-    path = Path(name).expanduser()
-    try:
-        if name and os.path.isdir(path):  # "" would be the current folder
-            return open_folder(path, split, name)
-        if os.path.isfile(path):
-            if path.suffix.lower() == ".tar":
-                return TarSource([path], split, name)
-            if zipfile.is_zipfile(path):
-                return ZipSource(path, split, name)
-            if path.suffix.lower() == ".zip":
-                raise UsageError(
-                    f"cannot read {name}: not a zip archive, or its end is missing; copy it again"
-                )
-            unpack = (
-                ", so unpack it first" if re.search(r"\.(tar\.\w+|t[gbx]z2?|tzst)$", name.lower()) else ""
-            )
-            raise UsageError(f"cannot read {name}: wanted a folder, a .zip or an uncompressed .tar{unpack}")
-        if re.search(r"[{*?\[]", name):
-            return TarSource(find_shards(os.fspath(path)), split, name)
-    except PermissionError as error:
-        raise UsageError(f"cannot read {error.filename or name}: permission denied") from error
-    if name.lower() in NAMED_SETS:
-        return NamedSource(name.lower(), split)
-    raise UsageError(
-        f"no such folder or archive: {shown([name])}; wanted a folder, a .zip, .tar shards or one of "
-        f"{', '.join(NAMED_SETS)}"
-    )
-
-
-def shown(names: Iterable[str], limit: int = 5) -> str:
-    """Names for a one-line message: comma-separated, control characters escaped, at most `limit` of them."""
-    names = list(names)
-    clean = [
-        "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
-        for name in names[:limit]
-    ]
-    return ", ".join(clean) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def machine_refused(name: str, error: OSError) -> None:
@@ -436,8 +361,3 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def one_line(error: BaseException) -> str:
-    """An error's text on one line of at most 120 characters, its type where there is no text."""
-    return " ".join(str(error).split())[:120] or type(error).__name__

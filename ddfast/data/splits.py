@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection
 
-from ddfast.data.sources import SPLIT_FOLDERS, is_hidden, shown
-from ddfast.errors import UsageError
+from ddfast.data.sources import SPLIT_FOLDERS, is_hidden
+from ddfast.errors import UsageError, shown
 
 _WORDS = {
     **dict.fromkeys(("train", "training", "trainset"), "train"),

@@ -10,13 +10,13 @@ __all__ = ["Method", "get_method", "list_methods"]
 
 
 def _registry() -> dict[str, type[Method]]:
-    from ddfast.methods.forgetting import Forgetting
-    from ddfast.methods.herding import Herding
-    from ddfast.methods.infoutil import InfoUtil
-    from ddfast.methods.k_center import KCenter
-    from ddfast.methods.k_means import KMeans
-    from ddfast.methods.random import Random
-    from ddfast.methods.rded import RDED
+    from ddfast.methods.selection.forgetting import Forgetting
+    from ddfast.methods.selection.herding import Herding
+    from ddfast.methods.selection.infoutil import InfoUtil
+    from ddfast.methods.selection.k_center import KCenter
+    from ddfast.methods.selection.k_means import KMeans
+    from ddfast.methods.selection.random import Random
+    from ddfast.methods.selection.rded import RDED
 
     return {method.name: method for method in (InfoUtil, RDED, Random, Herding, KCenter, KMeans, Forgetting)}
 

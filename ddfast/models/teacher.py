@@ -12,10 +12,8 @@ import copy
 import dataclasses
 import hashlib
 import io
-import json
 import pickle
 import re
-import struct
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,13 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddfast.data.files import atomic_write_bytes
 from ddfast.errors import UsageError
+from ddfast.files import atomic_write_bytes
 from ddfast.models.checkpoint import find_weights
 from ddfast.models.class_order import output_places, read_class_order
 from ddfast.models.normalization import Normalization
 from ddfast.models.normalization import normalization as resolve_normalization
 from ddfast.models.registry import create_model
+from ddfast.state import _looks_pickled, read_tensors, serialize_tensors
 from ddfast.wording import argument, on_command_line, plural
 
 FORMAT = "ddfast-teacher-1"
@@ -156,17 +155,6 @@ def read_header(path: Path) -> dict[str, Any] | None:
     except (UsageError, OSError):
         return None
     return header if isinstance(header, dict) and header.get("format") == FORMAT else None
-
-
-def serialize_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:
-    """Safetensors bytes of `tensors` with `metadata` values as JSON.
-
-    Deterministic for a single metadata entry (the format's writer does not order several of them).
-    """
-    from safetensors.torch import save
-
-    flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return save(flat, {key: json.dumps(value, sort_keys=True) for key, value in metadata.items()})
 
 
 def load_teacher(
@@ -513,44 +501,6 @@ def _load_torchvision(name: str, class_names: Sequence[str] | None, image_size: 
         top1=metrics.get("acc@1"),
         path=f"torchvision:{name}",
     )
-
-
-def read_tensors(path: Path, data: bytes, *, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and JSON-decoded metadata of safetensors bytes; `path` and `what` only name them in errors.
-
-    Raises:
-        UsageError: truncated, a pickle, or not safetensors at all.
-
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    if _looks_pickled(data):
-        raise UsageError(
-            f"{path} is a pickle, not a safetensors {what}: convert it with save_teacher, "
-            "or name a weights-only state dict .pt and give its architecture"
-        )
-    try:
-        tensors = load(data)
-        length = struct.unpack("<Q", data[:8])[0]
-        raw = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-    except (SafetensorError, struct.error, ValueError) as error:
-        raise UsageError(
-            f"{path} is no complete safetensors {what} ({len(data)} bytes): copy it again"
-        ) from error
-    metadata: dict[str, Any] = {}
-    for key, value in raw.items():
-        try:
-            metadata[key] = json.loads(value)
-        except ValueError:
-            metadata[key] = value
-    return tensors, metadata
-
-
-def _looks_pickled(data: bytes) -> bool:
-    """Whether the bytes start like a zip of torch.save or like a bare pickle of protocol 2 or later."""
-    # The ninth byte of a safetensors file opens its JSON header; the eight before are a length, any number.
-    return data[8:9] != b"{" and (data[:4] == b"PK\x03\x04" or data[:1] == b"\x80")
 
 
 def _fit(

@@ -19,16 +19,17 @@ from torch import Tensor
 from ddfast.arguments import one_of, output_folder, path_of, whole_number
 from ddfast.attribution import list_estimators
 from ddfast.data.decoding import decode_fit
-from ddfast.data.files import atomic_folder, atomic_write_bytes, atomic_write_text, make_folder
 from ddfast.data.loading import load
-from ddfast.data.sources import Sample, Source, is_image, open_source, shown
-from ddfast.errors import BadImage, UsageError
+from ddfast.data.opening import open_source
+from ddfast.data.sources import Sample, Source, is_image
+from ddfast.errors import BadImage, UsageError, shown
+from ddfast.files import atomic_folder, atomic_write_bytes, atomic_write_text, make_folder
 from ddfast.isolation import isolated
 from ddfast.models import Teacher
 from ddfast.models.teacher import checked_logits
 from ddfast.progress import Progress, say
 from ddfast.report.charts import boxes_over, heat_over
-from ddfast.report.contents import spread
+from ddfast.report.folder import spread
 from ddfast.report.parts import render
 from ddfast.report.pictures import data_uri, display_side, heatmap_picture, png_bytes, to_picture
 from ddfast.wording import argument, plural
@@ -126,7 +127,7 @@ def attribute_images(
         UsageError: no usable image, `out` is not empty, classes that the teacher does not know, or arguments
             out of range. Nothing is half-written.
     """
-    from ddfast.attribution.estimators import make_plan
+    from ddfast.attribution.estimators.plans import make_plan
     from ddfast.training.device import resolve_device
 
     limit = whole_number(limit, "limit", least=1)

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddfast.data.files import atomic_write_bytes, atomic_write_text, make_folder
-from ddfast.report import contents
+from ddfast.files import atomic_write_bytes, atomic_write_text, make_folder
+from ddfast.report import contents, samples
 from ddfast.report.charts import Bar, bars
-from ddfast.report.contents import Fact, Folder, read_folder
+from ddfast.report.contents import Fact
+from ddfast.report.folder import Folder, read_folder
 from ddfast.report.parts import (
     MOSAIC,
     REPORT,
@@ -99,7 +100,7 @@ def write_comparison(
         shown, _ = contents.shown_images(folder)
         mosaics.append({"name": arm.name, "note": _accuracy(arm), "rows": mosaic_images(folder, shown)})
         pictured.append(shown)
-    explained = contents.explain(main, source, contents.chosen_samples(main))
+    explained = samples.explain(main, source, samples.chosen_samples(main))
     cards = source_cards(explained, main.image_size, truth or {})
     page = render(
         "comparison.html",

@@ -5,196 +5,24 @@ Everything is read from the folder (and, for the pictures of sources, from the d
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ddfast.errors import BadImage, UsageError
+from ddfast.errors import UsageError
+from ddfast.report.folder import SELECTION, SHOWN_CLASSES, SHOWN_TABLE_ROWS, Folder, spread
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from ddfast.data.distilled import SoftLabels
-    from ddfast.data.sources import Source
-
-SCORES = "scores"
-# What is held in memory of the score table; heatmaps are read for the shown sources only.
-_COLUMNS = ("sample_id", "label", "crop", "box", "score", "grad_norm", "loss", "correct")
-SELECTION = "selection.parquet"
-SHOWN_CLASSES = 40
 SHOWN_IMAGES = 10
-SHOWN_TABLE_ROWS = 200
 SAMPLES = 24
 SAMPLES_PER_CLASS = 3
 SHOWN_QUARANTINED = 50
-
-
-@dataclass(frozen=True)
-class Selected:
-    """One row of the selection: the crop that fills a tile."""
-
-    label: int
-    image: int
-    tile: int
-    sample_id: int
-    key: str
-    box: tuple[float, float, float, float]
-    score: float | None
-
-
-@dataclass
-class Folder:
-    """A distilled folder, read: all of its classes, or of very many those that a report shows.
-
-    Attributes:
-        root: the folder.
-        manifest: `manifest.json`.
-        images: distilled images of all classes.
-        rows: `train/metadata.jsonl`, as are all below of the shown classes.
-        selection: rows of `selection.parquet`, by class, image and tile.
-        scores: columns of the score table as arrays, see `ddfast.data.table`; None where there is none.
-        soft_labels: of the images in `rows`; None where there are none.
-    """
-
-    root: Path
-    manifest: dict[str, Any]
-    images: int
-    rows: list[dict[str, Any]]
-    selection: list[Selected]
-    scores: dict[str, NDArray[Any]] | None
-    soft_labels: SoftLabels | None
-    _pictures: dict[str, Any] = field(default_factory=dict, repr=False)
-
-    @property
-    def class_names(self) -> list[str]:
-        """In label order."""
-        return [str(name) for name in self.manifest["class_names"]]
-
-    @property
-    def factor(self) -> int:
-        """Tiles per side."""
-        return int(self.manifest["factor"])
-
-    @property
-    def tiles(self) -> int:
-        """Tiles of an image."""
-        return self.factor**2
-
-    @property
-    def image_size(self) -> int:
-        """Side of a distilled image, in pixels."""
-        return int(self.manifest["image_size"])
-
-    def rows_of(self, label: int) -> list[int]:
-        """Places in `rows` of a class's images, in order."""
-        return [place for place, row in enumerate(self.rows) if row["label"] == label]
-
-    def image(self, place: int) -> Tensor:
-        """Pixels of the image at `place` in `rows`, uint8 [3, S, S]."""
-        from ddfast.data.decoding import decode
-
-        name = self.rows[place]["file_name"]
-        if name not in self._pictures:
-            self._pictures[name] = decode((self.root / "train" / name).read_bytes())
-        return self._pictures[name]
-
-    def tile_of(self, selected: Selected) -> Tensor:
-        """Pixels of a tile as it stands in its image, uint8 [3, S / factor, S / factor]."""
-        image = self.image(self.rows_of(selected.label)[selected.image])
-        side = self.image_size // self.factor
-        top, left = (index * side for index in divmod(selected.tile, self.factor))
-        return image[:, top : top + side, left : left + side]
-
-
-def shown_labels(classes: int) -> NDArray[np.int64]:
-    """Labels whose images, crops and scores a report holds: the first of the table and those of the mosaic, sorted.
-
-    All of up to `SHOWN_TABLE_ROWS` classes, so that the memory of a report does not grow with the number of classes.
-    """
-    return np.union1d(np.arange(min(classes, SHOWN_TABLE_ROWS)), spread(classes, SHOWN_CLASSES))
-
-
-def read_folder(root: str | Path) -> Folder:
-    """Read a folder whose images, selection and score table stand; soft labels may be missing.
-
-    Raises:
-        UsageError: no such folder, or a part that is missing or damaged.
-    """
-    from ddfast.data.distilled import MANIFEST, METADATA, SOFT_LABELS, read_soft_labels
-    from ddfast.data.table import SELECTION_SCHEMA, iter_table, to_numpy
-
-    root = Path(root)
-    places: list[int] = []
-    rows = []
-    images = 0
-    try:
-        manifest = json.loads((root / MANIFEST).read_text("utf-8"))
-        shown = shown_labels(len(manifest["class_names"]))
-        with open(root / METADATA, encoding="utf-8") as lines:
-            for line in filter(str.strip, lines):
-                row = json.loads(line)
-                if row["label"] in shown:
-                    places.append(images)
-                    rows.append(row)
-                images += 1
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"{root} is no distilled set with images ({error}): run ddfast distill first"
-        ) from error
-    columns = _of_labels((to_numpy(block) for block in iter_table(root / SELECTION, SELECTION_SCHEMA)), shown)
-    selection = [
-        Selected(
-            label=int(columns["label"][i]),
-            image=int(columns["image"][i]),
-            tile=int(columns["tile"][i]),
-            sample_id=int(columns["sample_id"][i]),
-            key=str(columns["key"][i]),
-            box=tuple(float(edge) for edge in columns["box"][i]),  # type: ignore[arg-type]
-            score=_finite(columns["score"][i]),
-        )
-        for i in np.lexsort((columns["tile"], columns["image"], columns["label"]))
-    ]
-    scores = _of_labels(_score_parts(root / SCORES), shown) if (root / SCORES).is_dir() else None
-    labels = None
-    if (root / SOFT_LABELS).is_file():
-        whole = len(places) == images
-        labels = read_soft_labels(root, len(manifest["class_names"]), None if whole else places)
-    return Folder(root, manifest, images, rows, selection, scores, labels)
-
-
-def _score_parts(folder: Path) -> Iterator[dict[str, NDArray[Any]]]:
-    """The columns of the score table, one part after the other."""
-    from ddfast.data.table import read_table, to_numpy
-
-    paths = sorted(folder.glob("part-*.parquet"))
-    if not paths:
-        raise UsageError(f"no part-*.parquet in {folder}: run the score stage first")
-    for path in paths:
-        yield to_numpy(read_table(path, columns=_COLUMNS))
-
-
-def _of_labels(
-    blocks: Iterable[dict[str, NDArray[Any]]], labels: NDArray[np.int64]
-) -> dict[str, NDArray[Any]]:
-    """The rows of these labels of all blocks, as columns."""
-    kept = []
-    for block in blocks:
-        rows = np.isin(block["label"], labels)
-        kept.append({name: column[rows] for name, column in block.items()})
-    if not kept:
-        raise UsageError(f"{SELECTION} is empty: select again")
-    return {name: np.concatenate([block[name] for block in kept]) for name in kept[0]}
-
-
-def _finite(value: Any) -> float | None:
-    return float(value) if value is not None and math.isfinite(float(value)) else None
 
 
 # The facts on top --------------------------------------------------------------------------------------------
@@ -271,18 +99,6 @@ def settings(folder: Folder) -> list[tuple[str, str]]:
         if key not in hidden:
             walk(key, value)
     return found
-
-
-# What is shown of many ---------------------------------------------------------------------------------------
-
-
-def spread(count: int, limit: int) -> list[int]:
-    """At most `limit` of 0..count-1, evenly spaced, the first and the last among them."""
-    if count <= limit:
-        return list(range(count))
-    if limit == 1:
-        return [0]
-    return [round(step * (count - 1) / (limit - 1)) for step in range(limit)]
 
 
 def shown_images(folder: Folder) -> tuple[list[tuple[str, list[int]]], str | None]:
@@ -440,144 +256,6 @@ def _index(places: Iterable[int]) -> Tensor:
     import torch
 
     return torch.tensor(list(places), dtype=torch.int64)
-
-
-# The sample of sources ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Explained:
-    """A selected source with everything that explains the choice.
-
-    Attributes:
-        selected: the row of the selection.
-        class_name: of the source.
-        tile: the kept tile, uint8 [3, s, s].
-        source: the fitted source, uint8 [3, S, S]; None where it cannot be shown.
-        reason: why `source` is None, one line.
-        phi: attributions [rows, cols], None where the method has none.
-        boxes: all candidate crops, (x0, y0, x1, y1).
-        chosen: index into `boxes`.
-        labels: the tile's largest soft labels as (class name, probability), largest first.
-        measured: the chosen crop's numbers, as (name, value in words).
-    """
-
-    selected: Selected
-    class_name: str
-    tile: Tensor
-    source: Tensor | None
-    reason: str | None
-    phi: NDArray[np.float64] | None
-    boxes: list[tuple[float, ...]]
-    chosen: int | None
-    labels: list[tuple[str, float]]
-    measured: list[tuple[str, str]]
-
-
-def chosen_samples(
-    folder: Folder, limit: int = SAMPLES, per_class: int = SAMPLES_PER_CLASS
-) -> list[Selected]:
-    """A fixed sample of the selection: of evenly spaced classes the best, the middle and the last ranked crop.
-
-    With more than `limit` / `per_class` classes there are fewer of each, in the end one of every shown class.
-    """
-    by_label: dict[int, list[Selected]] = defaultdict(list)
-    for row in folder.selection:
-        by_label[row.label].append(row)
-    labels = sorted(by_label)
-    each = max(1, min(per_class, limit // max(len(labels), 1)))
-    return [
-        by_label[labels[i]][j]
-        for i in spread(len(labels), limit // each)
-        for j in spread(len(by_label[labels[i]]), each)
-    ]
-
-
-def explain(folder: Folder, source: Source | None, samples: Sequence[Selected]) -> list[Explained]:
-    """Gather picture, attribution, boxes and labels of the sampled crops."""
-    heatmaps = _heatmaps(folder, {selected.sample_id for selected in samples})
-    return [_explained(folder, source, selected, heatmaps.get(selected.sample_id)) for selected in samples]
-
-
-def _explained(
-    folder: Folder, source: Source | None, selected: Selected, phi: NDArray[np.float64] | None
-) -> Explained:
-    image, reason = _read_source(folder, source, selected)
-    boxes: list[tuple[float, ...]] = [selected.box]
-    chosen: int | None = 0
-    measured: list[tuple[str, str]] = []
-    if folder.scores is not None:
-        rows = np.flatnonzero(folder.scores["sample_id"] == selected.sample_id)
-        rows = rows[np.argsort(folder.scores["crop"][rows], kind="stable")]
-        boxes = [tuple(float(edge) for edge in folder.scores["box"][row]) for row in rows]
-        chosen = boxes.index(selected.box) if selected.box in boxes else None
-        if chosen is not None:
-            measured = _measured(folder.scores, int(rows[chosen]))
-    return Explained(
-        selected=selected,
-        class_name=folder.class_names[selected.label],
-        tile=folder.tile_of(selected),
-        source=image,
-        reason=reason,
-        phi=phi,
-        boxes=boxes,
-        chosen=chosen,
-        labels=_top_labels(folder, selected),
-        measured=measured,
-    )
-
-
-def _read_source(
-    folder: Folder, source: Source | None, selected: Selected
-) -> tuple[Tensor | None, str | None]:
-    from ddfast.data.decoding import decode_fit
-
-    if source is None:
-        return None, "the data was not given"
-    try:
-        sample = source.by_id(selected.sample_id)
-    except KeyError:
-        return None, "the data no longer holds this file"
-    try:
-        return decode_fit(source.read(sample), folder.image_size), None
-    except (BadImage, UsageError, OSError) as error:
-        return None, f"the file can no longer be read: {error}"
-
-
-def _heatmaps(folder: Folder, sample_ids: set[int]) -> dict[int, NDArray[np.float64]]:
-    """Attributions [rows, cols] of these sources, of those that have any; read one part of the table at a time."""
-    from ddfast.data.table import read_table, to_numpy
-
-    found: dict[int, NDArray[np.float64]] = {}
-    wanted = np.array(sorted(sample_ids), np.int64)
-    for path in sorted((folder.root / SCORES).glob("part-*.parquet")):
-        part = read_table(path, columns=["sample_id", "phi"])
-        rows = np.flatnonzero(np.isin(part.column("sample_id").to_numpy(), wanted))
-        columns = to_numpy(part.take(rows))
-        for sample_id, phi in zip(columns["sample_id"].tolist(), columns["phi"], strict=True):
-            side = math.isqrt(phi.size)
-            if phi.size and side * side == phi.size and np.isfinite(phi).all():
-                found.setdefault(sample_id, phi.astype(np.float64).reshape(side, side))
-    return found
-
-
-def _measured(scores: dict[str, NDArray[Any]], row: int) -> list[tuple[str, str]]:
-    found = []
-    for column, name in (("grad_norm", "gradient norm"), ("loss", "teacher's loss")):
-        if math.isfinite(float(scores[column][row])):
-            found.append((name, number(float(scores[column][row]))))
-    if math.isfinite(float(scores["loss"][row])):
-        found.append(("teacher reads it", "correctly" if scores["correct"][row] else "as another class"))
-    return found
-
-
-def _top_labels(folder: Folder, selected: Selected, count: int = 5) -> list[tuple[str, float]]:
-    if folder.soft_labels is None:
-        return []
-    place = folder.rows_of(selected.label)[selected.image]
-    labels = folder.soft_labels.dense(slice(place, place + 1))[0, selected.tile].numpy()
-    order = np.argsort(-labels, kind="stable")[:count]
-    return [(folder.class_names[i], float(labels[i])) for i in order]
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddfast.data.files import atomic_write_bytes, atomic_write_text
-from ddfast.report import contents
+from ddfast.files import atomic_write_bytes, atomic_write_text
+from ddfast.report import contents, samples
 from ddfast.report.charts import histogram
-from ddfast.report.contents import Folder, read_folder
+from ddfast.report.folder import Folder, read_folder, shown_labels
 from ddfast.report.parts import (
     MOSAIC,
     REPORT,
@@ -51,7 +51,7 @@ def write_report(run_dir: str | Path, *, source: Source | None = None, title: st
         [folder.rows[place]["label"] for place in places],
         folder.class_names,
     )
-    cards = source_cards(contents.explain(folder, source, contents.chosen_samples(folder)), folder.image_size)
+    cards = source_cards(samples.explain(folder, source, samples.chosen_samples(folder)), folder.image_size)
     column = contents.score_column(folder)
     classes = contents.class_rows(folder)
     plan = folder.manifest
@@ -124,7 +124,7 @@ def _kept(select: dict[str, Any]) -> str:
 
 def _scored_classes(classes: int) -> str:
     """Which classes the histogram counts, where it does not count all."""
-    shown = len(contents.shown_labels(classes))
+    shown = len(shown_labels(classes))
     return "" if shown == classes else f" of {shown} of {classes:,} classes"
 
 

@@ -1,9 +1,10 @@
 """Training of teachers, and evaluation of distilled sets by the students trained on them."""
 
+from ddfast.training.distilled_images import DistilledImages
 from ddfast.training.evaluation import EvaluationResult, evaluate
 from ddfast.training.image_sets import ImageSet, read_test_set, read_training_set
 from ddfast.training.protocol import PROTOCOLS, Protocol
-from ddfast.training.student import DistilledImages, StudentResult, train_student
+from ddfast.training.student import StudentResult, train_student
 from ddfast.training.teacher import TeacherConfig, fit_teacher, train_teacher
 
 __all__ = [

@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddfast.data.files import atomic_write_text, make_folder
 from ddfast.errors import UsageError
+from ddfast.files import atomic_write_text, make_folder
 from ddfast.models.teacher import Teacher, load_teacher
+from ddfast.training.distilled_images import DistilledImages
 from ddfast.training.evaluation import evaluate
 from ddfast.training.image_sets import ImageSet
-from ddfast.training.student import DistilledImages
 
 WEIGHT = 0.5  # w and gamma on the authors' leaderboard
 RECIPES = {"hard": "dc", "soft": "rded", "plain": "rded_plain"}

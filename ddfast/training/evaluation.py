@@ -22,15 +22,16 @@ from ddfast.models.teacher import Teacher, load_teacher, with_class_order, with_
 from ddfast.ops.precision import PRECISIONS
 from ddfast.progress import say
 from ddfast.training.device import resolve_device
+from ddfast.training.distilled_images import DistilledImages
 from ddfast.training.image_sets import ImageSet, read_test_set
 from ddfast.training.preflight import check_reading, drawn_places, images_to_try, read_images, try_teacher
 from ddfast.training.protocol import PROTOCOLS, Protocol, protocol_named
-from ddfast.training.student import DistilledImages, train_student
+from ddfast.training.student import train_student
 from ddfast.wording import argument, did_you_mean, plural
 
 if TYPE_CHECKING:
-    from ddfast.data.distilled import DistilledSet
     from ddfast.data.sources import Source
+    from ddfast.output.distilled import DistilledSet
 
 
 @dataclass(frozen=True)
@@ -281,7 +282,7 @@ def _opened(distilled: str | Path | DistilledSet | DistilledImages) -> Distilled
     """The set, opened anew without a transform where it is a folder's; no image is decoded yet."""
     if isinstance(distilled, DistilledImages):
         return distilled
-    from ddfast.data.distilled import DistilledSet
+    from ddfast.output.distilled import DistilledSet
 
     if isinstance(distilled, DistilledSet):
         return DistilledSet(distilled.root)

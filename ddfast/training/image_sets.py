@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ddfast.data.pool import MEMORY_LIMIT
 from ddfast.errors import UsageError
 from ddfast.ops.precision import autocast
 from ddfast.progress import Progress, say
@@ -20,8 +21,6 @@ from ddfast.wording import plural
 if TYPE_CHECKING:
     from ddfast.data.samples import Sample
     from ddfast.data.sources import Source
-
-MEMORY_LIMIT = 4 << 30  # bytes of decoded training images that are held at once
 EVALUATION_BATCH = 500
 
 

@@ -22,21 +22,16 @@ from torch import Tensor, nn
 
 from ddfast.arguments import architecture_options, output_file, path_of, positive_number, whole_number
 from ddfast.crowding import Neighbours, warn_of_crowding
-from ddfast.data.files import atomic_write_bytes, explained, make_folder, temporary_path
 from ddfast.errors import BadImage, UsageError
+from ddfast.files import atomic_write_bytes, explained, make_folder, temporary_path
 from ddfast.isolation import isolated
 from ddfast.models.normalization import Normalization, normalization
 from ddfast.models.registry import COMMON_IMAGE, check_model, create_model
-from ddfast.models.teacher import (
-    Teacher,
-    load_teacher,
-    read_header,
-    read_tensors,
-    serialize_tensors,
-    teacher_bytes,
-)
+from ddfast.models.teacher import Teacher, load_teacher, read_header, teacher_bytes
 from ddfast.ops.precision import PRECISIONS, autocast, compute_dtype
 from ddfast.progress import Progress, say
+from ddfast.seeding import generator, seeded
+from ddfast.state import read_tensors, serialize_tensors
 from ddfast.training.augmentation import (
     normalize,
     random_crop_flip,
@@ -52,7 +47,6 @@ from ddfast.training.image_sets import (
     read_test_set,
     read_training_set,
 )
-from ddfast.training.seeding import generator, seeded
 from ddfast.wording import argument, did_you_mean, plural, setting
 
 if TYPE_CHECKING:

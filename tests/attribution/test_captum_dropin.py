@@ -18,8 +18,8 @@ pytest.importorskip("sklearn", reason="Captum solves KernelShap with scikit-lear
 captum_attr = pytest.importorskip("captum.attr", reason="Captum is not installed (extra [dev])")
 
 import ddfast.captum  # noqa: E402
-from ddfast.attribution import captum as served  # noqa: E402
-from ddfast.attribution import feature_game  # noqa: E402
+from ddfast.captum import explainers as served  # noqa: E402
+from ddfast.captum import feature_game  # noqa: E402
 
 NAMES = ("KernelShap", "ShapleyValueSampling", "ShapleyValues")
 MANY = "You are providing multiple inputs"

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ddfast.attribution import grad_cam, shapley
-from ddfast.attribution.coalitions import shapley_kernel_subsets
-from ddfast.attribution.estimators import make_plan
+from ddfast.attribution.estimators.coalitions import shapley_kernel_subsets
+from ddfast.attribution.estimators.plans import make_plan
 
 captum_attr = pytest.importorskip("captum.attr", reason="Captum is not installed (extra [dev])")
 

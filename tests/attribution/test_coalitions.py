@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from ddfast.attribution.coalitions import (
+from ddfast.attribution.estimators.coalitions import (
     all_coalitions,
     permutations,
     shapley_kernel_subsets,

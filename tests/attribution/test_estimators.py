@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ddfast.attribution import ESTIMATORS, list_estimators
-from ddfast.attribution.estimators import ExactPlan, SampledPlan, make_plan
+from ddfast.attribution.estimators.plans import ExactPlan, SampledPlan, make_plan
 
 DRAWN = ("kernel", "paired", "permutation", "ramc")
 WITHOUT_REPLACEMENT = ("designed", "enumerated", "gp", "leverage")

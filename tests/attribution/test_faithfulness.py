@@ -13,7 +13,6 @@ from torch import nn
 import ddfast
 from ddfast.attribution import (
     CropRule,
-    forward,
     grad_cam,
     list_estimators,
     locality_of,
@@ -21,6 +20,7 @@ from ddfast.attribution import (
     shapley,
     shapley_crops,
 )
+from ddfast.masked_forward import forward
 
 IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 2])

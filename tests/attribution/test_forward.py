@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ddfast.attribution import folding, forward, locality, shapley, tracing
+from ddfast.attribution import shapley
+from ddfast.masked_forward import folding, forward, locality, tracing
 from ddfast.models import create_model
 from ddfast.ops import graphs
 from ddfast.ops.precision import cpu_multiplies_bfloat16

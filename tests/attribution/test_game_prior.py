@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ddfast.attribution.coalitions import all_coalitions, shapley_weights
-from ddfast.attribution.game_prior import (
+from ddfast.attribution.estimators.coalitions import all_coalitions, shapley_weights
+from ddfast.attribution.estimators.game_prior import (
     FITTED_EXCHANGEABLE,
     FITTED_GRID,
     GamePrior,

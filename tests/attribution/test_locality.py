@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import ddfast
-from ddfast.attribution import folding, forward, locality, locality_of, shapley, tracing
+from ddfast.attribution import locality_of, shapley
+from ddfast.masked_forward import folding, forward, locality, tracing
 from ddfast.models import create_model
 from tests.attribution.networks import (
     Residual,
@@ -311,7 +312,7 @@ def test_a_wrong_map_is_found_on_the_first_image_and_not_used(monkeypatch, caplo
     monkeypatch.setattr(locality, "table_of", wrong)
     model = local_net()
     images, labels = batch(2)
-    with caplog.at_level(logging.WARNING, "ddfast.attribution.forward"):
+    with caplog.at_level(logging.WARNING, "ddfast.masked_forward.forward"):
         compare(model, images, labels, n_samples=64)
     assert "locality reuse is off: features assembled at" in caplog.text
     assert cuts_of(model) == [0]

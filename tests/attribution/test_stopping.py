@@ -9,9 +9,9 @@ from torch import nn
 
 import ddfast
 from ddfast.attribution import settled_shapley, shapley
-from ddfast.attribution.coalitions import all_coalitions, shapley_weights
-from ddfast.attribution.design import design, expected_error
-from ddfast.attribution.game_prior import GamePrior
+from ddfast.attribution.estimators.coalitions import all_coalitions, shapley_weights
+from ddfast.attribution.estimators.design_search import design, expected_error
+from ddfast.attribution.estimators.game_prior import GamePrior
 from ddfast.attribution.stopping import Rounds
 
 CLASSES = 5

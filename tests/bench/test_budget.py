@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from bench import budget
-from bench.budget import DECODING, REST, Budget, Part, accounted
-from bench.registry import Settings
-from bench.score_pass import SEAMS
+from bench.speed import budget
+from bench.speed.budget import DECODING, REST, Budget, Part, accounted
+from bench.speed.registry import Settings
+from bench.speed.score_pass import SEAMS
 
 SCORING, AUTOGRAD, DECODER = 1, 2, 3
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.__main__ import main
-from bench.arms import Arm, Setup, Training, held_out_set, set_of
+from bench.studies.arms import Arm, Setup, Training, held_out_set, set_of
 from ddfast.data import open_source
 from ddfast.errors import UsageError
 from ddfast.training.image_sets import read_test_set

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import ddfast
-from bench import attribution, op_cases
 from bench.__main__ import load_entries, main
-from bench.registry import GateFailed, Settings, Unavailable
-from bench.results import COLUMNS
-from bench.subjects import group_norm_resnet18, random_resnet18, subject
+from bench.speed import attribution, op_cases
+from bench.speed.registry import GateFailed, Settings, Unavailable
+from bench.speed.results import COLUMNS
+from bench.speed.subjects import group_norm_resnet18, random_resnet18, subject
 from ddfast.errors import UsageError
 
 QUICK = Settings(torch.device("cpu"), quick=True)
@@ -100,7 +100,7 @@ def test_a_missing_peer_is_told(monkeypatch, tmp_path, capsys):
     def missing(package):
         raise Unavailable(f"{package} is not installed")
 
-    monkeypatch.setattr("bench.norms.require", missing)
+    monkeypatch.setattr("bench.speed.norms.require", missing)
     assert main(["grad_norm_opacus", "--quick", "--threads", "1", "--out", str(tmp_path)]) == 0
     assert "not measured: opacus is not installed" in capsys.readouterr().out
 

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import estimators, games
 from bench.__main__ import main
-from bench.estimators import Result, budget_of_agreement, crop
+from bench.studies.estimators import estimators, games
+from bench.studies.estimators.estimators import Result, budget_of_agreement, crop
 from ddfast.attribution import shapley
 from ddfast.models import load_teacher
 from tests.methods.conftest import toy_folder, toy_teacher, toy_test, toy_train
@@ -75,7 +75,7 @@ def test_it_writes_tables_and_a_plot(toy_folder, toy_teacher, tmp_path, monkeypa
 
 def test_exact_values_are_the_engines(toy_folder, toy_teacher, tmp_path):
     from ddfast.data.loading import load
-    from ddfast.data.sources import open_source
+    from ddfast.data.opening import open_source
 
     teacher, source = load_teacher(toy_teacher), open_source(toy_folder, "test")
     samples = games.pick(source, 2, skip=1)

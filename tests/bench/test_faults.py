@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench.faults import Outcome, _with_earlier, page, summary
+from bench.trials.faults import Outcome, _with_earlier, page, summary
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_one_fault_of_every_kind_is_survived(tmp_path):
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "bench.faults", "--work", str(tmp_path / "faults"), "--each", "1"),
+            *(sys.executable, "-m", "bench.trials.faults", "--work", str(tmp_path / "faults"), "--each", "1"),
             *("--only", "writes,ranks,world,disk,shards,sources,data,swaps"),
         ],
         capture_output=True,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import fuzz
-from bench.mutation import FILES, FORMATS
+from bench.trials import fuzz
+from bench.trials.mutation import FILES, FORMATS
 
 
 @pytest.fixture(autouse=True)

@@ -9,9 +9,9 @@ import torch
 from bench import gpu
 from bench.__main__ import load_entries
 from bench.gpu import Outcome, Section
-from bench.op_cases import op_cases
-from bench.registry import Check, Settings
-from bench.results import rows_of, write_csv
+from bench.speed.op_cases import op_cases
+from bench.speed.registry import Check, Settings
+from bench.speed.results import rows_of, write_csv
 from tests.bench.test_results import ENTRY, SHARE, SPEED
 
 QUICK = Settings(torch.device("cpu"), quick=True)

@@ -5,10 +5,10 @@ from unittest import mock
 import pytest
 import torch
 
-from bench import host_time
-from bench.host_time import Clock, LauncherTime, Operators, arithmetic, narrow_resnet18, no_launches
-from bench.registry import GateFailed, Settings, Unavailable
-from bench.score_pass import SEAMS, parts
+from bench.speed import host_time
+from bench.speed.host_time import Clock, LauncherTime, Operators, arithmetic, narrow_resnet18, no_launches
+from bench.speed.registry import GateFailed, Settings, Unavailable
+from bench.speed.score_pass import SEAMS, parts
 
 QUICK = Settings(torch.device("cpu"), quick=True)
 
@@ -74,8 +74,8 @@ def test_operators_count_that_compute_on_what_lies_on_the_gpu():
 
 def test_arithmetic_is_the_least_of_each_operator(monkeypatch):
     ticks = iter([0, 5, 5, 6, 0, 2, 2, 9])  # two operators in two calls: 5 and 1 seconds, then 2 and 7
-    monkeypatch.setattr("bench.host_time.time.thread_time", lambda: next(ticks))
-    monkeypatch.setattr("bench.host_time.parts", lambda mark: mock.MagicMock())
+    monkeypatch.setattr("bench.speed.host_time.time.thread_time", lambda: next(ticks))
+    monkeypatch.setattr("bench.speed.host_time.parts", lambda mark: mock.MagicMock())
     monkeypatch.setattr(Clock, "__init__", _in_masks)
     seconds, count = arithmetic(lambda: torch.ones(2).neg(), calls=2)
     assert (dict(seconds), dict(count)) == ({"attribution: masks": 3}, {"attribution: masks": 2})
@@ -100,7 +100,7 @@ def test_the_host_is_timed_on_the_cpu_only():
 
 def test_launchers_launch_nothing_and_the_operators_beside_them_are_counted(capsys):
     found = {one.case.split(",")[0]: one for one in host_time.launchers(QUICK)}
-    from bench.static import launchers
+    from bench.speed.static import launchers
 
     assert set(found) == set(launchers())
     found["grad_sq_norm_norm"].measure(torch.device("cpu"), 1, True)

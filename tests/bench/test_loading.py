@@ -2,9 +2,9 @@
 
 from PIL import Image
 
-from bench import loading
+from bench.speed import loading
 from ddfast.data.native_jpeg import torchvision_decodes
-from ddfast.data.sources import open_source
+from ddfast.data.opening import open_source
 from tests.data.rendering import encoded, smooth, write_folder
 
 

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from bench.arms import Arm, Setup
-from bench.paper.__main__ import main
-from bench.paper.charts import _apart
-from bench.paper.continual import class_orders, seen_classes, seen_images, seen_teacher, seen_test
-from bench.paper.entropy import label_entropy
-from bench.paper.gallery import POOL, gather
-from bench.paper.grid import parse, rows_for
-from bench.paper.recipes import LABELS_OF, RANDOM, RECIPES
-from bench.paper.reported import data_name, gains, met, model_name, reported
-from bench.paper.teachers import checkpoints, fitting
+from bench.studies.__main__ import main
+from bench.studies.arms import Arm, Setup
+from bench.studies.charts import _apart
+from bench.studies.grid import parse, rows_for
+from bench.studies.infoutil.continual import class_orders, seen_classes, seen_images, seen_teacher, seen_test
+from bench.studies.infoutil.entropy import label_entropy
+from bench.studies.infoutil.gallery import POOL, gather
+from bench.studies.infoutil.recipes import LABELS_OF, RANDOM, RECIPES
+from bench.studies.reported import data_name, gains, met, model_name, reported
+from bench.studies.teachers import checkpoints, fitting
 from ddfast.methods import list_methods
 from ddfast.models import Teacher
 from ddfast.training import DistilledImages, ImageSet
@@ -53,7 +53,7 @@ def test_every_recipe_runs(name, toy_folder, toy_teacher, tmp_path, shared_work,
         assert "| 7 data sets, ConvNet: +0.2 to +13.5 at IPC 1, +0.6 to +12.6 at IPC 10, " in table
     command = table.rpartition("Made by `")[2]
     assert command.startswith(
-        f"python -m bench.paper {name} --data {toy_folder.name} --teacher teacher.safetensors --width 8 "
+        f"python -m bench.studies {name} --data {toy_folder.name} --teacher teacher.safetensors --width 8 "
     )
     assert not {"--work", "--out"} & set(command.split())
     assert "IPC 1: 2 of" in table
@@ -297,16 +297,16 @@ def test_continual_learning(toy_folder, toy_teacher, tmp_path, capsys):
 
 
 def test_stages_of_every_method_are_measured_apart(toy_folder, toy_teacher, tmp_path, monkeypatch):
-    from bench.paper import stages
+    from bench.studies.infoutil import stage_costs
 
-    monkeypatch.setattr(stages, "ARMS", stages.ARMS[-1:])
+    monkeypatch.setattr(stage_costs, "ARMS", stage_costs.ARMS[-1:])
     given = ["--data", str(toy_folder), "--teacher", str(toy_teacher), "--work", str(tmp_path / "work")]
     run = ["figure3", *given, "--images-per-class", "6", "--ipc", "1", "--rounds", "1"]
     assert main([*run, "--out", str(tmp_path / "figure3")]) == 0
     rows = list(csv.DictReader((tmp_path / "figure3.csv").open()))
     assert [row["arm"] for row in rows] == ["InfoUtil"]
     for row in rows:
-        told = sum(float(row[f"{stage}_seconds"]) for stage in stages.STAGES)
+        told = sum(float(row[f"{stage}_seconds"]) for stage in stage_costs.STAGES)
         assert 0 < told < float(row["process_seconds"])
         assert int(row["rss_bytes"]) > 50 << 20
     assert not (tmp_path / "work" / "stages").exists()

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from bench.measuring import Spread, extra_bytes, fastest
-from bench.registry import (
+from bench.speed.measuring import Spread, extra_bytes, fastest
+from bench.speed.registry import (
     Check,
     Contender,
     Contest,

@@ -5,9 +5,9 @@ import torch
 from PIL import Image
 
 from bench import facts
-from bench.measuring import Spread
-from bench.registry import Entry, Measurement, Target
-from bench.results import COLUMNS, plot, read_csv, rows_of, summary, write_csv
+from bench.speed.measuring import Spread
+from bench.speed.registry import Entry, Measurement, Target
+from bench.speed.results import COLUMNS, plot, read_csv, rows_of, summary, write_csv
 
 CPU = torch.device("cpu")
 ENTRY = Entry(

@@ -1,8 +1,8 @@
 import torch
 from torch import nn
 
-from bench import roofline
-from ddfast.attribution import folding
+from bench.speed import roofline
+from ddfast.masked_forward import folding
 from ddfast.ops import winograd_weight
 
 

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from bench import scale
+from bench.trials import scale
 
 FIGURES = {
     "classes": 100,
@@ -16,7 +16,7 @@ FIGURES = {
     "processor_ms": 1.5,
     "busy": 0.98,
     "select_seconds": 0.1,
-    "synthesize_seconds": 1.0,
+    "compose_seconds": 1.0,
     "relabel_seconds": 0.5,
     "report_seconds": 0.2,
     "other_seconds": 10.2,

@@ -5,7 +5,7 @@ import pytest
 import torch
 from ddfast.kernels.ahead_of_time import Binary
 
-from bench.static import (
+from bench.speed.static import (
     SOURCES,
     Case,
     Gpu,
@@ -123,7 +123,7 @@ def test_waves_are_of_the_gpu_with_that_capability():
 def test_a_launch_tells_its_programs_and_its_tile():
     from triton.runtime.jit import JITFunction
 
-    from bench.static import _launched
+    from bench.speed.static import _launched
 
     with mock.patch.object(JITFunction, "run", return_value=None), _launched() as shapes:
         JITFunction.run(None, grid=(3, 4), warmup=False, BLOCK_O=64, BLOCK_I=32, num_warps=4)
@@ -133,15 +133,15 @@ def test_a_launch_tells_its_programs_and_its_tile():
 
 def test_a_fault_shows_in_the_table_and_the_exit_code(monkeypatch, tmp_path, capsys):
     bad = row(spilled_bytes=8, faults=("8 bytes spilled",))
-    monkeypatch.setattr("bench.static.cases", lambda: [case()])
-    monkeypatch.setattr("bench.static.report", lambda *args: [[row(), bad]])
+    monkeypatch.setattr("bench.speed.static.cases", lambda: [case()])
+    monkeypatch.setattr("bench.speed.static.report", lambda *args: [[row(), bad]])
     assert main(["--out", str(tmp_path / "static.md")]) == 1
     assert "_op (op, float32, sm_90): 8 bytes spilled" in capsys.readouterr().err
     written = (tmp_path / "static.md").read_text()
     assert "2 kernels, 1 with a fault" in written
     cells = [line.split(" | ") for line in table([bad]).splitlines()]
     assert [len(line) for line in cells] == [len(cells[0])] * 3
-    monkeypatch.setattr("bench.static.report", lambda *args: [[row()]])
+    monkeypatch.setattr("bench.speed.static.report", lambda *args: [[row()]])
     assert main([]) == 0
 
 
@@ -149,7 +149,7 @@ def test_a_kernel_that_does_not_compile_is_a_fault(monkeypatch):
     def broken(calls, capabilities):
         raise RuntimeError("a pass\nPassManager::run failed")
 
-    monkeypatch.setattr("bench.static.launches", lambda case, sources: [])
+    monkeypatch.setattr("bench.speed.static.launches", lambda case, sources: [])
     monkeypatch.setattr("ddfast.kernels.ahead_of_time.compile_launches", broken)
     (found,) = examine(case(), [90])
     assert found.faults == ("does not compile: PassManager::run failed",)

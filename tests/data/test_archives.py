@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 
 from ddfast.data.archives import TarSource, ZipSource
 from ddfast.data.loading import load_all
+from ddfast.data.opening import open_source
 from ddfast.data.samples import Sample
-from ddfast.data.sources import Source, open_source
+from ddfast.data.sources import Source
 from ddfast.errors import BadImage, UsageError
 from tests.data.rendering import REAL_ZIP, png, small_set, write_folder, write_tar, write_zip
 from tests.data.test_sources import refusal

@@ -20,11 +20,12 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 import ddfast
-from ddfast.data.distilled import (
+from ddfast.data.decoding import encode_image
+from ddfast.errors import UsageError
+from ddfast.output.distilled import (
     DistilledSet,
     Tile,
     class_folder,
-    encode_image,
     image_path,
     metadata_row,
     read_soft_labels,
@@ -32,7 +33,6 @@ from ddfast.data.distilled import (
     write_metadata,
     write_soft_labels,
 )
-from ddfast.errors import UsageError
 from tests.data.rendering import smooth
 
 CLASSES = ["cat", "dög & fox", "日本 犬"]
@@ -251,7 +251,7 @@ def test_soft_labels_have_the_same_bytes_in_another_process(tmp_path: Path) -> N
     given = torch.arange(60, dtype=torch.float64).sin().view(3, 4, 5).softmax(dim=2)
     program = (
         "import sys, torch\n"
-        "from ddfast.data.distilled import write_soft_labels\n"
+        "from ddfast.output.distilled import write_soft_labels\n"
         "given = torch.arange(60, dtype=torch.float64).sin().view(3, 4, 5).softmax(dim=2)\n"
         "for name, top_k in (('all', None), ('two', 2)):\n"
         "    write_soft_labels(f'{sys.argv[1]}/{name}', given, 20.0, top_k=top_k)\n"

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from ddfast.data import files
-from ddfast.data.files import (
+from ddfast import files
+from ddfast.errors import UsageError
+from ddfast.files import (
     atomic_folder,
     atomic_path,
     atomic_write_bytes,
@@ -20,7 +21,6 @@ from ddfast.data.files import (
     sweep_temporary,
     temporary_path,
 )
-from ddfast.errors import UsageError
 
 AS_ROOT = os.geteuid() == 0
 
@@ -193,7 +193,7 @@ def test_a_killed_writer_leaves_the_old_file_and_a_sweepable_temporary(tmp_path:
     path.write_bytes(b"old")
     program = (
         "import os, signal\n"
-        "from ddfast.data.files import atomic_path\n"
+        "from ddfast.files import atomic_path\n"
         f"with atomic_path({str(path)!r}) as temporary:\n"
         "    temporary.write_bytes(b'half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -13,7 +13,8 @@ import pytest
 
 from ddfast.data import folder_scan
 from ddfast.data.folders import FolderSource
-from ddfast.data.sources import Source, open_source
+from ddfast.data.opening import open_source
+from ddfast.data.sources import Source
 from ddfast.errors import BadImage, UsageError
 from tests.data.rendering import png, small_set, write_folder
 

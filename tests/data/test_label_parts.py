@@ -1,14 +1,9 @@
 import pytest
 import torch
 
-from ddfast.data.distilled import SOFT_LABELS, read_soft_labels, write_soft_labels
-from ddfast.data.label_parts import (
-    is_whole_part,
-    join_label_parts,
-    largest_probabilities,
-    write_label_part,
-)
 from ddfast.errors import UsageError
+from ddfast.output.distilled import SOFT_LABELS, read_soft_labels, write_soft_labels
+from ddfast.output.label_parts import is_whole_part, join_label_parts, largest_probabilities, write_label_part
 
 
 def probabilities(images: int, tiles: int = 4, classes: int = 7) -> torch.Tensor:

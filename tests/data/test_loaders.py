@@ -20,8 +20,9 @@ from ddfast.data.jpeg import PlainJpeg, plain_jpeg
 from ddfast.data.loaders import LOADERS, Loader, dali_missing, resolve_loader
 from ddfast.data.loading import load_all
 from ddfast.data.native_jpeg import torchvision_decodes
+from ddfast.data.opening import open_source
 from ddfast.data.samples import Sample
-from ddfast.data.sources import Source, open_source
+from ddfast.data.sources import Source
 from ddfast.errors import BadImage, DDFastError, UsageError
 from tests.data.rendering import encoded, png, smooth
 

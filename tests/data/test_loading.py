@@ -11,8 +11,9 @@ import torch
 from ddfast.data import loading
 from ddfast.data.decoding import decode_fit
 from ddfast.data.loading import default_workers, load, load_all
+from ddfast.data.opening import open_source
 from ddfast.data.samples import Sample, sample_id
-from ddfast.data.sources import Source, open_source
+from ddfast.data.sources import Source
 from ddfast.errors import BadImage, UsageError
 from tests.data.rendering import png, write_folder
 

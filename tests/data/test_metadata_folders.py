@@ -11,7 +11,7 @@ import pytest
 
 from ddfast.data.folders import FolderSource, MetadataSource
 from ddfast.data.loading import load_all
-from ddfast.data.sources import open_source
+from ddfast.data.opening import open_source
 from ddfast.errors import BadImage, UsageError
 from tests.data.rendering import png, small_set, write_folder, write_tar, write_zip
 

@@ -13,7 +13,7 @@ from PIL import Image
 from ddfast.data.decoding import decode
 from ddfast.data.loading import load_all
 from ddfast.data.named_sets import NAMED_SETS, NamedSource
-from ddfast.data.sources import open_source
+from ddfast.data.opening import open_source
 from ddfast.errors import BadImage, UsageError
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from ddfast.data import decode, open_source
-from ddfast.data.shapes import (
+from ddfast.demo.shapes import (
     _SHAPES,
     BOXES_FILE,
     CLASSES,

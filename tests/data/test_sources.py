@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from ddfast.data import samples
 from ddfast.data.folders import FolderSource
+from ddfast.data.opening import open_source
 from ddfast.data.samples import sample_id
-from ddfast.data.sources import EXTENSIONS, open_source, shown
-from ddfast.errors import BadImage, UsageError
+from ddfast.data.sources import EXTENSIONS
+from ddfast.errors import BadImage, UsageError, shown
 from tests.data.rendering import png, small_set, write_folder, write_tar, write_zip
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ddfast.data.sources import open_source
+from ddfast.data.opening import open_source
 from ddfast.data.splits import split_word
 from tests.data.rendering import png, write_folder, write_tar, write_zip
 from tests.data.test_sources import refusal

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from ddfast.data.table import (
+from ddfast.errors import UsageError
+from ddfast.output.table import (
     SCORE_SCHEMA,
     SELECTION_SCHEMA,
     feature_width,
@@ -26,7 +27,6 @@ from ddfast.data.table import (
     to_numpy,
     write_table,
 )
-from ddfast.errors import UsageError
 
 
 def score_columns(rows: int = 20, seed: int = 0) -> dict[str, object]:
@@ -183,7 +183,7 @@ def test_equal_rows_give_equal_bytes_in_another_process(tmp_path: Path) -> None:
     }
     program = (
         "import sys\n"
-        "from ddfast.data.table import make_table, write_table\n"
+        "from ddfast.output.table import make_table, write_table\n"
         f"write_table(sys.argv[1], make_table({columns!r}))\n"
     )
     write_table(tmp_path / "here", make_table(columns))

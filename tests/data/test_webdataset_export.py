@@ -12,10 +12,10 @@ import torch
 
 from ddfast.data.archives import TarSource
 from ddfast.data.decoding import decode
-from ddfast.data.distilled import DistilledSet
-from ddfast.data.sources import open_source
-from ddfast.data.webdataset_export import export_webdataset
+from ddfast.data.opening import open_source
 from ddfast.errors import UsageError
+from ddfast.output.distilled import DistilledSet
+from ddfast.output.webdataset import export_webdataset
 from tests.data.test_distilled import CLASSES, write_set
 
 

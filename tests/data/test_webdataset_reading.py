@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ddfast.data.sources import open_source
+from ddfast.data.opening import open_source
 from tests.data.rendering import png, write_tar
 from tests.data.test_sources import refusal
 

@@ -14,15 +14,16 @@ import pytest
 import torch
 
 import ddfast
+from ddfast import files
 from ddfast.cli import main
-from ddfast.data import files
-from ddfast.data.table import SELECTION_SCHEMA, feature_width, part_path, read_table, to_numpy
 from ddfast.errors import UsageError
-from ddfast.methods import get_method, list_methods, selection
-from ddfast.methods.base import Table
-from ddfast.methods.k_means import lloyd, seed_clusters
-from ddfast.methods.run import reopen
+from ddfast.methods import get_method, list_methods
+from ddfast.methods.selection.base import Table
+from ddfast.methods.selection.k_means import lloyd, seed_clusters
 from ddfast.models.registry import features
+from ddfast.output.table import SELECTION_SCHEMA, feature_width, part_path, read_table, to_numpy
+from ddfast.pipeline import select
+from ddfast.pipeline.opening import reopen
 from tests.methods.conftest import digests
 from tests.methods.test_pipeline import Killed, distil
 
@@ -258,9 +259,9 @@ def test_a_run_that_dies_at_any_write_resumes_to_the_same_bytes(
 def test_groups_of_classes_select_what_the_whole_table_does(
     method, undisturbed, toy_folder, toy_teacher, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(selection, "_FEATURE_BYTES", 12 * 32 * 4)  # one class of 12 images with 32 features
-    monkeypatch.setattr(selection, "_GROUP_SOURCES", 12)
-    monkeypatch.setattr("ddfast.methods.run.SHARD_SOURCES", 16)
+    monkeypatch.setattr(select, "_FEATURE_BYTES", 12 * 32 * 4)  # one class of 12 images with 32 features
+    monkeypatch.setattr(select, "_GROUP_SOURCES", 12)
+    monkeypatch.setattr("ddfast.pipeline.plan.SHARD_SOURCES", 16)
     out = run(method, toy_folder, toy_teacher, tmp_path / "run", until="select")
     assert len(list((out / "scores").iterdir())) == 3
     found = [
@@ -272,16 +273,16 @@ def test_groups_of_classes_select_what_the_whole_table_does(
 
 def test_groups_are_bounded_by_the_bytes_of_their_features():
     counts = np.array([300] * 100)
-    assert len(selection.class_groups(counts)) == 4  # 27 classes of 300 are less than 8192 sources
+    assert len(select.class_groups(counts)) == 4  # 27 classes of 300 are less than 8192 sources
     # 128 MiB / (4 x 2048) = 16384 sources, so the sources bind; at 25088 features it is 1337, four classes.
-    assert len(selection.class_groups(counts, 2048)) == 4
-    assert len(selection.class_groups(counts, 25088)) == 25
-    assert len(selection.class_groups(counts, 10**9)) == 100
+    assert len(select.class_groups(counts, 2048)) == 4
+    assert len(select.class_groups(counts, 25088)) == 25
+    assert len(select.class_groups(counts, 10**9)) == 100
 
 
 def test_a_shard_without_a_readable_image_has_no_features(toy_folder, toy_teacher, tmp_path, monkeypatch):
     whole = run("herding", toy_folder, toy_teacher, tmp_path / "whole", images_per_class=100, until="select")
-    monkeypatch.setattr("ddfast.methods.run.SHARD_SOURCES", 1)
+    monkeypatch.setattr("ddfast.pipeline.plan.SHARD_SOURCES", 1)
     out = run("herding", toy_folder, toy_teacher, tmp_path / "run", images_per_class=100, until="select")
     widths = [feature_width(path) for path in sorted((out / "scores").iterdir())]
     assert widths.count(0) == 2
@@ -291,7 +292,7 @@ def test_a_shard_without_a_readable_image_has_no_features(toy_folder, toy_teache
 
 @pytest.mark.parametrize("method", ["k_means", "forgetting"])
 def test_two_ranks_give_the_bytes_of_one_process(method, toy_folder, toy_teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr("ddfast.methods.run.SHARD_SOURCES", 32)
+    monkeypatch.setattr("ddfast.pipeline.plan.SHARD_SOURCES", 32)
     alone = run(method, toy_folder, toy_teacher, tmp_path / "alone", images_per_class=100)
     assert len(list((alone / "scores").iterdir())) == 6
     script = tmp_path / "small_shards.py"
@@ -347,7 +348,7 @@ def test_the_stages_one_at_a_time_by_command_line(undisturbed, toy_folder, toy_t
         ]
         words += ["--factor", 1, "--out", out, *(["--epochs", 3] if method == "forgetting" else [])]
         assert main(["score", method, *map(str, words)]) == 0
-        for stage in ("select", "synthesize", "relabel"):
+        for stage in ("select", "compose", "relabel"):
             assert main([stage, str(out), "--quiet"]) == 0
         assert digests(out) == digests(undisturbed[method])
     capsys.readouterr()

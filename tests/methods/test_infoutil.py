@@ -5,8 +5,9 @@ from torch.nn import functional
 
 from ddfast.errors import UsageError
 from ddfast.methods import get_method
-from ddfast.methods.base import Batch, Context, Table
-from ddfast.methods.scoring import judge, teacher_input
+from ddfast.methods.base import Context
+from ddfast.methods.selection.base import Batch, Table
+from ddfast.methods.selection.judging import judge, teacher_input
 from ddfast.models import Teacher, create_model
 from ddfast.ops import crop_resize
 

@@ -7,9 +7,9 @@ import torch
 
 from ddfast.data.samples import Sample
 from ddfast.errors import BadImage, UsageError
-from ddfast.methods.base import Candidates
-from ddfast.methods.pipeline import _micro_batch, _Shard
+from ddfast.methods.selection.base import Candidates
 from ddfast.ops import transfer
+from ddfast.pipeline.score import _micro_batch, _Shard
 
 
 def pairs(device="cpu"):

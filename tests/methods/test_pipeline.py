@@ -14,16 +14,19 @@ import torch
 import torchvision
 
 import ddfast
+from ddfast import files
 from ddfast.cli import main
-from ddfast.data import files
 from ddfast.data.decoding import decode_fit
-from ddfast.data.table import SELECTION_SCHEMA, read_table, read_tables, to_numpy
 from ddfast.distillation import finish
 from ddfast.errors import UsageError
 from ddfast.methods import get_method, list_methods
-from ddfast.methods.pipeline import change_ipc, relabel, score, select, synthesize
-from ddfast.methods.run import reopen
 from ddfast.models import create_model, save_teacher
+from ddfast.output.table import SELECTION_SCHEMA, read_table, read_tables, to_numpy
+from ddfast.pipeline.compose import compose
+from ddfast.pipeline.opening import reopen
+from ddfast.pipeline.relabel import relabel
+from ddfast.pipeline.score import score
+from ddfast.pipeline.select import change_ipc, select
 from tests.methods.conftest import digests
 
 
@@ -214,7 +217,7 @@ def test_a_truncated_shard_is_scored_again(undisturbed, toy_folder, toy_teacher,
 def test_the_stages_one_at_a_time_give_the_same_bytes(undisturbed, toy_folder, toy_teacher, tmp_path):
     out = tmp_path / "run"
     distil(toy_folder, toy_teacher, out, until="score")
-    for stage in (select, synthesize, relabel, finish):
+    for stage in (select, compose, relabel, finish):
         stage(reopen(out, quiet=True))
     assert digests(out) == digests(undisturbed)
 
@@ -223,7 +226,7 @@ def test_selecting_again_for_another_ipc(undisturbed, toy_folder, toy_teacher, t
     out = distil(toy_folder, toy_teacher, tmp_path / "run", ipc=1)
     run = reopen(out, quiet=True)
     change_ipc(run, 2)
-    for stage in (score, select, synthesize, relabel, finish):
+    for stage in (score, select, compose, relabel, finish):
         stage(run)
     assert digests(out) == digests(undisturbed)
 
@@ -235,14 +238,14 @@ def test_selecting_again_keeps_a_finished_set(toy_folder, toy_teacher, tmp_path)
     assert not (out / "train").exists()
     kept = tmp_path / "run-ipc1"
     assert digests(kept) == before
-    for stage in (select, synthesize, relabel, finish):
+    for stage in (select, compose, relabel, finish):
         stage(reopen(out, quiet=True))
     assert digests(kept) == before
     assert len(ddfast.DistilledSet(kept)) == 3
     again = digests(out)
     change_ipc(reopen(out, quiet=True), 1)  # IPC 2 is kept as well
     assert digests(tmp_path / "run-ipc2") == again
-    for stage in (select, synthesize, relabel, finish):
+    for stage in (select, compose, relabel, finish):
         stage(reopen(out, quiet=True))
     with pytest.raises(UsageError, match=r"run-ipc1, which exists"):
         change_ipc(reopen(out, quiet=True), 2)
@@ -422,7 +425,7 @@ def test_a_class_order_gives_the_set_of_the_right_teacher(toy_folder, toy_teache
     order = rotated_file(toy_teacher, tmp_path / "t.safetensors")
     out = tmp_path / "run"
     distil(toy_folder, tmp_path / "t.safetensors", out, class_order=order, until="score")
-    for stage in (select, synthesize, relabel, finish):
+    for stage in (select, compose, relabel, finish):
         stage(reopen(out, quiet=True))
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["teacher"]["class_order"] == manifest["label_teacher"]["class_order"] == order
@@ -462,7 +465,7 @@ def test_the_stages_take_up_a_state_dict_with_its_class_order(toy_folder, tmp_pa
         *("--out", tmp_path / "run", "--no-preflight", "--quiet"),
     )
     assert main([str(word) for word in words]) == 0
-    for stage in ("select", "synthesize", "relabel"):
+    for stage in ("select", "compose", "relabel"):
         assert main([stage, str(tmp_path / "run"), "--quiet"]) == 0
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["complete"]
     capsys.readouterr()
@@ -566,7 +569,7 @@ def test_numbers_and_paths_of_every_kind_make_the_same_run(undisturbed, toy_fold
         ({"data": "nowhere", "class_order": "nowhere.txt"}, "class order nowhere.txt cannot be read"),
         ({"label_class_order": ["a"]}, "label_class_order describes a label teacher: give label_teacher"),
         ({"teacher": torch.nn.Linear(1, 1)}, "teacher must be a ddfast Teacher"),
-        ({"until": "scores"}, "until must be one of score, select, synthesize, relabel, got 'scores'"),
+        ({"until": "scores"}, "until must be one of score, select, compose, relabel, got 'scores'"),
         ({"crop": 3}, "did you mean crops"),
         ({"alpha": float("nan")}, "alpha must be a finite number, got nan"),
         ({"alpha": "x"}, "alpha must be a finite number, got 'x'"),

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from ddfast.errors import UsageError
-from ddfast.methods import pipeline, run
 from ddfast.ops import precision
 from ddfast.ops._dispatch import cpu_body
+from ddfast.pipeline import run, score
 from ddfast.ranks import Ranks, _agree_on_round, join
 from tests.methods.conftest import digests
 from tests.methods.test_pipeline import distil
@@ -40,7 +40,7 @@ def torchrun(ranks, toy_folder, toy_teacher, out, *extra, program=("-m", "ddfast
 @pytest.fixture
 def small_shards(monkeypatch):
     """Several shards in a small set; `run.py` takes the number from there in every process that is forked."""
-    monkeypatch.setattr("ddfast.methods.run.SHARD_SOURCES", 32)
+    monkeypatch.setattr("ddfast.pipeline.plan.SHARD_SOURCES", 32)
 
 
 DIES_ONCE = """
@@ -203,10 +203,10 @@ def test_processes_that_do_not_find_each_other_say_so(monkeypatch):
 
 
 def test_the_number_of_threads_does_not_depend_on_torchrun(monkeypatch):
-    from ddfast.methods.run import threads_of
+    from ddfast.pipeline.plan import threads_of
 
     monkeypatch.delenv("DDFAST_THREADS")
-    monkeypatch.setattr("ddfast.methods.run.usable_cores", lambda: 6)
+    monkeypatch.setattr("ddfast.pipeline.run.usable_cores", lambda: 6)
     for value in ("1", "6"):
         monkeypatch.setenv("OMP_NUM_THREADS", value)
         assert threads_of("auto", torch.device("cpu")) == 6
@@ -303,9 +303,9 @@ def test_ranks_on_other_machines_are_refused(toy_folder, toy_teacher, tmp_path):
     }
     second = SimpleNamespace(ranks=Ranks(rank=1, size=2), out=out, plan=other)
     with pytest.raises(UsageError, match=r"rank 1 .* started with instructions '.*with 'AVX2'"):
-        pipeline._follow(second, "cpu")
+        score._follow(second, "cpu")
     second.plan["arithmetic"]["instructions"] = plan["arithmetic"]["instructions"]
-    pipeline._follow(second, "cpu")
+    score._follow(second, "cpu")
     assert second.plan["arithmetic"]["compute_dtype"] == "float32"  # rank 0 has chosen
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ddfast.methods import get_method
-from ddfast.methods.base import Table
+from ddfast.methods.selection.base import Table
 
 TABLE = Table(
     {

@@ -1,4 +1,4 @@
-"""The pool, the selection by groups of classes, and what a shard says of itself."""
+"""The pool, the select by groups of classes, and what a shard says of itself."""
 
 import json
 import shutil
@@ -8,13 +8,14 @@ import pytest
 import torch
 
 import ddfast
-from ddfast.data.table import SELECTION_SCHEMA, is_readable, part_path, read_facts, read_table
 from ddfast.errors import UsageError
-from ddfast.methods import selection
-from ddfast.methods.base import stream
-from ddfast.methods.run import reopen, top_k_of
-from ddfast.methods.selection import class_groups
 from ddfast.ops._philox import philox4x32
+from ddfast.output.table import SELECTION_SCHEMA, is_readable, part_path, read_facts, read_table
+from ddfast.pipeline import select
+from ddfast.pipeline.opening import reopen
+from ddfast.pipeline.plan import top_k_of
+from ddfast.pipeline.select import class_groups
+from ddfast.seeding import stream
 from tests.methods.conftest import digests
 from tests.methods.test_pipeline import distil
 
@@ -45,9 +46,9 @@ def test_groups_of_classes_select_what_the_whole_table_does(
     method, toy_folder, toy_teacher, tmp_path, monkeypatch
 ):
     one = distil(toy_folder, toy_teacher, tmp_path / "one", method, until="select")
-    monkeypatch.setattr(selection, "_GROUP_SOURCES", 12)
-    monkeypatch.setattr(selection, "_BUFFERED_ROWS", 8)
-    monkeypatch.setattr("ddfast.methods.run.SHARD_SOURCES", 16)
+    monkeypatch.setattr(select, "_GROUP_SOURCES", 12)
+    monkeypatch.setattr(select, "_BUFFERED_ROWS", 8)
+    monkeypatch.setattr("ddfast.pipeline.plan.SHARD_SOURCES", 16)
     three = distil(toy_folder, toy_teacher, tmp_path / "three", method, until="select")
     assert len(list((three / "scores").iterdir())) == 3
     found = [read_table(out / "selection.parquet", SELECTION_SCHEMA).to_pylist() for out in (one, three)]
@@ -60,12 +61,12 @@ def test_selection_before_all_is_scored_names_what_is_missing(toy_folder, toy_te
     part_path(out / "scores", 0).unlink()
     run = reopen(out, quiet=True)
     with pytest.raises(UsageError, match=r"part-00000.parquet is missing: .*resume"):
-        ddfast.methods.pipeline.select(run)
+        ddfast.pipeline.select.select(run)
     assert not (out / "selection.parquet").exists()
 
 
 def test_a_shard_of_another_place_or_run_is_scored_again(toy_folder, toy_teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr("ddfast.methods.run.SHARD_SOURCES", 16)
+    monkeypatch.setattr("ddfast.pipeline.plan.SHARD_SOURCES", 16)
     whole = distil(toy_folder, toy_teacher, tmp_path / "whole")
     other = distil(toy_folder, toy_teacher, tmp_path / "other", seed=1, until="score")
     facts = read_facts(part_path(whole / "scores", 1))
@@ -81,7 +82,7 @@ def test_a_shard_of_another_place_or_run_is_scored_again(toy_folder, toy_teacher
 
 def test_a_damaged_image_of_an_earlier_attempt_is_written_again(toy_folder, toy_teacher, tmp_path):
     whole = distil(toy_folder, toy_teacher, tmp_path / "whole")
-    out = distil(toy_folder, toy_teacher, tmp_path / "run", until="synthesize")
+    out = distil(toy_folder, toy_teacher, tmp_path / "run", until="compose")
     images = sorted((out / "train").rglob("*.png"))
     images[1].write_bytes(images[1].read_bytes()[:-5])
     content = bytearray(images[2].read_bytes())
@@ -94,7 +95,7 @@ def test_a_damaged_image_of_an_earlier_attempt_is_written_again(toy_folder, toy_
 def test_quarantined_files_stand_in_a_table_whatever_their_number(
     toy_folder, toy_teacher, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("ddfast.methods.pipeline._LISTED_QUARANTINED", 1)
+    monkeypatch.setattr("ddfast.pipeline.relabel._LISTED_QUARANTINED", 1)
     out = distil(toy_folder, toy_teacher, tmp_path / "run", images_per_class=100)
     rows = [json.loads(line) for line in (out / "quarantined.jsonl").read_text("utf-8").splitlines()]
     assert sorted(row["path"] for row in rows) == ["across/0000a.png", "down/empty.png"]

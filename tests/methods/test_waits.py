@@ -15,7 +15,7 @@ import torch
 from ddfast.data.samples import Sample
 from ddfast.methods import get_method
 from ddfast.methods.base import Context
-from ddfast.methods.pipeline import _micro_batch, _Rows
+from ddfast.pipeline.score import _micro_batch, _Rows
 from ddfast.models import Teacher, create_model
 from ddfast.unchanged import unchanged
 from tests.mimic import DEVICE, mimic, moved, waits_of

@@ -9,7 +9,10 @@ import numpy as np
 import torch
 
 from ddfast.data import open_source, sample_id
-from ddfast.data.distilled import (
+from ddfast.demo.shapes import ShapesConfig, render
+from ddfast.errors import BadImage
+from ddfast.ops import crop_resize
+from ddfast.output.distilled import (
     Tile,
     image_path,
     metadata_row,
@@ -17,10 +20,7 @@ from ddfast.data.distilled import (
     write_metadata,
     write_soft_labels,
 )
-from ddfast.data.shapes import ShapesConfig, render
-from ddfast.data.table import SCORE_SCHEMA, SELECTION_SCHEMA, make_table, part_path, write_table
-from ddfast.errors import BadImage
-from ddfast.ops import crop_resize
+from ddfast.output.table import SCORE_SCHEMA, SELECTION_SCHEMA, make_table, part_path, write_table
 
 CROPS = 5
 

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddfast.data.distilled import (
+from ddfast.data.opening import open_source
+from ddfast.data.sources import Source
+from ddfast.output.distilled import (
     Tile,
     image_path,
     metadata_row,
@@ -17,8 +19,7 @@ from ddfast.data.distilled import (
     write_metadata,
     write_soft_labels,
 )
-from ddfast.data.sources import Source, open_source
-from ddfast.data.table import SELECTION_SCHEMA, make_table, part_path, write_table
+from ddfast.output.table import SELECTION_SCHEMA, make_table, part_path, write_table
 
 SIZE = 32
 CROPS = 3

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from ddfast.data.distilled import (
+from ddfast.errors import UsageError
+from ddfast.output.distilled import (
     DistilledSet,
     Tile,
     image_path,
@@ -17,7 +18,6 @@ from ddfast.data.distilled import (
     write_metadata,
     write_soft_labels,
 )
-from ddfast.errors import UsageError
 from ddfast.training import DistilledImages, EvaluationResult, ImageSet, evaluate, fit_teacher, train_student
 from ddfast.training.teacher import TeacherConfig
 from tests.training.conftest import CLASSES, SIZE, render

@@ -8,17 +8,11 @@ import torch.nn.functional as F
 
 from ddfast.errors import UsageError
 from ddfast.models import Teacher, create_model, list_models
+from ddfast.seeding import derived_seed, generator, seeded
 from ddfast.training import PROTOCOLS, DistilledImages, ImageSet, train_student
 from ddfast.training.augmentation import normalize
-from ddfast.training.seeding import derived_seed, generator, seeded
-from ddfast.training.student import (
-    StudentAugmentation,
-    _autoaugment,
-    count_batches_twice,
-    distillation_loss,
-    mixed_soft_labels,
-    tile_coverage,
-)
+from ddfast.training.mixing import StudentAugmentation, _autoaugment, mixed_soft_labels, tile_coverage
+from ddfast.training.student import count_batches_twice, distillation_loss
 from tests.training.conftest import CLASSES, SIZE, render
 
 RDED = PROTOCOLS["rded"]

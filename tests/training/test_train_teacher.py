@@ -7,15 +7,15 @@ import torch
 import torch.nn.functional as F
 
 from ddfast.data import open_source
-from ddfast.data.files import temporary_path
 from ddfast.errors import UsageError
+from ddfast.files import temporary_path
 from ddfast.models import create_model, load_teacher
 from ddfast.ops import precision
+from ddfast.seeding import generator, seeded
 from ddfast.training import ImageSet, TeacherConfig, fit_teacher, read_training_set, train_teacher
 from ddfast.training import teacher as module
 from ddfast.training.augmentation import normalize, random_crop_flip
 from ddfast.training.image_sets import StreamedSet, measure_accuracy
-from ddfast.training.seeding import generator, seeded
 from tests.training.conftest import CLASSES, SIZE
 
 TINY = TeacherConfig(arch="convnet3", epochs=3, image_size=SIZE, arch_options={"width": 16}, batch_size=32)

@@ -1,0 +1,1 @@
+"""Studies: one paper a room, on shared arms, grid, page and charts."""

@@ -1,0 +1,1 @@
+"""InfoUtil's tables and figures."""

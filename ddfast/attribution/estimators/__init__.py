@@ -1,0 +1,1 @@
+"""Estimators of Shapley values: coalitions, plans and the designs that are kept."""

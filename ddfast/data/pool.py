@@ -1,0 +1,147 @@
+"""The images that a run may choose from: decoded once into memory where they fit, else anew on every pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddfast.data.loading import Loaded
+from ddfast.data.samples import Sample, SampleList
+from ddfast.errors import BadImage
+from ddfast.ops._philox import philox4x32
+from ddfast.progress import say
+from ddfast.seeding import stream
+
+_DRAWS = 1 << 16  # ids whose shuffle keys are drawn at once, which bounds the memory
+
+
+def drawn_places(samples: SampleList, classes: int, per_class: int, seed: int) -> np.ndarray:
+    """Places in `samples` of the first `per_class` of each class by a seeded shuffle, int64 in the order of their ids.
+
+    The shuffle depends on the ids alone.
+    """
+    ids, labels = samples.ids, samples.labels
+    starts = np.searchsorted(labels, np.arange(classes + 1))
+    kept, first = [], 0
+    while first < len(starts) - 1:  # some whole classes at a time
+        last = max(first + 1, int(np.searchsorted(starts, starts[first] + _DRAWS, side="right")) - 1)
+        block = slice(starts[first], starts[last])
+        kept.append(starts[first] + _first_drawn(ids[block], labels[block] - first, per_class, seed))
+        first = last
+    pool = np.concatenate(kept)
+    return pool[np.argsort(ids[pool], kind="stable")]
+
+
+def _first_drawn(ids: np.ndarray, labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
+    """Places of the first `per_class` samples of each class by their draws, ties by id."""
+    keys = [_draws(ids[first : first + _DRAWS], seed) for first in range(0, len(ids), _DRAWS)]
+    order = np.lexsort((ids, np.concatenate(keys), labels)) if keys else np.empty(0, dtype=np.int64)
+    starts = np.searchsorted(labels, np.arange(labels[-1] + 1 if len(labels) else 0))
+    return order[np.arange(len(order)) - starts[labels] < per_class]
+
+
+def _draws(ids: np.ndarray, seed: int) -> np.ndarray:
+    """A 64-bit draw of each id: the first two words of Philox under the seed's stream `pool`."""
+    given = torch.from_numpy(np.array(ids, dtype=np.int64))
+    counters = torch.stack((given & 0xFFFFFFFF, (given >> 32) & 0xFFFFFFFF, given * 0, given * 0), dim=1)
+    words = philox4x32(counters, stream(seed, "pool")).numpy().astype(np.uint64)
+    return words[:, 0] << np.uint64(32) | words[:, 1]
+
+
+class Pool(Protocol):
+    """The images that a run may choose from, N of them in the order of their ids.
+
+    Attributes:
+        labels: int64 [N].
+        classes: number of classes.
+    """
+
+    labels: Tensor
+    classes: int
+
+    def batches(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(places int64 [B], images uint8 [B, 3, S, S], labels int64 [B]) of the places `order`, batch by batch.
+
+        A file that cannot be decoded is left out, and the next one takes its place.
+        """
+        ...
+
+    def say(self, message: str) -> None:
+        """Tell the user how far it is, where the run is not quiet."""
+        ...
+
+
+class DecodedPool:
+    """Images of a source: decoded once and held where that takes 4 GiB or less, else decoded in every pass.
+
+    Args:
+        samples: of the source.
+        places: int64 [N], which of them make up the pool, in the order of their ids.
+        classes: number of classes.
+        size: side of the decoded images in pixels.
+        load: decodes samples at that size, in order.
+        quiet: `say` says nothing.
+    """
+
+    def __init__(
+        self,
+        samples: SampleList,
+        places: np.ndarray,
+        classes: int,
+        size: int,
+        load: Callable[[Iterable[Sample]], Iterable[Loaded]],
+        *,
+        quiet: bool = False,
+    ) -> None:
+        self._samples, self._places, self._load, self._quiet = samples, places, load, quiet
+        self.labels = torch.from_numpy(samples.labels[places].astype(np.int64))
+        self.classes = classes
+        self._size = size
+        self._images: Tensor | None = None
+        if len(self.labels) * 3 * self._size**2 <= MEMORY_LIMIT:
+            self._hold()
+
+    def _hold(self) -> None:
+        count = len(self.labels)
+        images = torch.zeros(count, 3, self._size, self._size, dtype=torch.uint8)
+        self._readable = torch.zeros(count, dtype=torch.bool)
+        for place, image in self._decoded(torch.arange(count)):
+            images[place], self._readable[place] = image, True
+        self._images = images
+
+    def _decoded(self, order: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(place, image) of the places `order`, without those that cannot be decoded."""
+        loaded = self._load(self._samples[int(place)] for place in self._places[order.numpy()])
+        for place, (_, image) in zip(order.tolist(), loaded, strict=True):
+            if not isinstance(image, BadImage):
+                yield place, image
+
+    def batches(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """See `Pool`."""
+        if self._images is not None:
+            for places in order[self._readable[order]].split(batch_size):
+                yield places, self._images[places], self.labels[places]
+            return
+        held: list[tuple[int, Tensor]] = []
+        for pair in self._decoded(order):
+            held.append(pair)
+            if len(held) == batch_size:
+                yield self._batch(held)
+                held = []
+        if held:
+            yield self._batch(held)
+
+    def say(self, message: str) -> None:
+        """See `Pool`."""
+        say(message, quiet=self._quiet)
+
+    def _batch(self, held: list[tuple[int, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+        places = torch.tensor([place for place, _ in held])
+        return places, torch.stack([image for _, image in held]), self.labels[places]
+
+
+MEMORY_LIMIT = 4 << 30  # bytes of decoded training images that are held at once

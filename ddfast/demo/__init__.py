@@ -1,0 +1,1 @@
+"""The demo: a rendered set, from command to report."""

@@ -1,0 +1,1 @@
+"""The masked forward pass: tracing, folding, locality reuse."""

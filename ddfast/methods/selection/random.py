@@ -1,0 +1,38 @@
+"""Random real images: the row that keeps every comparison honest, since it gets the same soft labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ddfast.methods.base import Context, Method
+from ddfast.methods.selection.base import Batch, Candidates, Table, whole_images
+from ddfast.seeding import drawn
+
+
+@dataclass(frozen=True)
+class RandomOptions:
+    """Random selection has no options; `--seed` draws another subset."""
+
+
+class Random(Method):
+    """Uniform draw without replacement of whole images from each class; a tile holds a whole image,
+    resized."""
+
+    name = "random"
+    summary = "whole images drawn uniformly from each class"
+    Options = RandomOptions
+    options: Any
+    needs_teacher = False
+
+    def score(self, batch: Batch, context: Context) -> Candidates:
+        """One candidate an image: all of it, with a uniform draw for a score."""
+        return Candidates(
+            boxes=whole_images(batch), score=drawn(batch.ids.cpu(), context.seed, "random").float()
+        )
+
+    def rank(self, table: Table, needed: int) -> tuple[dict[int, np.ndarray], np.ndarray]:
+        """Highest draw first."""
+        return table.ranked_within_class(-table.score, np.arange(len(table.label))), table.score

@@ -1,0 +1,60 @@
+"""What a run leaves: the distilled set, the score table, label parts, and export to WebDataset.
+
+Nothing heavy is imported until one of these names is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+# Public name -> module that holds it. Loaded on first use, so that `import ddfast.output` stays cheap.
+_LAZY = {
+    "DistilledSet": "ddfast.output.distilled",
+    "SCORE_SCHEMA": "ddfast.output.table",
+    "SELECTION_SCHEMA": "ddfast.output.table",
+    "is_readable": "ddfast.output.table",
+    "make_table": "ddfast.output.table",
+    "read_table": "ddfast.output.table",
+    "read_tables": "ddfast.output.table",
+    "to_numpy": "ddfast.output.table",
+    "write_table": "ddfast.output.table",
+    "export_webdataset": "ddfast.output.webdataset",
+}
+
+__all__ = [
+    "SCORE_SCHEMA",
+    "SELECTION_SCHEMA",
+    "DistilledSet",
+    "export_webdataset",
+    "is_readable",
+    "make_table",
+    "read_table",
+    "read_tables",
+    "to_numpy",
+    "write_table",
+]
+
+if TYPE_CHECKING:
+    from ddfast.output.distilled import DistilledSet
+    from ddfast.output.table import (
+        SCORE_SCHEMA,
+        SELECTION_SCHEMA,
+        is_readable,
+        make_table,
+        read_table,
+        read_tables,
+        to_numpy,
+        write_table,
+    )
+    from ddfast.output.webdataset import export_webdataset
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'ddfast.output' has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,134 @@
+"""Stage relabel: soft labels of every tile, metadata, and the report."""
+
+from __future__ import annotations
+
+import heapq
+import json
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ddfast.data.decoding import MAX_PIXELS, decode
+from ddfast.data.tiles import tiles_of
+from ddfast.errors import BadImage, UsageError
+from ddfast.files import atomic_path, make_folder
+from ddfast.ops import crop_resize
+from ddfast.output.distilled import _LABEL_PARTS, QUARANTINED, SOFT_LABELS, image_path
+from ddfast.output.label_parts import is_whole_part, join_label_parts, largest_probabilities, write_label_part
+from ddfast.pipeline.plan import LABEL_TEMPERATURE
+from ddfast.pipeline.run import Run, _logits, clock
+from ddfast.pipeline.score import iter_quarantined
+from ddfast.progress import Progress
+
+_LISTED_QUARANTINED = 1000  # files that the manifest names; the table beside it names all
+_LABEL_BATCH = 64  # tiles labelled together; fixed, because it decides the last bits
+_LABEL_PART = (
+    2048  # most images in one part of the soft labels, the unit of resumption and of work for a rank
+)
+_LABEL_PART_BYTES = 8 << 20  # of logits, which bounds a part where there are many classes
+
+
+# Relabel
+# --------------------------------------------------------------------------------------------------------
+
+
+def relabel(run: Run) -> None:
+    """Label every tile by the label teacher, and count in the manifest what the run holds."""
+    started = time.monotonic()
+    run.set_arithmetic()
+    if not (run.out / SOFT_LABELS).exists():
+        _write_labels(run)
+    run.ranks.on_main("counts", lambda: _count(run))
+    clock(run, "relabel", started)
+
+
+def _count(run: Run) -> None:
+    """Count images, sources and quarantined files, and list these."""
+    shutil.rmtree(run.out / _LABEL_PARTS, ignore_errors=True)
+    bad = sum(1 for _ in iter_quarantined(run))
+    if bad:
+        with atomic_path(run.out / QUARANTINED) as temporary, open(temporary, "wb") as file:
+            for row in iter_quarantined(run):
+                file.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8"))
+    listed = heapq.nsmallest(_LISTED_QUARANTINED, iter_quarantined(run), key=lambda row: row["path"])
+    images = len(run.source.class_names) * run.plan["ipc"]
+    run.plan["counts"] = {"images": images, "sources": len(run.pool()) - bad, "quarantined": bad}
+    run.plan["quarantined"] = {"count": bad, "files": listed}
+
+
+def _write_labels(run: Run) -> None:
+    """`soft_labels.safetensors` from the written images, part by part; finished parts survive a kill."""
+    classes, tiles, top_k = len(run.source.class_names), run.plan["tiles"], run.plan["label_top_k"]
+    images = classes * run.plan["ipc"]
+    folder = make_folder(run.out / _LABEL_PARTS)
+    size = _part_images(classes, tiles)
+    parts = [folder / f"part-{index:06d}" for index in range(-(-images // size))]
+    mine = run.ranks.share(len(parts))
+    total = sum(min(size, images - index * size) for index in mine)
+    with Progress("relabel", total, "images", quiet=run.quiet) as progress:
+        for index in mine:
+            names = [
+                _image_path(run, number) for number in range(index * size, min((index + 1) * size, images))
+            ]
+            if is_whole_part(parts[index]):
+                progress.advance(len(names))
+            else:
+                _label_part(run, parts[index], names, progress)
+    run.ranks.meet("relabel")
+    shape = (images, tiles, classes if top_k is None else top_k)
+    run.ranks.on_main(
+        "labels",
+        lambda: join_label_parts(run.out, parts, shape, LABEL_TEMPERATURE, indexed=top_k is not None),
+    )
+
+
+def _image_path(run: Run, number: int) -> Path:
+    """Path of image `number` of all, classes in label order."""
+    label, index = divmod(number, run.plan["ipc"])
+    return run.out / image_path(label, run.source.class_names[label], index, run.plan["format"])
+
+
+def _part_images(classes: int, tiles: int) -> int:
+    """Images of one part of the soft labels: whole batches, few where there are many classes."""
+    images = _LABEL_BATCH // tiles
+    return images * max(1, min(_LABEL_PART // images, _LABEL_PART_BYTES // (4 * classes * _LABEL_BATCH)))
+
+
+def _label_part(run: Run, path: Path, names: list[Path], progress: Progress) -> None:
+    """Write softmax(logits / T) of every tile of the named images; a tile is enlarged to the image."""
+    size, factor = run.plan["image_size"], run.plan["factor"]
+    per_batch = _LABEL_BATCH // factor**2
+    found = []
+    for first in range(0, len(names), per_batch):
+        images = torch.stack([_written_image(name) for name in names[first : first + per_batch]])
+        tiles = tiles_of(images, factor)
+        if factor > 1:
+            tiles = crop_resize(
+                tiles, torch.tensor([[0, 0, size // factor, size // factor]]).expand(len(tiles), 1, 4), size
+            )[:, 0]
+        full = torch.zeros(_LABEL_BATCH, 3, size, size, dtype=torch.uint8)
+        full[: len(tiles)] = tiles
+        logits = _logits(run.label_teacher, full, run)[: len(tiles)]
+        probabilities = torch.softmax(logits / LABEL_TEMPERATURE, dim=1)
+        stored = largest_probabilities(
+            probabilities.view(len(images), factor**2, -1), run.plan["label_top_k"]
+        )
+        found.append(stored)
+        progress.advance(len(images))
+    values = torch.cat([values for values, _ in found])
+    indices = [indices for _, indices in found if indices is not None]
+    write_label_part(path, values, torch.cat(indices) if indices else None)
+
+
+def _written_image(path: Path) -> Tensor:
+    if not path.is_file():
+        raise UsageError(f"{path} is missing: run the compose stage first")
+    try:
+        return decode(path.read_bytes(), max_pixels=MAX_PIXELS)
+    except (OSError, BadImage) as error:
+        raise UsageError(
+            f"{path} cannot be read ({error}): delete it and run the compose stage again"
+        ) from error

@@ -1,0 +1,109 @@
+"""A distilled set in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddfast.errors import UsageError
+from ddfast.models.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class DistilledImages:
+    """A distilled set in memory.
+
+    Attributes:
+        images: uint8 [N, 3, S, S].
+        labels: int64 [N].
+        class_names: the C classes in label order.
+        mean: per-channel mean for pixels in [0, 1].
+        std: per-channel standard deviation for pixels in [0, 1].
+        factor: tiles a side in every image.
+        soft_labels: probabilities [N, factor^2, C] of every tile, row-major, or None: they come from a
+            teacher.
+        temperature: T of the softmax that made them.
+
+    """
+
+    images: Tensor
+    labels: Tensor
+    class_names: Sequence[str]
+    mean: Sequence[float]
+    std: Sequence[float]
+    factor: int = 1
+    soft_labels: Tensor | None = None
+    temperature: float = 20.0
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return len(self.class_names)
+
+    @property
+    def image_size(self) -> int:
+        """S in pixels."""
+        return self.images.shape[-1]
+
+    @property
+    def ipc(self) -> int:
+        """Images a class, rounded down where classes differ, at least 1."""
+        return max(len(self.labels) // self.num_classes, 1)
+
+    def decoded(self) -> DistilledImages:
+        """The set of its tiles, each enlarged to a whole image (bilinear): IDC's decoding. Labels follow."""
+        if self.factor == 1:
+            return self
+        count, side = len(self.labels), self.image_size // self.factor
+        split = self.images.view(count, 3, self.factor, side, self.factor, side).permute(0, 2, 4, 1, 3, 5)
+        tiles = split.reshape(-1, 3, side, side).float()
+        large = F.interpolate(tiles, size=self.image_size, mode="bilinear", align_corners=False)
+        tiles_an_image = self.factor**2
+        soft = self.soft_labels
+        return replace(
+            self,
+            images=large.round_().clamp_(0, 255).to(torch.uint8),
+            labels=self.labels.repeat_interleave(tiles_an_image),
+            factor=1,
+            soft_labels=None if soft is None else soft.reshape(-1, 1, soft.shape[-1]),
+        )
+
+    def normalized_like(self, teacher: Teacher) -> DistilledImages:
+        """The same set with the mean and deviation of its teacher: teacher and student must share them."""
+        return replace(self, mean=teacher.mean, std=teacher.std)
+
+    def checked(self) -> DistilledImages:
+        """Self, after a look at shapes and values.
+
+        Raises:
+            UsageError: a shape, dtype or label that does not fit.
+
+        """
+        count, classes = len(self.labels), self.num_classes
+        if self.images.dtype != torch.uint8 or self.images.shape[1:] != (3, self.image_size, self.image_size):
+            raise UsageError(
+                f"distilled images must be uint8 [N, 3, S, S], "
+                f"got {self.images.dtype} {list(self.images.shape)}"
+            )
+        if count == 0 or len(self.images) != count:
+            raise UsageError(f"wanted one label for each distilled image, got {len(self.images)} and {count}")
+        if self.labels.dtype != torch.int64 or self.labels.ndim != 1:
+            raise UsageError(
+                f"labels of the distilled set must be int64 [N], got {self.labels.dtype} {list(self.labels.shape)}"
+            )
+        if not 0 <= int(self.labels.min()) <= int(self.labels.max()) < classes:
+            least, most = int(self.labels.min()), int(self.labels.max())
+            raise UsageError(f"labels must lie in 0..{classes - 1}, got {least}..{most}")
+        if self.factor < 1 or self.image_size % self.factor:
+            raise UsageError(f"factor must divide the image size {self.image_size}, got {self.factor}")
+        if self.soft_labels is not None:
+            wanted = (count, self.factor**2, classes)
+            if tuple(self.soft_labels.shape) != wanted:
+                raise UsageError(f"soft labels must be {list(wanted)}, got {list(self.soft_labels.shape)}")
+            if not torch.isfinite(self.soft_labels).all():
+                raise UsageError("soft labels hold NaN or infinity: relabel the distilled set")
+        return self
