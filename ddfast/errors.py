@@ -21,6 +21,10 @@ class UsageError(DDFastError):
     exit_code = 2
 
 
+class DivergedError(UsageError):
+    """A loss that is no longer finite: the message says at which step, and what to lower."""
+
+
 class BadImage(UsageError):
     """A file that cannot be decoded to RGB. `str(error)` is the reason, without the file's name."""
 

@@ -16,6 +16,7 @@ from ddfast.ops._philox import philox4x32
 from ddfast.progress import say
 from ddfast.seeding import stream
 
+MEMORY_LIMIT = 4 << 30  # bytes of decoded training images that are held at once
 _DRAWS = 1 << 16  # ids whose shuffle keys are drawn at once, which bounds the memory
 
 
@@ -75,8 +76,19 @@ class Pool(Protocol):
         ...
 
 
+class ClassPool(Pool, Protocol):
+    """A pool that also gives images of one class."""
+
+    def draw(self, label: int, count: int, generator: torch.Generator) -> Tensor:
+        """`count` different images of a class, uint8 [count, 3, S, S]: the first readable ones of a shuffle of it.
+
+        They are the same whether the pool is held in memory or decoded anew. Fewer where the class has no more.
+        """
+        ...
+
+
 class DecodedPool:
-    """Images of a source: decoded once and held where that takes 4 GiB or less, else decoded in every pass.
+    """Images of a source: decoded once and held where they fit in memory, else decoded whenever they are asked for.
 
     Args:
         samples: of the source.
@@ -85,6 +97,7 @@ class DecodedPool:
         size: side of the decoded images in pixels.
         load: decodes samples at that size, in order.
         quiet: `say` says nothing.
+        memory_limit: bytes of decoded images up to which they are held.
     """
 
     def __init__(
@@ -96,13 +109,18 @@ class DecodedPool:
         load: Callable[[Iterable[Sample]], Iterable[Loaded]],
         *,
         quiet: bool = False,
+        memory_limit: int | None = None,
     ) -> None:
         self._samples, self._places, self._load, self._quiet = samples, places, load, quiet
         self.labels = torch.from_numpy(samples.labels[places].astype(np.int64))
         self.classes = classes
         self._size = size
         self._images: Tensor | None = None
-        if len(self.labels) * 3 * self._size**2 <= MEMORY_LIMIT:
+        # Places of each class: its run in the places sorted by label.
+        self._by_class = torch.argsort(self.labels, stable=True)
+        self._starts = torch.searchsorted(self.labels[self._by_class], torch.arange(classes + 1))
+        limit = MEMORY_LIMIT if memory_limit is None else memory_limit
+        if len(self.labels) * 3 * self._size**2 <= limit:
             self._hold()
 
     def _hold(self) -> None:
@@ -135,6 +153,20 @@ class DecodedPool:
         if held:
             yield self._batch(held)
 
+    def draw(self, label: int, count: int, generator: torch.Generator) -> Tensor:
+        """See `ClassPool`."""
+        members = self._by_class[self._starts[label] : self._starts[label + 1]]
+        order = members[torch.randperm(len(members), generator=generator)]
+        if self._images is not None:
+            return self._images[order[self._readable[order]][:count]]
+        found: list[Tensor] = []
+        while len(found) < count and len(order):
+            wanted, order = order.split(
+                [min(count - len(found), len(order)), max(0, len(order) - count + len(found))]
+            )
+            found.extend(image for _, image in self._decoded(wanted))
+        return torch.stack(found) if found else torch.zeros(0, 3, self._size, self._size, dtype=torch.uint8)
+
     def say(self, message: str) -> None:
         """See `Pool`."""
         say(message, quiet=self._quiet)
@@ -142,6 +174,3 @@ class DecodedPool:
     def _batch(self, held: list[tuple[int, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
         places = torch.tensor([place for place, _ in held])
         return places, torch.stack([image for _, image in held]), self.labels[places]
-
-
-MEMORY_LIMIT = 4 << 30  # bytes of decoded training images that are held at once

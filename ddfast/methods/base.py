@@ -60,6 +60,15 @@ class Context:
     forward_batch: int
     device: torch.device
     prepared: Prepared | None = None
+    ipc: int = 0
+    class_names: tuple[str, ...] = ()
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
 
     @property
     def tile(self) -> int:

@@ -1,0 +1,94 @@
+"""Methods that make pixels: they optimise or sample images in long loops, from a state that survives a kill."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor
+
+from ddfast.data.pool import ClassPool
+from ddfast.methods.base import Context, Method
+
+
+@dataclass(frozen=True)
+class Group:
+    """Classes that are synthesised together: the unit of work of a rank, and of resumption.
+
+    Attributes:
+        number: place among the groups of a run.
+        classes: their labels, ascending.
+    """
+
+    number: int
+    classes: tuple[int, ...]
+
+
+@dataclass
+class State:
+    """Where the synthesis of a group stands. With the draws, which are keyed by the step, it decides all that follows.
+
+    Attributes:
+        group: whose state it is.
+        tensors: by name; "pixels" is among them, float32 [N, 3, H, W], the images of the group class by class.
+        step: steps that are done.
+        curve: a row for every step that was noted, by the names of `CURVE`; what a row lacks was not measured.
+    """
+
+    group: Group
+    tensors: dict[str, Tensor]
+    step: int = 0
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def pixels(self) -> Tensor:
+        """The images of the group, float32 [N, 3, H, W]."""
+        return self.tensors["pixels"]
+
+
+CURVE = {
+    "loss": "the method's own loss",
+    "cmi": "conditional mutual information of the proxy's features, in nats",
+    "gradient_norm": "norm of the loss's gradient in the pixels",
+    "cmi_gradient_norm": "norm of the gradient of lambda times CMI in the pixels",
+    "pixel_variance": "variance over the images of a class, mean over pixels and classes",
+    "accuracy": "test accuracy of students trained on the images of this step, in percent",
+}
+"""Columns of curve.parquet behind `group` and `step`: what each one is."""
+
+
+class Synthesis(Method):
+    """Base of the methods that make pixels. What `loss` and `images` return is in the method's `space`."""
+
+    stages: ClassVar[tuple[str, ...]] = ("synthesize",)
+    needs_teacher: ClassVar[bool] = False
+    space: ClassVar[str] = "normalized"  # of the pixels; "unit" where they lie in [0, 1]
+
+    @property
+    @abstractmethod
+    def steps(self) -> int:
+        """Steps that a group takes."""
+
+    @abstractmethod
+    def groups(self, classes: int, ipc: int) -> Sequence[Group]:
+        """The classes of a run, dealt to groups by the settings alone: ranks may come and go."""
+
+    @abstractmethod
+    def begin(self, group: Group, pool: ClassPool, context: Context) -> State:
+        """The state before the first step."""
+
+    @abstractmethod
+    def step(self, number: int, state: State, pool: ClassPool, context: Context) -> float:
+        """Take step `number`, counted from 0, and return its loss. `state.tensors` change, `state.step` does not.
+
+        Draws are keyed by (seed, purpose, group, step), so that a run that was killed goes on with the same ones.
+
+        Raises:
+            DivergedError: the loss is no longer finite; the state is as it was before the step.
+        """
+
+    def images(self, state: State) -> Tensor:
+        """What students train on, float32 [N, 3, H, W]."""
+        return state.pixels
