@@ -1,0 +1,201 @@
+"""Stage synthesize: make the pixels of every group of classes, step by step, and write what students train on.
+
+A group is the unit of work of a rank. Its state is one file under `state/`, written whole by rename every few seconds;
+with draws that are keyed by the step it decides all that follows, so that a run killed at any moment ends in the same
+bytes. Ranks share the groups by number and never exchange a tensor.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddfast.data.pool import DecodedPool
+from ddfast.errors import DivergedError
+from ddfast.methods.synthesis import CURVE, Group, State, Synthesis
+from ddfast.output.distilled import image_path, metadata_row, write_image, write_metadata
+from ddfast.output.pixels import to_bytes, write_before, write_curve, write_pixels
+from ddfast.pipeline.plan import run_digest
+from ddfast.pipeline.run import Run, clock
+from ddfast.progress import Progress
+from ddfast.report.folder import shown_labels
+from ddfast.state import FileCheckpoint
+
+STATE = "state"
+_SAVE_SECONDS = 15.0  # between two saved states; what a kill costs at most, beside a step
+_COLUMN = "curve."  # opens the names of the curve's columns among a state's tensors
+
+
+def synthesize(run: Run) -> None:
+    """Take every group through all its steps, then write pixels, images, metadata and curve.
+
+    Raises:
+        DivergedError: a loss is no longer finite. The state before that step is kept.
+    """
+    started = time.monotonic()
+    run.set_arithmetic()
+    method = _method(run)
+    groups = method.groups(len(run.source.class_names), run.plan["ipc"])
+    mine = [groups[number] for number in run.ranks.share(len(groups))]
+    run.ranks.together("synthesize", lambda: _take_steps(run, method, mine))
+    run.ranks.on_main("pixels", lambda: _write(run, method, groups))
+    clock(run, "synthesize", started)
+
+
+def remove_state(out: Path) -> None:
+    """Remove what a finished run no longer needs."""
+    shutil.rmtree(out / STATE, ignore_errors=True)
+
+
+def _method(run: Run) -> Synthesis:
+    assert isinstance(run.method, Synthesis), f"{run.method.name} has no stage synthesize"
+    return run.method
+
+
+# Steps
+# ----------------------------------------------------------------------------------------------------------
+
+
+def _take_steps(run: Run, method: Synthesis, groups: Sequence[Group]) -> None:
+    """The steps of this rank's groups, one group after the other."""
+    states = {group.number: _restored(run, group) for group in groups}
+    done = sum(0 if state is None else state.step for state in states.values())
+    if done == method.steps * len(groups) and None not in states.values():
+        return
+    pool = _pool_of(run, [group for group in groups if not _is_done(states[group.number], method)])
+    with Progress("synthesize", method.steps * len(groups), "steps", done=done, quiet=run.quiet) as progress:
+        for group in groups:
+            state = states.pop(group.number)
+            if not _is_done(state, method):
+                _finish(run, method, state or method.begin(group, pool, run.context), pool, progress)
+
+
+def _finish(run: Run, method: Synthesis, state: State, pool: DecodedPool, progress: Progress) -> None:
+    """The steps that a group still needs; its state is kept on the way and at the end."""
+    kept = _checkpoint(run, state.group)
+    saved = time.monotonic()
+    while state.step < method.steps:
+        try:
+            loss = method.step(state.step, state, pool, run.context)
+        except DivergedError:
+            kept.save(_as_tensors(state))
+            raise
+        state.step += 1
+        if time.monotonic() - saved >= _SAVE_SECONDS and state.step < method.steps:
+            kept.save(_as_tensors(state))
+            saved = time.monotonic()
+        progress.advance(note=_note(loss, state))
+    kept.save(_as_tensors(state))
+
+
+def _note(loss: float, state: State) -> str:
+    """What stands behind the rate and the time left."""
+    cmi = next((row["cmi"] for row in reversed(state.curve[-64:]) if "cmi" in row), None)
+    return f"loss {loss:.4g}" + ("" if cmi is None else f", CMI {cmi:.3g}")
+
+
+def _is_done(state: State | None, method: Synthesis) -> bool:
+    return state is not None and state.step >= method.steps
+
+
+def _pool_of(run: Run, groups: Iterable[Group], *, held: bool = True) -> DecodedPool:
+    """The images of the groups' classes."""
+    return run.decoded_pool(classes=[label for group in groups for label in group.classes], held=held)
+
+
+# States on disk
+# ----------------------------------------------------------------------------------------------------------
+
+
+def _checkpoint(run: Run, group: Group) -> FileCheckpoint:
+    return FileCheckpoint(run.out / STATE / f"group-{group.number:05d}.safetensors", run_digest(run.plan))
+
+
+def _as_tensors(state: State) -> dict[str, Tensor]:
+    """A state as named tensors: its own, the step, and the curve's columns, NaN where nothing was measured."""
+    columns = {
+        f"{_COLUMN}{name}": torch.tensor(
+            [row.get(name, float("nan")) for row in state.curve], dtype=torch.float64
+        )
+        for name in ("step", *CURVE)
+    }
+    return {**state.tensors, **columns, "step": torch.tensor(state.step)}
+
+
+def _restored(run: Run, group: Group) -> State | None:
+    """The state that was saved last of a group, None where there is none."""
+    tensors = _checkpoint(run, group).load()
+    if not tensors:
+        return None
+    step = int(tensors.pop("step"))
+    columns = {
+        name.removeprefix(_COLUMN): tensors.pop(name).tolist()
+        for name in [name for name in tensors if name.startswith(_COLUMN)]
+    }
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    curve = [{name: value for name, value in row.items() if value == value} for row in rows]
+    return State(group, {name: tensor.to(run.device) for name, tensor in tensors.items()}, step, curve)
+
+
+# What is left behind
+# ----------------------------------------------------------------------------------------------------------
+
+
+def _write(run: Run, method: Synthesis, groups: Sequence[Group]) -> None:
+    """Everything that a finished synthesis leaves, from the states of all groups."""
+    pixels, labels, rows = [], [], []
+    for group in groups:
+        state = _restored(run, group)
+        assert _is_done(state, method) and state is not None, f"group {group.number} is not finished"
+        pixels.append(method.images(state).detach().float().cpu())
+        labels += [label for label in group.classes for _ in range(len(pixels[-1]) // len(group.classes))]
+        rows += [{"group": float(group.number), **row} for row in state.curve]
+    images, names = torch.cat(pixels), torch.tensor(labels)
+    write_pixels(run.out, images, names, space=method.space, factor=run.plan["factor"])
+    write_curve(run.out, rows)
+    _write_images(run, method, images, names)
+    _write_before(run, method, groups)
+
+
+def _write_images(run: Run, method: Synthesis, pixels: Tensor, labels: Tensor) -> None:
+    """The images in 8 bits, for people, and their metadata."""
+    classes, format = run.source.class_names, run.plan["format"]
+    rows: list[dict[str, Any]] = []
+    with Progress("write", len(labels), "images", quiet=run.quiet) as progress:
+        for place, label, index in _numbered(labels):
+            image = to_bytes(pixels[place : place + 1], run.plan["mean"], run.plan["std"], method.space)[0]
+            write_image(run.out / image_path(label, classes[label], index, format), image)
+            rows.append(metadata_row(label, classes[label], index, (), format))
+            progress.advance()
+    write_metadata(run.out, rows)
+
+
+def _numbered(labels: Tensor) -> Iterator[tuple[int, int, int]]:
+    """(place, label, number in its class) of every image."""
+    seen: dict[int, int] = {}
+    for place, label in enumerate(labels.tolist()):
+        index = seen[label] = seen.get(label, -1) + 1
+        yield place, label, index
+
+
+def _write_before(run: Run, method: Synthesis, groups: Sequence[Group]) -> None:
+    """`before.png`: the images that the shown classes began with, drawn again."""
+    shown = set(shown_labels(len(run.source.class_names)))
+    pictured = [group for group in groups if shown.intersection(group.classes)]
+    pool = _pool_of(run, pictured, held=False)
+    images, labels = [], []
+    for group in pictured:
+        begun = method.images(method.begin(group, pool, run.context)).float().cpu()
+        each = len(begun) // len(group.classes)
+        for place, label in enumerate(group.classes):
+            if label in shown:
+                images.append(begun[place * each : (place + 1) * each])
+                labels += [label] * each
+    before = to_bytes(torch.cat(images), run.plan["mean"], run.plan["std"], method.space)
+    write_before(run.out, before, torch.tensor(labels), run.source.class_names)
