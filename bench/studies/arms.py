@@ -27,6 +27,7 @@ from ddfast.distillation import distill
 from ddfast.errors import UsageError
 from ddfast.files import atomic_write_text, make_folder
 from ddfast.methods import get_method
+from ddfast.methods.synthesis import Synthesis
 from ddfast.models import Teacher, load_teacher
 from ddfast.output.distilled import SCORES
 from ddfast.output.table import read_table
@@ -181,14 +182,15 @@ class Distillation:
             method = get_method(arm.method).from_options(options, given.get("preset")).resolved(int(factor))
         except UsageError as error:
             raise UsageError(f"arm {arm.name!r}: {error}") from error
-        scoring = {
+        shared = {
             "data": fingerprint(setup.data),
-            "teacher": teacher.sha256,
             "method": arm.method,
-            "options": method.options_of_stage("score"),
             **{name: given[name] for name in ("images_per_class", "precision", "seed")},
             "factor": int(factor),
         }
+        if isinstance(method, Synthesis):
+            return cls._of_pixels(arm, ipc, setup, method, given, shared)
+        scoring = {**shared, "teacher": teacher.sha256, "options": method.options_of_stage("score")}
         identity = {"score": scoring, "select": method.options_of_stage("select"), "ipc": ipc}
         if label_teacher is not None:
             identity["label_teacher"] = teacher_at(label_teacher).sha256
@@ -197,6 +199,28 @@ class Distillation:
         arguments["threads"] = torch.get_num_threads()  # comparisons may share a machine
         if label_teacher is not None:
             arguments["label_teacher"] = label_teacher
+        return cls(arm.name, arm.method, arguments, identity, folder)
+
+    @classmethod
+    def _of_pixels(
+        cls,
+        arm: Arm,
+        ipc: int,
+        setup: Setup,
+        method: Synthesis,
+        given: dict[str, Any],
+        shared: dict[str, Any],
+    ) -> Distillation:
+        """A method that makes pixels: no teacher, all images, and proxies by what is in their files."""
+        options = method.options_of_stage("synthesize")
+        if (proxies := options.pop("proxies", None)) is not None:
+            options["proxies"] = [file_digest(path) for path in sorted(Path(proxies).glob("*.safetensors"))]
+        identity = {"synthesize": {**shared, "images_per_class": None, "options": options}, "ipc": ipc}
+        folder = setup.work / f"{arm.method}-ipc{ipc}-{digest(identity)}"
+        settings = {
+            name: value for name, value in given.items() if name not in ("factor", "images_per_class")
+        }
+        arguments = {**settings, "data": setup.data, "ipc": ipc, "threads": torch.get_num_threads()}
         return cls(arm.name, arm.method, arguments, identity, folder)
 
     def make(self) -> Path:
@@ -213,7 +237,7 @@ class Distillation:
 
     def _scored(self) -> Path | None:
         """A finished folder with the same score table: an arm's other IPCs, and arms that differ in selection."""
-        if self.folder.exists():
+        if self.folder.exists() or "score" not in self.identity:
             return None
         shared = f"{self.method}-{digest(self.identity['score'])}-ipc*"
         for folder in sorted(self.folder.parent.glob(shared)):
@@ -362,6 +386,11 @@ def by_ipc(text: str) -> dict[int, int]:
 def at_ipc(values: Mapping[int, int], ipc: int) -> int | None:
     """The value for an IPC: its own, or the one for all others, or None."""
     return values.get(ipc, values.get(0))
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def digest(value: Any) -> str:

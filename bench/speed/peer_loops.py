@@ -1,0 +1,147 @@
+"""The loops of the reference repositories, run as they stand: their own code, an iteration at a time.
+
+Nothing of theirs is in this repository. `DDFAST_PEERS` names a folder with checkouts of
+github.com/VICO-UoE/DatasetCondensation and github.com/ndhg1213/CMIDD, named `DatasetCondensation` and `CMIDD`. The body
+of the loop over iterations is taken out of `main_DM.py` by its syntax tree and run in a namespace that holds what their
+`main` sets up before it; what a gate must know (which images, which augmentation, which weights) is put there in place
+of their own draws.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.speed.registry import Unavailable
+
+PEERS = "DDFAST_PEERS"
+STRATEGY = "color_crop_cutout_flip_scale_rotate"
+
+
+class PeerLoop:
+    """The loop of one repository's `main_DM.py` over images that are given.
+
+    Attributes:
+        names: its namespace: `image_syn`, `optimizer_img`, `get_images`, `DiffAugment`, `get_network`, ...
+    """
+
+    def __init__(
+        self, repository: str, images: Tensor, labels: Tensor, start: Tensor, ipc: int, real_batch: int
+    ) -> None:
+        """Set up as their `main` does.
+
+        Args:
+            repository: "DatasetCondensation" or "CMIDD".
+            images: float32 [N, 3, H, W], normalised.
+            labels: int64 [N].
+            start: float32 [classes * ipc, 3, H, W], what the synthetic images begin with.
+            ipc: images per class.
+            real_batch: real images a class and iteration.
+
+        Raises:
+            Unavailable: there is no checkout.
+        """
+        folder = _checkout(repository)
+        with _importable(folder):
+            try:
+                utils = importlib.import_module("utils")
+            except ModuleNotFoundError as error:
+                raise Unavailable(f"{repository} needs {error.name}: pip install {error.name}") from error
+        self._code = _loop_body(folder / "main_DM.py")
+        classes = int(labels.max()) + 1
+        indices = [torch.nonzero(labels == label).flatten().numpy() for label in range(classes)]
+        image_syn = start.clone().requires_grad_(True)
+        arguments = types.SimpleNamespace(
+            model="ConvNet",
+            device="cpu",
+            ipc=ipc,
+            batch_real=real_batch,
+            dsa=True,
+            dsa_strategy=STRATEGY,
+            dsa_param=utils.ParamDiffAug(),
+            Iteration=1 << 30,
+        )
+
+        def get_images(label: int, count: int) -> Tensor:
+            return images[np.random.permutation(indices[label])[:count]]  # noqa: NPY002 - theirs
+
+        self.names: dict[str, Any] = {
+            **{name: value for name, value in vars(utils).items() if not name.startswith("__")},
+            "args": arguments,
+            "eval_it_pool": (),
+            "num_classes": classes,
+            "channel": 3,
+            "im_size": tuple(images.shape[-2:]),
+            "image_syn": image_syn,
+            "optimizer_img": torch.optim.SGD([image_syn], lr=1.0, momentum=0.5),
+            "get_images": get_images,
+        }
+
+    def step(self) -> None:
+        """One iteration of theirs."""
+        exec(self._code, self.names)
+
+    @property
+    def pixels(self) -> Tensor:
+        """The synthetic images."""
+        found: Tensor = self.names["image_syn"].detach()
+        return found
+
+
+def _checkout(repository: str) -> Path:
+    root = os.environ.get(PEERS)
+    if root is None:
+        raise Unavailable(
+            f"{PEERS} names no folder with checkouts of VICO-UoE/DatasetCondensation and ndhg1213/CMIDD"
+        )
+    found = sorted(path for path in Path(root).glob(f"*{repository}/**/main_DM.py"))
+    if not found:
+        raise Unavailable(f"{PEERS} ({root}) holds no checkout of {repository}")
+    return found[0].parent
+
+
+@contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """Their modules by their plain names, for the length of the block: two repositories have a `utils` each."""
+    names = ("utils", "networks", "pretrain")
+
+    def forget() -> None:
+        for name in [n for n in sys.modules if n.partition(".")[0] in names]:
+            del sys.modules[name]
+
+    forget()
+    # A name of SciPy that is gone; they import it and never call it.
+    moved = types.ModuleType("scipy.ndimage.interpolation")
+    moved.rotate = None  # type: ignore[attr-defined]
+    sys.modules.setdefault("scipy.ndimage.interpolation", moved)
+    sys.path[:0] = [str(folder), str(folder.parent)]
+    try:
+        yield
+    finally:
+        del sys.path[:2]
+        forget()
+
+
+def _loop_body(path: Path) -> types.CodeType:
+    """The body of `for it in range(...)` in their `main`, as a module of its own with `it` = 1."""
+    tree = ast.parse(path.read_text("utf-8"))
+    loops = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.For) and isinstance(node.target, ast.Name) and node.target.id == "it"
+    ]
+    if len(loops) != 1:
+        raise Unavailable(f"{path} has {len(loops)} loops over `it`: another version than the one known here")
+    set_it = ast.parse("it = 1").body
+    return compile(ast.Module(body=[*set_it, *loops[0].body], type_ignores=[]), str(path), "exec")
