@@ -21,6 +21,7 @@ from ddfast.errors import DivergedError
 from ddfast.methods.synthesis import CURVE, Group, State, Synthesis
 from ddfast.output.distilled import image_path, metadata_row, write_image, write_metadata
 from ddfast.output.pixels import to_bytes, write_before, write_curve, write_pixels
+from ddfast.pipeline.judging import Judge
 from ddfast.pipeline.plan import run_digest
 from ddfast.pipeline.run import Run, clock
 from ddfast.progress import Progress
@@ -43,8 +44,9 @@ def synthesize(run: Run) -> None:
     method = _method(run)
     groups = method.groups(len(run.source.class_names), run.plan["ipc"])
     mine = [groups[number] for number in run.ranks.share(len(groups))]
-    run.ranks.together("synthesize", lambda: _take_steps(run, method, mine))
-    run.ranks.on_main("pixels", lambda: _write(run, method, groups))
+    judge = Judge(run, method) if run.plan.get("evaluate_every") and mine else None
+    run.ranks.together("synthesize", lambda: _take_steps(run, method, mine, judge))
+    run.ranks.on_main("pixels", lambda: _write(run, method, groups, judge))
     clock(run, "synthesize", started)
 
 
@@ -62,7 +64,7 @@ def _method(run: Run) -> Synthesis:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def _take_steps(run: Run, method: Synthesis, groups: Sequence[Group]) -> None:
+def _take_steps(run: Run, method: Synthesis, groups: Sequence[Group], judge: Judge | None) -> None:
     """The steps of this rank's groups, one group after the other."""
     states = {group.number: _restored(run, group) for group in groups}
     done = sum(0 if state is None else state.step for state in states.values())
@@ -73,10 +75,18 @@ def _take_steps(run: Run, method: Synthesis, groups: Sequence[Group]) -> None:
         for group in groups:
             state = states.pop(group.number)
             if not _is_done(state, method):
-                _finish(run, method, state or method.begin(group, pool, run.context), pool, progress)
+                state = state or method.begin(group, pool, run.context)
+                _finish(run, method, state, pool, progress, judge)
 
 
-def _finish(run: Run, method: Synthesis, state: State, pool: DecodedPool, progress: Progress) -> None:
+def _finish(
+    run: Run,
+    method: Synthesis,
+    state: State,
+    pool: DecodedPool,
+    progress: Progress,
+    judge: Judge | None,
+) -> None:
     """The steps that a group still needs; its state is kept on the way and at the end."""
     kept = _checkpoint(run, state.group)
     saved = time.monotonic()
@@ -87,6 +97,8 @@ def _finish(run: Run, method: Synthesis, state: State, pool: DecodedPool, progre
             kept.save(_as_tensors(state))
             raise
         state.step += 1
+        if judge is not None and judge.due(state.step):
+            state.curve[-1]["accuracy"] = judge.accuracy(state)
         if time.monotonic() - saved >= _SAVE_SECONDS and state.step < method.steps:
             kept.save(_as_tensors(state))
             saved = time.monotonic()
@@ -147,7 +159,7 @@ def _restored(run: Run, group: Group) -> State | None:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def _write(run: Run, method: Synthesis, groups: Sequence[Group]) -> None:
+def _write(run: Run, method: Synthesis, groups: Sequence[Group], judge: Judge | None) -> None:
     """Everything that a finished synthesis leaves, from the states of all groups."""
     pixels, labels, rows = [], [], []
     for group in groups:
@@ -161,6 +173,9 @@ def _write(run: Run, method: Synthesis, groups: Sequence[Group]) -> None:
     write_curve(run.out, rows)
     _write_images(run, method, images, names)
     _write_before(run, method, groups)
+    if judge is not None:
+        run.plan["accuracy"] = judge.after_rounding(state)
+        run.save()
 
 
 def _write_images(run: Run, method: Synthesis, pixels: Tensor, labels: Tensor) -> None:

@@ -1,0 +1,93 @@
+"""Students trained on the images of a synthesis while it goes on: what `--evaluate-every` asks for.
+
+Accuracies are told and kept, never used: nothing of a run is chosen on test data.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ddfast.data.opening import open_source
+from ddfast.errors import UsageError
+from ddfast.methods.synthesis import State, Synthesis
+from ddfast.output.pixels import to_bytes
+from ddfast.pipeline.run import Run
+from ddfast.progress import say
+from ddfast.training.distilled_images import DistilledImages
+from ddfast.training.evaluation import evaluate
+from ddfast.training.image_sets import read_test_set
+from ddfast.wording import argument
+
+PROTOCOL = "dsa"  # hard labels, as the sets have; one student, of the architecture that was matched
+
+
+class Judge:
+    """Trains a student on what a state holds and tests it on the test split, which is decoded once."""
+
+    def __init__(self, run: Run, method: Synthesis) -> None:
+        """Decode the test split.
+
+        Raises:
+            UsageError: the data have none, or the synthesis is in several groups, none of which has all classes.
+        """
+        if len(method.groups(len(run.source.class_names), run.plan["ipc"])) > 1:
+            raise UsageError(
+                f"{argument('evaluate_every')} needs all {len(run.source.class_names)} classes in one group: "
+                f"give {argument('class_batch')} {len(run.source.class_names)}"
+            )
+        self._run, self._method = run, method
+        source = open_source(run.facts["data"], "test")
+        self._test = read_test_set(source, run.plan["image_size"], workers=run.workers, quiet=True)
+
+    def due(self, step: int) -> bool:
+        """Whether the images of a state of so many steps are to be judged."""
+        return step % self._run.plan["evaluate_every"] == 0 or step == self._method.steps
+
+    def accuracy(self, state: State) -> float:
+        """Test top-1 of a student of the images as they are, in percent."""
+        images = self._method.images(state).detach().float().cpu()
+        return self._top1(images, state, f"step {state.step}")
+
+    def after_rounding(self, state: State) -> dict[str, Any]:
+        """What the manifest tells of a finished synthesis: accuracy of the pixels, and of the same in 8 bits."""
+        run, method = self._run, self._method
+        pixels = method.images(state).detach().float().cpu()
+        rounded = to_bytes(pixels, run.plan["mean"], run.plan["std"], method.space)
+        float_row = next(row for row in reversed(state.curve) if "accuracy" in row)
+        return {
+            "float32": float_row["accuracy"],
+            "8 bits": self._top1(rounded, state, "the images in 8 bits"),
+            "protocol": PROTOCOL,
+            "arch": self._arch,
+            "students": 1,
+        }
+
+    @property
+    def _arch(self) -> str:
+        return str(self._method.options.arch)
+
+    def _top1(self, images: Tensor, state: State, what: str) -> float:
+        run = self._run
+        each = len(images) // len(state.group.classes)
+        labels = [label for label in state.group.classes for _ in range(each)]
+        distilled = DistilledImages(
+            images=images,
+            labels=state.pixels.new_tensor(labels).long().cpu(),
+            class_names=run.source.class_names,
+            mean=run.plan["mean"],
+            std=run.plan["std"],
+            factor=run.plan["factor"],
+        )
+        result = evaluate(
+            distilled,
+            self._test,
+            arch=self._arch,
+            seeds=[run.plan["seed"]],
+            protocol=PROTOCOL,
+            device=run.device.type,
+            quiet=True,
+        )
+        say(f"{what}: test top-1 {result.mean:.2f}", quiet=run.quiet)
+        return result.mean
