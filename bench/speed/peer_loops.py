@@ -64,7 +64,7 @@ class PeerLoop:
         image_syn = start.clone().requires_grad_(True)
         arguments = types.SimpleNamespace(
             model="ConvNet",
-            device="cpu",
+            device=str(start.device),
             ipc=ipc,
             batch_real=real_batch,
             dsa=True,
