@@ -47,7 +47,7 @@ from ddfast.files import atomic_write_text, make_folder
 MINUTES = 8.0
 _RESERVE = 10.0  # seconds at the end, for the tables
 _LEAST = 5.0  # seconds below which no section is started
-_CHECKOUT = Path(__file__).resolve().parent.parent
+_CHECKOUT = facts.CHECKOUT
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,9 @@ _SPEED_LEFT = {
     "convnet_forward": 30,
     "convnet_gradients": 30,
     "convnet_compiled": 50,
+    "dm_real_side": 20,
+    "dm_iteration": 40,
+    "dm_cmi_iteration": 60,
     "grad_norm_opacus": 30,
     "precision": 25,
     "host_time": 30,
