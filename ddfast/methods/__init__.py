@@ -10,6 +10,7 @@ __all__ = ["Method", "get_method", "list_methods"]
 
 
 def _registry() -> dict[str, type[Method]]:
+    from ddfast.methods.matching.dm import DM
     from ddfast.methods.selection.forgetting import Forgetting
     from ddfast.methods.selection.herding import Herding
     from ddfast.methods.selection.infoutil import InfoUtil
@@ -18,7 +19,9 @@ def _registry() -> dict[str, type[Method]]:
     from ddfast.methods.selection.random import Random
     from ddfast.methods.selection.rded import RDED
 
-    return {method.name: method for method in (InfoUtil, RDED, Random, Herding, KCenter, KMeans, Forgetting)}
+    return {
+        method.name: method for method in (InfoUtil, RDED, Random, Herding, KCenter, KMeans, Forgetting, DM)
+    }
 
 
 def list_methods() -> list[str]:

@@ -1,0 +1,1 @@
+"""Methods that optimise pixels until networks see in them what they see in real images."""

@@ -1,0 +1,367 @@
+"""The step that all matching methods share; what a method adds is its loss, and the networks it compares on.
+
+A step draws a real batch of every class of its group, augments it as the class's synthetic images, and moves the
+pixels down the gradient of the loss plus lambda times CMI. Every draw is keyed by the class and the step, or by the
+step alone, so that neither the grouping of the classes nor a regulariser changes one.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ddfast.arguments import one_of, path_of, positive_number, whole_number
+from ddfast.data.pool import ClassPool
+from ddfast.errors import DivergedError, UsageError, shown
+from ddfast.methods.base import Context
+from ddfast.methods.matching.cmi import Regulariser
+from ddfast.methods.matching.initial import INITIAL, mosaics
+from ddfast.methods.matching.networks import Networks
+from ddfast.methods.synthesis import Group, State, Synthesis
+from ddfast.models.registry import check_model
+from ddfast.ops.precision import autocast
+from ddfast.seeding import generator, seeded
+from ddfast.settings import option
+from ddfast.training.differentiable import DSA, draw_one
+from ddfast.wording import argument, plural, setting
+
+_NOTES = 10  # times in a run that variance and CMI are measured, beside the first and the last step
+
+
+@dataclass(frozen=True)
+class MatchingOptions:
+    """Options of every matching method."""
+
+    arch: str = option(
+        "convnet3_in", "architecture of the networks that images are compared on", stage="synthesize"
+    )
+    iterations: int = option(20000, "steps of the pixels", stage="synthesize")
+    real_batch: int = option(256, "real images of a class in a step", stage="synthesize")
+    init: str = option(
+        "real",
+        "images to begin with: real ones, normal noise, or each a mix of 2 x 2 real ones at half size",
+        stage="synthesize",
+        choices=INITIAL,
+    )
+    lr_img: float = option(1.0, "learning rate of the pixels", stage="synthesize")
+    momentum: float = option(0.5, "momentum of the pixels", stage="synthesize")
+    flip: bool = option(
+        True, "mirror images among the augmentations; not for digits, --no-flip", stage="synthesize"
+    )
+    cmi: float = option(
+        0.0, "weight lambda of the CMI regulariser, 0 for none; it needs proxies", stage="synthesize"
+    )
+    proxies: str | None = option(
+        None, "folder of networks trained on the real images, for CMI", stage="synthesize", type=str
+    )
+    cmi_every: int = option(1, "CMI acts in every so many steps, with the same weight", stage="synthesize")
+    proxy_arch: str | None = option(
+        None, "take only the proxies of this architecture", stage="synthesize", type=str
+    )
+    class_batch: int = option(10, "classes that are matched together, the unit of a rank", stage="synthesize")
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "real_batch", "cmi_every", "class_batch"):
+            self._set(name, whole_number(getattr(self, name), name, least=1))
+        self._set("lr_img", positive_number(self.lr_img, "lr_img"))
+        self._set("momentum", positive_number(self.momentum, "momentum", zero=True))
+        self._set("cmi", positive_number(self.cmi, "cmi", zero=True))
+        if self.momentum >= 1:
+            raise UsageError(f"{argument('momentum')} must be below 1, got {self.momentum}")
+        one_of(self.init, "init", INITIAL)
+        if self.proxies is not None:
+            self._set("proxies", str(path_of(self.proxies, "proxies")))
+        self._check_cmi()
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # a frozen dataclass: numbers as the plain types that are meant
+
+    def _check_cmi(self) -> None:
+        if self.cmi and self.proxies is None:
+            raise UsageError(
+                f"{argument('cmi')} {self.cmi:g} needs {argument('proxies')}, a folder of networks trained on the "
+                "real images: make it with ddfast train-proxies"
+            )
+        for name, default in (("proxies", None), ("proxy_arch", None), ("cmi_every", 1)):
+            if not self.cmi and getattr(self, name) != default:
+                raise UsageError(
+                    f"{argument(name)} is of no use without {argument('cmi')}: give its weight, or leave it out"
+                )
+
+
+class Matching(Synthesis):
+    """Base of the methods that match synthetic images with real ones on networks.
+
+    A method writes `loss` and `make_networks`; one whose images are decoded before use, or augmented otherwise,
+    overrides `factor` and `decode`, or `augmentation`.
+    """
+
+    Options: ClassVar[type] = MatchingOptions
+    factor: ClassVar[int] = 1  # tiles per side that an image decodes to
+
+    def __init__(self, options: Any) -> None:
+        super().__init__(options)
+        self.networks = self.make_networks()
+        self._regulariser: Regulariser | None = None
+
+    # What a method says
+    # ------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def make_networks(self) -> Networks:
+        """The networks that images are compared on."""
+
+    @abstractmethod
+    def loss(self, network: nn.Module, real: Tensor, synthetic: Tensor, labels: Tensor) -> Tensor:
+        """The paper's formula, summed over classes: a scalar, differentiable in `synthetic`.
+
+        No class may change another one's share, so that classes can be grouped at will.
+
+        Args:
+            network: of the step; its parameters need no gradient unless `make_networks` says so.
+            real: [C, R, 3, H, W], R images of each of C classes, normalised and augmented.
+            synthetic: [C, n, 3, H, W], decoded, and augmented in the same way as the real ones of the class.
+            labels: int64 [C].
+        """
+
+    def decode(self, pixels: Tensor) -> Tensor:
+        """Normalised images [N * factor ** 2, 3, H, W] of pixels [N, 3, H, W], class by class; differentiable."""
+        return pixels
+
+    def augmentation(self, size: tuple[int, int], draws: torch.Generator) -> Callable[[Tensor], Tensor]:
+        """What the real and the synthetic images of a class go through in a step: DSA with one operation for all.
+
+        Args:
+            size: (height, width) in pixels.
+            draws: of the class and the step.
+        """
+        operations = DSA if self.options.flip else tuple(name for name in DSA if name != "flip")
+        return draw_one(operations, 1, size, draws)
+
+    # Checks before anything is written
+    # ------------------------------------------------------------------------------------------------------
+
+    def check(self, image_size: int | None) -> None:
+        """Refuse an architecture that does not exist, or does not take images of that size."""
+        check_model(self.options.arch, image_size)
+        if self.options.proxy_arch is not None:
+            check_model(self.options.proxy_arch, image_size, what=f"{argument('proxy_arch')}: ")
+
+    def check_pool(self, counts: Tensor, class_names: Sequence[str], ipc: int) -> None:
+        """Refuse a class that has fewer images than a step draws or the start takes, and CMI on single images."""
+        batch, least = self.options.real_batch, int(counts.min())
+        if few := _short_of(batch, counts, class_names):
+            raise UsageError(
+                f"a step draws {plural(batch, 'different image')} of a class, but {few}: "
+                + _lower("real_batch", least, "give every class images")
+            )
+        needed = {"real": ipc, "noise": 0, "mix": ipc * self._mixed**2}[self.options.init]
+        if few := _short_of(needed, counts, class_names):
+            raise UsageError(
+                f"{setting('init', self.options.init)} begins with {plural(needed, 'different image')} of a class, "
+                f"but {few}: " + _lower("ipc", ipc * least // needed, f"take {setting('init', 'noise')}")
+            )
+        if self.options.cmi and ipc * self.factor**2 == 1:
+            raise UsageError(
+                f"CMI is 0 where a class has a single image, so {argument('cmi')} would do nothing: "
+                f"give {argument('ipc')} at least 2, or leave out {argument('cmi')}"
+            )
+
+    def open(self, context: Context) -> None:
+        """Load the proxies, once in a process."""
+        if self.options.cmi and self._regulariser is None:
+            self._regulariser = Regulariser.load(self.options.proxies, self.options.proxy_arch, context)
+
+    @property
+    def _mixed(self) -> int:
+        """Real images per side of an image that begins as a mix."""
+        return max(2, self.factor)
+
+    # The run
+    # ------------------------------------------------------------------------------------------------------
+
+    @property
+    def steps(self) -> int:
+        """Iterations."""
+        return int(self.options.iterations)
+
+    def groups(self, classes: int, ipc: int) -> list[Group]:
+        """Consecutive classes, `class_batch` in a group."""
+        starts = range(0, classes, self.options.class_batch)
+        return [
+            Group(number, tuple(range(start, min(start + self.options.class_batch, classes))))
+            for number, start in enumerate(starts)
+        ]
+
+    def begin(self, group: Group, pool: ClassPool, context: Context) -> State:
+        """Pixels of the start, normalised, and no momentum."""
+        begun = [self._initial(label, pool, context) for label in group.classes]
+        pixels = torch.cat(begun).to(context.device)
+        return State(group, {"pixels": pixels, "momentum": torch.zeros_like(pixels)})
+
+    def _initial(self, label: int, pool: ClassPool, context: Context) -> Tensor:
+        """[ipc, 3, S, S], float32."""
+        draws = generator(context.seed, "init", label)
+        if self.options.init == "noise":
+            return torch.randn(context.ipc, 3, context.image_size, context.image_size, generator=draws)
+        tiles = self._mixed if self.options.init == "mix" else 1
+        drawn = _all_drawn(pool, label, context.ipc * tiles**2, draws, context, "ipc", divisor=tiles**2)
+        return _normalised(mosaics(drawn, tiles) if tiles > 1 else drawn, context, torch.float32)
+
+    @torch.enable_grad()
+    def step(self, number: int, state: State, pool: ClassPool, context: Context) -> float:
+        """See `Synthesis`. The loss that is returned is the sum over the group's classes, without CMI."""
+        self.open(context)
+        group = state.group
+        state.tensors = {name: tensor.to(context.device) for name, tensor in state.tensors.items()}
+        network = self.networks.at(number, state, context)
+        pixels = state.pixels.detach().requires_grad_()
+        # Networks that draw when they are called, dropout for example, draw the same after a kill.
+        with (
+            seeded(context.seed, "forward", group.number, number, device=context.device),
+            autocast(context.precision, context.device),
+        ):
+            real, synthetic = self._augmented(number, group, self._decoded(pixels, group), pool, context)
+            loss = self.loss(network, real, synthetic, torch.tensor(group.classes, device=context.device))
+            (gradient,) = torch.autograd.grad(loss, pixels)
+            measured = {"loss": loss.detach(), "gradient_norm": torch.linalg.vector_norm(gradient)}
+            cmi_gradient = self._regularise(number, group, pixels, context, measured)
+        # SGD with momentum as torch has it.
+        if cmi_gradient is not None:
+            gradient = gradient + cmi_gradient
+        velocity = self.options.momentum * state.tensors["momentum"] + gradient
+        moved = state.pixels.add(velocity, alpha=-self.options.lr_img)
+        if self._is_noted(number):
+            each = state.pixels.unflatten(0, (len(group.classes), -1))
+            measured["pixel_variance"] = each.var(dim=1, correction=0).mean()
+        row = self._checked(number, measured, torch.linalg.vector_norm(moved))
+        state.tensors |= {"pixels": moved, "momentum": velocity}
+        self.networks.advance(number, state, pool, context)
+        state.curve.append({"step": float(number), **row})
+        return row["loss"]
+
+    def _decoded(self, pixels: Tensor, group: Group) -> Tensor:
+        """[C, n, 3, H, W]"""
+        return self.decode(pixels).unflatten(0, (len(group.classes), -1))
+
+    def _augmented(
+        self, number: int, group: Group, decoded: Tensor, pool: ClassPool, context: Context
+    ) -> tuple[Tensor, Tensor]:
+        """Real [C, R, 3, H, W] and synthetic images [C, n, 3, H, W] of a step."""
+        size = (decoded.shape[-2], decoded.shape[-1])
+        batch = self.options.real_batch
+        real = decoded.new_empty(len(group.classes), batch, *decoded.shape[2:])
+        synthetic = []
+        for place, label in enumerate(group.classes):
+            augment = self.augmentation(size, generator(context.seed, "augment", label, number))
+            draws = generator(context.seed, "real", label, number)
+            drawn = _all_drawn(pool, label, batch, draws, context, "real_batch")
+            real[place] = augment(_normalised(drawn, context, decoded.dtype))
+            synthetic.append(augment(decoded[place]))
+        return real, torch.stack(synthetic)
+
+    def _regularise(
+        self, number: int, group: Group, pixels: Tensor, context: Context, measured: dict[str, Tensor]
+    ) -> Tensor | None:
+        """The gradient of lambda * CMI in the pixels where it acts in this step; what was measured joins `measured`."""
+        acts = number % self.options.cmi_every == 0
+        if self._regulariser is None or not (acts or self._is_noted(number)):
+            return None
+        decoded = self._decoded(pixels, group)
+        measured["cmi"], gradient = self._regulariser.value_and_gradient(
+            decoded, number, context.seed, wanted=acts
+        )
+        if gradient is None:
+            return None
+        # CMI is a mean over the images of the run, of which the group has its share.
+        weight = self.options.cmi * len(group.classes) / context.classes
+        (pulled,) = torch.autograd.grad(decoded, pixels, weight * gradient)
+        measured["cmi_gradient_norm"] = torch.linalg.vector_norm(pulled)
+        return pulled
+
+    def _is_noted(self, number: int) -> bool:
+        """Whether what costs something is measured in this step: the first, the last, and some between."""
+        return number % max(1, self.steps // _NOTES) == 0 or number == self.steps - 1
+
+    def _checked(self, number: int, measured: dict[str, Tensor], moved: Tensor) -> dict[str, float]:
+        """What was measured, as numbers: the one time that a step waits for a GPU.
+
+        Raises:
+            DivergedError: something is not finite, the pixels after the step among it.
+        """
+        found = torch.stack([value.double() for value in (*measured.values(), moved)]).tolist()
+        row = dict(zip((*measured, "pixels"), found, strict=True))
+        if bad := next((name for name, value in row.items() if not math.isfinite(value)), None):
+            lower = f"{argument('lr_img')}, now {self.options.lr_img:g}"
+            if self.options.cmi:
+                lower += f", or {argument('cmi')}, now {self.options.cmi:g}"
+            raise DivergedError(
+                f"{_CALLED.get(bad, bad)} of {self.name} would no longer be finite at step {number} of {self.steps}: "
+                f"lower {lower}; what was made before that step is kept"
+            )
+        del row["pixels"]
+        return row
+
+
+_CALLED = {
+    "loss": "the loss",
+    "gradient_norm": "the loss's gradient",
+    "cmi": "CMI",
+    "cmi_gradient_norm": "CMI's gradient",
+    "pixel_variance": "the variance of the pixels",
+    "pixels": "the pixels",
+}
+
+
+def _normalised(images: Tensor, context: Context, dtype: torch.dtype) -> Tensor:
+    """(x / 255 - mean) / std of uint8 images [B, 3, H, W], on the context's device."""
+    mean, std = (
+        torch.tensor(values, dtype=dtype, device=context.device).view(3, 1, 1)
+        for values in (context.mean, context.std)
+    )
+    return images.to(context.device).to(dtype).div_(255).sub_(mean).div_(std)
+
+
+def _all_drawn(
+    pool: ClassPool,
+    label: int,
+    count: int,
+    draws: torch.Generator,
+    context: Context,
+    keyword: str,
+    *,
+    divisor: int = 1,
+) -> Tensor:
+    """`count` images of a class, uint8 [count, 3, S, S].
+
+    Raises:
+        UsageError: fewer can be read; `keyword`, of which `count` is `divisor` times as many, is what to lower.
+    """
+    drawn = pool.draw(label, count, draws)
+    if len(drawn) < count:
+        raise UsageError(
+            f"{shown([context.class_names[label]])} has {plural(len(drawn), 'readable image')}, {count} are needed: "
+            + _lower(keyword, len(drawn) // divisor, "give the class more images")
+        )
+    return drawn
+
+
+def _lower(keyword: str, most: int, otherwise: str) -> str:
+    """Advice: the value that there are images for, or another way."""
+    return f"lower {argument(keyword)} to {most}, or {otherwise}" if most else otherwise
+
+
+def _short_of(needed: int, counts: Tensor, class_names: Sequence[str]) -> str:
+    """The classes with fewer than `needed` images, for a message; empty where there are none."""
+    found = [
+        f"{shown([name])} has {count}"
+        for name, count in zip(class_names, counts.tolist(), strict=True)
+        if count < needed
+    ]
+    return ", ".join(found[:3]) + (f" and {len(found) - 3} more have too few" if len(found) > 3 else "")
