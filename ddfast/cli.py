@@ -755,6 +755,11 @@ def _add_evaluate(commands: Any) -> None:
         default="float32",
         help="float32, bfloat16, or auto: bfloat16 where it is known to be faster",
     )
+    parser.add_argument(
+        "--rounded",
+        action="store_true",
+        help="train on the 8-bit images of a set that has pixels in float32: what rounding costs",
+    )
     parser.add_argument("--json", default=None, help="also write the whole result to this file, a new one")
     parser.add_argument(
         "--no-preflight", action="store_true", help="skip the try of the teacher on test images"
@@ -797,10 +802,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         device=arguments.device,
         workers=arguments.workers,
         quiet=arguments.quiet,
+        rounded=arguments.rounded,
     )
     print(
-        f"labels {result.labels}, {plural(result.epochs, 'epoch')} of batch {result.batch_size}, "
-        f"{plural(len(result.seeds), 'seed')}"
+        f"images {result.images}; labels {result.labels}, {plural(result.epochs, 'epoch')} "
+        f"of batch {result.batch_size}, {plural(len(result.seeds), 'seed')}"
     )
     print(f"top5 {result.top5_mean:.2f}, best tested epoch {result.best_mean:.2f} ± {result.best_std:.2f}")
     print(result, flush=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ddfast.data.pool import ClassPool
 from ddfast.methods.base import Context, Method
+from ddfast.output.pixels import CURVE as CURVE  # the names of a state's curve
 
 
 @dataclass(frozen=True)
@@ -46,17 +47,6 @@ class State:
     def pixels(self) -> Tensor:
         """The images of the group, float32 [N, 3, H, W]."""
         return self.tensors["pixels"]
-
-
-CURVE = {
-    "loss": "the method's own loss",
-    "cmi": "conditional mutual information of the proxy's features, in nats",
-    "gradient_norm": "norm of the loss's gradient in the pixels",
-    "cmi_gradient_norm": "norm of the gradient of lambda times CMI in the pixels",
-    "pixel_variance": "variance over the images of a class, mean over pixels and classes",
-    "accuracy": "test accuracy of students trained on the images of this step, in percent",
-}
-"""Columns of curve.parquet behind `group` and `step`: what each one is."""
 
 
 class Synthesis(Method):

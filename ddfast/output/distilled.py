@@ -2,7 +2,9 @@
 
     train/00000_<class>/000000.png     ImageFolder
     train/metadata.jsonl               one row an image: file_name, label, label_name, tiles
-    soft_labels.safetensors            teacher probabilities [N, tiles, C] fp16, or the top k of them
+    soft_labels.safetensors            teacher probabilities [N, tiles, C] fp16, or the top k of them; not where the
+                                       labels are hard
+    pixels.safetensors                 of images that were optimised: float32, before any rounding to 8 bits
     manifest.json                      written last, by the pipeline: a folder without it is unfinished
 
 torchvision's `ImageFolder(root / "train")` and `datasets.load_dataset("imagefolder", data_dir=root,
@@ -12,6 +14,7 @@ split="train")` open it as well; both take the label order from here.
 from __future__ import annotations
 
 import json
+import math
 import os
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -28,6 +32,7 @@ from ddfast.data.sources import is_image
 from ddfast.errors import BadImage, UsageError, one_line, shown
 from ddfast.files import atomic_path, atomic_write_bytes, make_folder
 from ddfast.isolation import isolated
+from ddfast.output.pixels import PIXELS, Pixels, read_pixels
 from ddfast.wording import plural
 
 SCORES = "scores"
@@ -243,7 +248,8 @@ class DistilledSet(Dataset[tuple[Any, int, Tensor]]):
     """A finished output folder as a map-style dataset of (image, label, soft label).
 
     The image is uint8 [3, H, W], or `transform(picture)` of the RGB Pillow image; the label an int; the soft
-    label float32 [C], the mean over the tiles. The order is that of `train/metadata.jsonl`.
+    label float32 [C], the mean over the tiles, or the label's one-hot where the set has hard labels only. The order
+    is that of `train/metadata.jsonl`.
 
     Attributes:
         root: the folder.
@@ -252,9 +258,12 @@ class DistilledSet(Dataset[tuple[Any, int, Tensor]]):
         class_names: in label order.
         labels: int64 [N].
         image_size: side of the images, in pixels.
-        mean, std: the teacher's normalisation, per channel, for images scaled to 0..1.
-        temperature: of the soft labels.
-        stored: the soft labels as they are in the file.
+        factor: tiles per side of an image.
+        mean, std: the normalisation of teacher and students, per channel, for images scaled to 0..1.
+        temperature: of the soft labels; None where the labels are hard.
+        stored: the soft labels as they are in the file; None where the labels are hard.
+        pixels: what students train on where the images were optimised: float32, before rounding to 8 bits; else
+            None.
     """
 
     @isolated()
@@ -274,23 +283,52 @@ class DistilledSet(Dataset[tuple[Any, int, Tensor]]):
         self.std = _three(self.manifest, "std", self.root)
         self.rows = _read_rows(self.root, self.class_names)
         self.labels = torch.tensor([row["label"] for row in self.rows], dtype=torch.int64)
-        self.stored = read_soft_labels(self.root, len(self.class_names))
-        self.temperature = self.stored.temperature
+        self.stored = (
+            None if _is_hard(self.root, self.manifest) else read_soft_labels(self.root, len(self.class_names))
+        )
+        self.temperature = None if self.stored is None else self.stored.temperature
+        self.pixels = read_pixels(self.root) if _is_made(self.root, self.manifest) else None
         counts = _wanted(self.manifest, "counts", dict, self.root)
-        found = {
-            MANIFEST: counts.get("images"),
-            METADATA: len(self.rows),
-            SOFT_LABELS: len(self.stored.values),
-        }
+        found = {MANIFEST: counts.get("images"), METADATA: len(self.rows)}
+        if self.stored is not None:
+            found[SOFT_LABELS] = len(self.stored.values)
+        if self.pixels is not None:
+            found[PIXELS] = len(self.pixels.labels)
         if len(set(found.values())) > 1:
             said = ", ".join(f"{name} has {count}" for name, count in found.items())
             raise UsageError(f"{self.root} disagrees on the number of images: {said}; distil it again")
+        if self.pixels is not None:
+            self._check_pixels(self.pixels)
+        self.factor = self._factor()
         _check_images(self.root, self.rows)
 
+    def _check_pixels(self, pixels: Pixels) -> None:
+        """Raise `UsageError` unless the pixels are those of the listed images."""
+        height, width = pixels.images.shape[2:]
+        if (height, width) != (self.image_size, self.image_size):
+            raise UsageError(
+                f"{self.root / PIXELS} holds {width}x{height}, {MANIFEST} says {self.image_size}: distil it again"
+            )
+        if not torch.equal(pixels.labels, self.labels):
+            raise UsageError(
+                f"{self.root / PIXELS} has other labels than {METADATA}, or another order: distil it again"
+            )
+
+    def _factor(self) -> int:
+        """Tiles per side, by what students are trained on."""
+        if self.pixels is not None:
+            return self.pixels.factor
+        if self.stored is not None:
+            return math.isqrt(self.stored.values.shape[1])
+        factor = self.manifest.get("factor", 1)
+        if type(factor) is not int or factor < 1 or self.image_size % factor:
+            raise UsageError(f"{self.root / MANIFEST} has no usable 'factor': distil it again")
+        return factor
+
     @property
-    def soft_labels(self) -> Tensor:
-        """Float32 [N, tiles, C], all at once."""
-        return self.stored.dense()
+    def soft_labels(self) -> Tensor | None:
+        """Float32 [N, tiles, C], all at once; None where the labels are hard."""
+        return None if self.stored is None else self.stored.dense()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -314,7 +352,21 @@ class DistilledSet(Dataset[tuple[Any, int, Tensor]]):
             from PIL import Image
 
             image = self.transform(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()))
+        if self.stored is None:
+            return image, row["label"], F.one_hot(self.labels[index], len(self.class_names)).float()
         return image, row["label"], self.stored.dense(slice(index, index + 1))[0].mean(dim=0)
+
+
+def _is_hard(root: Path, manifest: dict[str, Any]) -> bool:
+    """Whether a set has hard labels only: its manifest names no label teacher, and none has labelled it."""
+    no_teacher = "label_teacher" in manifest and manifest["label_teacher"] is None
+    return no_teacher and not (root / SOFT_LABELS).exists()
+
+
+def _is_made(root: Path, manifest: dict[str, Any]) -> bool:
+    """Whether the images were optimised: then students train on pixels, not on the pictures of them."""
+    options = manifest.get("options")
+    return (isinstance(options, dict) and "synthesize" in options) or (root / PIXELS).exists()
 
 
 def _read_manifest(root: Path) -> dict[str, Any]:

@@ -5,7 +5,10 @@
     00000012.json              label, label_name, temperature, tiles
     00000012.soft_label.npy    fp16 [tiles, C], or the top k [tiles, k]
     00000012.classes.npy       int32 [tiles, k], the classes of the top k, where only those are stored
+    00000012.pixels.npy        float32 [3, S, S], what students train on, where the images were optimised
 
+A set with hard labels has no soft_label.npy, and its temperature is null; one with pixels says in every JSON how to
+read them: space, mean and std, factor, learned_rate.
 `classes.txt` beside the shards names the classes, one a line in label order, so that `--data` takes the shards
 as well. Samples keep the order of `train/metadata.jsonl`; equal sets give equal bytes.
 """
@@ -103,12 +106,19 @@ def _files(opened: DistilledSet, index: int) -> Iterator[tuple[str, bytes]]:
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({one_line(error)}): distil it again") from error
     record = {**{name: row[name] for name in row if name != "file_name"}, "temperature": opened.temperature}
+    pixels = opened.pixels
+    if pixels is not None:
+        record |= {"space": pixels.space, "factor": pixels.factor, "learned_rate": pixels.learned_rate}
+        record |= {"mean": opened.mean, "std": opened.std}
     yield f"{key}{path.suffix}", image
     yield f"{key}.cls", str(row["label"]).encode()
     yield f"{key}.json", json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
-    yield f"{key}.soft_label.npy", _npy(opened.stored.values[index].numpy())
-    if opened.stored.indices is not None:
-        yield f"{key}.classes.npy", _npy(opened.stored.indices[index].numpy())
+    if opened.stored is not None:
+        yield f"{key}.soft_label.npy", _npy(opened.stored.values[index].numpy())
+        if opened.stored.indices is not None:
+            yield f"{key}.classes.npy", _npy(opened.stored.indices[index].numpy())
+    if pixels is not None:
+        yield f"{key}.pixels.npy", _npy(pixels.images[index].numpy())
 
 
 def _npy(array: np.ndarray) -> bytes:

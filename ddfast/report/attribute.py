@@ -27,9 +27,9 @@ from ddfast.files import atomic_folder, atomic_write_bytes, atomic_write_text, m
 from ddfast.isolation import isolated
 from ddfast.models import Teacher
 from ddfast.models.teacher import checked_logits
+from ddfast.output.mosaic import spread
 from ddfast.progress import Progress, say
 from ddfast.report.charts import boxes_over, heat_over
-from ddfast.report.folder import spread
 from ddfast.report.parts import render
 from ddfast.report.pictures import data_uri, display_side, heatmap_picture, png_bytes, to_picture
 from ddfast.wording import argument, plural

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddfast.errors import UsageError
-from ddfast.report.folder import SELECTION, SHOWN_CLASSES, SHOWN_TABLE_ROWS, Folder, spread
+from ddfast.output.mosaic import SHOWN_CLASSES, spread
+from ddfast.report.folder import SELECTION, SHOWN_TABLE_ROWS, Folder
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddfast.errors import UsageError
+from ddfast.output.mosaic import SHOWN_CLASSES, spread
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +24,6 @@ SCORES = "scores"
 # What is held in memory of the score table; heatmaps are read for the shown sources only.
 _COLUMNS = ("sample_id", "label", "crop", "box", "score", "grad_norm", "loss", "correct")
 SELECTION = "selection.parquet"
-SHOWN_CLASSES = 40
 SHOWN_TABLE_ROWS = 200
 
 
@@ -186,15 +186,3 @@ def _of_labels(
 
 def _finite(value: Any) -> float | None:
     return float(value) if value is not None and math.isfinite(float(value)) else None
-
-
-# What is shown of many ---------------------------------------------------------------------------------------
-
-
-def spread(count: int, limit: int) -> list[int]:
-    """At most `limit` of 0..count-1, evenly spaced, the first and the last among them."""
-    if count <= limit:
-        return list(range(count))
-    if limit == 1:
-        return [0]
-    return [round(step * (count - 1) / (limit - 1)) for step in range(limit)]

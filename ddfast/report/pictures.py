@@ -1,4 +1,4 @@
-"""Pictures: mosaics of distilled images, attribution heatmaps, crop boxes.
+"""Pictures: attribution heatmaps, crop boxes, data URIs; the mosaics of `ddfast.output.mosaic` as well.
 
 Everything is drawn by Pillow, and equal arguments give equal pixels with one Pillow version.
 """
@@ -7,17 +7,38 @@ from __future__ import annotations
 
 import base64
 import io
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from ddfast.output.mosaic import (
+    PIXELATED_UP_TO,
+    display_side,
+    mosaic_picture,
+    mosaic_rows,
+    paired_mosaic_picture,
+    png_bytes,
+    resized,
+    to_picture,
+)
 from ddfast.report.colours import diverging, opacity
 
-PIXELATED_UP_TO = 64
-"""Images up to this side, in pixels, are enlarged with hard pixel edges, larger ones smoothly."""
+__all__ = [
+    "CANDIDATE",
+    "CHOSEN",
+    "PIXELATED_UP_TO",
+    "data_uri",
+    "display_side",
+    "encoded",
+    "heatmap_picture",
+    "mosaic_picture",
+    "mosaic_rows",
+    "paired_mosaic_picture",
+    "png_bytes",
+    "resized",
+    "to_picture",
+]
 
 CANDIDATE = (255, 255, 255)
 CHOSEN = (255, 221, 51)
@@ -25,39 +46,9 @@ CHOSEN = (255, 221, 51)
 
 _BOX_EDGE = (18, 22, 30)
 _OVERSAMPLING = 4  # boxes are drawn at this scale and averaged down
-_PAPER = (250, 250, 248)
-_INK = (42, 46, 54)
-_CLASS_ROWS = 20
-_CLASS_IMAGES = 10
 
 
 # Images -----------------------------------------------------------------------------------------------------
-
-
-def to_picture(image: Any) -> Image.Image:
-    """uint8 [3, H, W] tensor or array -> RGB picture.
-
-    Raises:
-        ValueError: another shape or dtype.
-    """
-    array = np.asarray(image)
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[0] != 3:
-        raise ValueError(f"image must be uint8 [3, H, W], got {array.dtype} {list(array.shape)}")
-    return Image.fromarray(np.ascontiguousarray(array.transpose(1, 2, 0)))
-
-
-def resized(picture: Image.Image, side: int) -> Image.Image:
-    """A square picture at another side: hard pixel edges for small images, smooth for larger ones."""
-    if picture.size == (side, side):
-        return picture
-    enlarged_pixels = picture.width <= PIXELATED_UP_TO and side > picture.width
-    kernel = Image.Resampling.NEAREST if enlarged_pixels else Image.Resampling.LANCZOS
-    return picture.resize((side, side), kernel)
-
-
-def display_side(size: int, wanted: int) -> int:
-    """Side to show an image of `size` pixels at: for small images the nearest whole multiple of their own."""
-    return size * max(1, round(wanted / size)) if size <= PIXELATED_UP_TO else wanted
 
 
 def encoded(picture: Image.Image) -> tuple[bytes, str]:
@@ -69,13 +60,6 @@ def encoded(picture: Image.Image) -> tuple[bytes, str]:
     picture.convert("RGB").save(buffer, "JPEG", quality=90, subsampling=0)
     jpeg = buffer.getvalue()
     return (jpeg, "image/jpeg") if len(jpeg) < len(png) else (png, "image/png")
-
-
-def png_bytes(picture: Image.Image) -> bytes:
-    """The picture as PNG."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", compress_level=6)
-    return buffer.getvalue()
 
 
 def data_uri(picture: Image.Image, longest: int | None = None) -> str:
@@ -166,109 +150,3 @@ def _with_boxes(picture: Image.Image, size: tuple[int, int], boxes: Any, chosen:
         outline(chosen, 1.2 * unit, 3.2 * unit, (*CHOSEN, 255))
     flat = layer.resize(picture.size, Image.Resampling.BOX)
     return Image.alpha_composite(picture.convert("RGBA"), flat).convert("RGB")
-
-
-# Mosaics ----------------------------------------------------------------------------------------------------
-
-
-def mosaic_rows(
-    labels: Sequence[int], classes: int = _CLASS_ROWS, images: int = _CLASS_IMAGES
-) -> list[list[int]]:
-    """Which images a mosaic shows: for the first `classes` labels present their first `images` indices."""
-    rows: dict[int, list[int]] = {}
-    for index, label in enumerate(labels):
-        rows.setdefault(int(label), []).append(index)
-    return [rows[label][:images] for label in sorted(rows)[:classes]]
-
-
-def mosaic_picture(
-    images: Any,
-    labels: Sequence[int],
-    class_names: Sequence[str],
-    *,
-    side: int = 96,
-    max_classes: int = _CLASS_ROWS,
-    max_images: int = _CLASS_IMAGES,
-) -> Image.Image:
-    """One row a class: its name, then its images.
-
-    Args:
-        images: N images uint8 [3, S, S].
-        labels: [N] class indices.
-        class_names: in label order.
-        side: wanted side of a cell in pixels; images of up to 64 px are enlarged to the nearest whole
-            multiple, pixel by pixel, others resized smoothly.
-        max_classes: rows at most.
-        max_images: images a row at most.
-
-    Raises:
-        ValueError: no images.
-    """
-    return _mosaic([("", images, labels)], class_names, side, max_classes, max_images)
-
-
-def paired_mosaic_picture(
-    sets: Sequence[tuple[str, Any, Sequence[int]]],
-    class_names: Sequence[str],
-    *,
-    side: int = 96,
-    max_classes: int = _CLASS_ROWS,
-    max_images: int = _CLASS_IMAGES,
-) -> Image.Image:
-    """Mosaics side by side under their titles: `sets` are (title, images, labels); see `mosaic_picture`."""
-    return _mosaic(sets, class_names, side, max_classes, max_images)
-
-
-def _mosaic(
-    sets: Sequence[tuple[str, Any, Sequence[int]]],
-    class_names: Sequence[str],
-    side: int,
-    max_classes: int,
-    max_images: int,
-) -> Image.Image:
-    if not sets or not all(len(images) for _, images, _ in sets):
-        raise ValueError("a mosaic needs at least one image")
-    cell = display_side(to_picture(sets[0][1][0]).width, side)
-    gap, margin = max(2, cell // 16), max(16, cell // 4)
-    layout = [mosaic_rows(labels, max_classes, max_images) for _, _, labels in sets]
-    shown = sorted(
-        {int(labels[row[0]]) for (_, _, labels), rows in zip(sets, layout, strict=True) for row in rows}
-    )
-    shown = shown[:max_classes]
-    widths = [max(len(row) for row in rows) * (cell + gap) - gap for rows in layout]
-    font = ImageFont.load_default(max(13, round(cell * 0.18)))
-    heading_font = ImageFont.load_default(max(16, round(cell * 0.22)))
-    names = {label: _fitted(str(class_names[label]), font, 2 * cell) for label in shown}
-    left = margin + math.ceil(max(font.getlength(name) for name in names.values())) + cell // 6
-    heading = round(cell * 0.22) + cell // 5 if any(title for title, _, _ in sets) else 0
-    width = left + sum(widths) + margin * (len(sets) - 1) + margin
-    height = margin * 2 + heading + len(shown) * (cell + gap) - gap
-    canvas = Image.new("RGB", (width, height), _PAPER)
-    draw = ImageDraw.Draw(canvas)
-    top = margin + heading
-    for row, label in enumerate(shown):
-        middle = top + row * (cell + gap) + cell // 2
-        draw.text((left - cell // 6, middle), names[label], font=font, fill=_INK, anchor="rm")
-    x = left
-    for (title, images, labels), rows, taken in zip(sets, layout, widths, strict=True):
-        if title:
-            draw.text((x, margin), _fitted(title, heading_font, taken), font=heading_font, fill=_INK)
-        for indices in rows:
-            label = int(labels[indices[0]])
-            if label not in names:
-                continue
-            y = top + shown.index(label) * (cell + gap)
-            for column, index in enumerate(indices):
-                canvas.paste(resized(to_picture(images[index]), cell), (x + column * (cell + gap), y))
-        x += taken + margin
-    return canvas
-
-
-def _fitted(text: str, font: Any, width: float) -> str:
-    """The text on one line, cut with an ellipsis where it is wider than `width` pixels."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddfast.errors import BadImage, UsageError
+from ddfast.output.mosaic import spread
 from ddfast.report.contents import SAMPLES, SAMPLES_PER_CLASS, number
-from ddfast.report.folder import SCORES, Folder, Selected, spread
+from ddfast.report.folder import SCORES, Folder, Selected
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -28,10 +28,19 @@ def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(flips.to(images.device).view(-1, 1, 1, 1), images.flip(-1), images)
 
 
-def random_crop_flip(images: Tensor, generator: torch.Generator, padding: int = 4) -> Tensor:
-    """Pad with black, cut a random window of the old size, mirror with probability one half: one gather."""
+def random_crop_flip(
+    images: Tensor, generator: torch.Generator, padding: int = 4, black: Tensor | None = None
+) -> Tensor:
+    """Pad with black, cut a random window of the old size, mirror with probability one half: one gather.
+
+    `black` [3] is the value of black in each channel, 0 by default.
+    """
     count, _, height, width = images.shape
     padded = F.pad(images, (padding, padding, padding, padding))
+    if black is not None:
+        inside = (..., slice(padding, padding + height), slice(padding, padding + width))
+        padded = black.to(images).view(1, 3, 1, 1).expand_as(padded).clone()
+        padded[inside] = images
     top = torch.randint(2 * padding + 1, (count, 1), generator=generator)
     left = torch.randint(2 * padding + 1, (count, 1), generator=generator)
     flips = torch.rand(count, 1, generator=generator) < 0.5

@@ -24,7 +24,7 @@ from ddfast.errors import UsageError
 from ddfast.files import atomic_write_text, make_folder
 from ddfast.models.teacher import Teacher, load_teacher
 from ddfast.training.distilled_images import DistilledImages
-from ddfast.training.evaluation import evaluate
+from ddfast.training.evaluation import check_recipe, evaluate
 from ddfast.training.image_sets import ImageSet
 
 WEIGHT = 0.5  # w and gamma on the authors' leaderboard
@@ -254,6 +254,8 @@ def measure_accuracies(
     runs = list(range(seeds)) if isinstance(seeds, int) else [int(seed) for seed in seeds]
     if not random:
         raise UsageError("DD-Ranking compares with random images: give at least one folder of them")
+    for one in (distilled, *random):
+        check_recipe(one, RECIPES["soft"], teacher is not None)
     if isinstance(teacher, (str, Path)):
         teacher = load_teacher(teacher)
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ddfast.errors import UsageError
 from ddfast.models.teacher import Teacher
+from ddfast.output.pixels import to_bytes, to_unit
+from ddfast.training.augmentation import normalize
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,8 @@ class DistilledImages:
     """A distilled set in memory.
 
     Attributes:
-        images: uint8 [N, 3, S, S].
+        images: uint8 [N, 3, S, S], or optimised ones, float32, normalised by `mean` and `std`: students see these
+            as they are, decoded by `factor` and never rounded.
         labels: int64 [N].
         class_names: the C classes in label order.
         mean: per-channel mean for pixels in [0, 1].
@@ -45,6 +48,11 @@ class DistilledImages:
         return len(self.class_names)
 
     @property
+    def is_float(self) -> bool:
+        """Whether the images are float32, as a method optimised them, and not pictures of 8 bits."""
+        return self.images.dtype != torch.uint8
+
+    @property
     def image_size(self) -> int:
         """S in pixels."""
         return self.images.shape[-1]
@@ -66,7 +74,7 @@ class DistilledImages:
         soft = self.soft_labels
         return replace(
             self,
-            images=large.round_().clamp_(0, 255).to(torch.uint8),
+            images=large if self.is_float else large.round_().clamp_(0, 255).to(torch.uint8),
             labels=self.labels.repeat_interleave(tiles_an_image),
             factor=1,
             soft_labels=None if soft is None else soft.reshape(-1, 1, soft.shape[-1]),
@@ -74,7 +82,23 @@ class DistilledImages:
 
     def normalized_like(self, teacher: Teacher) -> DistilledImages:
         """The same set with the mean and deviation of its teacher: teacher and student must share them."""
-        return replace(self, mean=teacher.mean, std=teacher.std)
+        ours, theirs = (self.mean, self.std), (teacher.mean, teacher.std)
+        if not self.is_float or all(list(a) == list(b) for a, b in zip(ours, theirs, strict=True)):
+            return replace(self, mean=teacher.mean, std=teacher.std)
+        images = to_unit(self.images, self.mean, self.std, "normalized")
+        return replace(
+            self, images=normalize(images, teacher.mean, teacher.std), mean=teacher.mean, std=teacher.std
+        )
+
+    def rounded(self) -> DistilledImages:
+        """The same set in 8 bits, as its pictures are.
+
+        Tiles are enlarged in float from the rounded images, so that rounding is all that differs.
+        """
+        if not self.is_float:
+            return self
+        images = to_bytes(self.images, self.mean, self.std, "normalized")
+        return replace(self, images=images if self.factor == 1 else normalize(images, self.mean, self.std))
 
     def checked(self) -> DistilledImages:
         """Self, after a look at shapes and values.
@@ -84,11 +108,14 @@ class DistilledImages:
 
         """
         count, classes = len(self.labels), self.num_classes
-        if self.images.dtype != torch.uint8 or self.images.shape[1:] != (3, self.image_size, self.image_size):
+        known = self.images.dtype in (torch.uint8, torch.float32)
+        if not known or self.images.shape[1:] != (3, self.image_size, self.image_size):
             raise UsageError(
-                f"distilled images must be uint8 [N, 3, S, S], "
+                "distilled images must be uint8 [N, 3, S, S], or float32 and normalised, "
                 f"got {self.images.dtype} {list(self.images.shape)}"
             )
+        if self.is_float and not bool(torch.isfinite(self.images).all()):
+            raise UsageError("distilled images hold NaN or infinity: distil the set again")
         if count == 0 or len(self.images) != count:
             raise UsageError(f"wanted one label for each distilled image, got {len(self.images)} and {count}")
         if self.labels.dtype != torch.int64 or self.labels.ndim != 1:

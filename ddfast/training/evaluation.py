@@ -21,9 +21,11 @@ from ddfast.models.registry import check_model
 from ddfast.models.teacher import Teacher, load_teacher, with_class_order, with_outputs_in
 from ddfast.ops.precision import PRECISIONS
 from ddfast.progress import say
+from ddfast.training.augmentation import normalize
 from ddfast.training.device import resolve_device
 from ddfast.training.distilled_images import DistilledImages
 from ddfast.training.image_sets import ImageSet, read_test_set
+from ddfast.training.mixing import check_labels
 from ddfast.training.preflight import check_reading, drawn_places, images_to_try, read_images, try_teacher
 from ddfast.training.protocol import PROTOCOLS, Protocol, protocol_named
 from ddfast.training.student import train_student
@@ -32,6 +34,9 @@ from ddfast.wording import argument, did_you_mean, plural
 if TYPE_CHECKING:
     from ddfast.data.sources import Source
     from ddfast.output.distilled import DistilledSet
+
+FLOAT32, EIGHT_BITS = "pixels, float32", "8 bits"
+"""What students are trained on: pixels as they were optimised, or pictures."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ class EvaluationResult:
         best: best tested epoch of each student, chosen on the test set as RDED reports it.
         per_class: accuracy of each class after the last epoch, mean over the students.
         arch_options: keyword arguments of the architecture.
+        images: what the students were trained on: "pixels, float32" as they were optimised, or "8 bits".
 
     """
 
@@ -64,6 +70,7 @@ class EvaluationResult:
     best: list[float]
     per_class: list[float]
     arch_options: dict[str, Any] = field(default_factory=dict)
+    images: str = EIGHT_BITS
 
     @property
     def mean(self) -> float:
@@ -121,6 +128,7 @@ def evaluate(
     quiet: bool = False,
     class_order: str | Path | Sequence[str] | Mapping[Any, Any] | None = None,
     preflight: bool = True,
+    rounded: bool = False,
 ) -> EvaluationResult:
     """Train students of `arch` on a distilled set and test them.
 
@@ -144,10 +152,12 @@ def evaluate(
         class_order: the classes in the order of the teacher's outputs, as `ddfast.distill` takes it.
         preflight: try the teacher on test images first: refuse one whose outputs stand in another class order, and
             warn of one that reads few.
+        rounded: train on the 8-bit images of a set that has pixels in float32: what rounding costs. A set without
+            pixels has no others.
 
     Raises:
-        UsageError: no test split, classes or image sizes that differ, no labels, an unknown name, or a teacher in
-            another class order.
+        UsageError: no test split, classes or image sizes that differ, no labels, an unknown name, a teacher in
+            another class order, or a protocol of soft labels for a set with hard labels and no teacher.
 
     """
     neighbours = Neighbours()
@@ -184,8 +194,10 @@ def evaluate(
         and set(teacher.class_names) == set(opened.class_names)
     ):
         teacher = with_outputs_in(teacher, opened.class_names)
+    if teacher is None:
+        check_labels(_has_soft_labels(opened), rules)
     source = None if isinstance(data, ImageSet) else _test_source(data, opened)
-    images = read_distilled(opened)
+    images = read_distilled(opened, rounded=rounded)
     if isinstance(data, ImageSet):
         test = data
         _check_labels(test, images.num_classes)
@@ -232,26 +244,52 @@ def evaluate(
         best=[student.best for student in students],
         per_class=per_class.tolist(),
         arch_options=arch_options,
+        images=FLOAT32 if images.is_float and not rounded else EIGHT_BITS,
     )
 
 
-def read_distilled(distilled: str | Path | DistilledSet | DistilledImages) -> DistilledImages:
-    """The whole distilled set as tensors; images that are in memory already as they are."""
+def read_distilled(
+    distilled: str | Path | DistilledSet | DistilledImages, *, rounded: bool = False
+) -> DistilledImages:
+    """The whole distilled set as tensors; images that are in memory already as they are.
+
+    Args:
+        distilled: a folder, an opened one, or images.
+        rounded: the 8-bit images of a set that has pixels in float32.
+    """
     if isinstance(distilled, DistilledImages):
-        return distilled
+        return distilled.rounded() if rounded else distilled
     opened = _opened(distilled)
     assert not isinstance(opened, DistilledImages)
-    soft_labels = opened.soft_labels
+    pixels, mean, std = opened.pixels, opened.mean, opened.std
+    if pixels is None or rounded:
+        images = torch.stack([opened[place][0] for place in range(len(opened))])
+        if pixels is not None and pixels.factor > 1:
+            images = normalize(images, mean, std)  # their tiles are enlarged in float, as those of pixels are
+    else:
+        images = pixels.images if pixels.space == "normalized" else normalize(pixels.images, mean, std)
     return DistilledImages(
-        images=torch.stack([opened[place][0] for place in range(len(opened))]),
+        images=images,
         labels=opened.labels,
         class_names=opened.class_names,
-        mean=opened.mean,
-        std=opened.std,
-        factor=math.isqrt(soft_labels.shape[1]),
-        soft_labels=soft_labels,
-        temperature=opened.temperature,
+        mean=mean,
+        std=std,
+        factor=opened.factor,
+        soft_labels=opened.soft_labels,
+        temperature=1.0 if opened.temperature is None else opened.temperature,
     )
+
+
+def check_recipe(
+    distilled: str | Path | DistilledSet | DistilledImages, protocol: str | Protocol, has_teacher: bool
+) -> None:
+    """Refuse a set whose labels do not suffice for a protocol, before anything is trained.
+
+    Raises:
+        UsageError: hard labels only, no teacher, and a protocol of soft ones.
+    """
+    if not has_teacher:
+        check_labels(_has_soft_labels(_opened(distilled)), _rules(protocol))
 
 
 def _try_on_test(
@@ -287,6 +325,11 @@ def _opened(distilled: str | Path | DistilledSet | DistilledImages) -> Distilled
     if isinstance(distilled, DistilledSet):
         return DistilledSet(distilled.root)
     return DistilledSet(path_of(distilled, "distilled"))
+
+
+def _has_soft_labels(opened: DistilledSet | DistilledImages) -> bool:
+    """Whether soft labels are stored; of a folder they are not made dense for it."""
+    return (opened.soft_labels if isinstance(opened, DistilledImages) else opened.stored) is not None
 
 
 def _test_source(data: str | Path, distilled: DistilledSet | DistilledImages) -> Source:

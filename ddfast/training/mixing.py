@@ -26,7 +26,8 @@ from ddfast.training.augmentation import (
 from ddfast.training.device import memory_layout
 from ddfast.training.differentiable import dsa, idc
 from ddfast.training.distilled_images import DistilledImages
-from ddfast.training.protocol import Protocol
+from ddfast.training.protocol import PROTOCOLS, Protocol
+from ddfast.wording import argument
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,12 @@ class StudentAugmentation:
     scale (1, 1) is the whole image, whatever aspect ratio is drawn, so it is left out.
 
     Args:
-        distilled: the set.
+        distilled: the set. Optimised images stand for themselves: they are normalised already, and their black is
+            that of the normalisation.
         protocol: names the steps and gives the laws of mixing.
         seed: of all draws.
-        autoaugment: torchvision's AutoAugment first. It draws from torch's global generator: seed that too.
+        autoaugment: torchvision's AutoAugment first, which takes 8-bit images. It draws from torch's global generator:
+            seed that too.
         device: where the batches are made.
 
     """
@@ -75,6 +78,11 @@ class StudentAugmentation:
         autoaugment: bool,
         device: torch.device,
     ) -> None:
+        if autoaugment and distilled.is_float:
+            raise UsageError(
+                f"AutoAugment works on 8-bit images, and these are float32: leave {argument('autoaugment')} out"
+                + (f", or add {argument('rounded')}" if distilled.factor == 1 else "")
+            )
         self.distilled, self.protocol, self.device = distilled, protocol, device
         self.images = distilled.images if autoaugment else distilled.images.to(device)
         self._draws = generator(seed, "augmentation")
@@ -87,7 +95,10 @@ class StudentAugmentation:
         if self._autoaugment is not None:
             images = torch.stack([self._autoaugment(image) for image in images]).to(self.device)
         images, coverage = self._geometry(images)
-        inputs = normalize(images, self.distilled.mean, self.distilled.std)
+        if self.distilled.is_float:
+            inputs = images.contiguous(memory_format=torch.channels_last)
+        else:
+            inputs = normalize(images, self.distilled.mean, self.distilled.std)
         if self.protocol.colour != "none":
             colour = dsa if self.protocol.colour == "dsa" else idc
             inputs = colour(inputs, self._draws).contiguous(memory_format=torch.channels_last)
@@ -102,7 +113,7 @@ class StudentAugmentation:
         if kind == "none":
             return images, coverage
         if kind == "padded_crop":
-            return random_crop_flip(images, self._draws), coverage
+            return random_crop_flip(images, self._draws, black=self._black()), coverage
         if kind == "patches":
             images, tiles = shuffle_patches(images, factor, self._draws)
             least = 1 / factor
@@ -110,9 +121,15 @@ class StudentAugmentation:
             least = 0.5 if kind == "resized_crop" else 0.08
         if least < 1:
             boxes = random_resized_boxes(len(images), size, self._draws, scale=(least, 1.0))
-            images = resize_boxes(images.float() / 255, boxes, size)
+            images = resize_boxes(images if self.distilled.is_float else images.float() / 255, boxes, size)
             coverage = tile_coverage(boxes, tiles, size)
         return random_flip(images, self._draws), coverage
+
+    def _black(self) -> Tensor | None:
+        """What black is in the images, [3]; None for 0."""
+        if not self.distilled.is_float:
+            return None
+        return -torch.tensor(list(self.distilled.mean)) / torch.tensor(list(self.distilled.std))
 
     def _mixed(self, inputs: Tensor) -> tuple[Tensor, Tensor, float]:
         """Mixed images, the partner of each and the partner's share."""
@@ -174,10 +191,26 @@ def mixed_soft_labels(tile_labels: Tensor, coverage: Tensor, partner: Tensor, sh
     return (1 - share) * whole + share * whole[partner]
 
 
-def _stored_labels(distilled: DistilledImages, device: torch.device) -> Callable[[MixedBatch], Tensor]:
+def check_labels(has_soft: bool, protocol: Protocol) -> None:
+    """Refuse a protocol of stored soft labels for a set without any.
+
+    Raises:
+        UsageError: it names the protocols that train on hard labels.
+    """
+    if protocol.labels == "soft" and not has_soft:
+        hard = ", ".join(name for name, rules in PROTOCOLS.items() if rules.labels == "hard")
+        raise UsageError(
+            f"the distilled set holds no soft labels: give a teacher ({argument('teacher')}), or a "
+            f"{argument('protocol')} that trains on hard ones ({hard}); {protocol.name} trains on soft ones"
+        )
+
+
+def _stored_labels(
+    distilled: DistilledImages, protocol: Protocol, device: torch.device
+) -> Callable[[MixedBatch], Tensor]:
+    check_labels(distilled.soft_labels is not None, protocol)
     soft = distilled.soft_labels
-    if soft is None:
-        raise UsageError("the distilled set holds no soft labels: give a teacher")
+    assert soft is not None
     probabilities = soft.float()
 
     def labels(batch: MixedBatch) -> Tensor:

@@ -82,7 +82,7 @@ def train_student(
     """Train one student from new weights and test it.
 
     Args:
-        distilled: the set to learn from.
+        distilled: the set to learn from. Optimised images are decoded to their tiles under every protocol.
         test: the real test split, images of the same size.
         arch: name for `create_model`.
         arch_options: its keyword arguments, `{"width": 32}` for example.
@@ -115,6 +115,8 @@ def train_student(
     size, classes = distilled.image_size, distilled.num_classes
     if epochs < 1:
         raise UsageError(f"epochs must be at least 1, got {epochs}")
+    if distilled.is_float:
+        distilled = distilled.decoded()  # an optimised image stands for its tiles, whatever the protocol
     if batch_size is None:
         batch_size = rules.batch_size_for(distilled.ipc, classes, size, arch, teacher_arch)
     if rules.decode:
@@ -140,7 +142,7 @@ def train_student(
         labels = _online_labels(distilled, teacher, temperature, precision, where)
     else:
         temperature = distilled.temperature
-        labels = _stored_labels(distilled, where)
+        labels = _stored_labels(distilled, rules, where)
     loss_scale = temperature**2 if rules.scale_by_temperature else 1.0
     tested, passes = rules.tested_epochs(epochs), epochs + rules.passes_after
     curve: dict[int, float] = {}
