@@ -20,12 +20,12 @@ from ddfast.data.pool import DecodedPool
 from ddfast.errors import DivergedError
 from ddfast.methods.synthesis import CURVE, Group, State, Synthesis
 from ddfast.output.distilled import image_path, metadata_row, write_image, write_metadata
+from ddfast.output.mosaic import mosaic_labels
 from ddfast.output.pixels import to_bytes, write_before, write_curve, write_pixels
 from ddfast.pipeline.judging import Judge
 from ddfast.pipeline.plan import run_digest
 from ddfast.pipeline.run import Run, clock
 from ddfast.progress import Progress
-from ddfast.report.folder import shown_labels
 from ddfast.state import FileCheckpoint
 
 STATE = "state"
@@ -161,10 +161,11 @@ def _restored(run: Run, group: Group) -> State | None:
 
 def _write(run: Run, method: Synthesis, groups: Sequence[Group], judge: Judge | None) -> None:
     """Everything that a finished synthesis leaves, from the states of all groups."""
-    pixels, labels, rows = [], [], []
+    pixels: list[Tensor] = []
+    labels: list[int] = []
+    rows: list[dict[str, float]] = []
     for group in groups:
-        state = _restored(run, group)
-        assert state is not None, f"group {group.number} is not finished"
+        state = _finished(run, group)
         pixels.append(method.images(state).detach().float().cpu())
         labels += [label for label in group.classes for _ in range(len(pixels[-1]) // len(group.classes))]
         rows += [{"group": float(group.number), **row} for row in state.curve]
@@ -174,8 +175,15 @@ def _write(run: Run, method: Synthesis, groups: Sequence[Group], judge: Judge | 
     _write_images(run, method, images, names)
     _write_before(run, method, groups)
     if judge is not None:
-        run.plan["accuracy"] = judge.after_rounding(state)
+        run.plan["accuracy"] = judge.after_rounding(_finished(run, groups[0]))
         run.save()
+
+
+def _finished(run: Run, group: Group) -> State:
+    """The state of a group that has taken all its steps."""
+    state = _restored(run, group)
+    assert state is not None, f"group {group.number} is not finished"
+    return state
 
 
 def _write_images(run: Run, method: Synthesis, pixels: Tensor, labels: Tensor) -> None:
@@ -201,7 +209,7 @@ def _numbered(labels: Tensor) -> Iterator[tuple[int, int, int]]:
 
 def _write_before(run: Run, method: Synthesis, groups: Sequence[Group]) -> None:
     """`before.png`: the images that the shown classes began with, drawn again."""
-    shown = set(shown_labels(len(run.source.class_names)))
+    shown = set(mosaic_labels(len(run.source.class_names)))
     pictured = [group for group in groups if shown.intersection(group.classes)]
     pool = _pool_of(run, pictured, held=False)
     images, labels = [], []
@@ -213,4 +221,4 @@ def _write_before(run: Run, method: Synthesis, groups: Sequence[Group]) -> None:
                 images.append(begun[place * each : (place + 1) * each])
                 labels += [label] * each
     before = to_bytes(torch.cat(images), run.plan["mean"], run.plan["std"], method.space)
-    write_before(run.out, before, torch.tensor(labels), run.source.class_names)
+    write_before(run.out, before, labels, run.source.class_names)
