@@ -34,6 +34,7 @@ from ddfast.models import Teacher
 from ddfast.pipeline.opening import open_run
 from ddfast.pipeline.run import Run
 from ddfast.pipeline.score import score
+from ddfast.settings import Settings as RunSettings
 
 REST = "the rest"
 DECODING = "decoding, in other threads"
@@ -176,12 +177,11 @@ def _of_passes(settings: Settings, data: Path, teacher: Teacher, folder: Path) -
     device, precision = settings.device, settings.precisions()[-1]
 
     def opened(name: str) -> Run:
-        return open_run(
-            "infoutil", data=data, teacher=teacher, ipc=1, out=folder / name, label_teacher=None, seed=0,
-            images_per_class=10**6, factor=2, image_size=None, image_format="png", preset=None,
-            precision=precision, device=device.type, batch_size="auto", workers=None, scores=None, resume=False,
-            preflight=False, quiet=True, options={}, threads=torch.get_num_threads(),
+        settings = RunSettings(
+            data=data, teacher=teacher, ipc=1, out=folder / name, images_per_class=10**6, factor=2,
+            precision=precision, device=device.type, preflight=False, quiet=True, threads=torch.get_num_threads(),
         )  # fmt: skip
+        return open_run("infoutil", settings)
 
     def finished(run: Run) -> None:
         score(run)

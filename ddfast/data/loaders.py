@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 
 from ddfast.data.loading import Load
 from ddfast.errors import UsageError
+from ddfast.settings import LOADERS
 
 if TYPE_CHECKING:
     import torch
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
     from ddfast.data.loading import Loaded
     from ddfast.data.samples import Sample
     from ddfast.data.sources import Source
-
-LOADERS = ("auto", "dali", "dali-hw", "torchvision", "pillow")
-"""What `resolve_loader` takes."""
 
 _INSTALL = "pip install nvidia-dali-cuda130, or nvidia-dali-cuda120 with an older driver"
 

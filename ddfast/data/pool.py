@@ -15,8 +15,9 @@ from ddfast.errors import BadImage
 from ddfast.ops._philox import philox4x32
 from ddfast.progress import say
 from ddfast.seeding import stream
+from ddfast.settings import POOL_MEMORY
 
-MEMORY_LIMIT = 4 << 30  # bytes of decoded training images that are held at once
+MEMORY_LIMIT = POOL_MEMORY << 30  # bytes of decoded training images that are held at once
 _DRAWS = 1 << 16  # ids whose shuffle keys are drawn at once, which bounds the memory
 
 

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddfast.arguments import one_of, whole_number
+from ddfast.arguments import whole_number
 from ddfast.data.pool import Pool
 from ddfast.errors import UsageError
 from ddfast.methods.selection.base import Batch, Candidates, Table
+from ddfast.settings import plain
 from ddfast.state import Checkpoint
 from ddfast.wording import argument, did_you_mean
 
@@ -109,6 +110,8 @@ class Method(ABC):
     # The stages that a run goes through, in order; `ddfast.pipeline.stages` knows them.
     stages: ClassVar[tuple[str, ...]] = ("score", "select", "compose", "relabel")
     needs_teacher: ClassVar[bool] = True
+    # Whether a teacher is of use where one is given, though the method goes without as well.
+    uses_teacher: ClassVar[bool] = False
     # Whether `prepare` has something to do before images are scored.
     prepares: ClassVar[bool] = False
     # Whether the score table has a column of features, which `rank` chooses by.
@@ -142,6 +145,41 @@ class Method(ABC):
             needed: crops that each class needs (IPC x tiles); a class may rank more.
         """
 
+    @classmethod
+    def requires_teacher(cls) -> bool:
+        """Whether no run goes without a teacher: the method asks one, or its soft labels do."""
+        return cls.needs_teacher or "relabel" in cls.stages
+
+    @classmethod
+    def offers(cls) -> frozenset[str]:
+        """What settings may depend on: the method's stages, and "teacher" where it uses one."""
+        teacher = {"teacher"} if cls.requires_teacher() or cls.uses_teacher else set()
+        return frozenset({*cls.stages, *teacher})
+
+    @classmethod
+    def stages_with_options(cls) -> tuple[str, ...]:
+        """The stages that the method's own options decide; the others do the same for every method."""
+        return tuple(stage for stage in cls.stages if stage not in ("compose", "relabel"))
+
+    @classmethod
+    def stage_of_option(cls, field: dataclasses.Field[Any]) -> str:
+        """The stage that an option decides; one that names none, the stage that scores or makes pixels."""
+        main = "score" if "score" in cls.stages else "synthesize"
+        return str(field.metadata.get("stage") or main)
+
+    def tiles_per_side(self, factor: str, image_size: int) -> int:
+        """Tiles per side of an image of this side in pixels, from the setting `factor`.
+
+        Raises:
+            UsageError: not so many.
+        """
+        found = (1 if image_size <= 64 else 2) if factor == "auto" else int(factor)
+        if image_size % found:
+            raise UsageError(
+                f"{argument('factor')} must be auto, 1 or 2 and divide the image size {image_size}, got {factor}"
+            )
+        return found
+
     def resolved(self, factor: int) -> Method:
         """This method with every `auto` option fixed for `factor` tiles per side."""
         return self
@@ -166,11 +204,11 @@ class Method(ABC):
                 raise UsageError(f"method {cls.name} has no option {name!r}; its options: {valid}{near}")
         values = {**(cls.presets[preset] if preset else {}), **given}
         for name, value in values.items():
-            choices = fields[name].metadata.get("choices")
-            if choices is not None:
-                one_of(value, name, choices)
+            field = fields[name]
+            if field.metadata.get("choices") is not None or field.metadata.get("check") is not None:
+                values[name] = plain(field, value)
             else:
-                values[name] = _as_default(value, fields[name].default, name)
+                values[name] = _as_default(value, field.default, name)
         try:
             return cls(cls.Options(**values))
         except (TypeError, ValueError) as error:
@@ -187,9 +225,9 @@ class Method(ABC):
         """
 
     def options_of_stage(self, stage: str) -> dict[str, Any]:
-        """Option values that decide `stage` ("score" or "select")."""
+        """Option values that decide `stage`, one of `stages_with_options`."""
         return {
             field.name: getattr(self.options, field.name)
             for field in dataclasses.fields(self.options)
-            if field.metadata["stage"] == stage
+            if self.stage_of_option(field) == stage
         }

@@ -10,8 +10,10 @@ from typing import ClassVar, NoReturn
 from torch import Tensor
 
 from ddfast.data.pool import ClassPool
+from ddfast.errors import UsageError
 from ddfast.methods.base import Context, Method
 from ddfast.output.pixels import CURVE as CURVE  # the names of a state's curve
+from ddfast.wording import argument
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Synthesis(Method):
     stages: ClassVar[tuple[str, ...]] = ("synthesize",)
     needs_teacher: ClassVar[bool] = False
     space: ClassVar[str] = "normalized"  # of the pixels; "unit" where they lie in [0, 1]
+    factor: ClassVar[int] = 1  # tiles per side that a stored image decodes to
 
     def check_pool(self, counts: Tensor, class_names: Sequence[str], ipc: int) -> None:
         """Refuse a pool that the method cannot work on, before anything is written.
@@ -105,6 +108,14 @@ class Synthesis(Method):
         Raises:
             DivergedError: the loss is no longer finite; the state is as it was before the step.
         """
+
+    def tiles_per_side(self, factor: str, image_size: int) -> int:
+        """See `Method`: the method decides."""
+        if factor not in ("auto", str(self.factor)):
+            raise UsageError(
+                f"{argument('factor')} of {self.name} is {self.factor}, got {factor}: leave it out"
+            )
+        return super().tiles_per_side(str(self.factor), image_size)
 
     def images(self, state: State) -> Tensor:
         """What students train on, float32 [N, 3, H, W]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 Normalization = tuple[tuple[float, float, float], tuple[float, float, float]]
@@ -17,24 +18,37 @@ NORMALIZATIONS: dict[str, Normalization] = {
 }
 
 
+AUTO = "imagenet"
+"""What `auto` is, and what teachers are trained with where nothing else is said."""
+
+
 def normalization(choice: str | tuple[Sequence[float], Sequence[float]]) -> Normalization:
-    """(mean, std) of pixels in [0, 1] from a name of `NORMALIZATIONS` or a pair of three numbers each.
+    """(mean, std) of pixels in [0, 1].
+
+    Args:
+        choice: a name of `NORMALIZATIONS`, "auto", "mean,mean,mean/std,std,std" in numbers, or a pair of three numbers
+            each.
 
     Raises:
         ValueError: unknown name, other than three numbers, or a standard deviation that is not positive.
 
     """
-    if isinstance(choice, str):
-        if choice not in NORMALIZATIONS:
-            raise ValueError(f"unknown normalization {choice!r}; known: {', '.join(NORMALIZATIONS)}")
-        return NORMALIZATIONS[choice]
-    if not isinstance(choice, Sequence):
+    if isinstance(choice, str) and "/" not in choice:
+        name = AUTO if choice == "auto" else choice
+        if name not in NORMALIZATIONS:
+            raise ValueError(
+                f"unknown normalization {choice!r}; known: {', '.join(NORMALIZATIONS)}, or mean,mean,mean/std,std,std"
+            )
+        return NORMALIZATIONS[name]
+    parts = [part.split(",") for part in choice.split("/")] if isinstance(choice, str) else choice
+    if not isinstance(parts, Sequence) or len(parts) != 2:
         raise ValueError(
             f"normalization must be one of {', '.join(NORMALIZATIONS)} or (mean, std), got {choice!r}"
         )
-    mean, std = (tuple(float(value) for value in part) for part in choice)
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise ValueError(
-            f"normalization must be three means and three positive deviations, got {mean}, {std}"
-        )
+    try:
+        mean, std = (tuple(float(value) for value in part) for part in parts)
+    except (TypeError, ValueError):
+        mean, std = (), ()
+    if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
+        raise ValueError(f"normalization must be three means and three positive deviations, got {choice!r}")
     return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-PRECISIONS = ("float32", "bfloat16", "auto")
+from ddfast.settings import PRECISIONS
 
 
 def resolve_precision(precision: str, device: torch.device | str) -> torch.dtype | None:

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ddfast.arguments import one_of, output_folder, path_of, whole_number, whole_number_or
+from ddfast.arguments import positive_number, whole_number, whole_number_or
 from ddfast.crowding import Neighbours, warn_of_crowding
-from ddfast.data.loaders import LOADERS, resolve_loader
+from ddfast.data.loaders import resolve_loader
 from ddfast.data.opening import open_source
-from ddfast.data.sources import Source, reasons_in_words
+from ddfast.data.sources import reasons_in_words
 from ddfast.errors import BadImage, UsageError
 from ddfast.files import make_folder, sweep_temporary
 from ddfast.methods import get_method
-from ddfast.models import Teacher, load_teacher
-from ddfast.models.class_order import read_class_order
-from ddfast.models.teacher import is_named, with_class_order, with_outputs_in
-from ddfast.ops.precision import PRECISIONS
+from ddfast.methods.base import Method
 from ddfast.output.distilled import PREPARED, SCORES, SELECTION
 from ddfast.pipeline.plan import (
     check_machine,
@@ -39,14 +35,23 @@ from ddfast.pipeline.plan import (
     top_k_of,
 )
 from ddfast.pipeline.run import RUN, Run, command_line, host_facts
+from ddfast.pipeline.teachers import (
+    check_reads,
+    check_stands,
+    check_teachers,
+    load_again,
+    normalization_of,
+    open_teachers,
+)
 from ddfast.progress import say
 from ddfast.ranks import Ranks, join, usable_cores
+from ddfast.settings import Settings
 from ddfast.training.device import resolve_device
 from ddfast.training.preflight import check_reading, drawn_places, images_to_try, read_images, try_teacher
+from ddfast.training.teacher import _native_size
 from ddfast.wording import argument, is_argument, on_command_line, plural, setting
 
-TeacherChoice = str | Path | Teacher | Callable[[], Teacher]
-"""A teacher by its file or name, a loaded one, or what loads it once the settings are checked."""
+SCORED_OF_A_CLASS = 300  # sources of a class that methods which choose crops score by default
 
 
 def start(out: Path, plan: dict[str, Any], resume: bool) -> dict[str, Any]:
@@ -111,44 +116,6 @@ def _select_again(out: Path, ipc: int) -> str:
     return f"ddfast.pipeline.select.change_ipc(run, {ipc})"
 
 
-def check_teacher(teacher: Teacher, source: Source, *, role: str = "teacher") -> None:
-    """Refuse a teacher whose outputs are not the classes of the data, in that order.
-
-    Raises:
-        UsageError: the counts or the orders differ.
-    """
-    theirs, ours = list(teacher.class_names), list(source.class_names)
-    if len(theirs) != len(ours):
-        raise UsageError(
-            f"the {role} knows {plural(len(theirs), 'class')}, {source.name} has {len(ours)}: give its own teacher"
-        )
-    for index, (a, b) in enumerate(zip(theirs, ours, strict=True)):
-        if a != b:
-            raise UsageError(
-                f"the {role}'s class {index} is {a!r}, that of {source.name} is {b!r}: the class order must match, or "
-                f"be said with {argument('class_order' if role == 'teacher' else 'label_class_order')}"
-            )
-
-
-def check_teacher_choice(given: TeacherChoice | None, role: str) -> None:
-    """Refuse what cannot be a teacher, a file that is not there among it; nothing is read yet."""
-    if isinstance(given, torch.nn.Module):
-        raise UsageError(
-            f"{argument(role)} must be a ddfast Teacher, which knows classes and normalisation, got the bare module "
-            f"{type(given).__name__}: write it with ddfast.models.save_teacher"
-        )
-    if isinstance(given, Teacher) or callable(given) or str(given).startswith("torchvision:"):
-        return
-    path = path_of(given, role)
-    if path.is_dir():
-        raise UsageError(f"{argument(role)} {path} is a folder: give a .safetensors file of train-teacher")
-    if not path.is_file():
-        raise UsageError(
-            f"no teacher file {path}: give a .safetensors file of train-teacher, a .pt state dict "
-            "or torchvision:NAME"
-        )
-
-
 def reopen(
     out: str | Path,
     *,
@@ -158,6 +125,7 @@ def reopen(
     device: str = "auto",
     batch_size: str | int = "auto",
     workers: int | None = None,
+    pool_memory: float | None = None,
     quiet: bool = False,
 ) -> Run:
     """Open the run in a folder again, with the paths of its `run.json` unless others are given.
@@ -165,6 +133,8 @@ def reopen(
     Raises:
         UsageError: no run there, or data or teachers are not those of the run.
     """
+    if pool_memory is not None:
+        pool_memory = positive_number(pool_memory, "pool_memory", zero=True)
     ranks = join()
     run = ranks.together(
         "run",
@@ -177,6 +147,7 @@ def reopen(
             device,
             batch_size,
             workers,
+            pool_memory,
             quiet or not ranks.main,
         ),
     )
@@ -197,6 +168,7 @@ def _reopened(
     device: str,
     batch_size: str | int,
     workers: int | None,
+    pool_memory: float | None,
     quiet: bool,
 ) -> Run:
     plan = read_plan(out)
@@ -208,25 +180,31 @@ def _reopened(
     if not plan["complete"]:
         check_machine(plan["arithmetic"], machine_arithmetic(found_device), f"the run in {out}")
         plan = _noted(plan)
+    for role, given in (("teacher", teacher), ("label_teacher", label_teacher)):
+        if given is not None and plan[role] is None:
+            raise UsageError(f"the run in {out} has no {role.replace('_', ' ')}: leave {argument(role)} out")
     facts = _facts_of(out, plan, data, teacher, label_teacher)
     for role, given in (("teacher", teacher), ("label_teacher", label_teacher)):
-        _check_teacher_stands(given or facts[role], role, moved=given is None)
+        check_stands(given or facts[role], role, moved=given is None)
     try:
         source = open_source(data or facts["data"], "train")
     except UsageError as error:
         if data is not None:
             raise
         raise UsageError(f"{error} ({argument('data')} says where it is now)") from error
-    main = _load_again(teacher or facts["teacher"], plan, "teacher")
-    labels = label_teacher or facts["label_teacher"]
+    main = None if plan["teacher"] is None else load_again(teacher or facts["teacher"], plan, "teacher")
+    named = label_teacher or facts["label_teacher"]
+    labels = None if plan["label_teacher"] is None else main
+    if labels is not None and named is not None:
+        labels = load_again(named, plan, "label_teacher")
     run = Run(
         out=out,
         plan=plan,
         source=source,
         teacher=main,
-        label_teacher=main if labels is None else _load_again(labels, plan, "label_teacher"),
+        label_teacher=labels,
         method=get_method(plan["method"]).from_options(
-            {**plan["options"]["score"], **plan["options"]["select"]}
+            {name: value for chosen in plan["options"].values() for name, value in chosen.items()}
         ),
         device=found_device,
         loader=resolve_loader(plan["arithmetic"]["loader"], found_device),
@@ -235,48 +213,17 @@ def _reopened(
         quiet=quiet,
         ranks=ranks,
         facts=facts,
+        pool_memory=None if pool_memory is None else int(pool_memory * 2**30),
     )
-    for found, wanted, what in (
-        (source.fingerprint(), plan["data"]["fingerprint"], f"the data {source.name}"),
-        (main.sha256, plan["teacher"]["sha256"], f"the teacher {main.path}"),
-        (
-            run.label_teacher.sha256,
-            plan["label_teacher"]["sha256"],
-            f"the label teacher {labels or main.path}",
-        ),
-    ):
+    held = [(source.fingerprint(), plan["data"]["fingerprint"], f"the data {source.name}")]
+    if main is not None:
+        held.append((main.sha256, plan["teacher"]["sha256"], f"the teacher {main.path}"))
+    if labels is not None:
+        held.append((labels.sha256, plan["label_teacher"]["sha256"], f"the label teacher {labels.path}"))
+    for found, wanted, what in held:
         if found != wanted:
             raise UsageError(f"{what} is not what {out} was started with: its content has changed")
     return run
-
-
-def _load_again(spec: str | Path | None, plan: dict[str, Any], role: str) -> Teacher:
-    """A teacher of a run by its file, with what the manifest says of it."""
-    if spec is None:
-        raise UsageError(
-            f"the run was started with a teacher that has no file: give its file as {argument(role)}"
-        )
-    said: dict[str, Any] = {}
-    if not is_named(spec) and not str(spec).startswith("torchvision:"):
-        said = {
-            "arch": plan[role]["arch"],
-            "normalization": (plan["mean"], plan["std"]),
-            "image_size": plan["image_size"],
-        }
-    return load_teacher(
-        str(spec), class_names=plan["class_names"], class_order=plan[role].get("class_order"), **said
-    )
-
-
-def _check_teacher_stands(path: str | Path | None, role: str, *, moved: bool) -> None:
-    if path is None:
-        return
-    try:
-        check_teacher_choice(path, role)
-    except UsageError as error:
-        if not moved:
-            raise
-        raise UsageError(f"{error} ({argument(role)} says where it is now)") from error
 
 
 def _facts_of(
@@ -295,14 +242,17 @@ def _facts_of(
         facts = json.loads((out / RUN).read_text(encoding="utf-8"))
         return {**{key: facts[key] for key in ("data", "teacher", "label_teacher")}, **facts}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        one = plan["label_teacher"]["sha256"] == plan["teacher"]["sha256"]
-        given = {"data": data, "teacher": teacher, **({} if one else {"label_teacher": label_teacher})}
+        given: dict[str, str | Path | None] = {"data": data}
+        if plan["teacher"] is not None:
+            given["teacher"] = teacher
+        if plan["label_teacher"] is not None and plan["label_teacher"]["sha256"] != plan["teacher"]["sha256"]:
+            given["label_teacher"] = label_teacher
         missing = [argument(key) for key, value in given.items() if value is None]
         if missing:
             raise UsageError(f"{out / RUN} is missing or damaged: give {' and '.join(missing)}") from error
         return {
             key: None if value is None else str(value)
-            for key, value in {"label_teacher": None, **given}.items()
+            for key, value in {"teacher": None, "label_teacher": None, **given}.items()
         }
 
 
@@ -356,165 +306,108 @@ def images_in_flight(batch_size: str | int, micro_batch: int) -> int:
     return -(-count // micro_batch) * micro_batch
 
 
-ClassOrder = str | Path | Sequence[str] | Mapping[Any, Any]
-
-
-def open_run(
-    method: str,
-    *,
-    data: str | Path,
-    teacher: TeacherChoice,
-    ipc: int,
-    out: str | Path,
-    label_teacher: TeacherChoice | None,
-    seed: int,
-    images_per_class: int,
-    factor: str | int,
-    image_size: int | None,
-    image_format: str,
-    preset: str | None,
-    precision: str,
-    device: str,
-    batch_size: str | int,
-    workers: int | None,
-    scores: str | Path | None,
-    resume: bool,
-    preflight: bool,
-    quiet: bool,
-    options: dict[str, Any],
-    loader: str = "auto",
-    threads: str | int = "auto",
-    label_top_k: str | int = "auto",
-    class_order: ClassOrder | None = None,
-    label_class_order: ClassOrder | None = None,
-) -> Run:
-    """Check everything that can be checked, then claim the output folder. Arguments as `distill`.
+def open_run(method: str, settings: Settings, options: Mapping[str, Any] | None = None) -> Run:
+    """Check everything that can be checked, then claim the output folder.
 
     Of several processes rank 0 claims the folder, and the others see that it is the same one and the same data.
+
+    Args:
+        method: a name of `ddfast.methods.list_methods()`.
+        settings: of the run, as they were given.
+        options: of the method.
+
+    Raises:
+        UsageError: bad input; nothing is half-written.
     """
     ranks = join()
-    folder = Path()
     neighbours = Neighbours()
+    given = options or {}
+    given_settings = settings
 
-    def check_settings() -> None:
-        nonlocal data, folder, ipc, seed, images_per_class, image_size, scores
-        get_method(method).from_options(options, preset).check(None)
-        ipc = whole_number(ipc, "ipc", least=1)
-        seed = whole_number(seed, "seed", least=0, most=2**63 - 1)
-        images_per_class = whole_number(images_per_class, "images_per_class", least=1)
-        if image_size is not None:
-            image_size = whole_number(image_size, "image_size", least=1)
-        one_of(str(factor), "factor", ("auto", "1", "2"))
-        one_of(image_format, "image_format", ("png", "jpeg"))
-        one_of(precision, "precision", PRECISIONS)
-        if one_of(loader, "loader", LOADERS) != "auto":
-            resolve_loader(loader, rank_device(device, ranks))
-        threads_of(threads, rank_device(device, ranks))
-        top_k_of(label_top_k, 1)
-        images_in_flight(batch_size, 1)
-        decoding_workers(workers, ranks)
-        folder = output_folder(out)
-        check_folder(folder)
-        if not isinstance(data, str):
-            data = path_of(data, "data")
-        if scores is not None:
-            scores = path_of(scores, "scores")
-            if read_plan(scores) is None:
-                raise UsageError(f"{argument('scores')} {scores} holds no ddfast run")
-        for given, role in ((teacher, "teacher"), (label_teacher, "label_teacher")):
-            if given is not None or role == "teacher":
-                check_teacher_choice(given, role)
-        for order in (class_order, label_class_order):
-            if order is not None:
-                read_class_order(order)
-        if label_class_order is not None and label_teacher is None:
-            raise UsageError(
-                f"{argument('label_class_order')} describes a label teacher: give {argument('label_teacher')} as well"
-            )
+    def check_settings() -> tuple[type[Method], Settings]:
+        known = get_method(method)
+        known.from_options(given, given_settings.preset).check(None)
+        checked = given_settings.checked()
+        checked.check_taken(method, known.offers())
+        device = rank_device(checked.device, ranks)
+        if checked.loader != "auto":
+            resolve_loader(checked.loader, device)
+        threads_of(checked.threads, device)
+        check_folder(checked.out)
+        if checked.scores is not None and read_plan(checked.scores) is None:
+            raise UsageError(f"{argument('scores')} {checked.scores} holds no ddfast run")
+        check_teachers(checked, known)
+        return known, checked
 
     def plan_run() -> Run:
-        names = source.class_names
-        main = _teacher(teacher, names, class_order)
-        order = label_class_order
-        if (
-            order is None
-            and label_teacher is not None
-            and not callable(label_teacher)
-            and not is_named(label_teacher)
-        ):
-            order = class_order  # an early checkpoint of the same training
-        same = label_teacher is None or (label_teacher is teacher and label_class_order is None)
-        labels = main if same or label_teacher is None else _teacher(label_teacher, names, order)
-        for held, role in ((main, "teacher"), (labels, "label teacher")):
-            check_teacher(held, source, role=role)
-        if (labels.image_size, labels.mean, labels.std) != (main.image_size, main.mean, main.std):
-            raise UsageError(
-                "the label teacher must share the teacher's image size and normalisation: "
-                f"{_reads(labels)}, the teacher {_reads(main)}"
-            )
-        size = image_size or main.image_size
-        tiles_per_side = (1 if size <= 64 else 2) if factor == "auto" else int(factor)
-        if tiles_per_side not in (1, 2) or size % tiles_per_side:
-            raise UsageError(
-                f"{argument('factor')} must be auto, 1 or 2 and divide the image size {size}, got {factor}"
-            )
-        chosen = get_method(method).from_options(options, preset).resolved(tiles_per_side)
+        teacher, label_teacher = open_teachers(settings, source, known)
+        size = settings.image_size
+        if size is None:
+            size = teacher.image_size if teacher is not None else _native_size(source)
+        chosen = known.from_options(given, settings.preset)
+        factor = chosen.tiles_per_side(str(settings.factor), size)
+        chosen = chosen.resolved(factor)
         chosen.check(size)
-        if size != main.image_size:
-            _check_reads(main, size)
-            _check_reads(labels, size)
-        found_device = rank_device(device, ranks)
-        before = read_plan(folder)
-        name = before["arithmetic"]["loader"] if before is not None and loader == "auto" else loader
-        found_loader = resolve_loader(name, found_device)
+        for each in (teacher, label_teacher):
+            if each is not None and size != each.image_size:
+                check_reads(each, size)
+        device = rank_device(settings.device, ranks)
+        before = read_plan(settings.out)
+        resumed = before is not None and settings.loader == "auto"
+        loader = resolve_loader(
+            before["arithmetic"]["loader"] if before and resumed else settings.loader, device
+        )
+        fixed = dataclasses.replace(
+            settings,
+            factor=factor,
+            image_size=size,
+            images_per_class=_images_per_class(settings, known),
+            loader=loader.name,
+            threads=threads_of(settings.threads, device),
+            label_top_k=top_k_of(settings.label_top_k or "all", len(source.class_names)),
+        )
         plan = make_plan(
             chosen,
             source,
-            main,
-            labels,
-            preset=preset,
-            ipc=ipc,
-            factor=tiles_per_side,
-            image_size=size,
-            images_per_class=images_per_class,
-            image_format=image_format,
-            seed=seed,
-            precision=precision,
-            device=found_device,
-            loader=found_loader.name,
-            threads=threads_of(threads, found_device),
-            label_top_k=top_k_of(label_top_k, len(source.class_names)),
+            fixed,
+            teacher,
+            label_teacher,
+            device=device,
+            normalization=normalization_of(settings),
             max_pixels=pixel_limit_of(before),
         )
         return Run(
-            out=folder,
+            out=settings.out,
             plan=plan,
             source=source,
-            teacher=main,
-            label_teacher=labels,
+            teacher=teacher,
+            label_teacher=label_teacher,
             method=chosen,
-            device=found_device,
-            loader=found_loader,
-            in_flight=images_in_flight(batch_size, plan["arithmetic"]["micro_batch"]),
-            workers=decoding_workers(workers, ranks),
-            quiet=quiet or not ranks.main,
+            device=device,
+            loader=loader,
+            in_flight=images_in_flight(settings.batch_size, plan["arithmetic"]["micro_batch"]),
+            workers=decoding_workers(settings.workers, ranks),
+            quiet=settings.quiet or not ranks.main,
             ranks=ranks,
             facts={
                 **host_facts(),
                 "command": command_line(),
-                "data": str(data),
-                "teacher": main.path,
-                "label_teacher": None if label_teacher is None else labels.path,
-                "seconds": _earlier_seconds(folder),
+                "data": str(settings.data),
+                "teacher": None if teacher is None else teacher.path,
+                "label_teacher": None
+                if settings.label_teacher is None or label_teacher is None
+                else label_teacher.path,
+                "seconds": _earlier_seconds(settings.out),
                 "ranks": ranks.size,
             },
+            pool_memory=int(settings.pool_memory * 2**30),
         )
 
-    ranks.together("settings", check_settings)
-    source = ranks.main_first("data", lambda: open_source(data, "train"))
+    known, settings = ranks.together("settings", check_settings)
+    source = ranks.main_first("data", lambda: open_source(settings.data, "train"))
     run = ranks.together("plan", plan_run)
-    ranks.on_main("start", lambda: _claim(run, scores, resume, preflight, threads))
-    ranks.together("folder", lambda: _follow(run, device))
+    ranks.on_main("start", lambda: _claim(run, settings))
+    ranks.together("folder", lambda: _follow(run, settings.device))
     run.set_arithmetic()
     say(f"loader: {run.loader.name} ({run.loader.reason})", quiet=run.quiet or run.complete)
     for note in source.notes():
@@ -523,41 +416,32 @@ def open_run(
     return run
 
 
-def _check_reads(teacher: Teacher, size: int) -> None:
-    """Refuse an image size that the teacher's network cannot take, by one black image."""
-    try:
-        with torch.no_grad():
-            teacher.model(torch.zeros(1, 3, size, size))
-    except (RuntimeError, ValueError, AssertionError) as error:
-        raise UsageError(
-            f"the teacher {teacher.arch} reads {teacher.image_size} px and cannot read {size} px: leave "
-            f"{argument('image_size')} out, or train one at that size"
-        ) from error
+def _images_per_class(settings: Settings, method: type[Method]) -> int | str:
+    """Sources of a class that the run may choose from, a number or "all"."""
+    if settings.images_per_class != "auto":
+        return settings.images_per_class
+    return SCORED_OF_A_CLASS if "score" in method.stages else "all"
 
 
-def _reads(teacher: Teacher) -> str:
-    numbers = (", ".join(f"{value:g}" for value in values) for values in (teacher.mean, teacher.std))
-    return "reads {} px with mean {} and deviation {}".format(teacher.image_size, *numbers)
-
-
-def _claim(run: Run, scores: str | Path | None, resume: bool, preflight: bool, threads: str | int) -> None:
+def _claim(run: Run, settings: Settings) -> None:
     """Rank 0: the checks that need data and teachers, then the folder with its manifest."""
     wanted = run.plan
     held = read_plan(run.out)
     if held is None:
         run.set_arithmetic()
-        _check_counts(run)
+        if "select" in run.method.stages:
+            _check_counts(run)
         _check_outputs(run)
-        if preflight:
+        if settings.preflight:
             _preflight(run)
-    elif threads != "auto" and held["arithmetic"]["threads"] != wanted["arithmetic"]["threads"]:
+    elif settings.threads != "auto" and held["arithmetic"]["threads"] != wanted["arithmetic"]["threads"]:
         raise UsageError(
             f"{run.out} was started with {setting('threads', held['arithmetic']['threads'])}, "
             "which decides its last bits: "
             "resume it with that number or without the option"
         )
-    shared = _shared_scores(Path(scores), wanted) if scores is not None else None
-    run.plan = start(run.out, wanted, resume)
+    shared = _shared_scores(Path(settings.scores), wanted) if settings.scores is not None else None
+    run.plan = start(run.out, wanted, settings.resume)
     checked_device(run.plan, str(run.device), run.ranks)
     if not run.complete:
         run.save()
@@ -600,24 +484,6 @@ def _warn_of_crowding(run: Run, neighbours: Neighbours) -> None:
         warn_of_crowding(neighbours, threads, lambda free: setting("threads", free))
 
 
-def _teacher(given: TeacherChoice, class_names: Sequence[str], class_order: ClassOrder | None) -> Teacher:
-    """A teacher of this run's own, its outputs in the order of the data where their order was said.
-
-    Its model is a copy where the caller holds it: a run moves it and sets its mode and layout.
-    """
-    if callable(given):
-        given = given()
-    if not isinstance(given, Teacher):
-        names = None if class_order is None else class_names
-        return load_teacher(str(given), class_order=class_order, class_names=names)
-    held = dataclasses.replace(given, model=copy.deepcopy(given.model).float().eval())
-    if class_order is not None:
-        return with_class_order(held, class_order, class_names)
-    if held.class_order is not None and set(held.class_names) == set(class_names):
-        return with_outputs_in(held, class_names)
-    return held
-
-
 def _earlier_seconds(out: Path) -> dict[str, float]:
     try:
         return dict(json.loads((out / RUN).read_text(encoding="utf-8"))["seconds"])
@@ -628,7 +494,7 @@ def _earlier_seconds(out: Path) -> dict[str, float]:
 def _check_counts(run: Run) -> None:
     """Refuse a class that cannot give IPC x tiles crops; where it would be close, decode to be sure."""
     needed, most = run.needed, run.plan["images_per_class"]
-    if needed > most:
+    if most != "all" and needed > most:
         raise UsageError(
             f"{_ipc_and_tiles(run)} needs {plural(needed, 'image')} a class, {argument('images_per_class')} is {most}: "
             + ("raise it" if is_argument("images_per_class") else "distil anew into another folder with more")
@@ -661,6 +527,8 @@ def _ipc_and_tiles(run: Run) -> str:
 
 def _preflight(run: Run) -> None:
     """Try the teachers on training images: see `ddfast.training.preflight`."""
+    if not run.teachers:
+        return
     names = run.source.class_names
     count = images_to_try(run.plan["image_size"], run.device)
     places = drawn_places(run.source.samples.labels, len(names), count)
@@ -670,7 +538,7 @@ def _preflight(run: Run) -> None:
         return
     images = torch.stack([image for image, _ in pairs])
     labels = torch.tensor([label for _, label in pairs])
-    for teacher, role in _teachers(run):
+    for teacher, role in run.teachers:
         model = teacher.model.to(run.device)
         found = try_teacher(model, images, teacher.mean, teacher.std, len(names), run.device, role=role)
         check_reading(
@@ -683,17 +551,10 @@ def _preflight(run: Run) -> None:
         )
 
 
-def _teachers(run: Run) -> list[tuple[Teacher, str]]:
-    """The teachers of a run with their roles; one that has both roles once."""
-    if run.label_teacher is run.teacher:
-        return [(run.teacher, "teacher")]
-    return [(run.teacher, "teacher"), (run.label_teacher, "label teacher")]
-
-
 def _check_outputs(run: Run) -> None:
     """See on two black images that the teachers return logits of their classes."""
     side, classes = run.plan["image_size"], len(run.source.class_names)
-    for teacher, role in _teachers(run):
+    for teacher, role in run.teachers:
         images = torch.zeros(2, 3, side, side, dtype=torch.uint8)
         try_teacher(
             teacher.model.to(run.device), images, teacher.mean, teacher.std, classes, run.device, role=role

@@ -19,10 +19,12 @@ from ddfast.errors import UsageError
 from ddfast.methods import get_method
 from ddfast.methods.base import Method
 from ddfast.models import Teacher
+from ddfast.models.normalization import Normalization
 from ddfast.ops._dispatch import cpu_body, triton_status
 from ddfast.ops.precision import compute_dtype, cpu_instructions, cpu_multiplies_bfloat16, tf32
 from ddfast.output.distilled import FORMAT_VERSION, MANIFEST
 from ddfast.ranks import usable_cores
+from ddfast.settings import Settings
 
 LABEL_TEMPERATURE = 20.0
 SHARD_SOURCES = 256  # sources in one score shard, the unit of commit and of work for a rank
@@ -47,58 +49,60 @@ _LABEL_TOP_K = 256  # probabilities stored of a soft label above that
 def make_plan(
     method: Method,
     source: Source,
-    teacher: Teacher,
-    label_teacher: Teacher,
+    settings: Settings,
+    teacher: Teacher | None,
+    label_teacher: Teacher | None,
     *,
-    preset: str | None,
-    ipc: int,
-    factor: int,
-    image_size: int,
-    images_per_class: int,
-    image_format: str,
-    seed: int,
-    precision: str,
     device: torch.device,
-    loader: str,
-    threads: int,
-    label_top_k: int | None,
+    normalization: Normalization,
     max_pixels: int,
 ) -> dict[str, Any]:
-    """The manifest of a run before its first result."""
-    return {
+    """The manifest of a run before its first result.
+
+    Args:
+        method: with its options.
+        source: of the training images.
+        settings: of the run, every `auto` replaced by what it stands for.
+        teacher: what the method asks, if anything.
+        label_teacher: what labels the images, None where labels stay hard.
+        device: of the run.
+        normalization: (mean, std) of the pixels where no teacher says it.
+        max_pixels: above which an image is quarantined.
+    """
+    mean, std = normalization if teacher is None else (teacher.mean, teacher.std)
+    size = int(settings.image_size or 0)
+    # The keys of settings are filled in below, new ones behind the last; here they only keep their places.
+    plan: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "complete": False,
         "method": method.name,
-        "preset": preset,
-        "options": {
-            "score": method.options_of_stage("score"),
-            "select": method.options_of_stage("select"),
-        },
-        "seed": seed,
-        "ipc": ipc,
-        "factor": factor,
-        "tiles": factor**2,
-        "image_size": image_size,
-        "images_per_class": images_per_class,
-        "format": image_format,
+        "preset": None,
+        "options": {stage: method.options_of_stage(stage) for stage in method.stages_with_options()},
+        "seed": None,
+        "ipc": None,
+        "factor": None,
+        "tiles": int(settings.factor) ** 2,
+        "image_size": None,
+        "images_per_class": None,
+        "format": None,
         "class_names": source.class_names,
-        "mean": list(label_teacher.mean),
-        "std": list(label_teacher.std),
-        "teacher": _identity(teacher),
-        "label_teacher": _identity(label_teacher),
-        "label_temperature": LABEL_TEMPERATURE,
-        "label_top_k": label_top_k,
+        "mean": list(mean),
+        "std": list(std),
+        "teacher": None if teacher is None else _identity(teacher),
+        "label_teacher": None if label_teacher is None else _identity(label_teacher),
+        "label_temperature": None if label_teacher is None else LABEL_TEMPERATURE,
+        "label_top_k": None,
         "data": {"fingerprint": source.fingerprint(), "images": len(source.samples)},
         "arithmetic": {
             "micro_batch": MICRO_BATCH[device.type],
-            "forward_batch": _forward_batch(image_size, device),
+            "forward_batch": _forward_batch(size, device),
             "shard_sources": SHARD_SOURCES,
-            "threads": threads,
-            "precision": precision,
-            "compute_dtype": compute_dtype(precision, device),
+            "threads": None,
+            "precision": None,
+            "compute_dtype": compute_dtype(settings.precision, device),
             "device": device.type,
             **machine_arithmetic(device),
-            "loader": loader,
+            "loader": None,
             "max_pixels": max_pixels,
             "max_file_bytes": file_limit(),
         },
@@ -106,6 +110,13 @@ def make_plan(
         "counts": None,
         "quarantined": None,
     }
+    for place, value in settings.in_manifest(method.offers()).items():
+        *outer, key = place.split(".")
+        table = plan
+        for name in outer:
+            table = table[name]
+        table[key] = value
+    return plan
 
 
 def machine_arithmetic(device: torch.device) -> dict[str, str]:
@@ -239,12 +250,9 @@ def score_identity(plan: dict[str, Any]) -> dict[str, Any]:
     """The part of a plan that decides the score table: two runs that agree on it can share one."""
     keys = ("method", "seed", "factor", "image_size", "images_per_class", "class_names", "data", "arithmetic")
     teacher = plan["teacher"] if get_method(plan["method"]).needs_teacher else None
-    # What the machine decides is checked apart: who may mix machines must find the shards of all of them.
-    redundant = (*_MACHINE, *(() if plan["arithmetic"]["precision"] == "auto" else ("compute_dtype",)))
-    arithmetic = {key: value for key, value in plan["arithmetic"].items() if key not in redundant}
     return {
         **{key: plan[key] for key in keys},
-        "arithmetic": arithmetic,
+        "arithmetic": _shared_arithmetic(plan),
         "options": plan["options"]["score"],
         "teacher": teacher,
     }
@@ -252,8 +260,29 @@ def score_identity(plan: dict[str, Any]) -> dict[str, Any]:
 
 def score_digest(plan: dict[str, Any]) -> str:
     """32 hex digits of what decides the score table; they stand in every shard."""
-    text = json.dumps(score_identity(plan), sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return _digest(score_identity(plan))
+
+
+def run_digest(plan: dict[str, Any]) -> str:
+    """32 hex digits of everything that decides the pixels of a run; they stand in its saved states."""
+    keys = (
+        *("method", "options", "seed", "ipc", "factor", "image_size", "images_per_class", "class_names"),
+        *("mean", "std", "data"),
+    )
+    teacher = plan["teacher"] and plan["teacher"]["sha256"]
+    return _digest(
+        {**{key: plan[key] for key in keys}, "teacher": teacher, "arithmetic": _shared_arithmetic(plan)}
+    )
+
+
+def _digest(identity: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _shared_arithmetic(plan: dict[str, Any]) -> dict[str, Any]:
+    """The arithmetic without what the machine decides: who may mix machines must find the files of all of them."""
+    redundant = (*_MACHINE, *(() if plan["arithmetic"]["precision"] == "auto" else ("compute_dtype",)))
+    return {key: value for key, value in plan["arithmetic"].items() if key not in redundant}
 
 
 def read_plan(out: Path) -> dict[str, Any] | None:

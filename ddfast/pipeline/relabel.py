@@ -99,7 +99,8 @@ def _part_images(classes: int, tiles: int) -> int:
 
 def _label_part(run: Run, path: Path, names: list[Path], progress: Progress) -> None:
     """Write softmax(logits / T) of every tile of the named images; a tile is enlarged to the image."""
-    size, factor = run.plan["image_size"], run.plan["factor"]
+    size, factor, teacher = run.plan["image_size"], run.plan["factor"], run.label_teacher
+    assert teacher is not None, "a run without a label teacher has no stage relabel"
     per_batch = _LABEL_BATCH // factor**2
     found = []
     for first in range(0, len(names), per_batch):
@@ -111,7 +112,7 @@ def _label_part(run: Run, path: Path, names: list[Path], progress: Progress) -> 
             )[:, 0]
         full = torch.zeros(_LABEL_BATCH, 3, size, size, dtype=torch.uint8)
         full[: len(tiles)] = tiles
-        logits = _logits(run.label_teacher, full, run)[: len(tiles)]
+        logits = _logits(teacher, full, run)[: len(tiles)]
         probabilities = torch.softmax(logits / LABEL_TEMPERATURE, dim=1)
         stored = largest_probabilities(
             probabilities.view(len(images), factor**2, -1), run.plan["label_top_k"]

@@ -13,7 +13,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,13 +41,17 @@ RUN = "run.json"
 
 @dataclass
 class Run:
-    """One distillation, opened: folder, plan, data, teachers, method."""
+    """One distillation, opened: folder, plan, data, teachers, method.
+
+    `teacher` is what the method asks, None where it asks none; `label_teacher` labels the images, None where labels
+    stay hard. `pool_memory` bounds the bytes of decoded images that are held, None: `ddfast.data.pool.MEMORY_LIMIT`.
+    """
 
     out: Path
     plan: dict[str, Any]
     source: Source
-    teacher: Teacher
-    label_teacher: Teacher
+    teacher: Teacher | None
+    label_teacher: Teacher | None
     method: Method
     device: torch.device
     loader: Loader
@@ -57,6 +61,7 @@ class Run:
     ranks: Ranks = field(default_factory=Ranks)
     facts: dict[str, Any] = field(default_factory=dict)
     prepared: Prepared | None = None
+    pool_memory: int | None = None
     _pool: np.ndarray | None = field(default=None, repr=False)
 
     @property
@@ -72,7 +77,19 @@ class Run:
             forward_batch=arithmetic["forward_batch"],
             device=self.device,
             prepared=self.prepared,
+            ipc=self.plan["ipc"],
+            class_names=tuple(self.plan["class_names"]),
+            mean=tuple(self.plan["mean"]),
+            std=tuple(self.plan["std"]),
         )
+
+    @property
+    def teachers(self) -> list[tuple[Teacher, str]]:
+        """The teachers of the run with their roles; one that has both roles once."""
+        held = [(self.teacher, "teacher")]
+        if self.label_teacher is not self.teacher:
+            held.append((self.label_teacher, "label teacher"))
+        return [(teacher, role) for teacher, role in held if teacher is not None]
 
     @property
     def needed(self) -> int:
@@ -93,22 +110,28 @@ class Run:
     def pool(self) -> np.ndarray:
         """Places in `source.samples` of the sources to score, int64 in the order of their ids.
 
-        Of each class they are the first `images_per_class` of a seeded shuffle that depends on their ids alone.
+        Of each class they are the first `images_per_class` of a seeded shuffle that depends on their ids alone, or all.
         """
         if self._pool is None:
             samples, classes = self.source.samples, len(self.source.class_names)
-            self._pool = drawn_places(samples, classes, self.plan["images_per_class"], self.plan["seed"])
+            most = self.plan["images_per_class"]
+            each = max(len(samples), 1) if most == "all" else most
+            self._pool = drawn_places(samples, classes, each, self.plan["seed"])
         return self._pool
 
-    def decoded_pool(self) -> DecodedPool:
-        """The images of `pool`, decoded as this run decodes."""
+    def decoded_pool(self, classes: Sequence[int] | None = None, *, held: bool = True) -> DecodedPool:
+        """The images of `pool`, decoded as this run decodes: of these classes, or of all; `held` where they fit."""
+        places = self.pool()
+        if classes is not None:
+            places = places[np.isin(self.source.samples.labels[places], np.asarray(classes))]
         return DecodedPool(
             self.source.samples,
-            self.pool(),
+            places,
             len(self.source.class_names),
             self.plan["image_size"],
             self.load,
             quiet=self.quiet,
+            memory_limit=self.pool_memory if held else 0,
         )
 
     def load(self, samples: Iterable[Sample], *, on_device: bool = False) -> Generator[Loaded, None, None]:

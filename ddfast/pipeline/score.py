@@ -64,7 +64,7 @@ def score(run: Run) -> None:
     digest = score_digest(run.plan)
     missing = [i for i in mine if not _is_committed(part_path(run.out / SCORES, i), i, digest)]
     if missing:
-        for teacher in (run.teacher, run.label_teacher):
+        for teacher, _ in run.teachers:
             teacher.model.to(device=run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         shards = [pool[i * size : (i + 1) * size] for i in missing]
         sources = sum(len(pool[i * size : (i + 1) * size]) for i in mine)
@@ -72,7 +72,7 @@ def score(run: Run) -> None:
         wished = (sample for shard in shards for sample in run.samples(shard))
         label = "score" if run.ranks.size == 1 else f"score, rank 0 of {run.ranks.size}"
         progress = Progress(label, sources, "images", done=sources - wanted, quiet=run.quiet)
-        with progress, unchanged(run.teacher.model, run.label_teacher.model):
+        with progress, unchanged(*(teacher.model for teacher, _ in run.teachers)):
             _warm(run, shards[0])
             loaded = _Awaited(run.load(wished, on_device=True))
             _score_shards(

@@ -1,0 +1,1 @@
+"""The commands of `ddfast`: their flags, and what each does."""
