@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ddfast.data.pool import MEMORY_LIMIT
-from ddfast.errors import UsageError
+from ddfast.errors import BadImage, UsageError
 from ddfast.ops.precision import autocast
 from ddfast.progress import Progress, say
 from ddfast.training.augmentation import normalize
@@ -83,6 +83,27 @@ class StreamedSet:
                 images, labels = [], []
         if images:
             yield torch.stack(images), torch.tensor(labels)
+
+
+def native_size(source: Source) -> int:
+    """Shorter side of the first training image that can be decoded, at most 224 px.
+
+    Raises:
+        UsageError: none can be decoded.
+
+    """
+    from ddfast.data.decoding import decode
+    from ddfast.data.sources import reasons_in_words
+
+    reasons = []
+    for sample in source.samples:
+        try:
+            image = decode(source.read(sample))
+        except BadImage as error:
+            reasons.append(str(error))
+            continue
+        return min(image.shape[1], image.shape[2], 224)
+    raise UsageError(f"{source.name}: no training image can be decoded{reasons_in_words(reasons)}")
 
 
 def read_training_set(
