@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ddfast.errors import UsageError
-from ddfast.models.fusing import fuse
+from ddfast.models.fusing import FusedSequential, fuse
 from ddfast.ops.precision import autocast
 from ddfast.training.device import memory_layout
 
@@ -30,8 +30,8 @@ class Fitting:
 
     Attributes:
         model: the network, on the device and in the layout that is fastest there.
-        network: computes the same from the same parameters and buffers, fused (`ddfast.fuse`). Train and measure by
-            this one; keep, save and hand out `model`.
+        network: computes the same from the same parameters and buffers, fused (`ddfast.fuse`) where there are such
+            blocks. Train and measure by this one; keep, save and hand out `model`.
         optimizer: of their parameters.
     """
 
@@ -46,7 +46,9 @@ class Fitting:
         self.device, self.precision = device, precision
         self._layout = memory_layout(model, device)
         self.model = model.to(device=device).to(memory_format=self._layout)
-        self.network = fuse(self.model)
+        fused = fuse(self.model)
+        gains = any(isinstance(module, FusedSequential) for module in fused.modules())
+        self.network = fused if gains else self.model
         self._make_optimizer = make_optimizer
         self.renew_optimizer()
 

@@ -240,7 +240,7 @@ def train_teacher(
         "quiet": quiet,
     }
     if resume and out.exists():
-        return _finished(out, _identity(config, options["data_fingerprint"]), checkpoint_epochs, quiet)
+        return _finished(out, identity_of(config, options["data_fingerprint"]), checkpoint_epochs, quiet)
     try:
         test_source = open_source(data, "test")
     except UsageError as error:
@@ -280,7 +280,7 @@ def fit_teacher(
     if len(train) < 2:
         raise UsageError(f"training needs at least 2 images, got {len(train)}")
     mean, std = config.mean_std
-    identity = _identity(config, data_fingerprint)
+    identity = identity_of(config, data_fingerprint)
     state = _state_file(out)
     if not resume:
         _check_free(out, checkpoint_epochs)
@@ -302,8 +302,8 @@ def fit_teacher(
     if not resume:
         _keep_foreign(state.path, quiet)
     elif header:
-        _check_identity(state.path, header["training"], identity)
-        arithmetic = _continued(state.path, header, arithmetic)
+        check_identity(state.path, header["training"], identity)
+        arithmetic = continued(state.path, header, arithmetic)
     epochs_done = int(header["epoch"]) if header else 0
     config = replace(config, precision=arithmetic["arithmetic"])  # what a run began with, wherever it goes on
     fitting = Fitting(model, partial(_optimizer, config=config), where, config.precision)
@@ -452,7 +452,7 @@ def _optimizer(model: nn.Module, *, config: TeacherConfig) -> torch.optim.Optimi
     )
 
 
-def _identity(config: TeacherConfig, data_fingerprint: str) -> dict[str, Any]:
+def identity_of(config: TeacherConfig, data_fingerprint: str) -> dict[str, Any]:
     """What decides the weights, as JSON gives it back: a resumed run must agree with it."""
     return json.loads(json.dumps({**asdict(config), "data": data_fingerprint}))
 
@@ -542,10 +542,15 @@ def _check_teacher_identity(path: Path, wanted: dict[str, Any]) -> None:
     if header is None or not isinstance(header.get("training"), dict):
         kind = "is no teacher file" if header is None else "was not made by train-teacher"
         raise UsageError(f"{path} {kind}, so it cannot be resumed: give another {argument('out')}")
-    _check_identity(path, header["training"], wanted)
+    check_identity(path, header["training"], wanted)
 
 
-def _check_identity(path: Path, held: dict[str, Any], wanted: dict[str, Any]) -> None:
+def check_identity(path: Path, held: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Refuse to go on with what `identity_of` tells apart from the run that is asked for.
+
+    Raises:
+        UsageError: names the first setting that differs.
+    """
     if different := [name for name in wanted if held.get(name) != wanted[name]]:
         name = different[0]
         raise UsageError(
@@ -554,8 +559,12 @@ def _check_identity(path: Path, held: dict[str, Any], wanted: dict[str, Any]) ->
         )
 
 
-def _continued(path: Path, header: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """The arithmetic that a run began with: its precision and its threads stay, its device must be there."""
+def continued(path: Path, header: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """The arithmetic that a run began with: its precision and its threads stay, its device must be there.
+
+    Raises:
+        UsageError: it was begun on another kind of device.
+    """
     held = {**now, **header.get("arithmetic", {})}
     if held["device"] != now["device"]:
         raise UsageError(
