@@ -150,6 +150,15 @@ def sweep_temporary(folder: str | Path) -> list[Path]:
     return sorted(removed)
 
 
+def sweep_temporary_of(path: Path) -> None:
+    """Remove what a killed run left half-written beside `path`; other files stay."""
+    prefix = temporary_path(path).name.rsplit("-", 1)[0] + "-"
+    with explained(path):
+        for entry in list(path.parent.iterdir()):
+            if entry.name.startswith(prefix) and entry.name.removeprefix(prefix).isdigit():
+                entry.unlink(missing_ok=True)
+
+
 def _sync_folder(folder: Path) -> None:
     """Make a rename durable, where the file system can (some network ones cannot)."""
     try:

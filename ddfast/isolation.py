@@ -44,6 +44,17 @@ def isolated() -> Iterator[None]:
 
 
 @contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    """Compute on `count` threads: their number changes the order of sums."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def _without_autocast() -> Iterator[None]:
     """Step out of every autocast that the caller is inside of.
 

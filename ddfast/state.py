@@ -78,19 +78,44 @@ class Checkpoint(Protocol):
 _STATE = ".preparation"
 
 
+class StateFile:
+    """Tensors with what is said of them, in one file that is written whole or not at all.
+
+    Args:
+        path: of the file, safetensors.
+        key: of its one metadata entry, a JSON value.
+    """
+
+    def __init__(self, path: Path, key: str) -> None:
+        self.path, self._key = path, key
+
+    def read(self, what: str = "saved state") -> tuple[dict[str, Tensor], Any]:
+        """The tensors and what is said of them, None where nothing is; ({}, None) where there is no file.
+
+        Raises:
+            UsageError: damaged, or no such file at all; `what` names it.
+        """
+        if not self.path.is_file():
+            return {}, None
+        tensors, metadata = read_tensors(self.path, self.path.read_bytes(), what=what)
+        return tensors, metadata.get(self._key)
+
+    def write(self, tensors: Mapping[str, Tensor], said: Any) -> None:
+        """Put these in place of what stands there."""
+        atomic_write_bytes(self.path, serialize_tensors(tensors, {self._key: said}))
+
+
 class FileCheckpoint:
     """A state in one safetensors file, which says by its digest whose it is; see `Checkpoint`."""
 
     def __init__(self, path: Path, digest: str) -> None:
-        self._path, self._digest = path, digest
+        self._file, self._digest = StateFile(path, "scores"), digest
 
     def load(self) -> dict[str, Tensor]:
         """What was saved last by this run; nothing where there is no such file."""
-        if not self._path.is_file():
-            return {}
-        tensors, facts = read_tensors(self._path, self._path.read_bytes(), what="saved state")
-        return tensors if facts.get("scores") == self._digest else {}
+        tensors, digest = self._file.read()
+        return tensors if digest == self._digest else {}
 
     def save(self, tensors: Mapping[str, Tensor]) -> None:
         """Write the file anew, atomically."""
-        atomic_write_bytes(self._path, serialize_tensors(tensors, {"scores": self._digest}))
+        self._file.write(tensors, self._digest)

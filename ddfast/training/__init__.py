@@ -4,6 +4,7 @@ from ddfast.training.distilled_images import DistilledImages
 from ddfast.training.evaluation import EvaluationResult, evaluate
 from ddfast.training.image_sets import ImageSet, read_test_set, read_training_set
 from ddfast.training.protocol import PROTOCOLS, Protocol
+from ddfast.training.proxies import Proxies, load_proxies, proxies_identity, train_proxies
 from ddfast.training.student import StudentResult, train_student
 from ddfast.training.teacher import TeacherConfig, fit_teacher, train_teacher
 
@@ -13,12 +14,16 @@ __all__ = [
     "EvaluationResult",
     "ImageSet",
     "Protocol",
+    "Proxies",
     "StudentResult",
     "TeacherConfig",
     "evaluate",
     "fit_teacher",
+    "load_proxies",
+    "proxies_identity",
     "read_test_set",
     "read_training_set",
+    "train_proxies",
     "train_student",
     "train_teacher",
 ]

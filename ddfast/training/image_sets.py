@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ddfast.data.pool import MEMORY_LIMIT
-from ddfast.errors import UsageError
+from ddfast.errors import BadImage, UsageError
 from ddfast.ops.precision import autocast
 from ddfast.progress import Progress, say
 from ddfast.training.augmentation import normalize
@@ -58,12 +58,20 @@ class StreamedSet:
     `len` counts all files; `bad` holds the keys of those that could not be decoded so far.
     """
 
-    def __init__(self, source: Source, size: int, workers: int | None = None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        size: int,
+        workers: int | None = None,
+        samples: Sequence[Sample] | None = None,
+    ) -> None:
+        """`samples` of the source; None: all."""
         self.source, self.size, self.workers = source, size, workers
+        self.samples = source.samples if samples is None else samples
         self.bad: set[str] = set()
 
     def __len__(self) -> int:
-        return len(self.source.samples)
+        return len(self.samples)
 
     def batches(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Images and labels at `order`, without the files that cannot be decoded, batch by batch."""
@@ -71,7 +79,7 @@ class StreamedSet:
 
         images: list[Tensor] = []
         labels: list[int] = []
-        samples = [self.source.samples[index] for index in order.tolist()]
+        samples = [self.samples[index] for index in order.tolist()]
         for sample, image in load(self.source, samples, self.size, workers=self.workers):
             if not isinstance(image, Tensor):
                 self.bad.add(sample.key)
@@ -85,22 +93,46 @@ class StreamedSet:
             yield torch.stack(images), torch.tensor(labels)
 
 
+def native_size(source: Source) -> int:
+    """Shorter side of the first training image that can be decoded, at most 224 px.
+
+    Raises:
+        UsageError: none can be decoded.
+
+    """
+    from ddfast.data.decoding import decode
+    from ddfast.data.sources import reasons_in_words
+
+    reasons = []
+    for sample in source.samples:
+        try:
+            image = decode(source.read(sample))
+        except BadImage as error:
+            reasons.append(str(error))
+            continue
+        return min(image.shape[1], image.shape[2], 224)
+    raise UsageError(f"{source.name}: no training image can be decoded{reasons_in_words(reasons)}")
+
+
 def read_training_set(
     source: Source,
     size: int,
     *,
+    samples: Sequence[Sample] | None = None,
     workers: int | None = None,
     quiet: bool = False,
     memory_limit: int = MEMORY_LIMIT,
 ) -> ImageSet | StreamedSet:
-    """The training split at size x size: in memory where it fits in `memory_limit` bytes, else streamed."""
-    if len(source.samples) * 3 * size * size > memory_limit:
+    """The training split, or `samples` of it, at size x size: in memory where it fits in `memory_limit` bytes, else
+    streamed."""
+    count = len(source.samples if samples is None else samples)
+    if count * 3 * size * size > memory_limit:
         say(
-            f"{plural(len(source.samples), 'image')} of {size} px exceed {memory_limit >> 20} MiB: decoding every pass",
+            f"{plural(count, 'image')} of {size} px exceed {memory_limit >> 20} MiB: decoding every pass",
             quiet=quiet,
         )
-        return StreamedSet(source, size, workers)
-    return _read(source, size, None, workers, quiet)
+        return StreamedSet(source, size, workers, samples)
+    return _read(source, size, None, workers, quiet, samples)
 
 
 def read_test_set(

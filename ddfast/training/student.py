@@ -8,8 +8,7 @@ mode for its log).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +21,11 @@ from ddfast.errors import UsageError
 from ddfast.isolation import isolated
 from ddfast.models.registry import create_model
 from ddfast.models.teacher import Teacher
-from ddfast.ops.precision import autocast
 from ddfast.progress import Progress
 from ddfast.seeding import generator, seeded
-from ddfast.training.device import memory_layout, resolve_device
+from ddfast.training.device import resolve_device
 from ddfast.training.distilled_images import DistilledImages
+from ddfast.training.fitting import Fitting, constant, finite_loss
 from ddfast.training.image_sets import ImageSet, measure_accuracy
 from ddfast.training.mixing import StudentAugmentation, _hard_labels, _online_labels, _stored_labels
 from ddfast.training.protocol import Protocol, protocol_named
@@ -127,12 +126,10 @@ def train_student(
             student = create_model(arch, classes, size, **(arch_options or {}))
     except ValueError as error:
         raise UsageError(str(error)) from error
-    layout = memory_layout(student, where)
-    student = student.to(device=where).to(memory_format=layout)
     if rules.statistics_twice:
         count_batches_twice(student)
     lr = rules.lr_for(arch, teacher_arch, classes, size)
-    optimizer = rules.make_optimizer(student, lr)
+    fitting = Fitting(student, lambda model: rules.make_optimizer(model, lr), where, precision)
     augmentation = StudentAugmentation(distilled, rules, seed=seed, autoaugment=autoaugment, device=where)
     if rules.labels == "hard":
         temperature = 1.0
@@ -146,41 +143,40 @@ def train_student(
     loss_scale = temperature**2 if rules.scale_by_temperature else 1.0
     tested, passes = rules.tested_epochs(epochs), epochs + rules.passes_after
     curve: dict[int, float] = {}
-    loss = math.nan
+
+    def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.randperm(len(distilled.labels), generator=generator(seed, "order", epoch))
+        for index in order.split(batch_size):
+            if len(index) == 1 < batch_size:
+                continue  # BatchNorm has no statistics of one value
+            batch = augmentation(index)
+            yield batch.inputs, labels(batch)
+
+    def objective(logits: Tensor, targets: Tensor) -> Tensor:
+        return loss_scale * distillation_loss(logits, targets, temperature)
+
     progress = Progress(f"seed {seed}", passes, "epochs", quiet=quiet)
     with seeded(seed, "dropout", device=where), progress:
         for epoch in range(passes):
             if rules.restart and epoch in rules.stepped_epochs(epochs):
-                optimizer = rules.make_optimizer(student, lr)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * rules.lr_factor(epoch, epochs)
-            student.train()
-            losses: list[Tensor] = []
-            order = torch.randperm(len(distilled.labels), generator=generator(seed, "order", epoch))
-            for index in order.split(batch_size):
-                if len(index) == 1 < batch_size:
-                    continue  # BatchNorm has no statistics of one value
-                batch = augmentation(index)
-                targets = labels(batch)
-                with autocast(precision, where):
-                    logits = student(batch.inputs.contiguous(memory_format=layout))
-                step_loss = loss_scale * distillation_loss(logits, targets, temperature)
-                optimizer.zero_grad(set_to_none=True)
-                step_loss.backward()
-                optimizer.step()
-                losses.append(step_loss.detach())
+                fitting.renew_optimizer()
+            losses = fitting.epoch(
+                batches(epoch), objective, rate=constant(lr * rules.lr_factor(epoch, epochs))
+            )
             note = ""
             if epoch in tested:
-                measured = measure_accuracy(student, test, distilled.mean, distilled.std, where, precision)
+                measured = measure_accuracy(
+                    fitting.network, test, distilled.mean, distilled.std, where, precision
+                )
                 curve[epoch] = measured.top1
                 note = f"top-1 {measured.top1:.2f}%"
             progress.advance(note=note)
-        loss = torch.stack(losses).mean().item()
-    if not math.isfinite(loss):
-        raise UsageError(f"the student's loss became {loss}: the teacher or the soft labels are damaged")
+        loss = finite_loss(
+            losses.mean(), "the teacher or the soft labels are damaged", what="the student's loss"
+        )
     best_epoch = max(curve, key=lambda epoch: (curve[epoch], -epoch))
     return StudentResult(
-        model=student.eval().cpu(),
+        model=fitting.model.eval().cpu(),
         top1=measured.top1,
         top5=measured.top5,
         best=curve[best_epoch],

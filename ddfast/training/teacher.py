@@ -11,10 +11,10 @@ import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,16 +22,16 @@ from torch import Tensor, nn
 
 from ddfast.arguments import architecture_options, output_file, path_of, positive_number, whole_number
 from ddfast.crowding import Neighbours, warn_of_crowding
-from ddfast.errors import BadImage, UsageError
-from ddfast.files import atomic_write_bytes, explained, make_folder, temporary_path
-from ddfast.isolation import isolated
+from ddfast.errors import UsageError
+from ddfast.files import atomic_write_bytes, explained, make_folder, sweep_temporary_of
+from ddfast.isolation import isolated, on_threads
 from ddfast.models.normalization import Normalization, normalization
 from ddfast.models.registry import COMMON_IMAGE, check_model, create_model
 from ddfast.models.teacher import Teacher, load_teacher, read_header, teacher_bytes
-from ddfast.ops.precision import PRECISIONS, autocast, compute_dtype
+from ddfast.ops.precision import PRECISIONS, compute_dtype
 from ddfast.progress import Progress, say
 from ddfast.seeding import generator, seeded
-from ddfast.state import read_tensors, serialize_tensors
+from ddfast.state import StateFile
 from ddfast.training.augmentation import (
     normalize,
     random_crop_flip,
@@ -39,18 +39,17 @@ from ddfast.training.augmentation import (
     random_resized_boxes,
     resize_boxes,
 )
-from ddfast.training.device import memory_layout, resolve_device
+from ddfast.training.device import resolve_device
+from ddfast.training.fitting import Fitting, cosine, finite_loss
 from ddfast.training.image_sets import (
     ImageSet,
     StreamedSet,
     measure_accuracy,
+    native_size,
     read_test_set,
     read_training_set,
 )
 from ddfast.wording import argument, did_you_mean, plural, setting
-
-if TYPE_CHECKING:
-    from ddfast.data.sources import Source
 
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("cosine", "constant")
@@ -229,7 +228,7 @@ def train_teacher(
     source = open_source(data, "train")
     for note in source.notes():
         say(note, quiet=quiet)
-    config = TeacherConfig(image_size=image_size or _native_size(source), **settings).resolved()
+    config = TeacherConfig(image_size=image_size or native_size(source), **settings).resolved()
     check_model(config.arch, config.image_size, **config.arch_options)
     options: dict[str, Any] = {
         "class_names": source.class_names,
@@ -241,7 +240,7 @@ def train_teacher(
         "quiet": quiet,
     }
     if resume and out.exists():
-        return _finished(out, _identity(config, options["data_fingerprint"]), checkpoint_epochs, quiet)
+        return _finished(out, identity_of(config, options["data_fingerprint"]), checkpoint_epochs, quiet)
     try:
         test_source = open_source(data, "test")
     except UsageError as error:
@@ -267,11 +266,13 @@ def fit_teacher(
     data_fingerprint: str = "",
     device: str = "auto",
     resume: bool = False,
+    watch: bool = True,
     quiet: bool = False,
 ) -> Teacher:
     """`train_teacher` on decoded sets: training images of `config.stored_size`, test images of `image_size`.
 
-    `data_fingerprint` names the data in the file and in the check of a resumed run. Errors as `train_teacher`.
+    `data_fingerprint` names the data in the file and in the check of a resumed run. Without `watch` the accuracy is
+    measured only where a file is written. Errors as `train_teacher`.
     """
     config = config.resolved()
     where = resolve_device(device)
@@ -279,49 +280,54 @@ def fit_teacher(
     if len(train) < 2:
         raise UsageError(f"training needs at least 2 images, got {len(train)}")
     mean, std = config.mean_std
-    identity = _identity(config, data_fingerprint)
-    state_file = _state_path(out)
+    identity = identity_of(config, data_fingerprint)
+    state = _state_file(out)
     if not resume:
         _check_free(out, checkpoint_epochs)
     elif out.exists():
-        _state_header(state_file, strict=True)
+        _state_header(state, strict=True)
         return _finished(out, identity, checkpoint_epochs, quiet)
     if isinstance(train, ImageSet):
         train = train.on(where)
     model = _initial_model(config, len(class_names))
-    model = model.to(device=where).to(memory_format=memory_layout(model, where))
-    optimizer = _optimizer(model, config)
     make_folder(out.parent)  # before the work, not after it
-    for path in (out, state_file, *_checkpoint_paths(out, checkpoint_epochs)):
-        _sweep(path)
+    for path in (out, state.path, *_checkpoint_paths(out, checkpoint_epochs)):
+        sweep_temporary_of(path)
     arithmetic: dict[str, Any] = {
         "arithmetic": compute_dtype(config.precision, where),
         "threads": torch.get_num_threads(),
         "device": where.type,
     }
-    epochs_done = 0
+    header = _state_header(state, strict=True) if resume else None
     if not resume:
-        _keep_foreign(state_file, quiet)
-    elif header := _state_header(state_file, strict=True):
-        _check_identity(state_file, header["training"], identity)
-        arithmetic = _continued(state_file, header, arithmetic)
-        epochs_done = _restore(state_file, model, optimizer)
+        _keep_foreign(state.path, quiet)
+    elif header:
+        check_identity(state.path, header["training"], identity)
+        arithmetic = continued(state.path, header, arithmetic)
+    epochs_done = int(header["epoch"]) if header else 0
+    config = replace(config, precision=arithmetic["arithmetic"])  # what a run began with, wherever it goes on
+    fitting = Fitting(model, partial(_optimizer, config=config), where, config.precision)
+    if header:
+        fitting.restore(state.read()[0])
         say(f"continuing {out} behind epoch {epochs_done} of {config.epochs}", quiet=quiet)
-    else:
+    elif resume:
         say(f"nothing to resume at {out}: starting", quiet=quiet)
     if resume:
         _check_checkpoints(out, checkpoint_epochs, identity, epochs_done)
-    config = replace(config, precision=arithmetic["arithmetic"])  # what a run began with, wherever it goes on
     facts = {
         "training": identity,
         "arithmetic": arithmetic["arithmetic"],
         "threads": arithmetic["threads"],
     }
 
+    def accuracy(precision: str) -> float:
+        assert test is not None
+        return measure_accuracy(fitting.network, test, mean, std, where, precision).top1
+
     def write(path: Path, epoch: int) -> None:
-        top1 = None if test is None else round(measure_accuracy(model, test, mean, std, where).top1, 4)
+        top1 = None if test is None else round(accuracy("float32"), 4)
         data = teacher_bytes(
-            model,
+            fitting.model,
             arch=config.arch,
             class_names=class_names,
             image_size=config.image_size,
@@ -344,27 +350,29 @@ def fit_teacher(
         f"({where.type}, {arithmetic['arithmetic']}, {config.optimizer} lr {config.lr:g} {config.schedule})",
         quiet=quiet,
     )
-    with _threads(arithmetic["threads"]):
+    with on_threads(arithmetic["threads"]):
         for epoch in range(epochs_done + 1, config.epochs + 1):
             start = time.perf_counter()
-            loss = _train_epoch(model, optimizer, train, config, epoch, where, quiet)
+            loss = _train_epoch(fitting, train, config, epoch, quiet)
             rate = len(train) / (time.perf_counter() - start)
-            if not math.isfinite(loss):
-                raise UsageError(
-                    f"the loss became {loss} in epoch {epoch}: lower {argument('lr')} (now {config.lr:g})"
-                )
             reached = ""
-            if test is not None and not quiet:
-                reached = f", test top-1 {measure_accuracy(model, test, mean, std, where, config.precision).top1:.2f}%"
+            if test is not None and watch and not quiet:
+                reached = f", test top-1 {accuracy(config.precision):.2f}%"
             say(f"epoch {epoch}/{config.epochs}: loss {loss:.4f}{reached}, {rate:.0f} images/s", quiet=quiet)
             if epoch in checkpoint_epochs:
                 write(_checkpoint_path(out, epoch), epoch)
             if epoch < config.epochs:
-                _save_state(state_file, identity, arithmetic, epoch, model, optimizer)
+                said = {
+                    "format": STATE_FORMAT,
+                    "training": identity,
+                    "arithmetic": arithmetic,
+                    "epoch": epoch,
+                }
+                state.write(fitting.state(), said)
         write(out, config.epochs)
     if train.bad:
         say(f"left out {plural(len(train.bad), 'training image')} that cannot be decoded", quiet=quiet)
-    state_file.unlink(missing_ok=True)
+    state.path.unlink(missing_ok=True)
     return load_teacher(out)
 
 
@@ -378,42 +386,44 @@ def _checked_epochs(given: Sequence[int] | int, epochs: int) -> tuple[int, ...]:
 
 
 def _train_epoch(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    train: ImageSet | StreamedSet,
-    config: TeacherConfig,
-    epoch: int,
-    device: torch.device,
-    quiet: bool,
+    fitting: Fitting, train: ImageSet | StreamedSet, config: TeacherConfig, epoch: int, quiet: bool
 ) -> float:
     """One pass; returns the mean cross-entropy over its images."""
-    model.train()
-    layout = memory_layout(model, device)
-    order = torch.randperm(len(train), generator=generator(config.seed, "order", epoch))
-    draws = generator(config.seed, "augmentation", epoch)
+    device, seed = fitting.device, config.seed
+    order = torch.randperm(len(train), generator=generator(seed, "order", epoch))
+    draws = generator(seed, "augmentation", epoch)
     steps = math.ceil(len(train) / config.batch_size)
-    mean, std = config.mean_std
-    total = torch.zeros((), device=device)
-    seen = 0
+    sizes: list[int] = []
     progress = Progress(f"epoch {epoch}/{config.epochs}", len(train), "images", quiet=quiet)
-    with seeded(config.seed, "dropout", epoch, device=device), progress:
-        for step, (images, labels) in enumerate(train.batches(order, config.batch_size)):
-            if len(labels) == 1:
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in train.batches(order, config.batch_size):
+            if len(labels) == 1:  # BatchNorm has no statistics of one value
                 continue
-            _set_lr(optimizer, config, (epoch - 1 + step / steps) / config.epochs)
-            inputs = normalize(_augment(images, config, draws).to(device), mean, std)
-            with autocast(config.precision, device):
-                logits = model(inputs.contiguous(memory_format=layout))
-            loss = F.cross_entropy(logits.float(), labels.to(device))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            total += loss.detach() * len(labels)
-            seen += len(labels)
+            yield normalize(_augment(images, config, draws).to(device), *config.mean_std), labels.to(device)
+            sizes.append(len(labels))
             progress.advance(len(labels))
-    if not seen:
+
+    def rate(step: int) -> float:
+        assert config.lr is not None
+        if config.schedule == "constant":
+            return config.lr
+        return config.lr * cosine((epoch - 1 + step / steps) / config.epochs)
+
+    with seeded(seed, "dropout", epoch, device=device), progress:
+        losses = fitting.epoch(batches(), _cross_entropy, rate=rate)
+    if not sizes:
         raise UsageError(f"none of the {plural(len(train), 'training image')} can be decoded")
-    return total.item() / seen
+    weights = torch.tensor(sizes, dtype=losses.dtype, device=device)
+    return finite_loss(
+        (losses * weights).sum() / weights.sum(),
+        f"lower {argument('lr')} (now {config.lr:g})",
+        when=f" in epoch {epoch}",
+    )
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), labels)
 
 
 def _augment(images: Tensor, config: TeacherConfig, draws: torch.Generator) -> Tensor:
@@ -425,14 +435,6 @@ def _augment(images: Tensor, config: TeacherConfig, draws: torch.Generator) -> T
     return random_flip(images, draws) if config.augment == "flip" else images
 
 
-def _set_lr(optimizer: torch.optim.Optimizer, config: TeacherConfig, progress: float) -> None:
-    """Learning rate at `progress` in [0, 1) of all steps."""
-    assert config.lr is not None
-    factor = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1.0
-    for group in optimizer.param_groups:
-        group["lr"] = config.lr * factor
-
-
 def _initial_model(config: TeacherConfig, num_classes: int) -> nn.Module:
     try:
         with seeded(config.seed, "weights"):
@@ -441,7 +443,7 @@ def _initial_model(config: TeacherConfig, num_classes: int) -> nn.Module:
         raise UsageError(str(error)) from error
 
 
-def _optimizer(model: nn.Module, config: TeacherConfig) -> torch.optim.Optimizer:
+def _optimizer(model: nn.Module, *, config: TeacherConfig) -> torch.optim.Optimizer:
     assert config.lr is not None
     if config.optimizer == "adamw":
         return torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
@@ -450,7 +452,7 @@ def _optimizer(model: nn.Module, config: TeacherConfig) -> torch.optim.Optimizer
     )
 
 
-def _identity(config: TeacherConfig, data_fingerprint: str) -> dict[str, Any]:
+def identity_of(config: TeacherConfig, data_fingerprint: str) -> dict[str, Any]:
     """What decides the weights, as JSON gives it back: a resumed run must agree with it."""
     return json.loads(json.dumps({**asdict(config), "data": data_fingerprint}))
 
@@ -461,30 +463,6 @@ def _checkpoint_path(out: Path, epoch: int) -> Path:
 
 def _checkpoint_paths(out: Path, epochs: Sequence[int]) -> list[Path]:
     return [_checkpoint_path(out, epoch) for epoch in epochs]
-
-
-def _state_path(out: Path) -> Path:
-    return out.with_suffix(".state")
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Compute on `count` threads: their number changes the order of sums."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _sweep(path: Path) -> None:
-    """Remove what a killed run left half-written beside `path`."""
-    prefix = temporary_path(path).name.rsplit("-", 1)[0] + "-"
-    with explained(path):
-        for entry in list(path.parent.iterdir()):
-            if entry.name.startswith(prefix) and entry.name.removeprefix(prefix).isdigit():
-                entry.unlink(missing_ok=True)
 
 
 def _check_free(out: Path, checkpoint_epochs: Sequence[int]) -> None:
@@ -499,10 +477,11 @@ def _check_free(out: Path, checkpoint_epochs: Sequence[int]) -> None:
                 f"{path} exists already ({_described(path)}): give another {argument('out')}, delete it to train anew, "
                 f"or use {setting('resume', True)} if it is of this run"
             )
-    header = _state_header(_state_path(out))
+    state = _state_file(out)
+    header = _state_header(state)
     if header is not None:
         raise UsageError(
-            f"{_state_path(out)} holds an unfinished run, {header['epoch']} of "
+            f"{state.path} holds an unfinished run, {header['epoch']} of "
             f"{plural(header['training'].get('epochs'), 'epoch')}: continue it with {setting('resume', True)}, give "
             f"another {argument('out')}, or delete it to train anew"
         )
@@ -536,9 +515,9 @@ def _finished(out: Path, identity: dict[str, Any], checkpoint_epochs: Sequence[i
         raise UsageError(f"the teacher file {out} is a folder: give a file name that ends in .safetensors")
     _check_teacher_identity(out, identity)
     _check_checkpoints(out, checkpoint_epochs, identity, identity["epochs"])
-    state_file = _state_path(out)
-    if _state_header(state_file) is not None:
-        state_file.unlink()
+    state = _state_file(out)
+    if _state_header(state) is not None:
+        state.path.unlink()
     say(f"{out} is finished", quiet=quiet)
     return load_teacher(out)
 
@@ -563,10 +542,15 @@ def _check_teacher_identity(path: Path, wanted: dict[str, Any]) -> None:
     if header is None or not isinstance(header.get("training"), dict):
         kind = "is no teacher file" if header is None else "was not made by train-teacher"
         raise UsageError(f"{path} {kind}, so it cannot be resumed: give another {argument('out')}")
-    _check_identity(path, header["training"], wanted)
+    check_identity(path, header["training"], wanted)
 
 
-def _check_identity(path: Path, held: dict[str, Any], wanted: dict[str, Any]) -> None:
+def check_identity(path: Path, held: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Refuse to go on with what `identity_of` tells apart from the run that is asked for.
+
+    Raises:
+        UsageError: names the first setting that differs.
+    """
     if different := [name for name in wanted if held.get(name) != wanted[name]]:
         name = different[0]
         raise UsageError(
@@ -575,8 +559,12 @@ def _check_identity(path: Path, held: dict[str, Any], wanted: dict[str, Any]) ->
         )
 
 
-def _continued(path: Path, header: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """The arithmetic that a run began with: its precision and its threads stay, its device must be there."""
+def continued(path: Path, header: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """The arithmetic that a run began with: its precision and its threads stay, its device must be there.
+
+    Raises:
+        UsageError: it was begun on another kind of device.
+    """
     held = {**now, **header.get("arithmetic", {})}
     if held["device"] != now["device"]:
         raise UsageError(
@@ -586,78 +574,26 @@ def _continued(path: Path, header: dict[str, Any], now: dict[str, Any]) -> dict[
     return held
 
 
-def _save_state(
-    path: Path,
-    identity: dict[str, Any],
-    arithmetic: dict[str, Any],
-    epoch: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-) -> None:
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for index, buffers in optimizer.state_dict()["state"].items():
-        tensors |= {
-            f"optimizer.{index}.{name}": tensor for name, tensor in buffers.items() if tensor is not None
-        }
-    header = {"format": STATE_FORMAT, "training": identity, "arithmetic": arithmetic, "epoch": epoch}
-    atomic_write_bytes(path, serialize_tensors(tensors, {STATE_KEY: header}))
+def _state_file(out: Path) -> StateFile:
+    return StateFile(out.with_suffix(".state"), STATE_KEY)
 
 
-def _state_header(path: Path, *, strict: bool = False) -> dict[str, Any] | None:
+def _state_header(state: StateFile, *, strict: bool = False) -> dict[str, Any] | None:
     """What a training state says of itself; None where there is no such file, or without `strict` where it is another.
 
     Raises:
         UsageError: with `strict`, a file that is damaged or no training state.
     """
-    if not path.exists():
-        return None
     try:
-        data = path.read_bytes()
-        header = read_tensors(path, data, what="training state")[1].get(STATE_KEY)
+        header = state.read("training state")[1]
     except (UsageError, OSError):
         if strict:
             raise
         return None
     if isinstance(header, dict) and header.get("format") == STATE_FORMAT:
         return header
-    if strict:
+    if strict and state.path.exists():
         raise UsageError(
-            f"{path} is not a training state of this version: delete it, or leave out {setting('resume', True)}"
+            f"{state.path} is not a training state of this version: delete it, or leave out {setting('resume', True)}"
         )
     return None
-
-
-def _restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Put the state back in place and return the number of finished epochs."""
-    tensors, metadata = read_tensors(path, path.read_bytes(), what="training state")
-    model.load_state_dict(
-        {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
-    )
-    parameters = list(model.parameters())
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer."):
-            index, name = int(key.split(".")[1]), key.split(".")[2]
-            # A buffer gets its parameter's memory layout, as in the run that is continued: an elementwise
-            # kernel over another layout may round differently.
-            parameter = parameters[index]
-            held = torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
-            state.setdefault(index, {})[name] = held.detach()
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    return int(metadata[STATE_KEY]["epoch"])
-
-
-def _native_size(source: Source) -> int:
-    """Shorter side of the first training image that can be decoded, at most 224 px."""
-    from ddfast.data.decoding import decode
-    from ddfast.data.sources import reasons_in_words
-
-    reasons = []
-    for sample in source.samples:
-        try:
-            image = decode(source.read(sample))
-        except BadImage as error:
-            reasons.append(str(error))
-            continue
-        return min(image.shape[1], image.shape[2], 224)
-    raise UsageError(f"{source.name}: no training image can be decoded{reasons_in_words(reasons)}")

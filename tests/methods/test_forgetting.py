@@ -60,7 +60,7 @@ def test_a_training_that_is_stopped_after_an_epoch_goes_on_from_there(
 
     def stopping(self, tensors):
         save(self, tensors)
-        epochs.append(int(tensors["epochs"]))
+        epochs.append(int(tensors["epoch"]))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(prepare.FileCheckpoint, "save", stopping)
@@ -81,7 +81,7 @@ def test_a_damaged_table_is_made_again_and_a_state_of_another_run_is_left(
     path = out / "prepared.parquet"
     path.write_bytes(path.read_bytes()[:-9])
     other = prepare.FileCheckpoint(out / prepare._STATE, "0" * 32)
-    other.save({"epochs": torch.tensor(3)})
+    other.save({"epoch": torch.tensor(3)})
     distil(toy_folder, toy_teacher, out, resume=True, **SETTINGS)
     assert digests(out) == digests(undisturbed)
     assert read_facts(path)["scores"] != "0" * 32

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ddfast import files, state
 from ddfast.data import open_source
 from ddfast.errors import UsageError
 from ddfast.files import temporary_path
@@ -105,10 +106,10 @@ def test_what_auto_is_stands_from_the_start_of_a_training(toy_train, tmp_path, m
     whole = fit(toy_train, None, tmp_path / "whole.safetensors", config)
     assert whole.facts["arithmetic"] == "float32"
 
-    def killed(model, optimizer, train, config, epoch, *rest):
+    def killed(fitting, train, config, epoch, *rest):
         if epoch == 2:
             raise KeyboardInterrupt
-        return original(model, optimizer, train, config, epoch, *rest)
+        return original(fitting, train, config, epoch, *rest)
 
     monkeypatch.setattr(module, "_train_epoch", killed)
     part = tmp_path / "part.safetensors"
@@ -370,7 +371,7 @@ class Killed(BaseException):
 
 def kill_at_write(monkeypatch, whole):
     """Die at the write behind `whole` whole ones, half of its bytes on the disk, as SIGKILL leaves them."""
-    original, left = module.atomic_write_bytes, [whole]
+    original, left = files.atomic_write_bytes, [whole]
 
     def dying(path, data):
         left[0] -= 1
@@ -379,7 +380,8 @@ def kill_at_write(monkeypatch, whole):
             raise Killed
         original(path, data)
 
-    monkeypatch.setattr(module, "atomic_write_bytes", dying)
+    for writer in (module, state):
+        monkeypatch.setattr(writer, "atomic_write_bytes", dying)
 
 
 def test_a_run_killed_while_it_writes_resumes_to_the_same_bytes(toy_train, tmp_path, monkeypatch):

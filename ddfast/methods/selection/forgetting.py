@@ -10,10 +10,9 @@ The pool, `--images-per-class` of each class, stands for the paper's whole train
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,12 +25,14 @@ from ddfast.methods.base import Context, Method
 from ddfast.methods.selection.base import Batch, Candidates, Table, whole_images
 from ddfast.models import Teacher
 from ddfast.models.registry import check_model, create_model
-from ddfast.ops.precision import autocast
 from ddfast.seeding import generator, seeded
 from ddfast.settings import option
 from ddfast.state import Checkpoint
 from ddfast.training.augmentation import normalize, random_crop_flip
+from ddfast.training.fitting import Fitting, constant, cosine, finite_loss, part
 from ddfast.wording import argument
+
+_EPOCH = "epoch"  # the name in a state of how many are done
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,24 @@ class History:
         return torch.where(self.learned.bool(), self.events.float(), float(never))
 
 
+class Visited(NamedTuple):
+    """What a batch is compared with.
+
+    Attributes:
+        places: int64 [B], of its images in the pool.
+        labels: int64 [B].
+        targets: the labels on the training's device.
+    """
+
+    places: Tensor
+    labels: Tensor
+    targets: Tensor
+
+
+def _cross_entropy(logits: Tensor, batch: Visited) -> Tensor:
+    return F.cross_entropy(logits.float(), batch.targets)
+
+
 class _Training:
     """The network on its way: SGD with momentum on padded crops and mirrored images of the pool."""
 
@@ -122,38 +141,34 @@ class _Training:
         self.options, self.pool, self.context = options, pool, context
         self.mean_std = (context.teacher.mean, context.teacher.std)
         model = _new_network(options.arch, context.teacher, pool.classes, context)
-        self.model = model.to(device=context.device).to(memory_format=torch.channels_last)
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(), lr=options.lr, momentum=0.9, nesterov=True, weight_decay=5e-4
-        )
+        self.fitting = Fitting(model, self._optimizer, context.device, context.precision)
         self.history = History(len(pool.labels))
+
+    def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(
+            model.parameters(), lr=self.options.lr, momentum=0.9, nesterov=True, weight_decay=5e-4
+        )
 
     def run_epoch(self, epoch: int) -> None:
         """One pass over the pool; every draw comes from a generator of (seed, purpose, epoch)."""
         seed, device, options = self.context.seed, self.context.device, self.options
+        rate = constant(options.lr * cosine(epoch / options.epochs))
+        with seeded(seed, "forgetting dropout", epoch, device=device):
+            losses = self.fitting.epoch(self._batches(epoch), _cross_entropy, rate=rate, note=self._visit)
+        finite_loss(losses.sum(), f"lower --lr (now {options.lr:g})", when=f" in epoch {epoch + 1}")
+
+    def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Visited]]:
+        seed, device = self.context.seed, self.context.device
         order = torch.randperm(len(self.pool.labels), generator=generator(seed, "forgetting order", epoch))
         draws = generator(seed, "forgetting augmentation", epoch)
-        total = torch.zeros((), device=device)
-        self.model.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = options.lr * 0.5 * (1 + math.cos(math.pi * epoch / options.epochs))
-        with seeded(seed, "forgetting dropout", epoch, device=device):
-            for places, images, labels in self.pool.batches(order, options.train_batch_size):
-                if len(places) == 1:  # BatchNorm cannot train on it
-                    continue
-                inputs = normalize(random_crop_flip(images, draws, images.shape[-1] // 8), *self.mean_std)
-                with autocast(self.context.precision, device):
-                    logits = self.model(inputs.to(device))
-                self.history.visit(places, logits.argmax(dim=1).cpu() == labels)
-                loss = F.cross_entropy(logits.float(), labels.to(device))
-                self.optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                self.optimizer.step()
-                total += loss.detach()
-        if not math.isfinite(total.item()):
-            raise UsageError(
-                f"the loss became {total.item()} in epoch {epoch + 1}: lower --lr (now {options.lr:g})"
-            )
+        for places, images, labels in self.pool.batches(order, self.options.train_batch_size):
+            if len(places) == 1:  # BatchNorm has no statistics of one value
+                continue
+            inputs = normalize(random_crop_flip(images, draws, images.shape[-1] // 8), *self.mean_std)
+            yield inputs.to(device), Visited(places, labels, labels.to(device))
+
+    def _visit(self, logits: Tensor, batch: Visited) -> None:
+        self.history.visit(batch.places, logits.argmax(dim=1).cpu() == batch.labels)
 
     def progress(self, epochs: int) -> str:
         """What is known behind so many epochs, for the log."""
@@ -164,30 +179,17 @@ class _Training:
 
     def state(self, epochs: int) -> dict[str, Tensor]:
         """All that the next epoch depends on, behind `epochs` of them."""
-        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        for number, parameter in enumerate(self.model.parameters()):
-            if "momentum_buffer" in self.optimizer.state[parameter]:
-                tensors[f"momentum.{number}"] = self.optimizer.state[parameter]["momentum_buffer"]
-        tensors |= {f"history.{name}": value for name, value in vars(self.history).items()}
-        return {**tensors, "epochs": torch.tensor(epochs)}
+        history = {f"history.{name}": value for name, value in vars(self.history).items()}
+        return {**self.fitting.state(), **history, _EPOCH: torch.tensor(epochs)}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> int:
         """Put a state back; the number of epochs that it holds, 0 where there is none."""
-        if not tensors:
+        if _EPOCH not in tensors:
             return 0
-        self.model.load_state_dict(_part(tensors, "model."))
-        for name, value in _part(tensors, "history.").items():
+        self.fitting.restore(tensors)
+        for name, value in part(tensors, "history.").items():
             setattr(self.history, name, value)
-        parameters = list(self.model.parameters())
-        for number, value in _part(tensors, "momentum.").items():
-            # In its parameter's memory layout, as in the run that is continued: it decides the rounding.
-            buffer = torch.empty_like(parameters[int(number)]).copy_(value).detach()
-            self.optimizer.state[parameters[int(number)]]["momentum_buffer"] = buffer
-        return int(tensors["epochs"])
-
-
-def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        return int(tensors[_EPOCH])
 
 
 def _new_network(arch: str, teacher: Teacher, classes: int, context: Context) -> nn.Module:
