@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load, save
 
 from ddfast.errors import DivergedError, UsageError
-from ddfast.methods.matching.dm import DM, DMOptions
+from ddfast.methods.matching.base import MatchingOptions
+from ddfast.methods.matching.dm import DM
 from ddfast.methods.matching.networks import Fresh, Networks
 from ddfast.methods.synthesis import State
 from ddfast.models import create_model
@@ -34,7 +35,7 @@ def plain_network(context, step, dtype):
 
 
 def dm(**options):
-    return DM(DMOptions(**{"iterations": 4, "real_batch": 6, **options}))
+    return DM(MatchingOptions(**{"iterations": 4, "real_batch": 6, **options}))
 
 
 def by_the_paper(pool, context, steps, *, dtype, real_batch=6, lr_img=1.0, momentum=0.5):
