@@ -26,6 +26,7 @@ from ddfast.methods.matching.networks import Networks
 from ddfast.methods.synthesis import Group, State, Synthesis
 from ddfast.models.registry import check_model
 from ddfast.ops.precision import autocast
+from ddfast.ops.transfer import to_device
 from ddfast.seeding import generator, seeded
 from ddfast.settings import option
 from ddfast.training.differentiable import DSA, draw_one
@@ -221,6 +222,7 @@ class Matching(Synthesis):
         group = state.group
         state.tensors = {name: tensor.to(context.device) for name, tensor in state.tensors.items()}
         network = self.networks.at(number, state, context)
+        labels = to_device(torch.tensor(group.classes), context.device)
         pixels = state.pixels.detach().requires_grad_()
         # Networks that draw when they are called, dropout for example, draw the same after a kill.
         with (
@@ -228,7 +230,7 @@ class Matching(Synthesis):
             autocast(context.precision, context.device),
         ):
             real, synthetic = self._augmented(number, group, self._decoded(pixels, group), pool, context)
-            loss = self.loss(network, real, synthetic, torch.tensor(group.classes, device=context.device))
+            loss = self.loss(network, real, synthetic, labels)
             (gradient,) = torch.autograd.grad(loss, pixels)
             measured = {"loss": loss.detach(), "gradient_norm": torch.linalg.vector_norm(gradient)}
             cmi_gradient = self._regularise(number, group, pixels, context, measured)
@@ -254,16 +256,20 @@ class Matching(Synthesis):
         self, number: int, group: Group, decoded: Tensor, pool: ClassPool, context: Context
     ) -> tuple[Tensor, Tensor]:
         """Real [C, R, 3, H, W] and synthetic images [C, n, 3, H, W] of a step."""
-        size = (decoded.shape[-2], decoded.shape[-1])
-        batch = self.options.real_batch
-        real = decoded.new_empty(len(group.classes), batch, *decoded.shape[2:])
+        size, batch = (decoded.shape[-2], decoded.shape[-1]), self.options.real_batch
+        drawn = [
+            _all_drawn(
+                pool, label, batch, generator(context.seed, "real", label, number), context, "real_batch"
+            )
+            for label in group.classes
+        ]
+        real = _normalised(torch.stack(drawn), context, decoded.dtype)
         synthetic = []
-        for place, label in enumerate(group.classes):
+        # `unbind`, as the gradient of a class taken by its place would be as large as all classes.
+        for place, (label, images) in enumerate(zip(group.classes, decoded.unbind(), strict=True)):
             augment = self.augmentation(size, generator(context.seed, "augment", label, number))
-            draws = generator(context.seed, "real", label, number)
-            drawn = _all_drawn(pool, label, batch, draws, context, "real_batch")
-            real[place] = augment(_normalised(drawn, context, decoded.dtype))
-            synthetic.append(augment(decoded[place]))
+            real[place] = augment(real[place])
+            synthetic.append(augment(images))
         return real, torch.stack(synthetic)
 
     def _regularise(
@@ -320,12 +326,12 @@ _CALLED = {
 
 
 def _normalised(images: Tensor, context: Context, dtype: torch.dtype) -> Tensor:
-    """(x / 255 - mean) / std of uint8 images [B, 3, H, W], on the context's device."""
+    """(x / 255 - mean) / std of uint8 images [..., 3, H, W], on the context's device."""
     mean, std = (
-        torch.tensor(values, dtype=dtype, device=context.device).view(3, 1, 1)
+        to_device(torch.tensor(values, dtype=dtype), context.device).view(3, 1, 1)
         for values in (context.mean, context.std)
     )
-    return images.to(context.device).to(dtype).div_(255).sub_(mean).div_(std)
+    return to_device(images, context.device).to(dtype).div_(255).sub_(mean).div_(std)
 
 
 def _all_drawn(

@@ -5,30 +5,23 @@ Zhao and Bilen, "Dataset Condensation with Distribution Matching", WACV 2023.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ddfast.methods.matching.base import Matching, MatchingOptions
+from ddfast.methods.matching.base import Matching
 from ddfast.methods.matching.networks import Fresh, Networks
 from ddfast.methods.matching.objectives import class_means, squared_distance
 
 
-@dataclass(frozen=True)
-class DMOptions(MatchingOptions):
-    """Options of DM: the defaults are those of its authors' code for up to 50 images a class."""
-
-
 class DM(Matching):
-    """Distribution matching."""
+    """Distribution matching. The defaults of `MatchingOptions` are those of its authors' code."""
 
     name = "dm"
     summary = (
         "synthetic images whose mean features are those of real ones, over random networks (DM, WACV 2023)"
     )
-    Options = DMOptions
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "cifar10_ipc1": {"lr_img": 1.0},
         "cifar10_ipc10": {"lr_img": 1.0},

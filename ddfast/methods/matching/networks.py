@@ -12,6 +12,7 @@ from ddfast.methods.base import Context
 from ddfast.methods.synthesis import State
 from ddfast.models.fusing import fuse
 from ddfast.models.registry import create_model
+from ddfast.ops.transfer import to_device
 from ddfast.seeding import seeded
 
 
@@ -95,4 +96,4 @@ def _copy(source: nn.Module, target: nn.Module) -> None:
     """Parameters and buffers of one network into those of another."""
     to: dict[str, Tensor] = target.state_dict()
     for name, tensor in source.state_dict().items():
-        to[name].copy_(tensor)
+        to[name].copy_(to_device(tensor, to[name].device))

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from ddfast.methods.matching import cmi as module
+from ddfast.methods.matching.base import MatchingOptions
 from ddfast.methods.matching.cmi import Regulariser
-from ddfast.methods.matching.dm import DM, DMOptions
+from ddfast.methods.matching.dm import DM
 from ddfast.models.registry import features
 from ddfast.seeding import generator
 from tests.methods.matching.conftest import context_of, distilled
@@ -26,7 +27,7 @@ def by_the_paper(proxy, images):
 
 
 def dm(**options):
-    return DM(DMOptions(**{"iterations": 4, "real_batch": 6, "cmi": 100.0, "proxies": "p", **options}))
+    return DM(MatchingOptions(**{"iterations": 4, "real_batch": 6, "cmi": 100.0, "proxies": "p", **options}))
 
 
 @pytest.mark.parametrize("rows", [128, 7, 1])
@@ -64,7 +65,7 @@ def test_the_proxy_of_a_step_is_drawn_by_seed_and_step(proxies):
 
 def test_a_step_adds_lambda_times_the_gradient_of_images_without_augmentation(pool, proxies):
     context = context_of(3)
-    base, regular = DM(DMOptions(iterations=4, real_batch=6)), dm(lr_img=0.5)
+    base, regular = DM(MatchingOptions(iterations=4, real_batch=6)), dm(lr_img=0.5)
     state = regular.begin(regular.groups(3, 2)[0], pool, context)
     begun = state.pixels.clone()
     distilled(regular, pool, context, state=state, steps=1)
@@ -102,7 +103,7 @@ def test_grouping_changes_the_pixels_by_rounding_alone(pool, proxies, class_batc
 def test_cmi_falls_with_the_regulariser(pool, proxies):
     context = context_of(3)
     state = distilled(dm(iterations=12, cmi=3000.0), pool, context)
-    plain = distilled(DM(DMOptions(iterations=12, real_batch=6)), pool, context)
+    plain = distilled(DM(MatchingOptions(iterations=12, real_batch=6)), pool, context)
 
     def mean(pixels):
         images = pixels.unflatten(0, (3, 2))

@@ -5,7 +5,8 @@ import torch
 
 from ddfast.errors import UsageError
 from ddfast.methods import get_method, list_methods
-from ddfast.methods.matching.dm import DM, DMOptions
+from ddfast.methods.matching.base import MatchingOptions
+from ddfast.methods.matching.dm import DM
 from ddfast.methods.matching.initial import mosaics
 from ddfast.seeding import generator
 from ddfast.wording import flags_of_command
@@ -15,7 +16,7 @@ NAMES = ("cat", "dog", "owl")
 
 
 def dm(**options):
-    return DM(DMOptions(**options))
+    return DM(MatchingOptions(**options))
 
 
 def test_dm_is_registered_with_the_papers_defaults():
@@ -28,7 +29,7 @@ def test_dm_is_registered_with_the_papers_defaults():
     assert not method.needs_teacher
     assert method.space == "normalized"
     assert method.steps == 20000
-    assert set(method.options_of_stage("synthesize")) == set(DMOptions.__dataclass_fields__)
+    assert set(method.options_of_stage("synthesize")) == set(MatchingOptions.__dataclass_fields__)
 
 
 @pytest.mark.parametrize(
@@ -140,9 +141,9 @@ def test_bad_options_get_one_line(options, message):
 
 def test_bad_options_from_python_get_the_same_lines():
     with pytest.raises(UsageError, match="iterations must be at least 1, got 0"):
-        DMOptions(iterations=0)
+        MatchingOptions(iterations=0)
     with pytest.raises(UsageError, match="cmi must be a number, got True"):
-        DMOptions(cmi=True)
+        MatchingOptions(cmi=True)
 
 
 def test_messages_name_flags_on_the_command_line():
@@ -150,7 +151,7 @@ def test_messages_name_flags_on_the_command_line():
         flags_of_command({"cmi": "--cmi", "proxies": "--proxies"}),
         pytest.raises(UsageError, match=r"^--cmi 5 needs --proxies"),
     ):
-        DMOptions(cmi=5)
+        MatchingOptions(cmi=5)
 
 
 @pytest.mark.parametrize(

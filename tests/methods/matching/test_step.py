@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load, save
 
 from ddfast.errors import DivergedError, UsageError
-from ddfast.methods.matching.dm import DM, DMOptions
+from ddfast.methods.matching.base import MatchingOptions
+from ddfast.methods.matching.dm import DM
 from ddfast.methods.matching.networks import Fresh, Networks
 from ddfast.methods.synthesis import State
 from ddfast.models import create_model
@@ -34,7 +35,7 @@ def plain_network(context, step, dtype):
 
 
 def dm(**options):
-    return DM(DMOptions(**{"iterations": 4, "real_batch": 6, **options}))
+    return DM(MatchingOptions(**{"iterations": 4, "real_batch": 6, **options}))
 
 
 def by_the_paper(pool, context, steps, *, dtype, real_batch=6, lr_img=1.0, momentum=0.5):
@@ -124,17 +125,20 @@ def test_groups_give_the_bits_of_one_pass_over_all_classes(pool, fused, class_ba
     assert sums == pytest.approx([row["loss"] for row in together.curve], rel=1e-6)
 
 
-def test_real_images_go_in_pieces_of_one_size_whatever_the_classes(pool, monkeypatch):
+@pytest.mark.parametrize(
+    ("micro_batch", "pieces"), [(5, [5, 1] * 3), (13, [12, 6]), (6, [6] * 3), (256, [18]), (1, [1] * 18)]
+)
+def test_real_images_go_in_pieces_that_change_no_bit(pool, monkeypatch, micro_batch, pieces):
     from ddfast.methods.matching import objectives
 
     context = context_of(3)
     whole = distilled(dm(), pool, context)
-    monkeypatch.setattr(objectives, "MICRO_BATCH", 5)  # pieces that cut classes
+    monkeypatch.setattr(objectives, "MICRO_BATCH", micro_batch)
     seen = []
     inner = objectives.features
     monkeypatch.setattr(objectives, "features", lambda net, x: (seen.append(len(x)), inner(net, x))[1])
     assert torch.equal(distilled(dm(), pool, context).pixels, whole.pixels)
-    assert seen[:5] == [5, 5, 5, 3, 6]  # 18 real images, then 6 synthetic ones at once
+    assert seen == [*pieces, 6] * 4  # real images, then the synthetic ones at once
 
 
 @pytest.mark.parametrize("options", [{}, {"cmi": 50.0, "proxies": "p", "cmi_every": 2}])
