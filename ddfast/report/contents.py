@@ -49,12 +49,12 @@ def facts(folder: Folder) -> list[Fact]:
         Fact("Method", str(plan["method"]), preset),
         Fact("Images", f"{images:,}", f"{plan['ipc']} per class × {classes} classes"),
         Fact("Image size", f"{folder.image_size} px", tiles),
-        Fact("Teacher", str(plan["teacher"]["arch"]), _accuracy(plan["teacher"])),
     ]
-    if plan["label_teacher"] != plan["teacher"]:
-        found.append(
-            Fact("Label teacher", str(plan["label_teacher"]["arch"]), _accuracy(plan["label_teacher"]))
-        )
+    teacher, labelled_by = plan.get("teacher"), plan.get("label_teacher")
+    if teacher:
+        found.append(Fact("Teacher", str(teacher["arch"]), _accuracy(teacher)))
+    if labelled_by and labelled_by != teacher:
+        found.append(Fact("Label teacher", str(labelled_by["arch"]), _accuracy(labelled_by)))
     total = plan.get("data", {}).get("images")
     scored = counts.get("sources")
     if scored is not None:
@@ -84,7 +84,7 @@ def _accuracy(teacher: dict[str, Any]) -> str:
 
 def settings(folder: Folder) -> list[tuple[str, str]]:
     """Every setting of the manifest as (dotted name, value), without the lists shown elsewhere."""
-    hidden = {"class_names", "counts", "quarantined", "complete"}
+    hidden = {"class_names", "counts", "quarantined", "complete", "accuracy"}
     found: list[tuple[str, str]] = []
 
     def walk(name: str, value: Any) -> None:

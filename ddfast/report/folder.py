@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ddfast.output.distilled import SoftLabels
+    from ddfast.output.pixels import Pixels
 
 SCORES = "scores"
 # What is held in memory of the score table; heatmaps are read for the shown sources only.
@@ -52,6 +53,7 @@ class Folder:
         selection: rows of `selection.parquet`, by class, image and tile.
         scores: columns of the score table as arrays, see `ddfast.output.table`; None where there is none.
         soft_labels: of the images in `rows`; None where there are none.
+        pixels: of all images that were optimised, which have no selection; None for images that were chosen.
     """
 
     root: Path
@@ -61,6 +63,7 @@ class Folder:
     selection: list[Selected]
     scores: dict[str, NDArray[Any]] | None
     soft_labels: SoftLabels | None
+    pixels: Pixels | None = None
     _pictures: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -71,7 +74,7 @@ class Folder:
     @property
     def factor(self) -> int:
         """Tiles per side."""
-        return int(self.manifest["factor"])
+        return self.pixels.factor if self.pixels is not None else int(self.manifest["factor"])
 
     @property
     def tiles(self) -> int:
@@ -113,13 +116,13 @@ def shown_labels(classes: int) -> NDArray[np.int64]:
 
 
 def read_folder(root: str | Path) -> Folder:
-    """Read a folder whose images, selection and score table stand; soft labels may be missing.
+    """Read a folder whose images stand, and their pixels or their selection; scores and soft labels may be missing.
 
     Raises:
         UsageError: no such folder, or a part that is missing or damaged.
     """
     from ddfast.output.distilled import MANIFEST, METADATA, SOFT_LABELS, read_soft_labels
-    from ddfast.output.table import SELECTION_SCHEMA, iter_table, to_numpy
+    from ddfast.output.pixels import PIXELS, read_pixels
 
     root = Path(root)
     places: list[int] = []
@@ -139,8 +142,24 @@ def read_folder(root: str | Path) -> Folder:
         raise UsageError(
             f"{root} is no distilled set with images ({error}): run ddfast distill first"
         ) from error
-    columns = _of_labels((to_numpy(block) for block in iter_table(root / SELECTION, SELECTION_SCHEMA)), shown)
-    selection = [
+    pixels = read_pixels(root) if (root / PIXELS).is_file() else None
+    selection = [] if pixels is not None else _read_selection(root, shown)
+    scores = _of_labels(_score_parts(root / SCORES), shown) if (root / SCORES).is_dir() else None
+    labels = None
+    if (root / SOFT_LABELS).is_file():
+        whole = len(places) == images
+        labels = read_soft_labels(root, len(manifest["class_names"]), None if whole else places)
+    return Folder(root, manifest, images, rows, selection, scores, labels, pixels)
+
+
+def _read_selection(root: Path, labels: NDArray[np.int64]) -> list[Selected]:
+    """The rows of `selection.parquet` of these labels, by class, image and tile."""
+    from ddfast.output.table import SELECTION_SCHEMA, iter_table, to_numpy
+
+    columns = _of_labels(
+        (to_numpy(block) for block in iter_table(root / SELECTION, SELECTION_SCHEMA)), labels
+    )
+    return [
         Selected(
             label=int(columns["label"][i]),
             image=int(columns["image"][i]),
@@ -152,12 +171,6 @@ def read_folder(root: str | Path) -> Folder:
         )
         for i in np.lexsort((columns["tile"], columns["image"], columns["label"]))
     ]
-    scores = _of_labels(_score_parts(root / SCORES), shown) if (root / SCORES).is_dir() else None
-    labels = None
-    if (root / SOFT_LABELS).is_file():
-        whole = len(places) == images
-        labels = read_soft_labels(root, len(manifest["class_names"]), None if whole else places)
-    return Folder(root, manifest, images, rows, selection, scores, labels)
 
 
 def _score_parts(folder: Path) -> Iterator[dict[str, NDArray[Any]]]:

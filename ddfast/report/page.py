@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddfast.files import atomic_write_bytes, atomic_write_text
-from ddfast.report import contents, samples
+from ddfast.output.mosaic import mosaic_labels, write_mosaic
+from ddfast.report import contents, made, samples
 from ddfast.report.charts import histogram
 from ddfast.report.folder import Folder, read_folder, shown_labels
 from ddfast.report.parts import (
@@ -22,14 +23,16 @@ from ddfast.report.pictures import mosaic_picture, png_bytes
 
 if TYPE_CHECKING:
     from ddfast.data.sources import Source
+    from ddfast.output.pixels import Pixels
 
 
 def write_report(run_dir: str | Path, *, source: Source | None = None, title: str | None = None) -> Path:
     """Write `report.html` and `mosaic.png` of a distilled folder.
 
-    The folder needs its images, `train/metadata.jsonl`, `selection.parquet` and `manifest.json`, which may still be
-    incomplete; the score table and the soft labels are shown where they stand. The same folder and data give the
-    same bytes.
+    The folder needs its images, `train/metadata.jsonl`, `manifest.json`, which may still be incomplete, and
+    `selection.parquet` or `pixels.safetensors`; the score table, the soft labels, the curve and `before.png` are shown
+    where they stand. The same folder and data give the same bytes. Of a finished synthesis the page says how long it
+    took as well.
 
     Args:
         run_dir: the folder.
@@ -44,6 +47,8 @@ def write_report(run_dir: str | Path, *, source: Source | None = None, title: st
         UsageError: no such folder, or a part that is missing or damaged.
     """
     folder = read_folder(run_dir)
+    if folder.pixels is not None:
+        return _write_made(folder, folder.pixels, title)
     shown, note = contents.shown_images(folder)
     places = [place for _, row in shown for place in row]
     picture = mosaic_picture(
@@ -87,6 +92,47 @@ def write_report(run_dir: str | Path, *, source: Source | None = None, title: st
     return folder.root / REPORT
 
 
+def _write_made(folder: Folder, pixels: Pixels, title: str | None) -> Path:
+    """The report of images that were made, not chosen."""
+    shown = made.pairs(folder)
+    any_before = any(pair.before for pair in shown)
+    quarantined = (folder.manifest.get("quarantined") or {}).get("files", [])
+    page = render(
+        "made.html",
+        title=title or _made_heading(folder),
+        lead=_lead(folder),
+        facts=made.facts(folder),
+        pairs=shown,
+        any_before=any_before,
+        images=max((len(pair.after) for pair in shown), default=1),
+        pairs_note=made.pairs_note(folder, shown),
+        figures=made.figures(folder),
+        curve_note=made.curve_note(folder),
+        rounding=made.rounding(folder, pixels),
+        files=made.files(folder),
+        ways=made.ways_to_open(folder, pixels),
+        quarantined=quarantined[: contents.SHOWN_QUARANTINED],
+        quarantined_note=_quarantined_note(len(quarantined)),
+        settings=contents.settings(folder),
+    )
+    labels = mosaic_labels(len(folder.class_names))
+    places = [place for label in labels for place in folder.rows_of(label)[: contents.SHOWN_IMAGES]]
+    write_mosaic(
+        folder.root / MOSAIC,
+        [folder.image(place) for place in places],
+        [folder.rows[place]["label"] for place in places],
+        folder.class_names,
+    )
+    atomic_write_text(folder.root / REPORT, page)
+    return folder.root / REPORT
+
+
+def _made_heading(folder: Folder) -> str:
+    real = (folder.manifest.get("data") or {}).get("images")
+    images = f"{folder.images:,} image{'s' if folder.images != 1 else ''}"
+    return f"{images} made from {real:,}" if isinstance(real, int) else f"{images}, made pixel by pixel"
+
+
 def _heading(folder: Folder) -> str:
     scored = (folder.manifest.get("counts") or {}).get("sources")
     images = f"{folder.images:,} image{'s' if folder.images != 1 else ''}"
@@ -109,7 +155,8 @@ def _lead(folder: Folder) -> str:
     if method in list_methods():
         summary = get_method(method).summary
         return f"{summary[0].upper()}{summary[1:]}."
-    return f"Distilled with the method {method}."
+    how = "Optimised" if folder.pixels is not None else "Distilled"
+    return f"{how} with the method {method}."
 
 
 def _kept(select: dict[str, Any]) -> str:

@@ -28,6 +28,8 @@ def layout_note(folder: Folder) -> str:
     """How the mosaic is laid out, in a sentence."""
     if folder.factor == 1:
         return "One row a class."
+    if folder.pixels is not None:
+        return f"One row a class; every image holds {folder.tiles} tiles that students see as whole images."
     return f"One row a class; every image holds {folder.tiles} tiles, each from another source."
 
 

@@ -1,0 +1,157 @@
+"""Line charts as inline SVG, in the colours of the page; see `charts`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from markupsafe import Markup, escape
+from numpy.typing import NDArray
+
+from ddfast.report.contents import number
+
+_POINTS = 160  # of a line at most; more steps than that are averaged
+_WIDE = 30.0  # ratio of the largest to the smallest value above which a positive axis is logarithmic
+_DOTS = 24  # points up to which each is marked
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a chart.
+
+    Attributes:
+        name: in the legend, where there are several.
+        steps: float64 [M], ascending.
+        mean: float64 [M], over the groups and over the steps that a point stands for.
+        low: float64 [M], of the group whose mean is lowest there.
+        high: float64 [M], of the highest.
+        groups: how many there are.
+        averaged: steps that a point stands for.
+    """
+
+    name: str
+    steps: NDArray[np.float64]
+    mean: NDArray[np.float64]
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+    groups: int
+    averaged: int
+
+
+def line_of(name: str, by_group: Mapping[int, Sequence[tuple[float, float]]]) -> Line | None:
+    """The mean over groups of what was measured, and its spread; None where nothing was.
+
+    Args:
+        name: of the line.
+        by_group: (step, value) of every group, ascending by step.
+    """
+    measured = {group: points for group, points in by_group.items() if points}
+    steps = sorted({step for points in measured.values() for step, _ in points})
+    if not steps:
+        return None
+    each = -(-len(steps) // _POINTS)
+    place = {step: index // each for index, step in enumerate(steps)}
+    count = place[steps[-1]] + 1
+    sums, counts = np.zeros((len(measured), count)), np.zeros((len(measured), count))
+    for row, points in enumerate(measured.values()):
+        for step, value in points:
+            sums[row, place[step]] += value
+            counts[row, place[step]] += 1
+    with np.errstate(invalid="ignore"):
+        means = sums / counts  # NaN where a group has no point: `nanmin` and the like leave it out
+    at = np.array([np.mean(steps[first : first + each]) for first in range(0, len(steps), each)])
+    mean, low, high = np.nanmean(means, axis=0), np.nanmin(means, axis=0), np.nanmax(means, axis=0)
+    return Line(name, at, mean, low, high, len(measured), each)
+
+
+def line_chart(lines: Sequence[Line], said: str, *, percent: bool = False) -> Markup:
+    """Lines over steps, with a band from the lowest to the highest group around each.
+
+    The axis is logarithmic where all values are positive and spread widely.
+
+    Args:
+        lines: at least one; the first is drawn strong.
+        said: what the chart shows, for who cannot see it.
+        percent: values are percents, and are written so.
+    """
+    width, height, left, right, top, bottom = 520.0, 210.0, 54.0, 12.0, 10.0, 26.0
+    values = np.concatenate([np.concatenate((line.low, line.high)) for line in lines])
+    low, high = float(values.min()), float(values.max())
+    logarithmic = low > 0 and high / low > _WIDE
+    ticks = _decades(low, high) if logarithmic else _ticks(low, high)
+    low, high = min(low, ticks[0]), max(high, ticks[-1])
+    first = min(float(line.steps[0]) for line in lines)
+    last = max(float(line.steps[-1]) for line in lines)
+
+    def x(step: float) -> float:
+        share = (step - first) / (last - first) if last > first else 0.5
+        return left + (width - left - right) * share
+
+    def y(value: float) -> float:
+        share = math.log(value / low) / math.log(high / low) if logarithmic else (value - low) / (high - low)
+        return top + (height - top - bottom) * (1 - share)
+
+    parts = []
+    for tick in ticks:
+        parts.append(
+            f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>'
+            f'<text class="tick" x="{left - 8}" y="{y(tick) + 3.5:.1f}" text-anchor="end">'
+            f"{_written(tick, percent)}</text>"
+        )
+    for tick in _steps(first, last):
+        anchor = "end" if x(tick) > width - right - 14 else "middle"
+        parts.append(
+            f'<text class="tick" x="{x(tick):.1f}" y="{height - 8}" text-anchor="{anchor}">{tick:,.0f}</text>'
+        )
+    for index, line in reversed(list(enumerate(lines))):
+        kind = "strong" if index == 0 else "weak"
+        points = [(x(step), y(value)) for step, value in zip(line.steps, line.mean, strict=True)]
+        if line.groups > 1:
+            edge = [(x(s), y(v)) for s, v in zip(line.steps, line.high, strict=True)]
+            edge += [(x(s), y(v)) for s, v in zip(line.steps[::-1], line.low[::-1], strict=True)]
+            parts.append(f'<path class="band {kind}" d="{_path(edge)}Z"/>')
+        parts.append(f'<path class="line {kind}" d="{_path(points)}"/>')
+        if len(points) <= _DOTS:
+            parts += [f'<circle class="point {kind}" cx="{a:.1f}" cy="{b:.1f}" r="2.75"/>' for a, b in points]
+    scale = ", logarithmic axis" if logarithmic else ""
+    return Markup(
+        f'<svg class="chart lines" viewBox="0 0 {width:.0f} {height:.0f}" role="img" '
+        f'aria-label="{escape(said)} over steps{scale}">{"".join(parts)}</svg>'
+    )
+
+
+def _path(points: Sequence[tuple[float, float]]) -> str:
+    return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+
+
+def _ticks(low: float, high: float, wanted: int = 4) -> list[float]:
+    """Round numbers that enclose a range: multiples of 1, 2 or 5 times a power of ten, about `wanted` steps."""
+    if high - low <= 1e-12 * max(
+        abs(low), abs(high), 1e-300
+    ):  # one value, up to rounding: it stands in the middle
+        room = abs(low) / 2 or 1.0
+        low, high = low - room, high + room
+    rough = (high - low) / wanted
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [index * step for index in range(first, last + 1)]
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """Powers of ten that enclose a positive range, every second or third of very many."""
+    first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
+    every = -(-(last - first) // 5)
+    return [10.0**power for power in range(first, last + every, every)]
+
+
+def _steps(first: float, last: float) -> list[float]:
+    """Steps that are written under the axis: round ones inside the range."""
+    inside = [tick for tick in _ticks(first, last, 4) if first <= tick <= last and tick == int(tick)]
+    return inside if last > first and inside else [first]
+
+
+def _written(value: float, percent: bool) -> str:
+    return f"{value:g}%" if percent else number(round(value, 12), 2 if abs(value) < 100 else 3)
