@@ -1,4 +1,4 @@
-"""A few faults of every kind that `bench/faults.py` injects; the bench runs them all."""
+"""A few faults of every kind that `bench/trials/faults.py` injects; the bench runs them all."""
 
 import subprocess
 import sys

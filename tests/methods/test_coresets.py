@@ -297,8 +297,8 @@ def test_two_ranks_give_the_bytes_of_one_process(method, toy_folder, toy_teacher
     assert len(list((alone / "scores").iterdir())) == 6
     script = tmp_path / "small_shards.py"
     script.write_text(
-        "import sys\nfrom ddfast.cli import main\nfrom ddfast.methods import run\n"
-        "run.SHARD_SOURCES = 32\nsys.exit(main(sys.argv[1:]))\n"
+        "import sys\nfrom ddfast.cli import main\nfrom ddfast.pipeline import plan\n"
+        "plan.SHARD_SOURCES = 32\nsys.exit(main(sys.argv[1:]))\n"
     )
     command = [
         *(
