@@ -8,9 +8,6 @@ import torch
 
 from ddfast.cli import main
 from ddfast.models import create_model
-from tests.methods.conftest import toy_folder, toy_teacher, toy_test, toy_train
-
-__all__ = ["toy_folder", "toy_teacher", "toy_test", "toy_train"]
 
 
 def run(*words, capsys):

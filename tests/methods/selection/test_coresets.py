@@ -24,10 +24,10 @@ from ddfast.models.registry import features
 from ddfast.output.table import SELECTION_SCHEMA, feature_width, part_path, read_table, to_numpy
 from ddfast.pipeline import select
 from ddfast.pipeline.opening import reopen
-from tests.methods.conftest import digests
-from tests.methods.test_pipeline import Killed, distil
+from tests.conftest import digests
+from tests.pipeline.test_pipeline import Killed, distil
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CORESETS = ["herding", "k_center", "k_means", "forgetting"]
 SMALL = {"forgetting": {"epochs": 3}}
 

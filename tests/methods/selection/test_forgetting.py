@@ -10,8 +10,8 @@ from ddfast.output.table import SELECTION_SCHEMA, read_facts, read_table, to_num
 from ddfast.pipeline import prepare
 from ddfast.pipeline.opening import reopen
 from ddfast.state import FileCheckpoint
-from tests.methods.conftest import digests
-from tests.methods.test_pipeline import distil
+from tests.conftest import digests
+from tests.pipeline.test_pipeline import distil
 
 SETTINGS = {"method": "forgetting", "factor": 1, "epochs": 4}
 

@@ -19,8 +19,8 @@ from ddfast.ops import precision
 from ddfast.ops._dispatch import cpu_body
 from ddfast.pipeline import opening, plan
 from ddfast.ranks import Ranks, _agree_on_round, join
-from tests.methods.conftest import digests
-from tests.methods.test_pipeline import distil
+from tests.conftest import digests
+from tests.pipeline.test_pipeline import distil
 
 ROOT = Path(__file__).resolve().parents[2]
 
