@@ -70,11 +70,10 @@ def main(argv: Sequence[str]) -> int:
         return 0
     name, rest = argv[0], argv[1:]
     if name in (known := commands()):
-        module = "bench.studies.__main__" if name == "paper" else f"bench.{name}"
-        return int(importlib.import_module(module).main(rest))
+        return int(importlib.import_module(known[name][0]).main(rest))
     if name != "all" and name not in entries:
         names = ", ".join((*entries, "all", *known))
-        print(f"ddfast bench: unknown benchmark {name!r}; known: {names}", file=sys.stderr)
+        print(f"python -m bench: unknown benchmark {name!r}; known: {names}", file=sys.stderr)
         return 2
     chosen = list(entries.values()) if name == "all" else [entries[name]]
     try:

@@ -109,7 +109,7 @@ _SPEED_LEFT = {
 }
 _ON_HOST = ("host_time", "launchers")  # entries that measure the CPU on every machine
 # Tests whose bodies differ on a GPU.
-_TESTED = ("tests/kernels", "tests/ops", "tests/attribution", "tests/gradients")
+_TESTED = ("tests/kernels", "tests/ops", "tests/masked_forward", "tests/attribution", "tests/gradients")
 _SANITIZED = ("tests/kernels", "tests/ops")
 
 

@@ -8,9 +8,6 @@ import torch
 
 from ddfast.cli import main
 from ddfast.models import create_model
-from tests.methods.conftest import toy_folder, toy_teacher, toy_test, toy_train
-
-__all__ = ["toy_folder", "toy_teacher", "toy_test", "toy_train"]
 
 
 def run(*words, capsys):
@@ -254,19 +251,15 @@ def test_the_module_runs_as_torchrun_starts_it():
 def unopened(monkeypatch):
     """Fail where data is opened or a file is decoded: every option is to be refused before."""
     import ddfast.data.decoding
-    import ddfast.data.loading
-    import ddfast.data.sources
-    import ddfast.pipeline.run
-    import ddfast.pipeline.score
+    import ddfast.pipeline.opening
     import ddfast.report.attribute
 
     def opened(*_, **__):
         raise AssertionError("data was opened before the options were checked")
 
-    for module in (
-        *(ddfast.data.sources, ddfast.pipeline.score, ddfast.pipeline.run, ddfast.report.attribute),
-    ):
-        monkeypatch.setattr(module, "open_source", opened)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("ddfast.") and "open_source" in vars(module):
+            monkeypatch.setattr(module, "open_source", opened)
     monkeypatch.setattr(ddfast.data, "open_source", opened, raising=False)
     monkeypatch.setattr(ddfast.data.decoding, "decode", opened)
 

@@ -14,9 +14,7 @@ import torch
 import ddfast
 from ddfast.errors import UsageError
 from ddfast.isolation import isolated
-from tests.methods.conftest import digests, toy_folder, toy_teacher, toy_test, toy_train
-
-__all__ = ["toy_folder", "toy_teacher", "toy_test", "toy_train"]
+from tests.conftest import digests
 
 
 def state():

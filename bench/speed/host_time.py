@@ -160,7 +160,9 @@ class HostTime:
         finally:
             torch.set_num_threads(threads)
         if missing:
-            raise Unavailable(f"the score pass has no {', '.join(missing)} any more: see bench/score_pass.py")
+            raise Unavailable(
+                f"the score pass has no {', '.join(missing)} any more: see bench/speed/score_pass.py"
+            )
         inner = sorted({name for one in by_part for name in one if ":" in name})
         # No part computes for longer than it takes.
         computed = {name: min(computed[name], *(one[name] for one in by_part)) for name in inner}

@@ -194,7 +194,7 @@ def page(model: nn.Module, host: tuple[float, float]) -> str:
             "this "
             f"CPU with a network too narrow to compute: {1e3 / host[1]:,.0f} sources a second before any CUDA graph. "
             f"Of the {budget:.0f} ms that the device takes for a micro-batch the host needs {batch * host[1]:.0f}; it "
-            "waits once, for rows that were computed a micro-batch ago (tests/methods/test_waits.py counts).",
+            "waits once, for rows that were computed a micro-batch ago (tests/pipeline/test_waits.py counts).",
             f"- So the device binds. 3,000 a second are not to be had from it with all of this work: about 20 "
             "evaluations, norms of two crops, and a quarter of the masked forward pass shared between coalitions "
             f"would give {1 / seconds(least):,.0f}.",

@@ -32,7 +32,7 @@ WAYS = {
 # Counts which calls of `attribute` ours answered and which were handed to Captum's own method.
 CONFTEST = """
 import atexit
-from ddfast.attribution import captum as ours
+from ddfast.captum import explainers as ours
 
 asked, handed = [], []
 

@@ -7,7 +7,7 @@ import torch
 
 from ddfast.attribution import engine, flight, shapley
 from ddfast.attribution.flight import Flight
-from tests.attribution.networks import local_net
+from tests.masked_forward.networks import local_net
 
 
 @dataclass

@@ -12,7 +12,7 @@ from bench.gpu import Outcome, Section
 from bench.speed.op_cases import op_cases
 from bench.speed.registry import Check, Settings
 from bench.speed.results import rows_of, write_csv
-from tests.bench.test_results import ENTRY, SHARE, SPEED
+from tests.bench.speed.test_results import ENTRY, SHARE, SPEED
 
 QUICK = Settings(torch.device("cpu"), quick=True)
 

@@ -1,38 +1,5 @@
-"""A small set and a teacher that has learned it; every test distils from these."""
+"""What tests of methods share."""
 
-import hashlib
-from pathlib import Path
+from tests.conftest import digests
 
-import pytest
-
-from ddfast.training import train_teacher
-from tests.training.conftest import toy_folder, toy_test, toy_train
-
-__all__ = ["toy_folder", "toy_test", "toy_train"]
-
-
-@pytest.fixture(scope="session")
-def toy_teacher(tmp_path_factory, toy_folder):
-    """A teacher file: ConvNet-3 of width 8 at 16 px, and its checkpoint of epoch 2."""
-    out = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
-    train_teacher(
-        toy_folder,
-        out=out,
-        arch="convnet3",
-        epochs=8,
-        batch_size=32,
-        image_size=16,
-        checkpoint_epochs=(2,),
-        arch_options={"width": 8},
-        quiet=True,
-    )
-    return out
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of an output folder but `run.json`, which is outside the identity."""
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "run.json"
-    }
+__all__ = ["digests"]

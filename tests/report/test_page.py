@@ -157,15 +157,17 @@ def test_every_method_has_its_lead(tmp_path, source, method, said):
 
 def test_of_many_classes_a_report_holds_the_shown_ones(tmp_path, monkeypatch):
     from ddfast.report import contents
+    from ddfast.report import folder as reading
 
     names = [f"class {index}" for index in range(9)]
     source = write_source(tmp_path / "many", names)
     write_run(tmp_path / "run", source)
-    everything = contents.read_folder(tmp_path / "run")
-    monkeypatch.setattr(contents, "SHOWN_TABLE_ROWS", 2)
-    monkeypatch.setattr(contents, "SHOWN_CLASSES", 3)
-    assert contents.shown_labels(9).tolist() == [0, 1, 4, 8]
-    folder = contents.read_folder(tmp_path / "run")
+    everything = reading.read_folder(tmp_path / "run")
+    for module in (contents, reading):
+        monkeypatch.setattr(module, "SHOWN_TABLE_ROWS", 2)
+        monkeypatch.setattr(module, "SHOWN_CLASSES", 3)
+    assert reading.shown_labels(9).tolist() == [0, 1, 4, 8]
+    folder = reading.read_folder(tmp_path / "run")
     assert folder.images == everything.images == 9
     assert [row["label"] for row in folder.rows] == [0, 1, 4, 8]
     assert [row.label for row in folder.selection] == [0, 1, 4, 8]

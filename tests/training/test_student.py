@@ -185,7 +185,7 @@ ORDER = {
 
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_order_of_augmentation(name, monkeypatch):
-    from ddfast.training import student as module
+    from ddfast.training import mixing as module
 
     calls = []
 
@@ -213,7 +213,7 @@ def test_order_of_augmentation(name, monkeypatch):
     ("name", "scale"), [("rded", (0.5, 1.0)), ("igds", (0.5, 1.0)), ("sre2l_tiny", (0.08, 1.0))]
 )
 def test_scale_of_the_random_crops(name, scale, monkeypatch):
-    from ddfast.training import student as module
+    from ddfast.training import mixing as module
 
     seen = []
     original = module.random_resized_boxes

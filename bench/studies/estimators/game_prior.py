@@ -4,7 +4,8 @@
         --games "data=cifar10-jpeg.zip teacher=convnet3.safetensors skip=8 images=80" \
         --games "data=clothing10.zip teacher=resnet18.safetensors size=96 keys=keys.txt evaluations=2048"
 
-Prints the parameters for `ddfast/attribution/game_prior.py` and the designs for `ddfast/attribution/designs.py`.
+Prints the parameters for `ddfast/attribution/estimators/game_prior.py` and the designs
+for `ddfast/attribution/estimators/kept_designs.py`.
 
 The fit minimises what the prior is for: the relative squared error of phi from a few coalitions. Designs are searched
 under the parameters so far, others are drawn at random so that the fit cannot lean on one; then the parameters are

@@ -2,9 +2,6 @@ import csv
 import json
 
 from bench.__main__ import commands, main
-from tests.methods.conftest import toy_folder, toy_teacher, toy_test, toy_train
-
-__all__ = ["toy_folder", "toy_teacher", "toy_test", "toy_train"]
 
 
 def words(toy_folder, toy_teacher, tmp_path, *extra):

@@ -11,9 +11,6 @@ from bench.studies.estimators import estimators, games
 from bench.studies.estimators.estimators import Result, budget_of_agreement, crop
 from ddfast.attribution import shapley
 from ddfast.models import load_teacher
-from tests.methods.conftest import toy_folder, toy_teacher, toy_test, toy_train
-
-__all__ = ["toy_folder", "toy_teacher", "toy_test", "toy_train"]
 
 
 def masked(image, number):

@@ -24,10 +24,10 @@ from ddfast.models.registry import features
 from ddfast.output.table import SELECTION_SCHEMA, feature_width, part_path, read_table, to_numpy
 from ddfast.pipeline import select
 from ddfast.pipeline.opening import reopen
-from tests.methods.conftest import digests
-from tests.methods.test_pipeline import Killed, distil
+from tests.conftest import digests
+from tests.pipeline.test_pipeline import Killed, distil
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CORESETS = ["herding", "k_center", "k_means", "forgetting"]
 SMALL = {"forgetting": {"epochs": 3}}
 
@@ -297,8 +297,8 @@ def test_two_ranks_give_the_bytes_of_one_process(method, toy_folder, toy_teacher
     assert len(list((alone / "scores").iterdir())) == 6
     script = tmp_path / "small_shards.py"
     script.write_text(
-        "import sys\nfrom ddfast.cli import main\nfrom ddfast.methods import run\n"
-        "run.SHARD_SOURCES = 32\nsys.exit(main(sys.argv[1:]))\n"
+        "import sys\nfrom ddfast.cli import main\nfrom ddfast.pipeline import plan\n"
+        "plan.SHARD_SOURCES = 32\nsys.exit(main(sys.argv[1:]))\n"
     )
     command = [
         *(

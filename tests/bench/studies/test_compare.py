@@ -10,9 +10,6 @@ from bench.studies.arms import Arm, Setup, Training, held_out_set, set_of
 from ddfast.data import open_source
 from ddfast.errors import UsageError
 from ddfast.training.image_sets import read_test_set
-from tests.methods.conftest import toy_folder, toy_teacher, toy_test, toy_train
-
-__all__ = ["toy_folder", "toy_teacher", "toy_test", "toy_train"]
 
 
 def test_an_arm_is_a_method_with_settings_and_perhaps_a_name():

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from ddfast.demo.demo import CONTESTANTS, DemoSettings, demo, holds, run_demo
+from ddfast.demo import demo
+from ddfast.demo.demo import CONTESTANTS, DemoSettings, holds, run_demo
 from ddfast.demo.shapes import Box, ShapesConfig, read_boxes
 from ddfast.errors import UsageError
 from ddfast.output import DistilledSet

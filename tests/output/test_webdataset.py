@@ -16,7 +16,7 @@ from ddfast.data.opening import open_source
 from ddfast.errors import UsageError
 from ddfast.output.distilled import DistilledSet
 from ddfast.output.webdataset import export_webdataset
-from tests.data.test_distilled import CLASSES, write_set
+from tests.output.test_distilled import CLASSES, write_set
 
 
 def samples_in(paths: list[Path]) -> dict[str, dict[str, bytes]]:

@@ -27,7 +27,7 @@ from ddfast.pipeline.opening import reopen
 from ddfast.pipeline.relabel import relabel
 from ddfast.pipeline.score import score
 from ddfast.pipeline.select import change_ipc, select
-from tests.methods.conftest import digests
+from tests.conftest import digests
 
 
 def distil(toy_folder, toy_teacher, out, method="infoutil", **settings):

@@ -16,8 +16,8 @@ from ddfast.pipeline.opening import reopen
 from ddfast.pipeline.plan import top_k_of
 from ddfast.pipeline.select import class_groups
 from ddfast.seeding import stream
-from tests.methods.conftest import digests
-from tests.methods.test_pipeline import distil
+from tests.conftest import digests
+from tests.pipeline.test_pipeline import distil
 
 
 def test_the_pool_is_the_first_of_each_class_s_shuffle_in_id_order(toy_folder, toy_teacher, tmp_path):

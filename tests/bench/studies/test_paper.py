@@ -19,9 +19,6 @@ from bench.studies.teachers import checkpoints, fitting
 from ddfast.methods import list_methods
 from ddfast.models import Teacher
 from ddfast.training import DistilledImages, ImageSet
-from tests.methods.conftest import toy_folder, toy_teacher, toy_test, toy_train
-
-__all__ = ["toy_folder", "toy_teacher", "toy_test", "toy_train"]
 
 
 def words(toy_folder, toy_teacher, tmp_path, *more):

@@ -5,11 +5,11 @@ import functools
 import pytest
 import torch
 
+from ddfast.attribution.estimators import design_search as design_module
 from ddfast.attribution.estimators.coalitions import all_coalitions, shapley_weights
 from ddfast.attribution.estimators.design_search import candidates, design, extended, refined, search
 from ddfast.attribution.estimators.game_prior import GamePrior
 from ddfast.attribution.estimators.kept_designs import kept_design
-from ddfast.attribution.estimators.plans import design_search as design_module
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import ddfast
 from ddfast.attribution import locality_of, shapley
 from ddfast.masked_forward import folding, forward, locality, tracing
 from ddfast.models import create_model
-from tests.attribution.networks import (
+from tests.masked_forward.networks import (
     Residual,
     Select,
     SelfAttention,

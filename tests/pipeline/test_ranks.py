@@ -17,10 +17,10 @@ import torch
 from ddfast.errors import UsageError
 from ddfast.ops import precision
 from ddfast.ops._dispatch import cpu_body
-from ddfast.pipeline import run, score
+from ddfast.pipeline import opening, plan
 from ddfast.ranks import Ranks, _agree_on_round, join
-from tests.methods.conftest import digests
-from tests.methods.test_pipeline import distil
+from tests.conftest import digests
+from tests.pipeline.test_pipeline import distil
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,7 +39,7 @@ def torchrun(ranks, toy_folder, toy_teacher, out, *extra, program=("-m", "ddfast
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    """Several shards in a small set; `run.py` takes the number from there in every process that is forked."""
+    """Several shards in a small set; `plan.py` takes the number from there in every process that is forked."""
     monkeypatch.setattr("ddfast.pipeline.plan.SHARD_SOURCES", 32)
 
 
@@ -206,7 +206,7 @@ def test_the_number_of_threads_does_not_depend_on_torchrun(monkeypatch):
     from ddfast.pipeline.plan import threads_of
 
     monkeypatch.delenv("DDFAST_THREADS")
-    monkeypatch.setattr("ddfast.pipeline.run.usable_cores", lambda: 6)
+    monkeypatch.setattr("ddfast.pipeline.plan.usable_cores", lambda: 6)
     for value in ("1", "6"):
         monkeypatch.setenv("OMP_NUM_THREADS", value)
         assert threads_of("auto", torch.device("cpu")) == 6
@@ -261,11 +261,11 @@ def test_the_manifest_says_what_of_the_machine_decides_the_last_bits(toy_folder,
 
 @pytest.mark.parametrize("key", ["instructions", "ops", "tf32"])
 def test_all_that_a_machine_decides_is_compared_and_what_is_not_known_is_not(key):
-    here = run.machine_arithmetic(torch.device("cpu"))
-    run.check_machine(here, here, "it")
-    run.check_machine({name: value for name, value in here.items() if name != key}, {**here, key: "?"}, "it")
+    here = plan.machine_arithmetic(torch.device("cpu"))
+    plan.check_machine(here, here, "it")
+    plan.check_machine({name: value for name, value in here.items() if name != key}, {**here, key: "?"}, "it")
     with pytest.raises(UsageError, match=rf"^it was started with {key} .*, or set DDFAST_MIXED_MACHINES=1"):
-        run.check_machine(here, {**here, key: "?"}, "it")
+        plan.check_machine(here, {**here, key: "?"}, "it")
 
 
 def test_another_machine_is_refused_unless_it_is_asked_for(toy_folder, toy_teacher, tmp_path, monkeypatch):
@@ -274,14 +274,13 @@ def test_another_machine_is_refused_unless_it_is_asked_for(toy_folder, toy_teach
     out = distil(toy_folder, toy_teacher, tmp_path / "run", until="score")
     before = digests(out)
     here = arithmetic_of(out)[key]
-    moved = {**run.machine_arithmetic(torch.device("cpu")), key: other}
     with monkeypatch.context() as elsewhere:
-        elsewhere.setattr(run, "machine_arithmetic", lambda device: moved)
+        elsewhere.setattr(plan, "cpu_instructions", lambda: other)
         words = re.escape(f"was started with {key} {here!r} and would end in other bytes with {other!r}")
         for go_on in (
             lambda: distil(toy_folder, toy_teacher, out, resume=True),
             lambda: distil(toy_folder, toy_teacher, tmp_path / "other", scores=out),
-            lambda: run.reopen(out),
+            lambda: opening.reopen(out),
         ):
             with pytest.raises(UsageError, match=words) as refused:
                 go_on()
@@ -303,9 +302,9 @@ def test_ranks_on_other_machines_are_refused(toy_folder, toy_teacher, tmp_path):
     }
     second = SimpleNamespace(ranks=Ranks(rank=1, size=2), out=out, plan=other)
     with pytest.raises(UsageError, match=r"rank 1 .* started with instructions '.*with 'AVX2'"):
-        score._follow(second, "cpu")
+        opening._follow(second, "cpu")
     second.plan["arithmetic"]["instructions"] = plan["arithmetic"]["instructions"]
-    score._follow(second, "cpu")
+    opening._follow(second, "cpu")
     assert second.plan["arithmetic"]["compute_dtype"] == "float32"  # rank 0 has chosen
 
 
@@ -317,7 +316,7 @@ def test_what_auto_is_stands_from_the_start_of_a_run(toy_folder, toy_teacher, tm
     monkeypatch.setattr(precision, "cpu_gains_from_bfloat16", lambda: True)
     distil(toy_folder, toy_teacher, out, precision="auto", resume=True)
     assert digests(out) == digests(whole)
-    assert run.reopen(out).context.precision == "float32"
+    assert opening.reopen(out).context.precision == "float32"
     assert distil(toy_folder, toy_teacher, tmp_path / "new", precision="auto", until="score")
     assert arithmetic_of(tmp_path / "new")["compute_dtype"] == "bfloat16"
 
@@ -335,11 +334,11 @@ def test_a_manifest_of_an_earlier_version_goes_on(toy_folder, toy_teacher, tmp_p
 
 
 def test_auto_of_an_earlier_version_is_what_it_was(monkeypatch):
-    plan = {"arithmetic": {"precision": "auto", "device": "cpu"}}
+    manifest = {"arithmetic": {"precision": "auto", "device": "cpu"}}
     monkeypatch.setattr(precision, "cpu_gains_from_bfloat16", lambda: False)
     for multiplies, dtype in ((True, "bfloat16"), (False, "float32")):
-        monkeypatch.setattr(run, "cpu_multiplies_bfloat16", lambda multiplies=multiplies: multiplies)
-        assert run.dtype_of(plan) == dtype
+        monkeypatch.setattr(plan, "cpu_multiplies_bfloat16", lambda multiplies=multiplies: multiplies)
+        assert plan.dtype_of(manifest) == dtype
 
 
 @pytest.mark.parametrize(

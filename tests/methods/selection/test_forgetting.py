@@ -3,13 +3,15 @@
 import pytest
 import torch
 
+from ddfast.data import pool
 from ddfast.errors import UsageError
 from ddfast.methods.selection.forgetting import History
 from ddfast.output.table import SELECTION_SCHEMA, read_facts, read_table, to_numpy
 from ddfast.pipeline import prepare
 from ddfast.pipeline.opening import reopen
-from tests.methods.conftest import digests
-from tests.methods.test_pipeline import distil
+from ddfast.state import FileCheckpoint
+from tests.conftest import digests
+from tests.pipeline.test_pipeline import distil
 
 SETTINGS = {"method": "forgetting", "factor": 1, "epochs": 4}
 
@@ -56,14 +58,14 @@ def test_the_most_often_forgotten_images_of_each_class_are_chosen(undisturbed):
 def test_a_training_that_is_stopped_after_an_epoch_goes_on_from_there(
     undisturbed, toy_folder, toy_teacher, tmp_path, monkeypatch
 ):
-    save, epochs = prepare.FileCheckpoint.save, []
+    save, epochs = FileCheckpoint.save, []
 
     def stopping(self, tensors):
         save(self, tensors)
         epochs.append(int(tensors["epoch"]))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prepare.FileCheckpoint, "save", stopping)
+    monkeypatch.setattr(FileCheckpoint, "save", stopping)
     out = tmp_path / "run"
     for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
@@ -80,7 +82,7 @@ def test_a_damaged_table_is_made_again_and_a_state_of_another_run_is_left(
     out = distil(toy_folder, toy_teacher, tmp_path / "run", until="score", **SETTINGS)
     path = out / "prepared.parquet"
     path.write_bytes(path.read_bytes()[:-9])
-    other = prepare.FileCheckpoint(out / prepare._STATE, "0" * 32)
+    other = FileCheckpoint(out / prepare._STATE, "0" * 32)
     other.save({"epoch": torch.tensor(3)})
     distil(toy_folder, toy_teacher, out, resume=True, **SETTINGS)
     assert digests(out) == digests(undisturbed)
@@ -93,7 +95,7 @@ def test_a_pool_that_does_not_fit_is_decoded_in_every_pass(
     run = reopen(undisturbed, quiet=True)
     run.plan["images_per_class"] = 100  # all, the unreadable ones too
     held = run.decoded_pool()
-    monkeypatch.setattr(prepare, "MEMORY_LIMIT", 1)
+    monkeypatch.setattr(pool, "MEMORY_LIMIT", 1)
     streamed = run.decoded_pool()
     order = torch.randperm(len(held.labels), generator=torch.Generator().manual_seed(0))
     assert len(order) == 182

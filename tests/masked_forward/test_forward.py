@@ -13,7 +13,7 @@ from ddfast.masked_forward import folding, forward, locality, tracing
 from ddfast.models import create_model
 from ddfast.ops import graphs
 from ddfast.ops.precision import cpu_multiplies_bfloat16
-from tests.attribution.networks import Residual, local_net, randomise
+from tests.masked_forward.networks import Residual, local_net, randomise
 
 
 def random_images(count=3, size=32, dtype=torch.float32):

@@ -1,4 +1,4 @@
-"""A few faults of every kind that `bench/faults.py` injects; the bench runs them all."""
+"""A few faults of every kind that `bench/trials/faults.py` injects; the bench runs them all."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bench.trials.faults import Outcome, _with_earlier, page, summary
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_one_fault_of_every_kind_is_survived(tmp_path):
