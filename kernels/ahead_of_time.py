@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from ddfast.kernels import launching
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -91,6 +92,7 @@ def compile_launches(calls: Sequence[Callable[[], Any]], capabilities: Sequence[
     binaries = []
     for capability in capabilities:
         triton.runtime.driver.set_active(_Driver(capability))
+        launching.forget()
         for case, call in enumerate(calls):
             with _compiling() as compiled:
                 call()

@@ -19,10 +19,13 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from ddfast.kernels.launching import Allocation, Launch, Run, prepared
+from ddfast.kernels.launching import Allocation, Launch, Run, capability, prepared
 
 # A few waves on the largest GPUs; tiles shrink until there are so many programs, or as small as they can be.
 PROGRAMS = 512
+
+# Generations whose matrix units read operands from shared memory (wgmma, tcgen05), as those behind 0, no GPU, may.
+_FROM_SHARED_MEMORY = (0, 9, 10)
 
 
 @triton.jit
@@ -542,6 +545,9 @@ def blocks(
     double = dtype == torch.float64
     # 64 bytes of a row, at least, are one step of a matrix product.
     depth = {8: 16, 4: 32, 2: 64}[dtype.itemsize]
+    # Else the high and low halves of both operands of float32 lie in registers: those of a large tile, 32 deep, would
+    # spill. More steps, half as deep, are under way at once instead.
+    halved = dtype == torch.float32 and capability() // 10 not in _FROM_SHARED_MEMORY
     if positions * (features + outputs) < features * outputs:
         block = _block(positions)
 
@@ -550,8 +556,19 @@ def blocks(
 
         while block > 16 and samples * groups * tiles() < PROGRAMS:
             block //= 2
-        step = min(depth, _power(features if flat else channels))
-        return _gram, tiles(), {"FLAT": flat, "BLOCK_T": block, "BLOCK_K": step, "num_warps": 4}
+        shallow = halved and block > 32
+        step = min(depth // 2 if shallow else depth, _power(features if flat else channels))
+        constants = {
+            "FLAT": flat,
+            "BLOCK_T": block,
+            "BLOCK_K": step,
+            "num_stages": 4 if shallow else 3,
+            "num_warps": 4,
+        }
+        if dtype.itemsize == 2 and capability() // 10 == 10:
+            # Shared memory holds four such programs, so 128 registers are theirs: the compiler would spill for a fifth.
+            constants["maxnreg"] = 128
+        return _gram, tiles(), constants
     largest = 64 if double else 128
     block_o = _block(outputs, largest)
     block_i = _least_padded(features + bias, largest) if flat else _block(channels, largest)
@@ -565,13 +582,14 @@ def blocks(
             block_i //= 2
         else:
             block_o //= 2
-    constants = {"BLOCK_O": block_o, "BLOCK_I": block_i, "BLOCK_T": min(depth, 32)}
+    shallow = halved and max(block_o, block_i) > 32
+    constants = {"BLOCK_O": block_o, "BLOCK_I": block_i, "BLOCK_T": 16 if shallow else min(depth, 32)}
     return (
         _direct,
         tiles(),
         {
             "FLAT": flat,
-            "num_stages": 2 if flat else 3,
+            "num_stages": 2 if flat else 4 if shallow else 3,
             "num_warps": 8 if max(block_o, block_i) == 128 else 4,
             **constants,
         },

@@ -14,7 +14,8 @@
 
 The body runs at the first call with arguments of a kind: it looks at shapes, chooses blocks and grids and returns what
 every call of that kind does. A kind is all that Triton compiles for, and all that the body may look at: shapes,
-strides, dtypes, devices and where tensors lie relative to 16 bytes, and the values of all other arguments.
+strides, dtypes, devices and where tensors lie relative to 16 bytes, and the values of all other arguments. It may ask
+for the `capability` of the GPU too, which is that of the device.
 """
 
 from __future__ import annotations
@@ -31,6 +32,22 @@ Run: TypeAlias = Callable[..., Any]
 
 MAX_KINDS = 1024  # of arguments that a launcher remembers; then it starts anew
 
+_REMEMBERED: list[dict[tuple, Run]] = []  # by every launcher
+
+
+def capability() -> int:
+    """Compute capability of the GPU that Triton launches on, 90 for 9.0; 0 where it launches on none, as interpreted."""
+    try:
+        return int(driver.active.get_current_target().arch)
+    except RuntimeError:  # no driver
+        return 0
+
+
+def forget() -> None:
+    """Have every launcher prepare anew, for another GPU behind the same device."""
+    for runs in _REMEMBERED:
+        runs.clear()
+
 
 def prepared(prepare: Callable[..., Run]) -> Callable[..., Any]:
     """A launcher from a function that, given the launcher's arguments, returns what a call with such arguments does.
@@ -38,6 +55,7 @@ def prepared(prepare: Callable[..., Run]) -> Callable[..., Any]:
     What it returns must hold no tensor. Threads may share a launcher: two that meet a new kind at once both prepare it.
     """
     runs: dict[tuple, Run] = {}
+    _REMEMBERED.append(runs)
     signature = inspect.signature(prepare)
 
     @functools.wraps(prepare)

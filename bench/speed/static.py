@@ -7,9 +7,10 @@ and store a thread makes, and the matrix instructions. Exits with 1 where a regi
 narrower than the case says they must be: 16 bytes, unless it gives a reason.
 
 The cases have the sizes of the score pass: micro-batches of 16 and of 128 sources, which are 512 and 4,096 masked
-images and 80 and 640 crops. Launchers choose tiles by them, so a tile stands beside each kernel, and how many programs
-and waves of them either micro-batch launches: a wave is as many programs as the registers, warps and shared memory of
-all multiprocessors hold at once, on the GPU named in `GPUS`.
+images and 80 and 640 crops; and those of a matching step, 256 real images of a class and 2,560 of ten. Launchers choose
+tiles by them, so a tile stands beside each kernel, and how many programs and waves of them either size launches: a wave
+is as many programs as the registers, warps and shared memory of all multiprocessors hold at once, on the GPU named in
+`GPUS`.
 
 The cases call the ops' public faces, on tensors without memory ("meta"); what reaches the dispatcher is recorded and
 handed to the launcher, so that every launch compiled is one that a caller would cause.
@@ -51,7 +52,8 @@ if TYPE_CHECKING:
     from ddfast.kernels.ahead_of_time import Binary
 
 CAPABILITIES = (80, 90, 100)
-SOURCES = (16, 128)
+SOURCES = (16, 128)  # of a micro-batch of the score pass
+MATCHED = (256, 2560)  # images of a matching step
 CROPS, COALITIONS = 5, 32  # of a source
 WIDE = 16  # bytes a thread moves at a time where it can
 
@@ -63,11 +65,12 @@ class Case:
     Attributes:
         op: name of the op and of its launcher.
         what: the inputs, in words.
-        call: makes the inputs for a number of sources and calls the op's face.
+        call: makes the inputs for a number of sources, or images, and calls the op's face.
         load, store: bytes that the widest load and store of the main kernel must have at least.
         why: the reason where either is less than 16.
         matrix: whether the main kernel must use matrix instructions.
         main: the kernels that widths and matrix instructions are asked of; the op's own name by default.
+        sizes: the numbers of sources or images.
     """
 
     op: str
@@ -78,6 +81,7 @@ class Case:
     why: str = ""
     matrix: bool = False
     main: tuple[str, ...] = ()
+    sizes: tuple[int, ...] = SOURCES
 
     def __post_init__(self) -> None:
         if min(self.load, self.store) < WIDE and not self.why:
@@ -106,11 +110,11 @@ class Row:
     matrix: str
     faults: tuple[str, ...]
     tile: str = ""
-    programs: tuple[tuple[int, int], ...] = ()  # sources of a micro-batch, and the programs that it launches
+    programs: tuple[tuple[int, int], ...] = ()  # sources or images, and the programs that so many launch
 
     @property
     def waves(self) -> list[float]:
-        """How often the programs of each micro-batch fill the GPU."""
+        """How often the programs of each size fill the GPU."""
         gpu = GPUS.get(self.capability)
         if gpu is None:
             return []
@@ -256,9 +260,9 @@ def _convnet_block(
     return pooled.sum().backward() if backward else pooled
 
 
-def _class_kl(sources: int) -> Tensor:
-    members, counts = _of(sources, dtype=torch.int64), _of(4, dtype=torch.int64)
-    return torch.ops.ddfast.class_kl(_of(sources, 512), members, counts, True)
+def _class_kl(features: int, images: int) -> Tensor:
+    members, counts = _of(images, dtype=torch.int64), _of(10, dtype=torch.int64)
+    return torch.ops.ddfast.class_kl(_of(images, features), members, counts, True)
 
 
 def _embedding(sources: int) -> Tensor:
@@ -413,11 +417,24 @@ def cases() -> list[Case]:
                 f"{inputs} to 128 channels of {side} px, {_name(dtype)}",
                 partial(_convnet_block, dtype, inputs, side, backward=backward),
                 main=("_backward" if backward else "_forward",),
+                sizes=MATCHED,
             )
             for backward in (False, True)
-            for inputs, side, dtype in ((3, 32, single), (8, 16, single), (3, 112, single), (3, 32, brain))
+            for inputs, side, dtype in (
+                *((3, 32, single), (128, 16, single), (128, 8, single)),  # ConvNet-3
+                *((3, 32, brain), (128, 16, brain), (128, 8, brain)),
+                (3, 112, single),
+            )
         ),
-        Case("class_kl", "512 features, float32", _class_kl, main=("_class_kl",)),
+        *(
+            Case(
+                "class_kl",
+                f"{features} features of 10 classes, float32",
+                partial(_class_kl, features),
+                sizes=MATCHED,
+            )
+            for features in (512, 2048)
+        ),
     ]
 
 
@@ -482,7 +499,7 @@ def examine(case: Case, capabilities: Sequence[int]) -> list[Row]:
 
     found: dict[Row, list[tuple[int, int]]] = {}
     for capability in capabilities:
-        for sources in SOURCES:
+        for sources in case.sizes:
             try:
                 with _launched() as shapes:
                     binaries = compile_launches(launches(case, sources), [capability])
@@ -601,7 +618,7 @@ _COLUMNS = {
     "inputs": lambda row: f"{row.op}, {row.what}",
     "sm": lambda row: str(row.capability),
     "tile": lambda row: row.tile,
-    "sources": lambda row: ", ".join(str(sources) for sources, _ in row.programs),
+    "sources or images": lambda row: ", ".join(str(sources) for sources, _ in row.programs),
     "programs": lambda row: ", ".join(f"{count:,}".replace(",", " ") for _, count in row.programs),
     "waves": lambda row: ", ".join(f"{waves:.3g}" for waves in row.waves),
     "registers": lambda row: str(row.registers),

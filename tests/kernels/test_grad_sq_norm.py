@@ -171,6 +171,24 @@ def test_compiles_for_every_gpu_on_matrix_units_without_spills():
         assert matrix_instructions(binary.ptx)
 
 
+def test_the_largest_tiles_compile_for_every_gpu_without_spills():
+    """Those of whole micro-batches, whose shapes alone are looked at."""
+    cases = []
+    for dtype, channels, outputs, side, kernel in (
+        (torch.float32, 128, 128, 28, 3),
+        (torch.float32, 256, 256, 14, 3),
+        (torch.bfloat16, 2048, 512, 7, 1),
+    ):
+        x, g = (
+            torch.empty(640, size, side, side, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
+            for size in (channels, outputs)
+        )
+        cases.append((x, g, (kernel, kernel), (1, 1), (kernel // 2,) * 2, (1, 1), 1, True))
+    for binary in compile_ahead(CONV2D, cases):
+        assert binary.spilled_bytes == 0, (binary.kernel, binary.capability, binary.case)
+        assert matrix_instructions(binary.ptx)
+
+
 def test_a_stem_compiles_for_every_gpu_without_spills():
     last = torch.channels_last
     cases = [

@@ -178,3 +178,27 @@ def test_a_launcher_keeps_no_tensor_and_binds_nothing_anew(op, stream, monkeypat
     assert steps == ["bound"] * launches + ["direct"] * launches
     assert launches >= 1
     assert alive == [None] * len(alive)
+
+
+def test_another_gpu_behind_the_same_device_is_prepared_for_anew(stream):
+    prepared = []
+    launcher = launcher_of(Kernel(), prepared)
+    for _ in range(2):
+        launcher(torch.zeros(4), 1)
+    launching.forget()
+    launcher(torch.zeros(4), 1)
+    assert prepared == [((4,), 1)] * 2
+
+
+def test_the_capability_is_that_of_the_gpu_and_0_without_one(monkeypatch):
+    there = SimpleNamespace(get_current_target=lambda: SimpleNamespace(arch=90))
+    monkeypatch.setattr(launching, "driver", SimpleNamespace(active=there))
+    assert launching.capability() == 90
+
+    class Nowhere:
+        @property
+        def active(self):
+            raise RuntimeError("0 active drivers ([]). There should only be one.")
+
+    monkeypatch.setattr(launching, "driver", Nowhere())
+    assert launching.capability() == 0
