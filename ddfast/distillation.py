@@ -12,6 +12,7 @@ from ddfast.methods import get_method
 from ddfast.pipeline.opening import open_run
 from ddfast.pipeline.run import Run, clock
 from ddfast.pipeline.stages import stage_named
+from ddfast.pipeline.synthesize import remove_state
 from ddfast.progress import say
 from ddfast.report import write_report
 from ddfast.settings import Settings, described, fields
@@ -45,6 +46,7 @@ def distill(method: str, *, until: str | None = None, **settings: Any) -> Path:
     try:
         if run.complete:
             say(f"{run.out} is finished", quiet=run.quiet)
+            run.ranks.on_main("sweep", lambda: remove_state(run.out))
             return run.out
         for stage in stages:
             stage_named(stage)(run)
@@ -64,5 +66,6 @@ def finish(run: Run) -> None:
         write_report(run.out, source=run.source)
         run.plan["complete"] = True
         clock(run, "report", started)
+        remove_state(run.out)
 
     run.ranks.on_main("report", close)

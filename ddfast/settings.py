@@ -47,6 +47,7 @@ def option(
     wants: tuple[str, ...] = (),
     manifest: str | None = None,
     python: str | None = None,
+    is_place: bool = False,
 ) -> Any:
     """A field of a run's `Settings` or of a method's options.
 
@@ -61,6 +62,7 @@ def option(
         metavar: what stands for the value in the help.
         wants: stages of which a method must have one to take the setting, or "teacher"; empty: every method takes it.
         manifest: the key that holds it in the manifest, with a dot into an inner table; None where it decides no byte.
+        is_place: of a method's option, that it is a path: `run.json` keeps it, and the manifest what is found there.
         python: what its documentation says in place of `help` where a Python value may be more than a flag's.
     """
     metadata = {
@@ -74,6 +76,7 @@ def option(
         "wants": wants,
         "manifest": manifest,
         "python": python,
+        "is_place": is_place,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -82,6 +85,11 @@ def flag_of(field: dataclasses.Field[Any]) -> str:
     """The flag of a setting or option; one that is on by default is switched off by it."""
     name = field.metadata.get("flag") or "--" + field.name.replace("_", "-")
     return f"--no-{name[2:]}" if field.metadata.get("flag") is None and is_on(field) else name
+
+
+def is_place(field: dataclasses.Field[Any]) -> bool:
+    """Whether an option is a path."""
+    return bool(field.metadata.get("is_place"))
 
 
 def is_on(field: dataclasses.Field[Any]) -> bool:

@@ -9,9 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from ddfast.methods.matching.cmi import Regulariser
-from ddfast.methods.matching.dm import DM
-from ddfast.methods.matching.objectives import class_means
 from torch import Tensor, nn
 
 import ddfast
@@ -28,6 +25,9 @@ from bench.speed.registry import (
     speed_entry,
 )
 from ddfast.methods.base import Context
+from ddfast.methods.matching.cmi import Regulariser
+from ddfast.methods.matching.dm import DM
+from ddfast.methods.matching.objectives import class_means
 from ddfast.methods.synthesis import State
 from ddfast.seeding import generator
 

@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ddfast.output.pixels import read_curve, read_pixels
-from ddfast.training.proxies import proxies_identity
 
 import ddfast
 from bench import facts
@@ -32,8 +30,10 @@ from bench.studies.arms import Arm, Setup, Training, at_ipc, by_ipc, set_of, tra
 from bench.studies.compare import integers, made_with, teacher_fact
 from ddfast.files import atomic_write_text, make_folder
 from ddfast.models.registry import features
+from ddfast.output.pixels import read_curve, read_pixels
 from ddfast.progress import duration
 from ddfast.training import load_proxies
+from ddfast.training.proxies import proxies_identity
 
 TITLE = "DM with the CMI regulariser (CMI, Tables 1 and 10)"
 ARMS = ("random", "herding", "DM", "DM + CMI")

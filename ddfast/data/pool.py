@@ -15,6 +15,7 @@ from ddfast.ops._philox import philox4x32
 from ddfast.progress import say
 from ddfast.seeding import stream
 from ddfast.settings import POOL_MEMORY
+from ddfast.wording import plural
 
 if TYPE_CHECKING:
     from ddfast.data.loading import Loaded
@@ -126,6 +127,11 @@ class DecodedPool:
         if len(self.labels) * 3 * self._size**2 <= limit:
             self._hold()
 
+    @property
+    def held(self) -> bool:
+        """Whether the decoded images are held in memory."""
+        return self._images is not None
+
     def _hold(self) -> None:
         count = len(self.labels)
         images = torch.zeros(count, 3, self._size, self._size, dtype=torch.uint8)
@@ -133,6 +139,8 @@ class DecodedPool:
         for place, image in self._decoded(torch.arange(count)):
             images[place], self._readable[place] = image, True
         self._images = images
+        if bad := count - int(self._readable.sum()):
+            self.say(f"left out: {plural(bad, 'file')} that cannot be decoded")
 
     def _decoded(self, order: Tensor) -> Iterator[tuple[int, Tensor]]:
         """(place, image) of the places `order`, without those that cannot be decoded."""

@@ -22,7 +22,7 @@ from ddfast.arguments import whole_number
 from ddfast.data.pool import Pool
 from ddfast.errors import UsageError
 from ddfast.methods.selection.base import Batch, Candidates, Table
-from ddfast.settings import plain
+from ddfast.settings import is_place, plain
 from ddfast.state import Checkpoint
 from ddfast.wording import argument, did_you_mean
 
@@ -224,10 +224,24 @@ class Method(ABC):
             UsageError: what is wrong, and what would be right.
         """
 
+    def inputs(self) -> dict[str, Any]:
+        """What decides the result besides data, teachers and settings, as the manifest tells it: hashes of files."""
+        return {}
+
+    @classmethod
+    def place_names(cls) -> list[str]:
+        """The options that are paths."""
+        return [field.name for field in dataclasses.fields(cls.Options) if is_place(field)]
+
+    def places(self) -> dict[str, str]:
+        """The options that are paths, which the manifest leaves out: what is found there counts; see `inputs`."""
+        values = {name: getattr(self.options, name) for name in self.place_names()}
+        return {name: str(value) for name, value in values.items() if value is not None}
+
     def options_of_stage(self, stage: str) -> dict[str, Any]:
-        """Option values that decide `stage`, one of `stages_with_options`."""
+        """Option values that decide `stage`, one of `stages_with_options`, without paths."""
         return {
             field.name: getattr(self.options, field.name)
             for field in dataclasses.fields(self.options)
-            if self.stage_of_option(field) == stage
+            if self.stage_of_option(field) == stage and not is_place(field)
         }

@@ -59,6 +59,13 @@ class Synthesis(Method):
     space: ClassVar[str] = "normalized"  # of the pixels; "unit" where they lie in [0, 1]
     factor: ClassVar[int] = 1  # tiles per side that a stored image decodes to
 
+    def check_ipc(self, ipc: int) -> None:
+        """Refuse a number of images per class at which an option would do nothing.
+
+        Raises:
+            UsageError: which one, and what to do.
+        """
+
     def check_pool(self, counts: Tensor, class_names: Sequence[str], ipc: int) -> None:
         """Refuse a pool that the method cannot work on, before anything is written.
 
@@ -70,6 +77,10 @@ class Synthesis(Method):
         Raises:
             UsageError: which class, what is missing, and what to do.
         """
+
+    def drawn_at_once(self, ipc: int) -> int:
+        """The most images of one class that a draw asks for; classes with few more are decoded to be sure."""
+        return ipc
 
     def open(self, context: Context) -> None:
         """Load what the method needs besides the pool, before anything is written; on every rank.

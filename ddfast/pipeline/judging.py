@@ -23,6 +23,23 @@ from ddfast.wording import argument
 PROTOCOL = "dsa"  # hard labels, as the sets have; one student, of the architecture that was matched
 
 
+def check_judged(run: Run, method: Synthesis) -> None:
+    """Refuse, before anything is written, a run whose images cannot be judged where that is asked for.
+
+    Raises:
+        UsageError: no group of the synthesis has all classes, or there is no test split.
+    """
+    if not run.plan.get("evaluate_every"):
+        return
+    classes = len(run.source.class_names)
+    if len(method.groups(classes, run.plan["ipc"])) > 1:
+        raise UsageError(
+            f"{argument('evaluate_every')} needs all {classes} classes in one group: "
+            f"give {argument('class_batch')} {classes}"
+        )
+    open_source(run.facts["data"], "test")
+
+
 class Judge:
     """Trains a student on what a state holds and tests it on the test split, which is decoded once."""
 
@@ -30,13 +47,8 @@ class Judge:
         """Decode the test split.
 
         Raises:
-            UsageError: the data have none, or the synthesis is in several groups, none of which has all classes.
+            UsageError: the data have none.
         """
-        if len(method.groups(len(run.source.class_names), run.plan["ipc"])) > 1:
-            raise UsageError(
-                f"{argument('evaluate_every')} needs all {len(run.source.class_names)} classes in one group: "
-                f"give {argument('class_batch')} {len(run.source.class_names)}"
-            )
         self._run, self._method = run, method
         source = open_source(run.facts["data"], "test")
         self._test = read_test_set(source, run.plan["image_size"], workers=run.workers, quiet=True)

@@ -21,7 +21,9 @@ from ddfast.errors import BadImage, UsageError
 from ddfast.files import make_folder, sweep_temporary
 from ddfast.methods import get_method
 from ddfast.methods.base import Method
+from ddfast.methods.synthesis import Synthesis
 from ddfast.output.distilled import PREPARED, SCORES, SELECTION
+from ddfast.pipeline.judging import check_judged
 from ddfast.pipeline.plan import (
     check_machine,
     first_difference,
@@ -48,7 +50,7 @@ from ddfast.ranks import Ranks, join, usable_cores
 from ddfast.settings import Settings
 from ddfast.training.device import resolve_device
 from ddfast.training.preflight import check_reading, drawn_places, images_to_try, read_images, try_teacher
-from ddfast.training.teacher import _native_size
+from ddfast.training.teacher import native_size
 from ddfast.wording import argument, is_argument, on_command_line, plural, setting
 
 SCORED_OF_A_CLASS = 300  # sources of a class that methods which choose crops score by default
@@ -204,7 +206,10 @@ def _reopened(
         teacher=main,
         label_teacher=labels,
         method=get_method(plan["method"]).from_options(
-            {name: value for chosen in plan["options"].values() for name, value in chosen.items()}
+            {
+                **{name: value for chosen in plan["options"].values() for name, value in chosen.items()},
+                **{name: facts[name] for name in get_method(plan["method"]).place_names() if name in facts},
+            }
         ),
         device=found_device,
         loader=resolve_loader(plan["arithmetic"]["loader"], found_device),
@@ -343,11 +348,13 @@ def open_run(method: str, settings: Settings, options: Mapping[str, Any] | None 
         teacher, label_teacher = open_teachers(settings, source, known)
         size = settings.image_size
         if size is None:
-            size = teacher.image_size if teacher is not None else _native_size(source)
+            size = teacher.image_size if teacher is not None else native_size(source)
         chosen = known.from_options(given, settings.preset)
         factor = chosen.tiles_per_side(str(settings.factor), size)
         chosen = chosen.resolved(factor)
         chosen.check(size)
+        if isinstance(chosen, Synthesis):
+            chosen.check_ipc(settings.ipc)
         for each in (teacher, label_teacher):
             if each is not None and size != each.image_size:
                 check_reads(each, size)
@@ -376,7 +383,7 @@ def open_run(method: str, settings: Settings, options: Mapping[str, Any] | None 
             normalization=normalization_of(settings),
             max_pixels=pixel_limit_of(before),
         )
-        return Run(
+        run = Run(
             out=settings.out,
             plan=plan,
             source=source,
@@ -398,10 +405,15 @@ def open_run(method: str, settings: Settings, options: Mapping[str, Any] | None 
                 if settings.label_teacher is None or label_teacher is None
                 else label_teacher.path,
                 "seconds": _earlier_seconds(settings.out),
+                **chosen.places(),
                 "ranks": ranks.size,
             },
             pool_memory=int(settings.pool_memory * 2**30),
         )
+        if isinstance(chosen, Synthesis):
+            chosen.open(run.context)
+            check_judged(run, chosen)
+        return run
 
     known, settings = ranks.together("settings", check_settings)
     source = ranks.main_first("data", lambda: open_source(settings.data, "train"))
@@ -431,6 +443,8 @@ def _claim(run: Run, settings: Settings) -> None:
         run.set_arithmetic()
         if "select" in run.method.stages:
             _check_counts(run)
+        if isinstance(run.method, Synthesis):
+            _check_pool(run, run.method)
         _check_outputs(run)
         if settings.preflight:
             _preflight(run)
@@ -499,26 +513,44 @@ def _check_counts(run: Run) -> None:
             f"{_ipc_and_tiles(run)} needs {plural(needed, 'image')} a class, {argument('images_per_class')} is {most}: "
             + ("raise it" if is_argument("images_per_class") else "distil anew into another folder with more")
         )
-    pool = run.pool()
-    labels = run.source.samples.labels[pool]
-    counts = np.bincount(labels, minlength=len(run.source.class_names))
-    for label in np.flatnonzero(counts < 2 * needed).tolist():
-        samples = run.samples(pool[labels == label])
-        usable, reasons = 0, []
-        loaded = run.load(samples)
-        for _, image in loaded:
-            if isinstance(image, BadImage):
-                reasons.append(str(image))
-            else:
-                usable += 1
-            if usable == needed:
-                break
-        loaded.close()
+    for label in np.flatnonzero(_counts(run) < 2 * needed).tolist():
+        usable, reasons = _usable(run, label, needed)
         if usable < needed:
             raise UsageError(
                 f"class {run.source.class_names[label]!r} has {plural(usable, 'usable image')}, "
                 f"{_ipc_and_tiles(run)} needs {needed}{reasons_in_words(reasons)}"
             )
+
+
+def _check_pool(run: Run, method: Synthesis) -> None:
+    """Refuse a pool that a method cannot draw from; where it would be close, decode to be sure."""
+    counts, needed = _counts(run), method.drawn_at_once(run.plan["ipc"])
+    method.check_pool(torch.from_numpy(counts), run.source.class_names, run.plan["ipc"])
+    for label in np.flatnonzero(counts < 2 * needed).tolist():
+        counts[label] = _usable(run, label, needed)[0]
+    method.check_pool(torch.from_numpy(counts), run.source.class_names, run.plan["ipc"])
+
+
+def _counts(run: Run) -> np.ndarray:
+    """Sources of each class in the pool, int64 [classes]."""
+    labels = run.source.samples.labels[run.pool()]
+    return np.bincount(labels, minlength=len(run.source.class_names))
+
+
+def _usable(run: Run, label: int, most: int) -> tuple[int, list[str]]:
+    """How many sources of a class can be decoded, counted up to `most`, and why others cannot."""
+    pool = run.pool()
+    usable, reasons = 0, []
+    loaded = run.load(run.samples(pool[run.source.samples.labels[pool] == label]))
+    for _, image in loaded:
+        if isinstance(image, BadImage):
+            reasons.append(str(image))
+        else:
+            usable += 1
+        if usable == most:
+            break
+    loaded.close()
+    return usable, reasons
 
 
 def _ipc_and_tiles(run: Run) -> str:

@@ -32,7 +32,7 @@ SHARD_SOURCES = 256  # sources in one score shard, the unit of commit and of wor
 # as many: its host's work is that of a micro-batch, not of a source.
 MICRO_BATCH = {"cpu": 16, "cuda": 128}
 # What may change between the start of a run and its resumption without changing the result.
-_RESULTS = ("complete", "counts", "quarantined", "prepared", "mixed_machines")
+_RESULTS = ("complete", "counts", "quarantined", "prepared", "mixed_machines", "accuracy")
 _ARITHMETIC = {
     **dict.fromkeys(("micro_batch", "forward_batch", "shard_sources", "threads"), int),
     **dict.fromkeys(("max_pixels", "max_file_bytes"), int),
@@ -110,6 +110,8 @@ def make_plan(
         "counts": None,
         "quarantined": None,
     }
+    if inputs := method.inputs():
+        plan["inputs"] = inputs
     for place, value in settings.in_manifest(method.offers()).items():
         *outer, key = place.split(".")
         table = plan
@@ -271,7 +273,12 @@ def run_digest(plan: dict[str, Any]) -> str:
     )
     teacher = plan["teacher"] and plan["teacher"]["sha256"]
     return _digest(
-        {**{key: plan[key] for key in keys}, "teacher": teacher, "arithmetic": _shared_arithmetic(plan)}
+        {
+            **{key: plan[key] for key in keys},
+            **{key: plan[key] for key in ("inputs", "evaluate_every") if key in plan},
+            "teacher": teacher,
+            "arithmetic": _shared_arithmetic(plan),
+        }
     )
 
 

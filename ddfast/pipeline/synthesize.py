@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ddfast.data.pool import DecodedPool
 from ddfast.errors import DivergedError
+from ddfast.files import make_folder
 from ddfast.methods.synthesis import CURVE, Group, State, Synthesis
 from ddfast.output.distilled import image_path, metadata_row, write_image, write_metadata
 from ddfast.output.mosaic import mosaic_labels
@@ -27,6 +28,7 @@ from ddfast.pipeline.plan import run_digest
 from ddfast.pipeline.run import Run, clock
 from ddfast.progress import Progress
 from ddfast.state import FileCheckpoint
+from ddfast.wording import argument, plural
 
 STATE = "state"
 _SAVE_SECONDS = 15.0  # between two saved states; what a kill costs at most, beside a step
@@ -39,6 +41,8 @@ def synthesize(run: Run) -> None:
     Raises:
         DivergedError: a loss is no longer finite. The state before that step is kept.
     """
+    if run.complete:
+        return  # its states are gone, and its pixels stand
     started = time.monotonic()
     run.set_arithmetic()
     method = _method(run)
@@ -118,7 +122,13 @@ def _is_done(state: State | None, method: Synthesis) -> bool:
 
 def _pool_of(run: Run, groups: Iterable[Group], *, held: bool = True) -> DecodedPool:
     """The images of the groups' classes."""
-    return run.decoded_pool(classes=[label for group in groups for label in group.classes], held=held)
+    pool = run.decoded_pool(classes=[label for group in groups for label in group.classes], held=held)
+    if held and not pool.held:
+        pool.say(
+            f"{plural(len(pool.labels), 'image')} of {run.plan['image_size']} px exceed "
+            f"{argument('pool_memory')}: decoded anew in every step"
+        )
+    return pool
 
 
 # States on disk
@@ -126,6 +136,7 @@ def _pool_of(run: Run, groups: Iterable[Group], *, held: bool = True) -> Decoded
 
 
 def _checkpoint(run: Run, group: Group) -> FileCheckpoint:
+    make_folder(run.out / STATE)
     return FileCheckpoint(run.out / STATE / f"group-{group.number:05d}.safetensors", run_digest(run.plan))
 
 
@@ -174,9 +185,10 @@ def _write(run: Run, method: Synthesis, groups: Sequence[Group], judge: Judge | 
     write_curve(run.out, rows)
     _write_images(run, method, images, names)
     _write_before(run, method, groups)
+    run.plan["counts"] = {"images": len(names), "sources": len(run.pool())}
     if judge is not None:
         run.plan["accuracy"] = judge.after_rounding(_finished(run, groups[0]))
-        run.save()
+    run.save()
 
 
 def _finished(run: Run, group: Group) -> State:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -62,9 +61,6 @@ def facts(folder: Folder) -> list[Fact]:
         )
     if plan.get("seed") is not None:
         found.append(Fact("Seed", str(plan["seed"])))
-    seconds = _seconds(folder)
-    if seconds is not None:
-        found.append(Fact("Time", _duration(seconds), "on the machine that run.json names"))
     return found
 
 
@@ -79,7 +75,7 @@ def _said(value: Any) -> str:
 
 def _proxies(plan: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
     """Whose features the CMI is of, in words."""
-    held = plan.get("proxies", chosen.get("proxies"))
+    held = (plan.get("inputs") or {}).get("proxies")
     count = len(held) if isinstance(held, (list, dict)) else held if isinstance(held, int) else None
     words = [] if count is None else [f"{count} {'proxy' if count == 1 else 'proxies'}"]
     arch = chosen.get("proxy_arch")
@@ -89,27 +85,6 @@ def _proxies(plan: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
     if isinstance(every, int) and every > 1:
         words.append(f"every {every} iterations")
     return ", ".join(words)
-
-
-def _seconds(folder: Folder) -> float | None:
-    """How long the finished run took, None where it is not known.
-
-    A run that is not finished yet writes a page that its result alone decides.
-    """
-    if folder.manifest.get("complete") is not True:
-        return None
-    try:
-        found = json.loads((folder.root / "run.json").read_text("utf-8"))["seconds"]
-        return float(sum(found.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes, hours = seconds / 60, seconds / 3600
-    return f"{minutes:.0f} min" if minutes < 100 else f"{hours:.1f} h"
 
 
 # Before and after --------------------------------------------------------------------------------------------
@@ -152,7 +127,10 @@ def pairs_note(folder: Folder, shown: Sequence[ClassPair]) -> str:
         "noise": "Noise is where it began.",
         "mix": "Mixed real images are where it began.",
     }
-    said = [start.get(str(_options(folder).get("init")), "")] if any(pair.before for pair in shown) else []
+    said = []
+    if any(pair.before for pair in shown):
+        said.append(start.get(str(_options(folder).get("init")), ""))
+        said.append("Of each class come the images before, then the same ones after.")
     if folder.factor > 1:
         said.append(f"Every image is stored as {folder.tiles} tiles; students see each as a whole image.")
     left_out = []
@@ -219,7 +197,7 @@ def figures(folder: Folder) -> list[Figure]:
         ),
         (
             "Pixel variance",
-            [line("variance", column("pixel_variance"))],
+            [line("variance", lambda row: row.get("pixel_variance") or None)],  # of one image it is 0
             "Over the images of a class, mean over pixels and classes.",
             False,
         ),
@@ -269,7 +247,7 @@ def curve_note(folder: Folder) -> str:
         )
     one = line_of("", {0: [(step, 0.0) for step in steps]})
     if one is not None and one.averaged > 1:
-        said.append(f"Of many steps up to {one.averaged} neighbours are averaged.")
+        said.append(f"Where all {len(steps):,} steps were measured, a point is the mean of {one.averaged}.")
     return " ".join(said)
 
 
@@ -368,6 +346,7 @@ _FILES = {
     BEFORE: "the images of the start",
     "mosaic.png": "the images of the end",
     MANIFEST: "every setting, and what decided the arithmetic",
+    "run.json": "how long it took, and on which machine",
 }
 
 
@@ -397,11 +376,11 @@ def ways_to_open(folder: Folder, pixels: Pixels) -> list[tuple[str, str]]:
         (
             "Hugging Face datasets, 8 bits",
             "from datasets import load_dataset\n\n"
-            'set = load_dataset("imagefolder", data_dir="distilled", split="train")',
+            'set = load_dataset(\n    "imagefolder", data_dir="distilled", split="train"\n)',
         ),
         (
             "Evaluate it",
-            "ddfast evaluate --distilled distilled --data DATA --arch convnet3_in --protocol dsa\n"
+            "ddfast evaluate --distilled distilled --data DATA \\\n    --arch convnet3_in --protocol dsa\n"
             "# the same on the PNGs: add --rounded",
         ),
     ]

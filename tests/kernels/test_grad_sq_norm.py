@@ -180,7 +180,9 @@ def test_the_largest_tiles_compile_for_every_gpu_without_spills():
         (torch.bfloat16, 2048, 512, 7, 1),
     ):
         x, g = (
-            torch.empty(640, size, side, side, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
+            torch.empty(640, size, side, side, dtype=dtype, device="meta").to(
+                memory_format=torch.channels_last
+            )
             for size in (channels, outputs)
         )
         cases.append((x, g, (kernel, kernel), (1, 1), (kernel // 2,) * 2, (1, 1), 1, True))

@@ -59,7 +59,11 @@ class MatchingOptions:
         0.0, "weight lambda of the CMI regulariser, 0 for none; it needs proxies", stage="synthesize"
     )
     proxies: str | None = option(
-        None, "folder of networks trained on the real images, for CMI", stage="synthesize", type=str
+        None,
+        "folder of networks trained on the real images, for CMI",
+        stage="synthesize",
+        type=str,
+        is_place=True,
     )
     cmi_every: int = option(1, "CMI acts in every so many steps, with the same weight", stage="synthesize")
     proxy_arch: str | None = option(
@@ -162,20 +166,41 @@ class Matching(Synthesis):
                 f"a step draws {plural(batch, 'different image')} of a class, but {few}: "
                 + _lower("real_batch", least, "give every class images")
             )
-        needed = {"real": ipc, "noise": 0, "mix": ipc * self._mixed**2}[self.options.init]
+        needed = self._begun_with(ipc)
         if few := _short_of(needed, counts, class_names):
             raise UsageError(
                 f"{setting('init', self.options.init)} begins with {plural(needed, 'different image')} of a class, "
                 f"but {few}: " + _lower("ipc", ipc * least // needed, f"take {setting('init', 'noise')}")
             )
+        self.check_ipc(ipc)
+
+    def check_ipc(self, ipc: int) -> None:
+        """Refuse CMI on single images."""
         if self.options.cmi and ipc * self.factor**2 == 1:
             raise UsageError(
                 f"CMI is 0 where a class has a single image, so {argument('cmi')} would do nothing: "
                 f"give {argument('ipc')} at least 2, or leave out {argument('cmi')}"
             )
 
+    def drawn_at_once(self, ipc: int) -> int:
+        """See `Synthesis`."""
+        return max(int(self.options.real_batch), self._begun_with(ipc))
+
+    def _begun_with(self, ipc: int) -> int:
+        """Real images of a class that the start takes."""
+        return {"real": ipc, "noise": 0, "mix": ipc * self._mixed**2}[self.options.init]
+
+    def inputs(self) -> dict[str, Any]:
+        """The proxies' files."""
+        if not self.options.cmi:
+            return {}
+        from ddfast.training.proxies import proxies_identity
+
+        return {"proxies": proxies_identity(self.options.proxies)}
+
     def open(self, context: Context) -> None:
         """Load the proxies, once in a process."""
+        self.check_ipc(context.ipc)
         if self.options.cmi and self._regulariser is None:
             self._regulariser = Regulariser.load(self.options.proxies, self.options.proxy_arch, context)
 
