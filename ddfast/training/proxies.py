@@ -387,6 +387,8 @@ def _held(out: Path, count: int, resume: bool) -> dict[str, Any] | None:
         held = None
     if not isinstance(held, dict) or held.get("format") != FORMAT:
         raise UsageError(f"{path} is no table of proxies, or damaged: choose another {argument('out')}")
+    if not resume and not any(entry.name.startswith("proxy-") for entry in out.iterdir()):
+        return None  # a run that ended before its first whole epoch: nothing is lost
     done = plural(len(held["proxies"]), "trained proxy", "trained proxies")
     if not resume:
         raise UsageError(

@@ -264,6 +264,13 @@ def test_bad_settings_are_one_line(stripes, tmp_path, changes, message):
         assert not (tmp_path / "p").exists()
 
 
+def test_a_run_that_ended_before_its_first_epoch_stands_in_nobodys_way(trained, stripes, tmp_path):
+    with pytest.raises(UsageError, match="the loss became"):
+        train_proxies(stripes, out=tmp_path / "p", **{**TINY, "lr": 1e30})
+    train_proxies(stripes, out=tmp_path / "p", **TINY)
+    assert contents(tmp_path / "p") == contents(trained.folder)
+
+
 def test_bad_data_and_folders_are_one_line_and_stay_as_they_are(trained, stripes, tmp_path):
     with pytest.raises(UsageError, match="no such"):
         train_proxies(tmp_path / "nowhere", out=tmp_path / "p", **TINY)

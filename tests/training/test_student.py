@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ddfast.errors import UsageError
-from ddfast.models import Teacher, create_model, list_models
+from ddfast.models import Teacher, create_model, fusing, list_models
 from ddfast.seeding import derived_seed, generator, seeded
 from ddfast.training import PROTOCOLS, DistilledImages, ImageSet, train_student
 from ddfast.training.augmentation import normalize
@@ -306,6 +306,24 @@ def test_a_seed_fixes_a_student_and_the_global_generators_do_not_matter(toy_test
     other = run(1, autoaugment=True)
     assert other.final_loss != first.final_loss
     assert run(0).final_loss != first.final_loss
+
+
+def test_a_student_with_instance_norm_trains_fused_and_comes_back_plain(toy_test, monkeypatch):
+    settings = {
+        "arch": "convnet3_in",
+        "arch_options": {"width": 8},
+        "epochs": 2,
+        "device": "cpu",
+        "quiet": True,
+    }
+    calls, original = [], fusing.convnet_block
+    monkeypatch.setattr(fusing, "convnet_block", lambda *given: calls.append(1) or original(*given))
+    fused = train_student(distilled(), toy_test, **settings)
+    assert calls
+    assert type(fused.model.blocks) is torch.nn.Sequential
+    monkeypatch.setattr("ddfast.training.fitting.fuse", lambda model: model)
+    plain = train_student(distilled(), toy_test, **settings)
+    assert fused.final_loss == pytest.approx(plain.final_loss, rel=1e-3)
 
 
 def test_a_step_lowers_the_loss_on_its_batch(toy_test):
