@@ -5,9 +5,9 @@ import torch
 
 from ddfast.errors import UsageError
 from ddfast.methods import get_method, list_methods
-from ddfast.methods.matching.base import MatchingOptions
 from ddfast.methods.matching.dm import DM
 from ddfast.methods.matching.initial import mosaics
+from ddfast.methods.matching.options import MatchingOptions
 from ddfast.seeding import generator
 from ddfast.wording import flags_of_command
 from tests.methods.matching.conftest import TensorPool, context_of
