@@ -130,8 +130,8 @@ class Matching(Synthesis):
 
     def begin(self, group: Group, pool: ClassPool, context: Context) -> State:
         """Pixels of the start, normalised, and no momentum."""
-        begun = [self._initial(label, pool, context) for label in group.classes]
-        pixels = torch.cat(begun).to(context.device)
+        begun = [self._initial(label, pool, context).to(context.device) for label in group.classes]
+        pixels = torch.cat(begun)
         return State(group, {"pixels": pixels, "momentum": torch.zeros_like(pixels)})
 
     def _initial(self, label: int, pool: ClassPool, context: Context) -> Tensor:
@@ -194,10 +194,10 @@ class Matching(Synthesis):
         real = _normalised(torch.stack(drawn), context, decoded.dtype)
         synthetic = []
         # `unbind`, as the gradient of a class taken by its place would be as large as all classes.
-        for place, (label, images) in enumerate(zip(group.classes, decoded.unbind(), strict=True)):
+        for place, (label, made) in enumerate(zip(group.classes, decoded.unbind(), strict=True)):
             augment = self.augmentation(size, generator(context.seed, "augment", label, number))
             real[place] = augment(real[place])
-            synthetic.append(augment(images))
+            synthetic.append(augment(made))
         return real, torch.stack(synthetic)
 
     def _regularise(
@@ -254,12 +254,12 @@ _CALLED = {
 
 
 def _normalised(images: Tensor, context: Context, dtype: torch.dtype) -> Tensor:
-    """(x / 255 - mean) / std of uint8 images [..., 3, H, W], on the context's device."""
-    mean, std = (
-        to_device(torch.tensor(values, dtype=dtype), context.device).view(3, 1, 1)
-        for values in (context.mean, context.std)
+    """(x / 255 - mean) / std of uint8 images [..., 3, H, W] in one pass, on the context's device."""
+    mean, std = (torch.tensor(values, dtype=torch.float64) for values in (context.mean, context.std))
+    shift, scale = (
+        to_device(values.to(dtype), context.device).view(3, 1, 1) for values in (-mean / std, 1 / (255 * std))
     )
-    return to_device(images, context.device).to(dtype).div_(255).sub_(mean).div_(std)
+    return torch.addcmul(shift, to_device(images, context.device).to(dtype), scale)
 
 
 def _all_drawn(
