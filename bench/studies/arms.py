@@ -38,7 +38,7 @@ from ddfast.training.image_sets import read_test_set
 from ddfast.training.protocol import Protocol, protocol_named
 
 # Settings of `distill` that an arm may name beside the options of its method.
-_OF_DISTILL = ("seed", "factor", "images_per_class", "precision", "preset")
+_OF_DISTILL = ("seed", "factor", "images_per_class", "precision", "preset", "normalization")
 
 
 @dataclass(frozen=True)
@@ -212,10 +212,10 @@ class Distillation:
         shared: dict[str, Any],
     ) -> Distillation:
         """A method that makes pixels: no teacher, all images, and proxies by what is in their files."""
-        options = method.options_of_stage("synthesize")
-        if (proxies := options.pop("proxies", None)) is not None:
-            options["proxies"] = [file_digest(path) for path in sorted(Path(proxies).glob("*.safetensors"))]
-        identity = {"synthesize": {**shared, "images_per_class": None, "options": options}, "ipc": ipc}
+        options = {**method.options_of_stage("synthesize"), **method.inputs()}
+        chosen = {**shared, "images_per_class": None, "options": options}
+        chosen["normalization"] = given.get("normalization", "auto")
+        identity = {"synthesize": chosen, "ipc": ipc}
         folder = setup.work / f"{arm.method}-ipc{ipc}-{digest(identity)}"
         settings = {
             name: value for name, value in given.items() if name not in ("factor", "images_per_class")
@@ -386,11 +386,6 @@ def by_ipc(text: str) -> dict[int, int]:
 def at_ipc(values: Mapping[int, int], ipc: int) -> int | None:
     """The value for an IPC: its own, or the one for all others, or None."""
     return values.get(ipc, values.get(0))
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def digest(value: Any) -> str:

@@ -81,6 +81,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = study_parser("cmi", __doc__)
     parser.add_argument("--proxies", type=Path, required=True, help="folder of ddfast train-proxies")
     parser.add_argument("--arch", default="convnet3_in", help="of the matched networks and of the students")
+    parser.add_argument("--normalization", default="auto", help="of the matched pixels, that of the proxies")
     parser.add_argument("--ipc", type=integers, default=[1, 10, 50])
     parser.add_argument("--iterations", type=by_ipc, default={0: 20000}, help="20000, or by IPC: 300,50:100")
     parser.add_argument("--real-batch", type=int, default=256, help="real images a class and step")
@@ -116,14 +117,15 @@ def _arm(name: str, ipc: int, seed: int, arguments: argparse.Namespace) -> Arm:
     settings: dict[str, Any] = {
         "seed": seed,
         "arch": arguments.arch,
+        "normalization": arguments.normalization,
         "iterations": at_ipc(arguments.iterations, ipc),
         "real_batch": arguments.real_batch,
+        "proxies": str(arguments.proxies),  # without a weight CMI is measured and does not act
     }
     if name == "DM + CMI":
         settings |= {
             "cmi": float(at_ipc(arguments.cmi, ipc) or 0),
             "cmi_every": arguments.cmi_every,
-            "proxies": str(arguments.proxies),
         }
     return Arm(f"{name}, set {seed}", "dm", settings)
 

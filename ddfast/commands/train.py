@@ -97,11 +97,15 @@ def add_train_proxies(commands: Any) -> None:
         "--image-size", type=whole, default=None, help="side in pixels; default that of the first image"
     )
     for flag, kind, help in (
-        ("--lr", number, "learning rate; default by the architecture"),
-        ("--batch-size", whole, "images a step"),
+        ("--lr", number, "learning rate of SGD, constant; default 0.01"),
+        ("--momentum", number, "of SGD; default 0.9"),
+        ("--weight-decay", number, "on every parameter; default 0.001"),
+        ("--batch-size", whole, "images a step; default 256"),
+        ("--normalization", str, "of the pixels, as that of the run: a name or mean,mean,mean/std,std,std"),
+        ("--precision", str, "float32 (default), bfloat16, or auto: bfloat16 where it is known to be faster"),
     ):
         parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=help)
-    parser.add_argument("--seed", type=whole, default=0, help="weights, order and augmentation")
+    parser.add_argument("--seed", type=whole, default=0, help="weights and order")
     parser.add_argument("--resume", action="store_true", help="continue from the last finished epoch")
     add_device(parser)
     parser.set_defaults(parser=parser, run=_train_proxies)
@@ -112,7 +116,7 @@ def _train_proxies(arguments: argparse.Namespace) -> None:
 
     names = (
         *("arch", "count", "epochs", "out", "images_per_class", "image_size", "lr", "batch_size", "seed"),
-        *("resume", "device", "workers", "quiet"),
+        *("momentum", "weight_decay", "normalization", "precision", "resume", "device", "workers", "quiet"),
     )
     settings = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
     print(train_proxies(arguments.data, **settings))
@@ -123,7 +127,9 @@ def add_evaluate(commands: Any) -> None:
     parser = commands.add_parser("evaluate", help="train students on a distilled set and test them")
     parser.add_argument("--distilled", required=True, help="output folder of ddfast distill")
     add_data(parser)
-    parser.add_argument("--arch", required=True, help="the students' architecture")
+    parser.add_argument(
+        "--arch", default=None, help="the students' architecture; default what a set of pixels was matched on"
+    )
     parser.add_argument(
         "--width", type=whole, default=None, help="channels of a ConvNet student's layers; default 128"
     )

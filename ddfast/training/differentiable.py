@@ -151,9 +151,9 @@ def _flip(images: Tensor, mirrored: Tensor) -> Tensor:
 
 def _warp(images: Tensor, theta: Tensor) -> Tensor:
     """Bilinear, around the centre, by the affine maps theta [B, 6] or [1, 6]."""
-    theta = theta.view(-1, 2, 3).to(images).expand(len(images), 2, 3)
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, align_corners=False)
+    theta = theta.view(-1, 2, 3).to(images)
+    grid = F.affine_grid(theta, [len(theta), *images.shape[1:]], align_corners=False)
+    return F.grid_sample(images, grid.expand(len(images), -1, -1, -1), align_corners=False)
 
 
 _APPLIED: dict[str, Callable[..., Tensor]] = {

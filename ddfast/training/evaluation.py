@@ -114,7 +114,7 @@ def evaluate(
     distilled: str | Path | DistilledSet | DistilledImages,
     data: str | Path | ImageSet,
     *,
-    arch: str,
+    arch: str | None = None,
     arch_options: Mapping[str, Any] | None = None,
     seeds: int | Sequence[int] = 3,
     teacher: Teacher | str | Path | Callable[[], Teacher | None] | None = None,
@@ -135,7 +135,7 @@ def evaluate(
     Args:
         distilled: a distilled folder, an opened `DistilledSet`, or images in memory.
         data: the real data, whose test split is used, or that split decoded.
-        arch: name for `create_model`.
+        arch: name for `create_model`; None: the one that a set of pixels was matched on.
         arch_options: its keyword arguments, `{"width": 32}` for example.
         seeds: how many students (seeds 0, 1, ...), or their seeds.
         teacher: labels the mixed batches online, as RDED does; None: the stored soft labels. A file or an
@@ -169,6 +169,7 @@ def evaluate(
     one_of(precision, "precision", PRECISIONS)
     where = resolve_device(device)
     arch_options = architecture_options(arch_options)
+    arch = _matched_arch(distilled) if arch is None else arch
     check_model(arch, **arch_options)
     if rules.labels == "hard" and teacher is not None:
         raise UsageError(f"the protocol {rules.name} trains on hard labels: leave the teacher out")
@@ -330,6 +331,19 @@ def _opened(distilled: str | Path | DistilledSet | DistilledImages) -> Distilled
 def _has_soft_labels(opened: DistilledSet | DistilledImages) -> bool:
     """Whether soft labels are stored; of a folder they are not made dense for it."""
     return (opened.soft_labels if isinstance(opened, DistilledImages) else opened.stored) is not None
+
+
+def _matched_arch(distilled: str | Path | DistilledSet | DistilledImages) -> str:
+    """The architecture that the pixels of a set were matched on.
+
+    Raises:
+        UsageError: they were matched on none.
+    """
+    opened = _opened(distilled)
+    options = {} if isinstance(opened, DistilledImages) else opened.manifest["options"].get("synthesize", {})
+    if not isinstance(options.get("arch"), str):
+        raise UsageError(f"{argument('arch')} is missing: the set does not say which architecture to train")
+    return str(options["arch"])
 
 
 def _test_source(data: str | Path, distilled: DistilledSet | DistilledImages) -> Source:

@@ -28,6 +28,7 @@ from ddfast.errors import UsageError
 from ddfast.files import atomic_write_text, make_folder, sweep_temporary
 from ddfast.isolation import isolated, on_threads
 from ddfast.models.fusing import fuse
+from ddfast.models.normalization import AUTO, Normalization
 from ddfast.models.registry import COMMON_IMAGE, check_model
 from ddfast.models.teacher import Teacher, load_teacher, read_header
 from ddfast.ops.precision import compute_dtype
@@ -119,6 +120,7 @@ def train_proxies(
     out: str | Path,
     images_per_class: int | None = None,
     image_size: int | None = None,
+    normalization: str | Normalization = "auto",
     lr: float = 0.01,
     momentum: float = 0.9,
     weight_decay: float = 1e-3,
@@ -144,6 +146,7 @@ def train_proxies(
         out: the folder. It may not hold anything yet, unless `resume` finds that it is of this run.
         images_per_class: train on so many of each class, those that a run with this seed draws; None: all.
         image_size: side in pixels; None: the shorter side of the first training image, at most 224.
+        normalization: of the pixels, a name or (mean, std); it must be that of the run that they serve.
         lr: learning rate of SGD, constant.
         momentum: of SGD.
         weight_decay: on every parameter.
@@ -172,6 +175,7 @@ def train_proxies(
         arch=arch,
         epochs=epochs,
         image_size=image_size or COMMON_IMAGE,
+        normalization=AUTO if normalization == "auto" else normalization,
         lr=positive_number(lr, "lr"),
         schedule="constant",
         batch_size=batch_size,

@@ -391,3 +391,11 @@ def test_folders_without_proxies_are_one_line(call, tmp_path):
     (tmp_path / "proxy-00000.safetensors").write_bytes(b"damaged")
     with pytest.raises(UsageError, match=r"proxy-00000.safetensors is no complete safetensors"):
         call(tmp_path)
+
+
+def test_the_normalization_is_that_of_the_run(stripes, tmp_path):
+    train_proxies(stripes, out=tmp_path / "p", normalization="cifar10", **{**TINY, "count": 1, "epochs": 1})
+    mean, std = normalization("cifar10")
+    assert len(load_proxies(tmp_path / "p", **{**RUN, "mean": mean, "std": std})) == 1
+    with pytest.raises(UsageError, match="proxy-00000"):
+        load_proxies(tmp_path / "p", **RUN)

@@ -10,94 +10,27 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ddfast.arguments import one_of, path_of, positive_number, whole_number
 from ddfast.data.pool import ClassPool
 from ddfast.errors import DivergedError, UsageError, shown
 from ddfast.methods.base import Context
 from ddfast.methods.matching.cmi import Regulariser
-from ddfast.methods.matching.initial import INITIAL, mosaics
+from ddfast.methods.matching.initial import mosaics
 from ddfast.methods.matching.networks import Networks
+from ddfast.methods.matching.options import MatchingOptions
 from ddfast.methods.synthesis import Group, State, Synthesis
 from ddfast.models.registry import check_model
 from ddfast.ops.precision import autocast
 from ddfast.ops.transfer import to_device
 from ddfast.seeding import generator, seeded
-from ddfast.settings import option
 from ddfast.training.differentiable import DSA, draw_one
 from ddfast.wording import argument, plural, setting
 
 _NOTES = 10  # times in a run that variance and CMI are measured, beside the first and the last step
-
-
-@dataclass(frozen=True)
-class MatchingOptions:
-    """Options of every matching method."""
-
-    arch: str = option(
-        "convnet3_in", "architecture of the networks that images are compared on", stage="synthesize"
-    )
-    iterations: int = option(20000, "steps of the pixels", stage="synthesize")
-    real_batch: int = option(256, "real images of a class in a step", stage="synthesize")
-    init: str = option(
-        "real",
-        "images to begin with: real ones, normal noise, or each a mix of 2 x 2 real ones at half size",
-        stage="synthesize",
-        choices=INITIAL,
-    )
-    lr_img: float = option(1.0, "learning rate of the pixels", stage="synthesize")
-    momentum: float = option(0.5, "momentum of the pixels", stage="synthesize")
-    flip: bool = option(
-        True, "mirror images among the augmentations; not for digits, --no-flip", stage="synthesize"
-    )
-    cmi: float = option(
-        0.0, "weight lambda of the CMI regulariser, 0 for none; it needs proxies", stage="synthesize"
-    )
-    proxies: str | None = option(
-        None,
-        "folder of networks trained on the real images, for CMI",
-        stage="synthesize",
-        type=str,
-        is_place=True,
-    )
-    cmi_every: int = option(1, "CMI acts in every so many steps, with the same weight", stage="synthesize")
-    proxy_arch: str | None = option(
-        None, "take only the proxies of this architecture", stage="synthesize", type=str
-    )
-    class_batch: int = option(10, "classes that are matched together, the unit of a rank", stage="synthesize")
-
-    def __post_init__(self) -> None:
-        for name in ("iterations", "real_batch", "cmi_every", "class_batch"):
-            self._set(name, whole_number(getattr(self, name), name, least=1))
-        self._set("lr_img", positive_number(self.lr_img, "lr_img"))
-        self._set("momentum", positive_number(self.momentum, "momentum", zero=True))
-        self._set("cmi", positive_number(self.cmi, "cmi", zero=True))
-        if self.momentum >= 1:
-            raise UsageError(f"{argument('momentum')} must be below 1, got {self.momentum}")
-        one_of(self.init, "init", INITIAL)
-        if self.proxies is not None:
-            self._set("proxies", str(path_of(self.proxies, "proxies")))
-        self._check_cmi()
-
-    def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)  # a frozen dataclass: numbers as the plain types that are meant
-
-    def _check_cmi(self) -> None:
-        if self.cmi and self.proxies is None:
-            raise UsageError(
-                f"{argument('cmi')} {self.cmi:g} needs {argument('proxies')}, a folder of networks trained on the "
-                "real images: make it with ddfast train-proxies"
-            )
-        for name, default in (("proxies", None), ("proxy_arch", None), ("cmi_every", 1)):
-            if not self.cmi and getattr(self, name) != default:
-                raise UsageError(
-                    f"{argument(name)} is of no use without {argument('cmi')}: give its weight, or leave it out"
-                )
 
 
 class Matching(Synthesis):
@@ -114,9 +47,6 @@ class Matching(Synthesis):
         super().__init__(options)
         self.networks = self.make_networks()
         self._regulariser: Regulariser | None = None
-
-    # What a method says
-    # ------------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def make_networks(self) -> Networks:
@@ -148,9 +78,6 @@ class Matching(Synthesis):
         """
         operations = DSA if self.options.flip else tuple(name for name in DSA if name != "flip")
         return draw_one(operations, 1, size, draws)
-
-    # Checks before anything is written
-    # ------------------------------------------------------------------------------------------------------
 
     def check(self, image_size: int | None) -> None:
         """Refuse an architecture that does not exist, or does not take images of that size."""
@@ -192,7 +119,7 @@ class Matching(Synthesis):
 
     def inputs(self) -> dict[str, Any]:
         """The proxies' files."""
-        if not self.options.cmi:
+        if self.options.proxies is None:
             return {}
         from ddfast.training.proxies import proxies_identity
 
@@ -201,16 +128,13 @@ class Matching(Synthesis):
     def open(self, context: Context) -> None:
         """Load the proxies, once in a process."""
         self.check_ipc(context.ipc)
-        if self.options.cmi and self._regulariser is None:
+        if self.options.proxies is not None and self._regulariser is None:
             self._regulariser = Regulariser.load(self.options.proxies, self.options.proxy_arch, context)
 
     @property
     def _mixed(self) -> int:
         """Real images per side of an image that begins as a mix."""
         return max(2, self.factor)
-
-    # The run
-    # ------------------------------------------------------------------------------------------------------
 
     @property
     def steps(self) -> int:
@@ -227,8 +151,8 @@ class Matching(Synthesis):
 
     def begin(self, group: Group, pool: ClassPool, context: Context) -> State:
         """Pixels of the start, normalised, and no momentum."""
-        begun = [self._initial(label, pool, context) for label in group.classes]
-        pixels = torch.cat(begun).to(context.device)
+        begun = [self._initial(label, pool, context).to(context.device) for label in group.classes]
+        pixels = torch.cat(begun)
         return State(group, {"pixels": pixels, "momentum": torch.zeros_like(pixels)})
 
     def _initial(self, label: int, pool: ClassPool, context: Context) -> Tensor:
@@ -291,17 +215,17 @@ class Matching(Synthesis):
         real = _normalised(torch.stack(drawn), context, decoded.dtype)
         synthetic = []
         # `unbind`, as the gradient of a class taken by its place would be as large as all classes.
-        for place, (label, images) in enumerate(zip(group.classes, decoded.unbind(), strict=True)):
+        for place, (label, made) in enumerate(zip(group.classes, decoded.unbind(), strict=True)):
             augment = self.augmentation(size, generator(context.seed, "augment", label, number))
             real[place] = augment(real[place])
-            synthetic.append(augment(images))
+            synthetic.append(augment(made))
         return real, torch.stack(synthetic)
 
     def _regularise(
         self, number: int, group: Group, pixels: Tensor, context: Context, measured: dict[str, Tensor]
     ) -> Tensor | None:
         """The gradient of lambda * CMI in the pixels where it acts in this step; what was measured joins `measured`."""
-        acts = number % self.options.cmi_every == 0
+        acts = self.options.cmi > 0 and number % self.options.cmi_every == 0
         if self._regulariser is None or not (acts or self._is_noted(number)):
             return None
         decoded = self._decoded(pixels, group)
@@ -351,12 +275,12 @@ _CALLED = {
 
 
 def _normalised(images: Tensor, context: Context, dtype: torch.dtype) -> Tensor:
-    """(x / 255 - mean) / std of uint8 images [..., 3, H, W], on the context's device."""
-    mean, std = (
-        to_device(torch.tensor(values, dtype=dtype), context.device).view(3, 1, 1)
-        for values in (context.mean, context.std)
+    """(x / 255 - mean) / std of uint8 images [..., 3, H, W] in one pass, on the context's device."""
+    mean, std = (torch.tensor(values, dtype=torch.float64) for values in (context.mean, context.std))
+    shift, scale = (
+        to_device(values.to(dtype), context.device).view(3, 1, 1) for values in (-mean / std, 1 / (255 * std))
     )
-    return to_device(images, context.device).to(dtype).div_(255).sub_(mean).div_(std)
+    return torch.addcmul(shift, to_device(images, context.device).to(dtype), scale)
 
 
 def _all_drawn(

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from ddfast.methods.matching import cmi as module
-from ddfast.methods.matching.base import MatchingOptions
 from ddfast.methods.matching.cmi import Regulariser
 from ddfast.methods.matching.dm import DM
+from ddfast.methods.matching.options import MatchingOptions
 from ddfast.models.registry import features
 from ddfast.seeding import generator
 from tests.methods.matching.conftest import context_of, distilled

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load, save
 
 from ddfast.errors import DivergedError, UsageError
-from ddfast.methods.matching.base import MatchingOptions
 from ddfast.methods.matching.dm import DM
 from ddfast.methods.matching.networks import Fresh, Networks
+from ddfast.methods.matching.options import MatchingOptions
 from ddfast.methods.synthesis import State
 from ddfast.models import create_model
 from ddfast.models.registry import features

@@ -1,0 +1,77 @@
+"""Options that all matching methods share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ddfast.arguments import one_of, path_of, positive_number, whole_number
+from ddfast.errors import UsageError
+from ddfast.methods.matching.initial import INITIAL
+from ddfast.settings import option
+from ddfast.wording import argument
+
+
+@dataclass(frozen=True)
+class MatchingOptions:
+    """Options of every matching method."""
+
+    arch: str = option(
+        "convnet3_in", "architecture of the networks that images are compared on", stage="synthesize"
+    )
+    iterations: int = option(20000, "steps of the pixels", stage="synthesize")
+    real_batch: int = option(256, "real images of a class in a step", stage="synthesize")
+    init: str = option(
+        "real",
+        "images to begin with: real ones, normal noise, or each a mix of 2 x 2 real ones at half size",
+        stage="synthesize",
+        choices=INITIAL,
+    )
+    lr_img: float = option(1.0, "learning rate of the pixels", stage="synthesize")
+    momentum: float = option(0.5, "momentum of the pixels", stage="synthesize")
+    flip: bool = option(
+        True, "mirror images among the augmentations, which digits do not bear", stage="synthesize"
+    )
+    cmi: float = option(
+        0.0, "weight lambda of the CMI regulariser, 0 for none; it needs proxies", stage="synthesize"
+    )
+    proxies: str | None = option(
+        None,
+        "folder of networks trained on the real images, for CMI; without its weight CMI is measured and does not act",
+        stage="synthesize",
+        type=str,
+        is_place=True,
+    )
+    cmi_every: int = option(1, "CMI acts in every so many steps, with the same weight", stage="synthesize")
+    proxy_arch: str | None = option(
+        None, "take only the proxies of this architecture", stage="synthesize", type=str
+    )
+    class_batch: int = option(10, "classes that are matched together, the unit of a rank", stage="synthesize")
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "real_batch", "cmi_every", "class_batch"):
+            self._set(name, whole_number(getattr(self, name), name, least=1))
+        self._set("lr_img", positive_number(self.lr_img, "lr_img"))
+        self._set("momentum", positive_number(self.momentum, "momentum", zero=True))
+        self._set("cmi", positive_number(self.cmi, "cmi", zero=True))
+        if self.momentum >= 1:
+            raise UsageError(f"{argument('momentum')} must be below 1, got {self.momentum}")
+        one_of(self.init, "init", INITIAL)
+        if self.proxies is not None:
+            self._set("proxies", str(path_of(self.proxies, "proxies")))
+        self._check_cmi()
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # a frozen dataclass: numbers as the plain types that are meant
+
+    def _check_cmi(self) -> None:
+        if self.cmi and self.proxies is None:
+            raise UsageError(
+                f"{argument('cmi')} {self.cmi:g} needs {argument('proxies')}, a folder of networks trained on the "
+                "real images: make it with ddfast train-proxies"
+            )
+        for name, default, needed in (("proxy_arch", None, "proxies"), ("cmi_every", 1, "cmi")):
+            if getattr(self, name) != default and not getattr(self, needed):
+                raise UsageError(
+                    f"{argument(name)} is of no use without {argument(needed)}: give that as well, or leave it out"
+                )
