@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ddfast import __version__
 from ddfast.arguments import output_file, whole_number
 from ddfast.data.loaders import LOADERS
 from ddfast.errors import DDFastError, UsageError
+from ddfast.version import __version__
 from ddfast.wording import argument, did_you_mean, flags_of_command, plural
 
 _ERRORS_OF_FILES = {

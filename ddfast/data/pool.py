@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ddfast.data.loading import Loaded
 from ddfast.data.samples import Sample, SampleList
 from ddfast.errors import BadImage
-from ddfast.ops._philox import philox4x32
+from ddfast.philox import philox4x32
 from ddfast.progress import say
 from ddfast.seeding import stream
+
+if TYPE_CHECKING:
+    from ddfast.data.loading import Loaded  # which imports decoders
 
 MEMORY_LIMIT = 4 << 30  # bytes of decoded training images that are held at once
 _DRAWS = 1 << 16  # ids whose shuffle keys are drawn at once, which bounds the memory
