@@ -21,7 +21,7 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "ddfast" / "__init__.py").read_text()).group(1)
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "ddfast" / "version.py").read_text()).group(1)
 
 PYTHON_ABI = "0x030A0000"
 TORCH_ABI = "0x020A000000000000"

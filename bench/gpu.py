@@ -109,7 +109,14 @@ _SPEED_LEFT = {
 }
 _ON_HOST = ("host_time", "launchers")  # entries that measure the CPU on every machine
 # Tests whose bodies differ on a GPU.
-_TESTED = ("tests/kernels", "tests/ops", "tests/masked_forward", "tests/attribution", "tests/gradients")
+_TESTED = (
+    "tests/test_philox.py",
+    "tests/kernels",
+    "tests/ops",
+    "tests/masked_forward",
+    "tests/attribution",
+    "tests/gradients",
+)
 _SANITIZED = ("tests/kernels", "tests/ops")
 
 
@@ -119,7 +126,7 @@ def sections(device: str, quick: bool, work: Path) -> list[Section]:
     The limits of all sections before `ops` fit into the time there is; few sections come near theirs.
     """
     own = ("--device", device, "--out", str(work), *(("--quick",) if quick else ()))
-    tested = ("tests/ops/test_philox.py",) if quick else _TESTED
+    tested = ("tests/test_philox.py",) if quick else _TESTED
     tests = ("-m", "pytest", *tested, "--continue-on-collection-errors", "-k", "cuda or philox")
 
     def inside(name: str, what: str, limit: float) -> Section:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from ddfast.version import __version__
 
 # Public name -> module that holds it. Loaded on first use, so that `import ddfast` stays cheap.
 _LAZY = {

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddfast import __version__
+from ddfast.version import __version__
 from ddfast.commands import distill, show, train
 from ddfast.commands.parser import Parser, check_flags, one_line
 from ddfast.errors import DDFastError

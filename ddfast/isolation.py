@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import random
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-import numpy as np
 import torch
+
+from ddfast.random_states import kept_random_states
 
 
 @contextmanager
@@ -21,10 +21,9 @@ def isolated() -> Iterator[None]:
     and Python, and the warning filters and environment variables, which a first import of a library may change.
     """
     threads, dtype, environment = torch.get_num_threads(), torch.get_default_dtype(), dict(os.environ)
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - the caller's
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=devices))
+        stack.enter_context(kept_random_states(devices))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_without_autocast())
@@ -38,8 +37,6 @@ def isolated() -> Iterator[None]:
             torch.set_default_dtype(dtype)
             if torch.get_num_threads() != threads:
                 torch.set_num_threads(threads)
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)  # noqa: NPY002
             _put_back(environment)
 
 

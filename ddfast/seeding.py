@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ddfast.ops._philox import philox4x32
+from ddfast.philox import philox4x32
 
 
 def derived_seed(*key: int | str) -> int:

@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
-from ddfast.ops import _philox, transfer
+from ddfast import philox
+from ddfast.ops import transfer
 
 NAME = "mimic"
 
@@ -154,7 +155,7 @@ class _Event:
 def mimic() -> Iterator[None]:
     """Context in which the device exists."""
     with (
-        mock.patch.dict(_philox._COPIES, {DEVICE: OnDevice(_philox._QUANTILES)}),  # copied there once
+        mock.patch.dict(philox._COPIES, {DEVICE: OnDevice(philox._QUANTILES)}),  # copied there once
         mock.patch.object(transfer, "pinned", _marked),
         mock.patch.object(transfer, "landing", lambda t: _marked(torch.empty(t.shape, dtype=t.dtype))),
         mock.patch.object(transfer, "copied", return_value=_Event()),

@@ -8,16 +8,6 @@ import pytest
 import ddfast
 
 ROOT = Path(__file__).parent.parent
-BOTTOM = (
-    "arguments",
-    "crowding",
-    "errors",
-    "isolation",
-    "progress",
-    "ranks",
-    "unchanged",
-    "wording",
-)  # modules below every floor
 
 
 def python(code, **kwargs):
@@ -56,17 +46,3 @@ def test_kernels_refuse_another_name():
     assert found.returncode != 0
     assert "import them as 'ddfast.kernels'" in found.stderr
     assert importlib.import_module("ddfast.kernels").__name__ == "ddfast.kernels"
-
-
-def test_an_import_never_points_up():
-    floors = ["ops", "attribution gradients", "data", "models", "training", "methods", "report"]
-    level = {name: i for i, names in enumerate(floors) for name in names.split()}
-    for path in (ROOT / "ddfast").rglob("*.py"):
-        own = level.get(path.relative_to(ROOT / "ddfast").parts[0])
-        if own is None:
-            continue
-        for line in path.read_text().splitlines():
-            words = line.split()
-            if len(words) > 1 and words[0] in ("from", "import") and words[1].startswith("ddfast."):
-                imported = words[1].split(".")[1]
-                assert imported in BOTTOM or level[imported] <= own, (path, line)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ddfast.attribution.estimators.plans import Plan, SampledPlan, make_plan
 from ddfast.attribution.flight import Flight
 from ddfast.attribution.inspection import Inspection, alike, check_rows, inspect, look
-from ddfast.attribution.random_states import RandomStates
 from ddfast.attribution.validation import (
     as_tensors,
     check_baseline,
@@ -21,16 +20,16 @@ from ddfast.attribution.validation import (
     check_grid,
     check_images,
     check_labels,
-    check_model,
     check_scores,
     check_seed,
 )
-from ddfast.masked_forward.forward import Forward, assemble, made_up_image, players_of, prepare
+from ddfast.masked_forward.forward import Forward, assemble, check_model, made_up_image, players_of, prepare
 from ddfast.ops import masked_batch, shapley_heatmap
 from ddfast.ops._attribution import VALUES
 from ddfast.ops.graphs import Recorded
 from ddfast.ops.precision import autocast, resolve_precision
 from ddfast.ops.transfer import statistic, to_device
+from ddfast.random_states import RandomStates
 from ddfast.unchanged import found_of
 
 DEFAULT_CHUNK_SIZE = 128

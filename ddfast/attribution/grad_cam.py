@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddfast.attribution.engine import DEFAULT_CHUNK_SIZE, Channels, compute_dtype
-from ddfast.attribution.random_states import RandomStates
 from ddfast.attribution.validation import (
     as_tensors,
     check_chunk_size,
@@ -17,10 +16,11 @@ from ddfast.attribution.validation import (
     check_grid,
     check_images,
     check_labels,
-    check_model,
     check_scores,
 )
+from ddfast.masked_forward.forward import check_model
 from ddfast.ops import masked_batch
+from ddfast.random_states import RandomStates
 
 
 @torch.inference_mode(False)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ddfast.attribution.call_log import Log, recorded
-from ddfast.attribution.random_states import RandomStates, equal_states
 from ddfast.attribution.validation import check_labels, check_scores
+from ddfast.masked_forward.call_log import Log, recorded
 from ddfast.masked_forward.tracing import is_compiled
+from ddfast.random_states import RandomStates, equal_states
 
 _RUNS = 8
 _SMALL_DRAW = (

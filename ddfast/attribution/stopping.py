@@ -19,18 +19,18 @@ from ddfast.attribution.estimators.game_prior import GamePrior, Grid
 from ddfast.attribution.estimators.kept_designs import kept_rounds
 from ddfast.attribution.estimators.plans import relabellings
 from ddfast.attribution.inspection import Inspection
-from ddfast.attribution.random_states import RandomStates
 from ddfast.attribution.validation import (
     as_tensors,
     check_baseline,
     check_chunk_size,
     check_grid,
     check_images,
-    check_model,
     check_seed,
 )
+from ddfast.masked_forward.forward import check_model
 from ddfast.ops._attribution import VALUES
 from ddfast.ops.precision import resolve_precision
+from ddfast.random_states import RandomStates
 
 # Evaluations after each round, in players.
 ROUNDS = (2, 3, 4, 6, 8)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ddfast.ops._philox import as_signed_64_bit
+from ddfast.philox import as_signed_64_bit
 
 
 def as_tensors(images: Any, labels: Any) -> tuple[Tensor, Tensor]:
@@ -77,25 +77,6 @@ def check_finite(bad: int, evaluated: int, what: str) -> None:
         raise ValueError(
             f"the model returned NaN or infinity for {bad} of {evaluated} {what}: "
             "check its weights, its normalisation and the images"
-        )
-
-
-def check_model(model: Callable[[Tensor], Tensor], images: Tensor | None = None) -> None:
-    """Every module is in eval mode and the parameters are where the images are."""
-    if not callable(model):
-        raise ValueError(f"model must be a module or a function of images, got {type(model).__name__}")
-    if not isinstance(model, nn.Module):
-        return
-    for name, module in model.named_modules():
-        if module.training:
-            which = f"its module {name!r}" if name else "it"
-            raise ValueError(
-                f"the model must be in eval mode, but {which} is in training mode: call model.eval()"
-            )
-    parameter = next(model.parameters(), None)
-    if images is not None and parameter is not None and parameter.device != images.device:
-        raise ValueError(
-            f"images are on {images.device}, the model is on {parameter.device}: move one of them"
         )
 
 

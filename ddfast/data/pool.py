@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ddfast.data.samples import Sample, SampleList
 from ddfast.errors import BadImage
-from ddfast.ops._philox import philox4x32
+from ddfast.philox import philox4x32
 from ddfast.progress import say
 from ddfast.seeding import stream
 from ddfast.settings import POOL_MEMORY

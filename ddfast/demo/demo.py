@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddfast import __version__
 from ddfast.arguments import output_folder, whole_number
 from ddfast.demo.shapes import Box, ShapesConfig, is_rendered, read_boxes, write_shapes
 from ddfast.errors import UsageError
 from ddfast.files import atomic_write_text, make_folder, sweep_temporary
 from ddfast.progress import duration, say
+from ddfast.version import __version__
 from ddfast.wording import argument, plural
 
 if TYPE_CHECKING:

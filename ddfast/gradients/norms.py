@@ -18,7 +18,6 @@ from torch.overrides import TorchFunctionMode
 from ddfast.gradients.ghost import INSTANCE_NORMS, UnservedModel, contiguous_gradient, ghost_squares
 from ddfast.gradients.preservation import (
     differentiable,
-    same_randomness,
     substituted,
     untouched,
     without_inference_tensors,
@@ -26,6 +25,7 @@ from ddfast.gradients.preservation import (
 from ddfast.gradients.trial import Trial, raised
 from ddfast.ops.reference import accumulation_dtype
 from ddfast.ops.transfer import to_device
+from ddfast.random_states import kept_random_states
 from ddfast.unchanged import found_of
 
 METHODS = ("auto", "ghost", "vmap", "loop", "last_layer")
@@ -140,7 +140,8 @@ def grad_norm(
     _check_arguments(model, images, labels, method, loss, chunk_size)
     _require_eval(model)
 
-    with torch.inference_mode(False), _uncompiled(), same_randomness(images.device):
+    gpus = [images.device] if images.is_cuda else []
+    with torch.inference_mode(False), _uncompiled(), kept_random_states(gpus):
         while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
         labels = labels.to(images.device, copy=True)

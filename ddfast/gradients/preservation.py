@@ -7,8 +7,6 @@ than its own, without a thought to how often a module or a tensor is registered.
 
 from __future__ import annotations
 
-import random
-import sys
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -100,21 +98,6 @@ def without_inference_tensors(model: nn.Module) -> Iterator[None]:
         copies = {key: tensor.clone() for key, tensor in tensors.items()}
     with substituted(model, copies):
         yield
-
-
-@contextmanager
-def same_randomness(device: torch.device) -> Iterator[None]:
-    """Context that takes nothing from the streams of random numbers of Python, NumPy and torch."""
-    python = random.getstate()
-    numpy = sys.modules.get("numpy.random")
-    legacy = None if numpy is None else numpy.get_state()
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        random.setstate(python)
-        if numpy is not None:
-            numpy.set_state(legacy)
 
 
 @contextmanager

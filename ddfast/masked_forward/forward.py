@@ -23,15 +23,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, fx, nn
 
-from ddfast.attribution.call_log import Log
-from ddfast.attribution.random_states import RandomStates
-from ddfast.attribution.validation import check_model
 from ddfast.masked_forward import folding, locality, tracing
+from ddfast.masked_forward.call_log import Log
 from ddfast.masked_forward.locality import Cut, Locality
 from ddfast.ops import assemble_masked_features
 from ddfast.ops.graphs import Recorded
 from ddfast.ops.precision import autocast, resolve_precision
 from ddfast.ops.transfer import to_device
+from ddfast.random_states import RandomStates
 
 log = logging.getLogger(__name__)
 
@@ -311,6 +310,25 @@ def locality_of(
         return Locality(reason=str(error))
     finally:
         states.restore()
+
+
+def check_model(model: Callable[[Tensor], Tensor], images: Tensor | None = None) -> None:
+    """Every module is in eval mode and the parameters are where the images are."""
+    if not callable(model):
+        raise ValueError(f"model must be a module or a function of images, got {type(model).__name__}")
+    if not isinstance(model, nn.Module):
+        return
+    for name, module in model.named_modules():
+        if module.training:
+            which = f"its module {name!r}" if name else "it"
+            raise ValueError(
+                f"the model must be in eval mode, but {which} is in training mode: call model.eval()"
+            )
+    parameter = next(model.parameters(), None)
+    if images is not None and parameter is not None and parameter.device != images.device:
+        raise ValueError(
+            f"images are on {images.device}, the model is on {parameter.device}: move one of them"
+        )
 
 
 def _as_it_is(model: Callable[[Tensor], Tensor], dtype: torch.dtype, precision: str, reason: str) -> Forward:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as module_hooks
 
-from ddfast.attribution.call_log import recorded
-from ddfast.attribution.random_states import RandomStates
+from ddfast.masked_forward.call_log import recorded
+from ddfast.random_states import RandomStates
 
 # A forward written for tensors may raise anything when it meets the tracer's stand-ins.
 TRACE_ERRORS = (Exception,)

@@ -14,9 +14,9 @@ from ddfast.ops._gradients import (
     normalization_backward,
 )
 from ddfast.ops._locality import assemble_masked_features
-from ddfast.ops._philox import normal_quantiles
 from ddfast.ops._tail import shapley_crop_boxes
 from ddfast.ops._winograd import winograd_conv2d, winograd_weight
+from ddfast.philox import normal_quantiles
 
 __all__ = [
     "add_bias_relu_",

@@ -15,8 +15,8 @@ from ddfast.ops import reference
 from ddfast.ops._constants import shared
 from ddfast.ops._dispatch import LIBRARY, define
 from ddfast.ops._grid import player_map
-from ddfast.ops._philox import as_signed_64_bit, quantile_table
 from ddfast.ops.transfer import to_device
+from ddfast.philox import as_signed_64_bit, quantile_table
 
 VALUES = ("logit", "prob", "logprob")
 

@@ -114,6 +114,11 @@ def cpu_vendor() -> str:
         return platform.processor().rpartition(" ")[2]
 
 
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums are taken in: float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def cpu_instructions() -> str:
     """The instruction sets of this CPU that decide how torch sums: what its kernels are built for, and its
     bfloat16 units.

@@ -1,7 +1,8 @@
 """The fused ops in plain PyTorch: what each one means, on any device and in float64.
 
 Arguments are those of the op's schema, already validated by its public face. Every other body of an op is
-tested against the function here, which is also what runs where that body cannot.
+tested against the function here, which is also what runs where that body cannot. Those of winograd_conv2d and
+convnet_block stand in `ddfast.ops.reference_convnet`.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from ddfast.ops._grid import part_start, player_map
-from ddfast.ops._philox import QUANTILE_BITS, philox4x32
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums are taken in: float64 for float64, float32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
+from ddfast.ops.precision import accumulation_dtype as accumulation_dtype
+from ddfast.ops.reference_convnet import channels_last_strides as channels_last_strides
+from ddfast.ops.reference_convnet import convnet_block as convnet_block
+from ddfast.ops.reference_convnet import convnet_block_backward as convnet_block_backward
+from ddfast.ops.reference_convnet import convnet_block_gradients as convnet_block_gradients
+from ddfast.ops.reference_convnet import convnet_block_layers as convnet_block_layers
+from ddfast.ops.reference_convnet import convnet_block_second_gradients as convnet_block_second_gradients
+from ddfast.ops.reference_convnet import winograd_conv2d as winograd_conv2d
+from ddfast.philox import QUANTILE_BITS, philox4x32
 
 # --- masked_batch, shapley_heatmap, noisy_crop_boxes and shapley_crop_boxes ---------------------------------
 
@@ -451,253 +454,6 @@ def normalization_backward(
     last = last and input.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if last else torch.contiguous_format
     return grad_input.to(grad_output.dtype).contiguous(memory_format=layout), norms
-
-
-# --- winograd_conv2d ----------------------------------------------------------------------------------------
-
-
-def winograd_conv2d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    other: Tensor | None,
-    relu: bool,
-    sets: Tensor | None = None,
-    reads: Tensor | None = None,
-) -> Tensor:
-    """A 3x3 convolution, stride 1, padding 1, as A^T [(G g G^T) (B^T d B)] A over tiles of 2x2 outputs.
-
-    It computes all of them, whatever `sets` and `reads` promise to be equal.
-    """
-    dtype, input = input.dtype, input.to(weight.dtype)
-    batch, _, height, width = input.shape
-    to_points = input.new_tensor([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]])
-    to_outputs = input.new_tensor([[1, 1, 1, 0], [0, 1, -1, -1]])
-    padded = functional.pad(input, (1, 1 + width % 2, 1, 1 + height % 2))
-    tiles = padded.unfold(2, 4, 2).unfold(3, 4, 2)  # [B, C, th, tw, 4, 4]
-    points = torch.einsum("ai,ncyxij,bj->abncyx", to_points, tiles, to_points).flatten(0, 1)
-    weight = weight.transpose(1, 2).flatten(2)  # [16, C, O]
-    sums = torch.einsum("pncyx,pco->pnoyx", points, weight).unflatten(0, (4, 4))
-    outputs = torch.einsum("ia,abnoyx,jb->noyixj", to_outputs, sums, to_outputs)
-    result = outputs.reshape(batch, weight.shape[2], height + height % 2, width + width % 2)
-    result = result[:, :, :height, :width]
-    if bias is not None:
-        result = result + bias[:, None, None]
-    if other is not None:
-        result = result + other
-    result = result.relu() if relu else result
-    return result.to(dtype).contiguous(memory_format=torch.channels_last)
-
-
-# --- convnet_block ------------------------------------------------------------------------------------------
-
-
-def convnet_block(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The pooled map, mean and 1 / deviation of each channel of each image, and the convolution where kept."""
-    pooled, mean, rstd, conv = convnet_block_layers(input, weight, bias, norm_weight, norm_bias, eps)
-    kept = _in_channels_last(conv) if keep else input.new_empty(0)
-    return _in_channels_last(pooled), mean, rstd, kept
-
-
-def convnet_block_layers(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `convnet_block` returns with the convolution, in any memory format; for every transform of PyTorch."""
-    conv = functional.conv2d(input, weight, bias, padding=1)
-    centred, mean, rstd = _instance_norm(conv, eps)
-    shifted = _affine(centred * rstd[..., None, None], norm_weight, norm_bias)
-    return functional.avg_pool2d(shifted.relu(), 2).to(input.dtype), mean, rstd, conv
-
-
-def convnet_block_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    conv: Tensor,
-    eps: float,
-    to_input: bool,
-    to_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of input, weight, norm_weight and norm_bias; empty where the first two are not asked for."""
-    if conv.ndim != 4:
-        conv = functional.conv2d(input, weight, bias, padding=1)
-    centred = conv.to(mean.dtype) - mean[..., None, None]
-    grads = _convnet_block_gradients(
-        grad_output, input, weight, norm_weight, norm_bias, centred, rstd, to_input, to_weight
-    )
-    grad_input = _in_channels_last(grads[0]) if to_input else input.new_empty(0)
-    grad_weight = grads[1].contiguous() if to_weight else weight.new_empty(0)
-    return grad_input, grad_weight, grads[2], grads[3]
-
-
-def convnet_block_gradients(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    to_input: bool,
-    to_weight: bool,
-) -> tuple[Tensor, ...]:
-    """What `convnet_block_backward` returns, as a function of its own arguments only, which can be differentiated."""
-    centred, _, rstd = _instance_norm(functional.conv2d(input, weight, bias, padding=1), eps)
-    return _convnet_block_gradients(
-        grad_output, input, weight, norm_weight, norm_bias, centred, rstd, to_input, to_weight
-    )
-
-
-def _convnet_block_gradients(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    centred: Tensor,
-    rstd: Tensor,
-    to_input: bool,
-    to_weight: bool,
-) -> tuple[Tensor, ...]:
-    """The backward pass from the centred convolution on."""
-    dtype, scale = centred.dtype, rstd[..., None, None]
-    height, width = input.shape[2:]
-    normalized = centred * scale
-    spread = grad_output.to(dtype).repeat_interleave(2, 2).repeat_interleave(2, 3) / 4
-    spread = functional.pad(spread, (0, width % 2, 0, height % 2))
-    # As threshold_backward: where z is NaN the gradient passes.
-    grad = spread.masked_fill(_affine(normalized, norm_weight, norm_bias) <= 0, 0)
-    grad_beta, grad_gamma = grad.sum((0, 2, 3)), (grad * normalized).sum((0, 2, 3))
-    inner = _affine(grad, norm_weight, None)
-    slope = (inner * normalized).mean((2, 3), keepdim=True)
-    of_conv = (scale * (inner - inner.mean((2, 3), keepdim=True) - slope * normalized)).to(input.dtype)
-    grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
-        of_conv, input, weight, None, (1, 1), (1, 1), (1, 1), False, (0, 0), 1, (to_input, to_weight, False)
-    )
-    return grad_input, grad_weight, grad_gamma.to(weight.dtype), grad_beta.to(weight.dtype)
-
-
-def convnet_block_second_gradients(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    conv: Tensor,
-    grads: Sequence[Tensor | None],
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients at grad_output, input, weight and norm_weight of <grads, what convnet_block_backward returns>.
-
-    With r = rstd, x the normalised convolution, E the mean over a plane and P f = f - E f - x E[x f], the backward
-    pass is d = r P a for a = norm_weight * dz. With v the convolution of the given gradients, u that of norm_weight and
-    h = u dz - r (v E[a x] + a E[v x]), the gradient at the convolution is r (P h - x r E[v P a]).
-    """
-    of_input, of_weight, of_scale, of_shift = grads
-    dtype, scale = mean.dtype, rstd[..., None, None]
-    height, width = input.shape[2:]
-
-    def average(planes: Tensor) -> Tensor:
-        return planes.mean((2, 3), keepdim=True)
-
-    normalized = (conv.to(dtype) - mean[..., None, None]) * scale
-
-    def project(planes: Tensor) -> Tensor:
-        return planes - average(planes) - normalized * average(planes * normalized)
-
-    passed = _affine(normalized, norm_weight, norm_bias) > 0
-    spread = grad_output.to(dtype).repeat_interleave(2, 2).repeat_interleave(2, 3) / 4
-    dz = functional.pad(spread, (0, width % 2, 0, height % 2)) * passed
-    inner = _affine(dz, norm_weight, None)
-    projected = project(inner)
-    of_conv = (scale * projected).to(input.dtype)
-
-    mapped = torch.zeros_like(normalized)
-    if of_input is not None:
-        mapped = mapped + functional.conv2d(of_input, weight, padding=1)
-    if of_weight is not None:
-        mapped = mapped + functional.conv2d(input, of_weight, padding=1)
-    at_inner = scale * project(mapped)
-    at_normalized = -scale * (mapped * average(inner * normalized) + inner * average(mapped * normalized))
-    at_dz = _affine(at_inner, norm_weight, None)
-    if of_scale is not None:
-        factor = of_scale.to(dtype)[:, None, None]
-        at_normalized, at_dz = at_normalized + factor * dz, at_dz + factor * normalized
-    if of_shift is not None:
-        at_dz = at_dz + of_shift.to(dtype)[:, None, None]
-    at_conv = scale * (project(at_normalized) - normalized * scale * average(mapped * projected))
-    found: list[Tensor | None] = [None, None, None, None]
-    if needs[0]:
-        found[0] = functional.avg_pool2d(at_dz * passed, 2).to(grad_output.dtype)
-    shape = ((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
-    backward = torch.ops.aten.convolution_backward
-    if needs[1] or needs[2]:
-        mask = (needs[1], needs[2], False)
-        found[1:3] = backward(at_conv.to(input.dtype), input, weight, None, *shape, mask)[:2]
-        mask = (needs[1] and of_weight is not None, needs[2] and of_input is not None, False)
-        more = backward(
-            of_conv,
-            input if of_input is None else of_input,
-            weight if of_weight is None else of_weight,
-            None,
-            *shape,
-            mask,
-        )
-        found[1:3] = [
-            one + other if also else one for one, other, also in zip(found[1:3], more, mask, strict=False)
-        ]
-    if needs[3]:
-        found[3] = (dz * at_inner).sum((0, 2, 3)).to(weight.dtype)
-    return found[0], found[1], found[2], found[3]
-
-
-def _instance_norm(conv: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The map less its mean over each plane, that mean, and 1 / deviation, in the dtype of sums."""
-    wide = conv.to(accumulation_dtype(conv.dtype))
-    mean = wide.mean((2, 3))
-    centred = wide - mean[..., None, None]
-    return centred, mean, (centred.square().mean((2, 3)) + eps).rsqrt()
-
-
-def _affine(planes: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Planes [B, C, H, W] times weight [C] plus bias [C], in the dtype of the planes."""
-    if weight is not None:
-        planes = planes * weight.to(planes.dtype)[:, None, None]
-    return planes if bias is None else planes + bias.to(planes.dtype)[:, None, None]
-
-
-def _in_channels_last(tensor: Tensor) -> Tensor:
-    """The tensor in channels-last memory, with the strides of a new one where a dimension of size 1 leaves a choice."""
-    memory = torch.empty_strided(
-        tensor.shape, channels_last_strides(tensor.shape), dtype=tensor.dtype, device=tensor.device
-    )
-    return tensor if tensor.stride() == memory.stride() else memory.copy_(tensor)
-
-
-def channels_last_strides(shape: Sequence[int]) -> tuple[int, int, int, int]:
-    """Strides of a dense [B, C, H, W] tensor whose channels lie side by side."""
-    _, channels, height, width = shape
-    return height * width * channels, 1, width * channels, channels
 
 
 # --- class_kl -----------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from ddfast import __version__
 from ddfast.arguments import whole_number_or
 from ddfast.data.decoding import pixel_limit
 from ddfast.data.sources import Source, file_limit
@@ -25,6 +24,7 @@ from ddfast.ops.precision import compute_dtype, cpu_instructions, cpu_multiplies
 from ddfast.output.distilled import FORMAT_VERSION, MANIFEST
 from ddfast.ranks import usable_cores
 from ddfast.settings import Settings
+from ddfast.version import __version__
 
 LABEL_TEMPERATURE = 20.0
 SHARD_SOURCES = 256  # sources in one score shard, the unit of commit and of work for a rank

@@ -26,8 +26,8 @@ def describe_environment() -> str:
     """
     import torch
 
-    from ddfast import __version__
     from ddfast.ops import paths
+    from ddfast.version import __version__
 
     ops: dict[str, dict[str, tuple[str, str]]] = {}
     for path in paths():

@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ddfast import __version__
 from ddfast.report.charts import boxes_over, heat_over
 from ddfast.report.colours import diverging, hexadecimal, opacity
 from ddfast.report.contents import number
 from ddfast.report.folder import Folder
 from ddfast.report.pictures import data_uri, to_picture
 from ddfast.report.samples import Explained
+from ddfast.version import __version__
 
 REPORT = "report.html"
 MOSAIC = "mosaic.png"

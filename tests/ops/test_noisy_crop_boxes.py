@@ -7,7 +7,7 @@ from torch.library import opcheck
 
 from ddfast.ops import noisy_crop_boxes, normal_quantiles, reference
 from ddfast.ops._dispatch import native_status
-from ddfast.ops._philox import as_signed_64_bit, philox4x32
+from ddfast.philox import as_signed_64_bit, philox4x32
 from tests.ops.heatmaps import awkward_heatmaps, awkward_ids
 
 DEVICES = [

@@ -9,8 +9,8 @@ import torch
 
 import ddfast
 from ddfast.errors import UsageError
-from ddfast.ops._philox import philox4x32
 from ddfast.output.table import SELECTION_SCHEMA, is_readable, part_path, read_facts, read_table
+from ddfast.philox import philox4x32
 from ddfast.pipeline import select
 from ddfast.pipeline.opening import reopen
 from ddfast.pipeline.plan import top_k_of

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from ddfast.ops._philox import philox4x32
+from ddfast.philox import philox4x32
 
 # Philox key of every coalition stream ("coalitio" in ASCII). The user's seed sits in the counter, so streams
 # of different seeds are disjoint, and none meets the crop noise, which keys Philox by the seed itself.

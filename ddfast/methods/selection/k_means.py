@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddfast.methods.selection.coreset import Coreset, squared_distances, unit_length_option
-from ddfast.ops._philox import philox4x32
+from ddfast.philox import philox4x32
 from ddfast.settings import option
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from ddfast.methods.base import Context, Method
 from ddfast.methods.selection.base import Batch, Candidates, Table
 from ddfast.methods.selection.judging import judge
-from ddfast.ops._philox import philox4x32
 from ddfast.ops.transfer import to_device
+from ddfast.philox import philox4x32
 from ddfast.seeding import stream
 from ddfast.settings import option
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ddfast.ops import normal_quantiles
-from ddfast.ops._philox import as_signed_64_bit, philox4x32
+from ddfast.philox import as_signed_64_bit, philox4x32
 
 ALL_ONES = 0xFFFFFFFF
 

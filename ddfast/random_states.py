@@ -1,8 +1,10 @@
-"""The states of the generators that a model may draw from, and how they come back."""
+"""The states of the generators of random numbers that belong to a caller, and how they come back."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -38,6 +40,18 @@ class RandomStates:
         np.random.set_state(self._first[2])  # noqa: NPY002
         if len(self._first) > 3:
             torch.cuda.set_rng_state(self._first[3])
+
+
+@contextmanager
+def kept_random_states(devices: Sequence[int | torch.device] = ()) -> Iterator[None]:
+    """Context that takes nothing from the generators of Python, NumPy and torch (the CPU's, and of GPUs `devices`)."""
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)  # noqa: NPY002
 
 
 def equal_states(one: Any, other: Any) -> bool:
