@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, NoReturn
 
 from torch import Tensor
 
@@ -68,6 +68,33 @@ class Synthesis(Method):
     needs_teacher: ClassVar[bool] = False
     space: ClassVar[str] = "normalized"  # of the pixels; "unit" where they lie in [0, 1]
     factor: ClassVar[int] = 1  # tiles per side that a stored image decodes to
+
+    def check_pool(self, counts: Tensor, class_names: Sequence[str], ipc: int) -> None:
+        """Refuse a pool that the method cannot work on, before anything is written.
+
+        Args:
+            counts: int64 [classes], images that each class of the pool has.
+            class_names: their names.
+            ipc: images per class that the run is to make.
+
+        Raises:
+            UsageError: which class, what is missing, and what to do.
+        """
+
+    def open(self, context: Context) -> None:
+        """Load what the method needs besides the pool, before anything is written; on every rank.
+
+        Raises:
+            UsageError: it is not there, or does not fit the run.
+        """
+
+    def score(self, *_: object) -> NoReturn:
+        """There is nothing to score: pixels are made, not chosen."""
+        raise TypeError(f"method {self.name} makes pixels; it scores nothing")
+
+    def rank(self, *_: object) -> NoReturn:
+        """There is nothing to rank: pixels are made, not chosen."""
+        raise TypeError(f"method {self.name} makes pixels; it ranks nothing")
 
     @property
     @abstractmethod
