@@ -341,6 +341,9 @@ def test_the_commands_of_a_method_that_makes_pixels(seen, folder, teacher, tmp_p
     assert run_command("distill", *words, "--resume", capsys=capsys)[:2] == (0, f"{out}\n")
     code, _, err = run_command("distill", *words, "--resume", "--seed", 3, capsys=capsys)
     assert (code, "seed: it has 0, this one 3" in err) == (2, True)
+    code, _, err = run_command("distill", *words, "--resume", "--ipc", 3, capsys=capsys)
+    assert code == 2
+    assert err.endswith("(ipc: it has 2, this one 3); choose another folder or delete it\n")
     assert run_command("synthesize", out, "--quiet", "--pool-memory", 1, capsys=capsys)[:2] == (0, f"{out}\n")
     assert (len(seen), seen[-1].pool_memory) == (2, 2**30)
     for command, message in (
