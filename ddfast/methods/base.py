@@ -163,9 +163,11 @@ class Method(ABC):
 
     @classmethod
     def stage_of_option(cls, field: dataclasses.Field[Any]) -> str:
-        """The stage that an option decides; one that names none, the stage that scores or makes pixels."""
-        main = "score" if "score" in cls.stages else "synthesize"
-        return str(field.metadata.get("stage") or main)
+        """The stage that an option decides; the one that scores or makes pixels where it names none of the method's."""
+        named = str(field.metadata.get("stage"))
+        if named in cls.stages_with_options():
+            return named
+        return "score" if "score" in cls.stages else "synthesize"
 
     def tiles_per_side(self, factor: str, image_size: int) -> int:
         """Tiles per side of an image of this side in pixels, from the setting `factor`.

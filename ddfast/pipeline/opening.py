@@ -76,7 +76,7 @@ def start(out: Path, plan: dict[str, Any], resume: bool) -> dict[str, Any]:
     difference = first_difference(held, plan)
     if difference is not None:
         again = ""
-        if difference.startswith("ipc:"):
+        if difference.startswith("ipc:") and "select" in get_method(held["method"]).stages:
             again = f", or select again from its scores: {_select_again(out, plan['ipc'])}"
         raise UsageError(
             f"{out} already holds a different run ({difference}); choose another folder or delete it{again}"
