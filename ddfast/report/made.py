@@ -152,7 +152,10 @@ def pairs_note(folder: Folder, shown: Sequence[ClassPair]) -> str:
         "noise": "Noise is where it began.",
         "mix": "Mixed real images are where it began.",
     }
-    said = [start.get(str(_options(folder).get("init")), "")] if any(pair.before for pair in shown) else []
+    said = []
+    if any(pair.before for pair in shown):
+        said.append(start.get(str(_options(folder).get("init")), ""))
+        said.append("Of each class come the images before, then the same ones after.")
     if folder.factor > 1:
         said.append(f"Every image is stored as {folder.tiles} tiles; students see each as a whole image.")
     left_out = []
@@ -219,7 +222,7 @@ def figures(folder: Folder) -> list[Figure]:
         ),
         (
             "Pixel variance",
-            [line("variance", column("pixel_variance"))],
+            [line("variance", lambda row: row.get("pixel_variance") or None)],  # of one image it is 0
             "Over the images of a class, mean over pixels and classes.",
             False,
         ),
@@ -269,7 +272,7 @@ def curve_note(folder: Folder) -> str:
         )
     one = line_of("", {0: [(step, 0.0) for step in steps]})
     if one is not None and one.averaged > 1:
-        said.append(f"Of many steps up to {one.averaged} neighbours are averaged.")
+        said.append(f"Where all {len(steps):,} steps were measured, a point is the mean of {one.averaged}.")
     return " ".join(said)
 
 
@@ -368,6 +371,7 @@ _FILES = {
     BEFORE: "the images of the start",
     "mosaic.png": "the images of the end",
     MANIFEST: "every setting, and what decided the arithmetic",
+    "run.json": "how long it took, and on which machine",
 }
 
 
@@ -397,11 +401,11 @@ def ways_to_open(folder: Folder, pixels: Pixels) -> list[tuple[str, str]]:
         (
             "Hugging Face datasets, 8 bits",
             "from datasets import load_dataset\n\n"
-            'set = load_dataset("imagefolder", data_dir="distilled", split="train")',
+            'set = load_dataset(\n    "imagefolder", data_dir="distilled", split="train"\n)',
         ),
         (
             "Evaluate it",
-            "ddfast evaluate --distilled distilled --data DATA --arch convnet3_in --protocol dsa\n"
+            "ddfast evaluate --distilled distilled --data DATA \\\n    --arch convnet3_in --protocol dsa\n"
             "# the same on the PNGs: add --rounded",
         ),
     ]
