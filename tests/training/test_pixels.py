@@ -170,7 +170,9 @@ def test_a_teacher_labels_pixels_in_its_own_normalisation(in_float, toy_test, fa
     torch.manual_seed(0)
     model = create_model("convnet3", 3, SIZE, width=8)
     teachers = [
-        Teacher(model=model, class_names=CLASSES, mean=mean, std=std, image_size=SIZE)
+        Teacher(
+            model=model, arch="convnet3", class_names=CLASSES, mean=mean, std=std, image_size=SIZE, sha256=""
+        )
         for mean, std in ((MEAN, STD), ([0.1, 0.2, 0.3], [0.5, 0.6, 0.7]))
     ]
     tiled = replace(in_float, factor=factor)
@@ -209,6 +211,6 @@ def test_autoaugment_wants_eight_bits(folder, toy_test):
     with pytest.raises(UsageError, match=r"AutoAugment works on 8-bit images.*, or add rounded$"):
         evaluate(root, toy_test, **options)
     tiled = replace(read_distilled(root), factor=2)
-    with pytest.raises(UsageError, match="leave autoaugment out$"):
+    with pytest.raises(UsageError, match=r"leave autoaugment out$"):
         evaluate(tiled, toy_test, rounded=True, **options)
     assert evaluate(root, toy_test, rounded=True, **options).images == "8 bits"
