@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ class Line:
         high: float64 [M], of the highest.
         groups: how many there are.
         averaged: steps that a point stands for.
+        first: the first step that was measured.
+        last: the last one.
     """
 
     name: str
@@ -38,6 +41,8 @@ class Line:
     high: NDArray[np.float64]
     groups: int
     averaged: int
+    first: float
+    last: float
 
 
 def line_of(name: str, by_group: Mapping[int, Sequence[tuple[float, float]]]) -> Line | None:
@@ -63,7 +68,7 @@ def line_of(name: str, by_group: Mapping[int, Sequence[tuple[float, float]]]) ->
         means = sums / counts  # NaN where a group has no point: `nanmin` and the like leave it out
     at = np.array([np.mean(steps[first : first + each]) for first in range(0, len(steps), each)])
     mean, low, high = np.nanmean(means, axis=0), np.nanmin(means, axis=0), np.nanmax(means, axis=0)
-    return Line(name, at, mean, low, high, len(measured), each)
+    return Line(name, at, mean, low, high, len(measured), each, steps[0], steps[-1])
 
 
 def line_chart(lines: Sequence[Line], said: str, *, percent: bool = False) -> Markup:
@@ -82,8 +87,7 @@ def line_chart(lines: Sequence[Line], said: str, *, percent: bool = False) -> Ma
     logarithmic = low > 0 and high / low > _WIDE
     ticks = _decades(low, high) if logarithmic else _ticks(low, high)
     low, high = min(low, ticks[0]), max(high, ticks[-1])
-    first = min(float(line.steps[0]) for line in lines)
-    last = max(float(line.steps[-1]) for line in lines)
+    first, last = min(line.first for line in lines), max(line.last for line in lines)
 
     def x(step: float) -> float:
         share = (step - first) / (last - first) if last > first else 0.5
@@ -94,11 +98,11 @@ def line_chart(lines: Sequence[Line], said: str, *, percent: bool = False) -> Ma
         return top + (height - top - bottom) * (1 - share)
 
     parts = []
-    for tick in ticks:
+    for tick, name in zip(ticks, _written(ticks, percent), strict=True):
         parts.append(
             f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>'
             f'<text class="tick" x="{left - 8}" y="{y(tick) + 3.5:.1f}" text-anchor="end">'
-            f"{_written(tick, percent)}</text>"
+            f"{name}</text>"
         )
     for tick in _steps(first, last):
         anchor = "end" if x(tick) > width - right - 14 else "middle"
@@ -153,5 +157,12 @@ def _steps(first: float, last: float) -> list[float]:
     return inside if last > first and inside else [first]
 
 
-def _written(value: float, percent: bool) -> str:
-    return f"{value:g}%" if percent else number(round(value, 12), 2 if abs(value) < 100 else 3)
+def _written(ticks: Sequence[float], percent: bool) -> list[str]:
+    """The ticks of an axis in words, all with as many decimals as their distance needs."""
+    largest = max(abs(tick) for tick in ticks)
+    least = min(b - a for a, b in itertools.pairwise(ticks))
+    even = math.isclose(ticks[1] - ticks[0], ticks[-1] - ticks[-2])
+    if not even or largest >= 1e5 or least < 1e-4:
+        return [number(tick, 1 if not even else 3) + ("%" if percent else "") for tick in ticks]
+    decimals = max(0, -math.floor(math.log10(least) + 1e-9))
+    return [f"{tick:,.{decimals}f}{'%' if percent else ''}".replace("-", "\N{MINUS SIGN}") for tick in ticks]

@@ -35,7 +35,7 @@ def facts(folder: Folder) -> list[Fact]:
     plan, chosen = folder.manifest, _options(folder)
     classes = len(folder.class_names)
     preset = f"preset {plan['preset']}" if plan.get("preset") else "default settings"
-    decoded = f"decoded to {folder.tiles} images each" if folder.factor > 1 else "float32, in three channels"
+    decoded = f"decoded to {folder.tiles} images each" if folder.factor > 1 else "stored as float32"
     found = [
         Fact(
             "Method",

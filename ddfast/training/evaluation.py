@@ -25,7 +25,7 @@ from ddfast.training.augmentation import normalize
 from ddfast.training.device import resolve_device
 from ddfast.training.distilled_images import DistilledImages
 from ddfast.training.image_sets import ImageSet, read_test_set
-from ddfast.training.mixing import check_labels
+from ddfast.training.mixing import check_autoaugment, check_labels
 from ddfast.training.preflight import check_reading, drawn_places, images_to_try, read_images, try_teacher
 from ddfast.training.protocol import PROTOCOLS, Protocol, protocol_named
 from ddfast.training.student import train_student
@@ -199,6 +199,7 @@ def evaluate(
         check_labels(_has_soft_labels(opened), rules)
     source = None if isinstance(data, ImageSet) else _test_source(data, opened)
     images = read_distilled(opened, rounded=rounded)
+    check_autoaugment(images, autoaugment)
     if isinstance(data, ImageSet):
         test = data
         _check_labels(test, images.num_classes)

@@ -78,11 +78,7 @@ class StudentAugmentation:
         autoaugment: bool,
         device: torch.device,
     ) -> None:
-        if autoaugment and distilled.is_float:
-            raise UsageError(
-                f"AutoAugment works on 8-bit images, and these are float32: leave {argument('autoaugment')} out"
-                + (f", or add {argument('rounded')}" if distilled.factor == 1 else "")
-            )
+        check_autoaugment(distilled, autoaugment)
         self.distilled, self.protocol, self.device = distilled, protocol, device
         self.images = distilled.images if autoaugment else distilled.images.to(device)
         self._draws = generator(seed, "augmentation")
@@ -202,6 +198,15 @@ def check_labels(has_soft: bool, protocol: Protocol) -> None:
         raise UsageError(
             f"the distilled set holds no soft labels: give a teacher ({argument('teacher')}), or a "
             f"{argument('protocol')} that trains on hard ones ({hard}); {protocol.name} trains on soft ones"
+        )
+
+
+def check_autoaugment(distilled: DistilledImages, autoaugment: bool) -> None:
+    """Refuse AutoAugment, which is defined on 8 bits, for images in float32. Raises `UsageError`."""
+    if autoaugment and distilled.is_float:
+        raise UsageError(
+            f"AutoAugment works on 8-bit images, and these are float32: leave {argument('autoaugment')} out"
+            + (f", or add {argument('rounded')}" if distilled.factor == 1 else "")
         )
 
 
