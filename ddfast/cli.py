@@ -9,10 +9,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddfast.version import __version__
 from ddfast.commands import distill, show, train
 from ddfast.commands.parser import Parser, check_flags, one_line
 from ddfast.errors import DDFastError
+from ddfast.version import __version__
 from ddfast.wording import flags_of_command
 
 _ERRORS_OF_FILES = {

@@ -16,9 +16,12 @@ import torch
 import triton
 import triton.language as tl
 from ddfast.kernels.launching import Allocation, Launch, Run, prepared
-from torch.nn import functional
 
 from ddfast.ops.reference import accumulation_dtype, channels_last_strides
+
+_ONE = (1, 1)  # stride, padding, dilation
+_LAST = torch.channels_last
+_convolution_backward = torch.ops.aten.convolution_backward.default
 
 VALUES = 32  # of the map that a thread holds where all of it stays in registers
 WARPS = 16
@@ -325,9 +328,9 @@ def _maps(shape: tuple[int, ...], like: torch.Tensor) -> Allocation:
 
 def _convolution(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """cuDNN's, dense in channels-last memory."""
-    last = torch.channels_last
-    input, weight = (tensor.contiguous(memory_format=last) for tensor in (input, weight))
-    return functional.conv2d(input, weight, bias, padding=1).contiguous(memory_format=last)
+    # A channels-last input decides: the weight is brought to it below, in C++.
+    conv = torch.conv2d(input.contiguous(memory_format=_LAST), weight, bias, _ONE, _ONE)
+    return conv.contiguous(memory_format=_LAST)
 
 
 def _launch(
@@ -427,8 +430,8 @@ def convnet_block_backward(
     launch = _launch(_backward, input, outputs, (), norm_weight, norm_bias)
     of_conv = _maps((batch, outputs, height, width), input)
     statistic = Allocation((batch, outputs), mean.dtype, input.device)
-    last = torch.channels_last
-    geometry = ((1, 1), (1, 1), (1, 1), False, (0, 0), 1, (to_input, to_weight, False))
+    geometry = (_ONE, _ONE, _ONE, False, (0, 0), 1, (to_input, to_weight, False))
+    strides = channels_last_strides(tuple(input.shape))
 
     def run(
         grad_output: torch.Tensor,
@@ -442,11 +445,12 @@ def convnet_block_backward(
         conv: torch.Tensor,
         *_: object,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        conv = conv.contiguous(memory_format=last) if conv.ndim == 4 else _convolution(input, weight, bias)
+        input = input.contiguous(memory_format=_LAST)
+        conv = conv.contiguous(memory_format=_LAST) if conv.ndim == 4 else _convolution(input, weight, bias)
         grad_conv, grads, products = of_conv(), statistic(), statistic()
         launch(
             conv,
-            grad_output.contiguous(memory_format=last),
+            grad_output.contiguous(memory_format=_LAST),
             conv if norm_weight is None else norm_weight.contiguous(),
             conv if norm_bias is None else norm_bias.contiguous(),
             mean.contiguous(),
@@ -455,10 +459,11 @@ def convnet_block_backward(
             grads,
             products,
         )
-        input, weight = input.contiguous(memory_format=last), weight.contiguous(memory_format=last)
-        backward = torch.ops.aten.convolution_backward
-        of_input, of_weight, _none = backward(grad_conv, input, weight, None, *geometry)
-        grad_input = inner().copy_(of_input) if to_input else nothing()
+        of_input, of_weight, _none = _convolution_backward(grad_conv, input, weight, None, *geometry)
+        if to_input:
+            grad_input = of_input.contiguous(memory_format=_LAST).as_strided(of_input.shape, strides)
+        else:
+            grad_input = nothing()
         grad_weight = of_weight.contiguous() if to_weight else nothing()
         return grad_input, grad_weight, products.sum(0).to(weight.dtype), grads.sum(0).to(weight.dtype)
 

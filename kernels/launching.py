@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
+import triton
 from triton.runtime import driver
 
 Run: TypeAlias = Callable[..., Any]
@@ -38,7 +39,7 @@ _REMEMBERED: list[dict[tuple, Run]] = []  # by every launcher
 def capability() -> int:
     """Compute capability of the GPU that Triton launches on, 90 for 9.0; 0 where it launches on none."""
     try:
-        return int(driver.active.get_current_target().arch)
+        return int(triton.runtime.driver.active.get_current_target().arch)
     except RuntimeError:  # no driver
         return 0
 
@@ -147,11 +148,11 @@ class Allocation:
         strides: Sequence[int] | None = None,
     ) -> None:
         if strides is None:
-            self._empty = functools.partial(torch.empty, tuple(size), dtype=dtype, device=device)
-        else:
-            self._empty = functools.partial(
-                torch.empty_strided, tuple(size), tuple(strides), dtype=dtype, device=device
-            )
+            strides = torch.empty(tuple(size), device="meta").stride()
+        # Half a microsecond less than `torch.empty`.
+        self._empty = functools.partial(
+            torch.empty_strided, tuple(size), tuple(strides), dtype=dtype, device=device
+        )
 
     def __call__(self) -> torch.Tensor:
         """A new one, whose values are whatever the memory held."""

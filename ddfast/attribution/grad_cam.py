@@ -20,10 +20,10 @@ from ddfast.attribution.validation import (
 )
 from ddfast.masked_forward.forward import check_model
 from ddfast.ops import masked_batch
+from ddfast.ops.transfer import to_device
 from ddfast.random_states import RandomStates
 
 
-@torch.inference_mode(False)
 def grad_cam(
     model: nn.Module,
     images: Tensor,
@@ -62,6 +62,31 @@ def grad_cam(
         ValueError: arguments that do not fit, a model in training mode or without such a layer, or NaN or
             infinity from the model.
     """
+    cells, bad = unread_grad_cam(
+        model, images, labels, layer, grid, relu=relu, mean=mean, std=std, chunk_size=chunk_size
+    )
+    check_finite(int(bad), len(cells), "images")
+    return cells
+
+
+@torch.inference_mode(False)
+def unread_grad_cam(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    layer: str | nn.Module | None = None,
+    grid: int | tuple[int, int] = 4,
+    *,
+    relu: bool = True,
+    mean: Channels = None,
+    std: Channels = None,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`grad_cam` that waits for nothing on a GPU where labels are on the host, and the number of images that got NaN
+    or infinity.
+
+    Who reads that number, int64 on the device, has to refuse the rest where it is not 0.
+    """
     try:
         from captum.attr import LayerGradCam
     except ImportError as error:
@@ -75,7 +100,8 @@ def grad_cam(
     rows, cols = check_grid(grid, images)
     chunk = check_chunk_size(DEFAULT_CHUNK_SIZE if chunk_size is None else chunk_size)
     # A copy, as what was made in inference mode is no part of a gradient's graph.
-    labels = labels.to(images.device, copy=True)
+    targets = to_device(labels, images.device).clone()
+    target = targets  # of the part that is under way
     not_finite = torch.zeros((), dtype=torch.int64, device=images.device)
 
     def checked_scores(inputs: Tensor) -> Tensor:
@@ -83,7 +109,7 @@ def grad_cam(
         check_scores(scores, len(inputs))
         check_labels(labels, scores.shape[1])
         not_finite.add_((~scores.isfinite()).any(dim=1).sum())
-        return scores
+        return scores.gather(1, target[:, None])[:, 0]  # Captum would read the label of a single image
 
     explained = _find_layer(model, layer)
     if any(t.is_inference() for t in (*model.parameters(), *model.buffers())):
@@ -93,13 +119,13 @@ def grad_cam(
         explained = list(model.modules())[place]
     cam = LayerGradCam(checked_scores, explained)
     everything_present = torch.ones(1, 1, dtype=torch.bool, device=images.device)
-    average_rows = _cell_average(images.shape[2], rows).to(images.device)
-    average_cols = _cell_average(images.shape[3], cols).to(images.device)
+    average_rows = to_device(_cell_average(images.shape[2], rows), images.device)
+    average_cols = to_device(_cell_average(images.shape[3], cols), images.device)
 
     cells = [torch.empty(0, rows * cols, dtype=torch.float32, device=images.device)]
     states = RandomStates()
     try:
-        for part, target in zip(images.split(chunk), labels.split(chunk), strict=True):
+        for part, target in zip(images.split(chunk), targets.split(chunk), strict=True):
             if not len(part):
                 continue
             with torch.no_grad():
@@ -109,15 +135,14 @@ def grad_cam(
             # Captum differentiates with respect to the layer's output, which also needs a graph where weights are
             # frozen.
             with torch.enable_grad():
-                heat = cam.attribute(inputs.detach().requires_grad_(), target=target, relu_attributions=relu)
+                heat = cam.attribute(inputs.detach().requires_grad_(), relu_attributions=relu)
             heat = F.interpolate(
                 heat.detach().float(), size=images.shape[2:], mode="bilinear", align_corners=False
             )
             cells.append((average_rows @ heat[:, 0] @ average_cols.mT).flatten(1))
     finally:
         states.restore()
-    check_finite(int(not_finite), len(images), "images")
-    return torch.cat(cells)
+    return torch.cat(cells), not_finite
 
 
 def _find_layer(model: nn.Module, layer: str | nn.Module | None) -> nn.Module:

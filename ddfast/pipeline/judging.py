@@ -16,7 +16,7 @@ from ddfast.output.pixels import to_bytes
 from ddfast.pipeline.run import Run
 from ddfast.progress import say
 from ddfast.training.distilled_images import DistilledImages
-from ddfast.training.evaluation import evaluate
+from ddfast.training.evaluation import EvaluationResult, evaluate
 from ddfast.training.image_sets import read_test_set
 from ddfast.wording import argument
 
@@ -60,27 +60,19 @@ class Judge:
     def accuracy(self, state: State) -> float:
         """Test top-1 of a student of the images as they are, in percent."""
         images = self._method.images(state).detach().float().cpu()
-        return self._top1(images, state, f"step {state.step}")
+        return self._judged(images, state, f"step {state.step}").mean
 
     def after_rounding(self, state: State) -> dict[str, Any]:
         """What the manifest tells of a finished synthesis: accuracy of the pixels, and of the same in 8 bits."""
         run, method = self._run, self._method
         pixels = method.images(state).detach().float().cpu()
         rounded = to_bytes(pixels, run.plan["mean"], run.plan["std"], method.space)
-        float_row = next(row for row in reversed(state.curve) if "accuracy" in row)
         return {
-            "float32": float_row["accuracy"],
-            "8 bits": self._top1(rounded, state, "the images in 8 bits"),
-            "protocol": PROTOCOL,
-            "arch": self._arch,
-            "students": 1,
+            "float32": self._judged(pixels, state, "the pixels").as_dict(),
+            "8 bits": self._judged(rounded, state, "the same in 8 bits").as_dict(),
         }
 
-    @property
-    def _arch(self) -> str:
-        return str(self._method.options.arch)
-
-    def _top1(self, images: Tensor, state: State, what: str) -> float:
+    def _judged(self, images: Tensor, state: State, what: str) -> EvaluationResult:
         run = self._run
         each = len(images) // len(state.group.classes)
         labels = [label for label in state.group.classes for _ in range(each)]
@@ -95,11 +87,11 @@ class Judge:
         result = evaluate(
             distilled,
             self._test,
-            arch=self._arch,
+            arch=str(self._method.options.arch),
             seeds=[run.plan["seed"]],
             protocol=PROTOCOL,
             device=run.device.type,
             quiet=True,
         )
         say(f"{what}: test top-1 {result.mean:.2f}", quiet=run.quiet)
-        return result.mean
+        return result

@@ -23,6 +23,9 @@ def test_agrees_with_the_reference(where):
         case(torch.float16, 12, 64, 2),
         case(torch.float32, 3, 1, 2),
         case(torch.float32, 2, 9000, 1),  # wider than a program
+        case(torch.float32, 300, 3, 150, True),  # more rows and classes than are looked at in one step
+        case(torch.float16, 70, 600, 3),
+        case(torch.float32, 1, 7, 1),
     ]
     cases[1][0][:, 7] = -500  # a probability that is 0
     cases[3][0][:] = 3

@@ -192,7 +192,7 @@ def test_another_gpu_behind_the_same_device_is_prepared_for_anew(stream):
 
 def test_the_capability_is_that_of_the_gpu_and_0_without_one(monkeypatch):
     there = SimpleNamespace(get_current_target=lambda: SimpleNamespace(arch=90))
-    monkeypatch.setattr(launching, "driver", SimpleNamespace(active=there))
+    monkeypatch.setattr(launching.triton.runtime, "driver", SimpleNamespace(active=there))
     assert launching.capability() == 90
 
     class Nowhere:
@@ -200,5 +200,5 @@ def test_the_capability_is_that_of_the_gpu_and_0_without_one(monkeypatch):
         def active(self):
             raise RuntimeError("0 active drivers ([]). There should only be one.")
 
-    monkeypatch.setattr(launching, "driver", Nowhere())
+    monkeypatch.setattr(launching.triton.runtime, "driver", Nowhere())
     assert launching.capability() == 0

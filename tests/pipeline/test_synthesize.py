@@ -187,8 +187,9 @@ def test_students_are_judged_on_the_way(toy_folder, tmp_path, monkeypatch):
     judged = {row["step"]: row["accuracy"] for row in read_curve(out) if row.get("accuracy") is not None}
     assert sorted(judged) == [2, 5]
     told = json.loads((out / "manifest.json").read_text())["accuracy"]
-    assert told["float32"] == judged[5]
-    assert 0 <= told["8 bits"] <= 100
+    assert told["float32"]["top1"] == [judged[5]]
+    assert told["float32"]["images"] == "pixels, float32"
+    assert told["8 bits"]["images"] == "8 bits"
     with pytest.raises(UsageError, match="evaluate_every needs all 3 classes in one group"):
         distil(toy_folder, tmp_path / "groups", evaluate_every=3)
     assert not (tmp_path / "groups").exists()

@@ -18,6 +18,7 @@ from ddfast.methods.base import Context, Method
 from ddfast.methods.selection.base import Batch, Candidates, Table, whole_images
 from ddfast.ops import crop_batch
 from ddfast.ops.precision import autocast
+from ddfast.ops.transfer import to_device
 from ddfast.seeding import stream
 from ddfast.settings import option
 
@@ -49,7 +50,8 @@ class Coreset(Method):
 
     def score(self, batch: Batch, context: Context) -> Candidates:
         """One candidate an image: all of it, with its features."""
-        return Candidates(boxes=whole_images(batch), features=teacher_features(batch.images, context))
+        features, damaged = teacher_features(batch.images, context)
+        return Candidates(boxes=whole_images(batch), features=features, damaged=damaged)
 
     def rank(self, table: Table, needed: int) -> tuple[dict[int, np.ndarray], np.ndarray]:
         """The chosen images of every class; a row that was not chosen has no score."""
@@ -73,18 +75,20 @@ def squared_distances(features: Tensor, point: Tensor) -> Tensor:
     return (features - point).square_().sum(dim=1)
 
 
-def teacher_features(images: Tensor, context: Context) -> Tensor:
+def teacher_features(images: Tensor, context: Context) -> tuple[Tensor, Tensor]:
     """Input of the teacher's last linear layer, float32 [M, F], on uint8 images [M, 3, S, S].
 
+    And for how many images it is NaN or infinity, int64 on the device: who reads it refuses.
+
     Raises:
-        UsageError: a teacher without a linear layer, or one that returns NaN or infinity.
+        UsageError: a teacher without a linear layer.
     """
     from ddfast.models.registry import features
 
     teacher = context.teacher
     assert teacher is not None
     size = context.image_size
-    boxes = torch.tensor([0, 0, size, size], device=images.device).expand(len(images), 4)
+    boxes = to_device(torch.tensor([0, 0, size, size]), images.device).expand(len(images), 4)
     source = torch.arange(len(images), device=images.device)
     found = []
     with torch.no_grad(), autocast(context.precision, images.device):
@@ -103,8 +107,4 @@ def teacher_features(images: Tensor, context: Context) -> Tensor:
             except ValueError as error:
                 raise UsageError(f"no coreset by features with this teacher: {error}") from error
     joined = torch.cat(found)
-    if not bool(torch.isfinite(joined).all()):
-        raise UsageError(
-            "the teacher returns NaN or infinity on real images: its weights are damaged, train it again"
-        )
-    return joined
+    return joined, (~joined.isfinite()).any(dim=1).sum()

@@ -186,27 +186,28 @@ class InfoUtil(Method):
         verdict = judge(
             batch.images, boxes, batch.labels, context, scoring_input=self.options.scoring_input, norm=norm
         )
-        damaged = verdict.damaged if damaged is None else damaged + verdict.damaged
+        damaged = damaged + verdict.damaged
         return Candidates(boxes, None, verdict.grad_norm, verdict.loss, verdict.correct, phi, damaged=damaged)
 
-    def _informative_crops(self, batch: Batch, context: Context) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _informative_crops(self, batch: Batch, context: Context) -> tuple[Tensor, Tensor, Tensor]:
         """Attribution phi [M, d] of the grid cells, crop boxes int32 [M, K, 4] around its best windows, and for how
-        many masked images the teacher returned no number."""
-        from ddfast.attribution import grad_cam, unread_crops
+        many images, masked or whole, the teacher returned no number."""
+        from ddfast.attribution import unread_crops
+        from ddfast.attribution.grad_cam import unread_grad_cam
 
         teacher, options, rule = context.teacher, self.options, self._crop_rule(context)
         assert teacher is not None
         if options.attribution == "grad_cam":
-            phi = grad_cam(
+            phi, damaged = unread_grad_cam(
                 teacher.model,
                 batch.images,
-                to_device(batch.labels, batch.images.device),
+                batch.labels,
                 grid=options.grid,
                 mean=torch.tensor(teacher.mean),
                 std=torch.tensor(teacher.std),
             )
             ids = to_device(batch.ids, phi.device)
-            return phi, rule.boxes(phi, ids, options.grid, context.image_size), None
+            return phi, rule.boxes(phi, ids, options.grid, context.image_size), damaged
         return unread_crops(
             teacher.model,
             batch.images,

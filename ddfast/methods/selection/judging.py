@@ -53,7 +53,9 @@ def teacher_input(
     size, tile = context.image_size, context.tile
     if tile < size and scoring_input == "resize":  # the tile itself is enlarged, rounded as it is stored
         images = crop_resize(images, boxes, tile, source=source)
-        boxes = torch.tensor([0, 0, tile, tile], device=images.device).expand(len(images), 4)
+        boxes = torch.zeros(4, dtype=torch.int64, device=images.device)
+        boxes[2:] = tile
+        boxes = boxes.expand(len(images), 4)
         source, tile = torch.arange(len(images), device=images.device), size
     return crop_batch(
         images,
