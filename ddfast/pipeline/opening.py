@@ -9,20 +9,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ddfast.arguments import positive_number, whole_number, whole_number_or
 from ddfast.crowding import Neighbours, warn_of_crowding
 from ddfast.data.loaders import resolve_loader
 from ddfast.data.opening import open_source
-from ddfast.data.sources import reasons_in_words
 from ddfast.errors import BadImage, UsageError
 from ddfast.files import make_folder, sweep_temporary
 from ddfast.methods import get_method
 from ddfast.methods.base import Method
 from ddfast.methods.synthesis import Synthesis
 from ddfast.output.distilled import PREPARED, SCORES, SELECTION
+from ddfast.pipeline.counting import check_counts, check_pool
 from ddfast.pipeline.judging import check_judged
 from ddfast.pipeline.plan import (
     check_machine,
@@ -51,7 +50,7 @@ from ddfast.settings import Settings
 from ddfast.training.device import resolve_device
 from ddfast.training.preflight import check_reading, drawn_places, images_to_try, read_images, try_teacher
 from ddfast.training.teacher import native_size
-from ddfast.wording import argument, is_argument, on_command_line, plural, setting
+from ddfast.wording import argument, on_command_line, plural, setting
 
 SCORED_OF_A_CLASS = 300  # sources of a class that methods which choose crops score by default
 
@@ -442,9 +441,9 @@ def _claim(run: Run, settings: Settings) -> None:
     if held is None:
         run.set_arithmetic()
         if "select" in run.method.stages:
-            _check_counts(run)
+            check_counts(run)
         if isinstance(run.method, Synthesis):
-            _check_pool(run, run.method)
+            check_pool(run, run.method)
         _check_outputs(run)
         if settings.preflight:
             _preflight(run)
@@ -503,58 +502,6 @@ def _earlier_seconds(out: Path) -> dict[str, float]:
         return dict(json.loads((out / RUN).read_text(encoding="utf-8"))["seconds"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-
-
-def _check_counts(run: Run) -> None:
-    """Refuse a class that cannot give IPC x tiles crops; where it would be close, decode to be sure."""
-    needed, most = run.needed, run.plan["images_per_class"]
-    if most != "all" and needed > most:
-        raise UsageError(
-            f"{_ipc_and_tiles(run)} needs {plural(needed, 'image')} a class, {argument('images_per_class')} is {most}: "
-            + ("raise it" if is_argument("images_per_class") else "distil anew into another folder with more")
-        )
-    for label in np.flatnonzero(_counts(run) < 2 * needed).tolist():
-        usable, reasons = _usable(run, label, needed)
-        if usable < needed:
-            raise UsageError(
-                f"class {run.source.class_names[label]!r} has {plural(usable, 'usable image')}, "
-                f"{_ipc_and_tiles(run)} needs {needed}{reasons_in_words(reasons)}"
-            )
-
-
-def _check_pool(run: Run, method: Synthesis) -> None:
-    """Refuse a pool that a method cannot draw from; where it would be close, decode to be sure."""
-    counts, needed = _counts(run), method.drawn_at_once(run.plan["ipc"])
-    method.check_pool(torch.from_numpy(counts), run.source.class_names, run.plan["ipc"])
-    for label in np.flatnonzero(counts < 2 * needed).tolist():
-        counts[label] = _usable(run, label, needed)[0]
-    method.check_pool(torch.from_numpy(counts), run.source.class_names, run.plan["ipc"])
-
-
-def _counts(run: Run) -> np.ndarray:
-    """Sources of each class in the pool, int64 [classes]."""
-    labels = run.source.samples.labels[run.pool()]
-    return np.bincount(labels, minlength=len(run.source.class_names))
-
-
-def _usable(run: Run, label: int, most: int) -> tuple[int, list[str]]:
-    """How many sources of a class can be decoded, counted up to `most`, and why others cannot."""
-    pool = run.pool()
-    usable, reasons = 0, []
-    loaded = run.load(run.samples(pool[run.source.samples.labels[pool] == label]))
-    for _, image in loaded:
-        if isinstance(image, BadImage):
-            reasons.append(str(image))
-        else:
-            usable += 1
-        if usable == most:
-            break
-    loaded.close()
-    return usable, reasons
-
-
-def _ipc_and_tiles(run: Run) -> str:
-    return f"IPC {run.plan['ipc']} x {plural(run.plan['tiles'], 'tile')}"
 
 
 def _preflight(run: Run) -> None:
