@@ -75,9 +75,6 @@ class Checkpoint(Protocol):
         ...
 
 
-_STATE = ".preparation"
-
-
 class StateFile:
     """Tensors with what is said of them, in one file that is written whole or not at all.
 

@@ -15,8 +15,9 @@ from ddfast.output.distilled import PREPARED
 from ddfast.output.table import is_readable, make_table, read_facts, read_table, to_numpy, write_table
 from ddfast.pipeline.plan import score_digest
 from ddfast.pipeline.run import Run
-from ddfast.state import _STATE, FileCheckpoint
+from ddfast.state import FileCheckpoint
 
+_STATE = ".preparation"
 PREPARED_SCHEMA = pa.schema(
     [
         pa.field("sample_id", pa.int64(), nullable=False),

@@ -36,7 +36,7 @@ from ddfast.output.table import (
     table_writer,
     to_numpy,
 )
-from ddfast.pipeline.opening import _check_counts
+from ddfast.pipeline.counting import check_counts
 from ddfast.pipeline.run import Run, _shards, clock
 from ddfast.progress import say
 from ddfast.wording import plural, setting
@@ -71,7 +71,7 @@ def change_ipc(run: Run, ipc: int) -> None:
 
 
 def _drop_selected(run: Run, held: dict[str, Any]) -> None:
-    _check_counts(run)
+    check_counts(run)
     if held["complete"]:
         _keep_finished(run, held["ipc"])
     run.save()

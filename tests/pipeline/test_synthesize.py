@@ -19,7 +19,7 @@ from ddfast.errors import DivergedError, UsageError
 from ddfast.methods.matching.dm import DM
 from ddfast.output.pixels import read_curve, read_pixels, to_bytes
 from ddfast.pipeline import synthesize
-from tests.methods.conftest import digests
+from tests.conftest import digests
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {
