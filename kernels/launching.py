@@ -37,7 +37,7 @@ _REMEMBERED: list[dict[tuple, Run]] = []  # by every launcher
 
 
 def capability() -> int:
-    """Compute capability of the GPU that Triton launches on, 90 for 9.0; 0 where it launches on none, as interpreted."""
+    """Compute capability of the GPU that Triton launches on, 90 for 9.0; 0 where there is none."""
     try:
         return int(triton.runtime.driver.active.get_current_target().arch)
     except RuntimeError:  # no driver

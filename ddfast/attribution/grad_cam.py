@@ -125,9 +125,10 @@ def unread_grad_cam(
     cells = [torch.empty(0, rows * cols, dtype=torch.float32, device=images.device)]
     states = RandomStates()
     try:
-        for part, target in zip(images.split(chunk), targets.split(chunk), strict=True):
+        for part, of_part in zip(images.split(chunk), targets.split(chunk), strict=True):
             if not len(part):
                 continue
+            target = of_part
             with torch.no_grad():
                 inputs = masked_batch(
                     part, everything_present, grid=1, mean=mean, std=std, dtype=compute_dtype(model, images)

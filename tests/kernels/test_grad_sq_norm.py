@@ -109,6 +109,7 @@ def test_conv2d(where):
         conv2d_case(torch.float32, (2, 4, 8, 8), 18, (2, 2), layout=last),  # the bias begins a tile
         conv2d_case(torch.float32, (2, 3, 6, 6), 80, (3, 3), stride=3, bias=False),
         conv2d_case(torch.float32, (3, 3, 1, 9), 5, (3, 3), padding=1),
+        *(conv2d_case(torch.float32, (2, 0, 4, 5), 3, (1, 1), layout=layout) for layout in (None, last)),
     ]
     assert_agrees(CONV2D, cases, where)
 
@@ -180,7 +181,9 @@ def test_the_largest_tiles_compile_for_every_gpu_without_spills():
         (torch.bfloat16, 2048, 512, 7, 1),
     ):
         x, g = (
-            torch.empty(640, size, side, side, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
+            torch.empty(640, size, side, side, dtype=dtype, device="meta").to(
+                memory_format=torch.channels_last
+            )
             for size in (channels, outputs)
         )
         cases.append((x, g, (kernel, kernel), (1, 1), (kernel // 2,) * 2, (1, 1), 1, True))

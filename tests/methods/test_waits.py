@@ -48,7 +48,8 @@ with mimic():
             rows_on(DEVICE, teacher)
         waits = waits_of(lambda: rows_on(DEVICE, teacher))
         found = rows_on(DEVICE, teacher)
-fields = [f for f in ("boxes", "phi", "grad_norm", "loss", "correct", "features", "damaged") if getattr(wanted, f) is not None]
+fields = ["boxes", "phi", "grad_norm", "loss", "correct", "features", "damaged"]
+fields = [f for f in fields if getattr(wanted, f) is not None]
 # The host's fused convolutions round otherwise than the plain ones that run there.
 equal = {f: torch.allclose(getattr(found, f), getattr(wanted, f), rtol=1e-4, atol=1e-5) for f in fields}
 print(json.dumps({"waits": waits, "equal": equal}))
