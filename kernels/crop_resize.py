@@ -385,6 +385,10 @@ def _crop_resize_backward(
     height,
     width,
     factor,
+    mosaic_stride,
+    channel_stride,
+    row_stride,
+    col_stride,
     COMPUTE: tl.constexpr,
     BLOCK_Y: tl.constexpr,
     BLOCK_X: tl.constexpr,
@@ -418,10 +422,9 @@ def _crop_resize_backward(
         meets_y = (top < block_y + BLOCK_Y) & (top + rows > block_y)
         if meets_y & (left < block_x + BLOCK_X) & (left + cols > block_x):
             place = (tile % (factor * factor)).to(tl.int32)
-            row = (
-                tile // (factor * factor) * channels + channel
-            ) * factor * height + place // factor * height
-            tile_grad = grad_output + row * (factor * width) + place % factor * width
+            tile_grad = grad_output + tile // (factor * factor) * mosaic_stride + channel * channel_stride
+            tile_grad += (place // factor * height).to(tl.int64) * row_stride
+            tile_grad += (place % factor * width).to(tl.int64) * col_stride
             inverse_y = _inverse(tl.maximum(scale_y, 1.0))
             inverse_x = _inverse(tl.maximum(scale_x, 1.0))
             totals_y = inverse_totals + tile * height
@@ -431,12 +434,13 @@ def _crop_resize_backward(
             for step_y in range(_outputs(scale_y)):
                 i = first_y + step_y
                 share_y = _share(y - top, i, totals_y, height, rows, shift_y, scale_y, inverse_y)
-                line = tile_grad + i.to(tl.int64)[:, None] * (factor * width)
+                line = tile_grad + i.to(tl.int64)[:, None] * row_stride
                 for step_x in range(_outputs(scale_x)):
                     j = first_x + step_x
                     share_x = _share(x - left, j, totals_x, width, cols, shift_x, scale_x, inverse_x)
                     share = share_y[:, None] * share_x[None, :]
-                    sums += share * tl.load(line + j[None, :], mask=share > 0, other=0).to(COMPUTE)
+                    grad = tl.load(line + j.to(tl.int64)[None, :] * col_stride, mask=share > 0, other=0)
+                    sums += share * grad.to(COMPUTE)
     row = (image * channels + channel) * image_height + y
     target = grad_images + row[:, None] * image_width + x[None, :]
     inside = (y < image_height)[:, None] & (x < image_width)[None, :]
@@ -587,7 +591,7 @@ def crop_resize_backward(
     gather = Launch(
         _crop_resize_backward,
         (images * channels * blocks,),
-        (tiles, channels, image_height, image_width, height, width, factor),
+        (tiles, channels, image_height, image_width, height, width, factor, *grad_output.stride()),
         COMPUTE=compute,
         BLOCK_Y=block_y,
         BLOCK_X=block_x,
@@ -599,7 +603,7 @@ def crop_resize_backward(
         boxes = boxes.contiguous()
         group(source.contiguous(), order)
         weigh(boxes, totals)
-        gather(grad_output.contiguous(), boxes, order, totals, grad_images)
+        gather(grad_output, boxes, order, totals, grad_images)
         return grad_images
 
     return run

@@ -454,8 +454,8 @@ def grad_sq_norm_conv2d(
         return of_rows
 
     def run(input: torch.Tensor, grad_output: torch.Tensor, *_: Any) -> torch.Tensor:
-        last = input.permute(0, 2, 3, 1).contiguous()
-        return of_rows(last, grad_output.permute(0, 2, 3, 1).contiguous())
+        last = torch.channels_last
+        return of_rows(input.contiguous(memory_format=last), grad_output.contiguous(memory_format=last))
 
     return run
 
@@ -487,7 +487,9 @@ def _product(
     empty = Allocation((samples, programs), _sum_dtype(like), like.device)
     if samples * programs == 0:
         if bias and channels * kernel_size[0] * kernel_size[1] == 0:  # there is a bias alone
-            return lambda _, g, *__: g.flatten(1, -2).sum(1, dtype=_sum_dtype(g)).square().sum(1)
+            rows = (samples, positions, out_channels)
+            strides = (positions * out_channels, out_channels, 1)
+            return lambda _, g, *__: g.as_strided(rows, strides).sum(1, dtype=_sum_dtype(g)).square().sum(1)
         return lambda *_: empty().sum(1)
     launch = Launch(
         kernel,

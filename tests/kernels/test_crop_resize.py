@@ -76,6 +76,11 @@ def test_backward_agrees_with_the_reference(where):
         backward_case(torch.float32, 0, 4, 4, 1),
         backward_case(torch.float32, 0, 4, 4, 1, shape=(0, 2, 5, 5)),
     ]
+    # Gradients are read where they lie: expanded from one number, turned round, every second column.
+    grad, *rest = backward_case(torch.float32, 4, 5, 7, 2)
+    cases.append((torch.tensor(0.5).expand(grad.shape), *rest))
+    cases.append((grad.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0), *rest))
+    cases.append((grad.repeat_interleave(2, 3)[..., ::2], *rest))
     for arguments, grads in zip(cases, run(BACKWARD, cases, where=where), strict=True):
         expected = reference.crop_resize_backward(*arguments)
         assert (grads.dtype, grads.shape) == (expected.dtype, expected.shape)

@@ -113,6 +113,16 @@ def test_conv2d(where):
     assert_agrees(CONV2D, cases, where)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_without_channels_the_bias_alone_has_a_norm(layout):
+    launchers = pytest.importorskip("ddfast.kernels.grad_sq_norm")
+    grads = random((2, 3, 4, 5), torch.float32).contiguous(memory_format=layout)
+    found = launchers.grad_sq_norm_conv2d(
+        torch.empty(2, 0, 4, 5), grads, (1, 1), (1, 1), (0, 0), (1, 1), 1, True
+    )
+    torch.testing.assert_close(found, grads.sum((2, 3)).square().sum(1))
+
+
 @pytest.mark.parametrize("where", WHERE)
 def test_norm(where):
     cases = [
