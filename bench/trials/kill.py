@@ -1,8 +1,10 @@
 """Kill a distillation at random moments and compare what its resumptions end in with an undisturbed run.
 
     python -m bench kill --data cifar10-jpeg.zip --teacher teacher.safetensors --images-per-class 100
+    python -m bench kill --data cifar10-jpeg.zip --method dm --iterations 60 --real-batch 64 --class-batch 3
 
-Also runs it with other numbers of images in flight. Prints a line a check and exits with 1 where a byte differs.
+Options that are not its own are the distillation's. Also runs it with other numbers of images in flight, or with a pool
+that is decoded anew in every step, and on several ranks. Prints a line a check and exits with 1 where a byte differs.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from ddfast.methods import get_method
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -66,28 +70,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", required=True)
-    parser.add_argument("--teacher", required=True)
+    parser.add_argument("--teacher", default=None)
     parser.add_argument("--method", default="infoutil")
     parser.add_argument("--ipc", type=int, default=10)
-    parser.add_argument("--images-per-class", type=int, default=100)
+    parser.add_argument("--images-per-class", default="100", help="a number, or all")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--ranks", type=int, nargs="*", default=[], help="also on so many ranks each")
     parser.add_argument("--work", type=Path, default=Path("runs/kill"))
-    arguments = parser.parse_args(argv)
-    command = [
-        *(sys.executable, "-m", "ddfast", "distill", arguments.method, "--quiet"),
-        *("--data", arguments.data, "--teacher", arguments.teacher, "--ipc", str(arguments.ipc)),
-        *("--images-per-class", str(arguments.images_per_class)),
+    arguments, others = parser.parse_known_args(argv)
+    distillation = [
+        *("-m", "ddfast", "distill", arguments.method, "--quiet", "--data", arguments.data),
+        *("--ipc", str(arguments.ipc), "--images-per-class", arguments.images_per_class, *others),
+        *(("--teacher", arguments.teacher) if arguments.teacher is not None else ()),
     ]
+    command = [sys.executable, *distillation]
     shutil.rmtree(arguments.work, ignore_errors=True)
     seconds = run(command, arguments.work / "undisturbed")
     wanted = digests(arguments.work / "undisturbed")
     print(f"undisturbed: {len(wanted)} files in {seconds:.1f} s")
     failed = 0
-    for batch_size in (1, 7, 64):
-        out = arguments.work / f"batch-{batch_size}"
-        run(command, out, "--batch-size", str(batch_size))
-        failed += _report(f"--batch-size {batch_size}", digests(out), wanted)
+    selects = "select" in get_method(arguments.method).stages
+    for flag, value in [("--batch-size", n) for n in (1, 7, 64)] if selects else [("--pool-memory", 0)]:
+        out = arguments.work / f"{flag[2:]}-{value}"
+        run(command, out, flag, str(value))
+        failed += _report(f"{flag} {value}", digests(out), wanted)
+    for ranks in arguments.ranks:
+        out = arguments.work / f"ranks-{ranks}"
+        torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
+        run([sys.executable, *torchrun, *distillation], out)
+        failed += _report(f"{ranks} ranks", digests(out), wanted)
     out = arguments.work / "killed"
     draws = random.Random(arguments.seed)
     for number, found in enumerate(run_killed(command, out, arguments.kills, seconds, draws), start=1):
