@@ -245,8 +245,8 @@ def _delta(base: Found, with_cmi: Found) -> str:
     if len(gains) > 1:
         each = ", ".join(f"{gain:+.2f}" for gain in gains)
         text += f" ± {statistics.stdev(gains):.2f} over {len(gains)} sets ({each})"
-    paper = PAPER["DM + CMI"][base.ipc] - PAPER["DM"][base.ipc]
-    return f"{text}; the paper {paper:+.1f}"
+    theirs, ours = PAPER["DM"].get(base.ipc), PAPER["DM + CMI"].get(base.ipc)
+    return text if theirs is None or ours is None else f"{text}; the paper {ours - theirs:+.1f}"
 
 
 def _cmi_table(found: Sequence[Found], arguments: argparse.Namespace) -> list[str]:
