@@ -275,7 +275,7 @@ def run_digest(plan: dict[str, Any]) -> str:
     return _digest(
         {
             **{key: plan[key] for key in keys},
-            **{key: plan[key] for key in ("inputs", "evaluate_every") if key in plan},
+            **({"inputs": plan["inputs"]} if "inputs" in plan else {}),
             "teacher": teacher,
             "arithmetic": _shared_arithmetic(plan),
         }

@@ -61,7 +61,7 @@ def both_or_neither(name, forward, **arguments):
     """`both`, or None where both raise the same kind of error."""
     try:
         return both(name, forward, **arguments)
-    except (AssertionError, ValueError) as error:
+    except (AssertionError, ValueError, RuntimeError) as error:
         kind = type(error)
     for module in (captum_attr, ddfast.captum):
         explainer = getattr(module, name)(forward)

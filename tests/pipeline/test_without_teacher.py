@@ -1,6 +1,7 @@
 """A run of a method that makes pixels and asks no teacher, from its opening to its last stage."""
 
 import json
+import shutil
 import sys
 import types
 from dataclasses import dataclass
@@ -101,6 +102,7 @@ def folder(tmp_path_factory):
         for index in range(6):
             pixels = draw.integers(0, 256, (12, 20, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(root / "train" / name / f"{index}.png")
+        shutil.copytree(root / "train" / name, root / "test" / name)
     return root
 
 
