@@ -38,7 +38,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     markdown = re.sub(r"(\]\()(?:\.\./)+bench/results/([^)#]*)", lambda m: m[1] + _place(up, m[2]), markdown)
     for name, target in PAGES.items():
         markdown = re.sub(rf"(\]\()(?:\.\./)+{re.escape(name)}", rf"\g<1>{up}/{target}", markdown)
-    return markdown
+    return markdown.replace(" ± ", "\u00a0±\u00a0")  # a mean and its deviation stay on one line
 
 
 def _place(up: str, below: str) -> str:
@@ -48,7 +48,7 @@ def _place(up: str, below: str) -> str:
 
 def _listing(folder: Path) -> str:
     """A page that names every table of a folder by its own title."""
-    rows = ["# Tables as they were measured", "", "Each page names the command that made it.", ""]
+    rows = ["# Tables as they were measured", "", "Each page says what it was made with.", ""]
     for path in sorted(folder.glob("*.md")):
         title = next((line[2:] for line in path.read_text("utf-8").splitlines() if line.startswith("# ")), "")
         rows.append(f"- [{path.stem}]({path.name}){': ' + title if title else ''}")

@@ -21,7 +21,8 @@ class SettingsOfARun(griffe.Extension):
         from importlib import import_module
 
         told = getattr(import_module(func.module.path), func.name)
-        func.docstring = griffe.Docstring(inspect.getdoc(told) or "", parent=func)
+        if func.docstring is not None:
+            func.docstring.value = inspect.getdoc(told) or ""
         func.parameters = griffe.Parameters(*map(_parameter, inspect.signature(told).parameters.values()))
 
 

@@ -1,5 +1,6 @@
-"""The documents hold what is true: commands parse, Python runs, links lead somewhere, mistakes print the lines shown."""
+"""What README and docs say is true: commands parse, Python runs, links lead somewhere, mistakes print their lines."""
 
+import dataclasses
 import re
 import shlex
 from pathlib import Path
@@ -9,9 +10,13 @@ import torch
 from PIL import Image
 
 import ddfast
+from bench.__main__ import commands as benchmarks
+from bench.__main__ import load_entries
+from bench.studies.__main__ import STUDIES
 from ddfast.cli import build_parser, main
 from ddfast.commands.parser import check_flags, commands_of
-from ddfast.methods import list_methods
+from ddfast.methods import get_method, list_methods
+from ddfast.settings import fields
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -87,8 +92,9 @@ def test_every_command_parses(page, capsys):
             rest = parser.parse_known_args(words)[1]
         except SystemExit as stop:
             # Of the examples of mistakes some are refused here already; their own test says how.
-            assert stop.code == 0 or page == MISTAKES, f"ddfast {' '.join(words)}: {capsys.readouterr().err}"
-            continue
+            if stop.code == 0 or page == MISTAKES:
+                continue
+            pytest.fail(f"ddfast {' '.join(words)}: {capsys.readouterr().err}")
         assert not rest, f"ddfast {' '.join(words)}: {rest} is left over"
 
 
@@ -112,6 +118,54 @@ def test_every_flag_that_is_named_exists(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_every_benchmark_that_is_named_exists(page):
+    known = {"all", *load_entries(), *benchmarks()}
+    named = set(re.findall(r"python -m bench ([a-z]\w*)", page.read_text("utf-8")))
+    assert not named - known
+    studied = set(re.findall(r"python -m bench\.studies ([a-z]\w*)", page.read_text("utf-8")))
+    assert not studied - set(STUDIES)
+
+
+@pytest.mark.parametrize(
+    ("page", "methods"),
+    [
+        ("infoutil", ["infoutil"]),
+        ("rded", ["rded"]),
+        ("coresets", ["herding", "k_means", "forgetting"]),
+        ("dm", ["dm"]),
+    ],
+)
+def test_tables_of_options_tell_the_defaults(page, methods):
+    """Rows `| flags | ... | defaults | what |`: each flag is an option, and has the default that is told."""
+    held = {field.name: {field.default} for field in fields()}
+    for name in methods:
+        for field in dataclasses.fields(get_method(name).Options):
+            held.setdefault(field.name, set()).add(field.default)
+    text = (ROOT / "docs" / "methods" / f"{page}.md").read_text("utf-8")
+    rows = [line.strip("| \n").split("|") for line in text.splitlines() if line.startswith("| `--")]
+    assert rows
+    for flags, *_, defaults, _ in rows:
+        names = [name.replace("-", "_") for name in re.findall(r"`--([\w-]+)`", flags)]
+        told = [word.strip(" `") for word in defaults.split(",")]
+        for name, default in zip(names, told, strict=True):
+            if default:
+                value = {"off": "False"}.get(default, default)
+                assert value in {f"{known:g}" if default == "0" else str(known) for known in held[name]}
+            else:
+                assert None in held.get(name, ()) or held[name.removeprefix("no_")] == {True}
+
+
+def test_presets_that_are_named_exist():
+    text = (ROOT / "docs" / "methods" / "dm.md").read_text("utf-8")
+    named = dict(re.findall(r"`(\w+_cmi)` \((?:weight )?(\d+)\)", text))
+    assert {name: str(int(p["cmi"])) for name, p in get_method("dm").presets.items() if "cmi" in p} == named
+    assert set(re.findall(r"`((?:cifar|svhn|tiny)\w+)`", text)) - {"cifar100"} <= set(
+        get_method("dm").presets
+    )
+    assert "--preset paper" in (ROOT / "docs" / "methods" / "infoutil.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_every_link_leads_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", page.read_text("utf-8")):
         path = "".join(target).partition("#")[0]
@@ -129,7 +183,7 @@ def test_ten_mistakes_are_shown():
     assert all(len(example) == 2 and example[0].startswith("$ ddfast ") for example in mistakes())
 
 
-@pytest.mark.parametrize("command, line", mistakes(), ids=lambda text: text[:40])
+@pytest.mark.parametrize(("command", "line"), mistakes(), ids=lambda text: text[:40])
 def test_a_mistake_prints_the_line_that_is_shown(command, line, workplace, monkeypatch, capsys):
     monkeypatch.chdir(workplace)
     before = sorted(path.relative_to(workplace) for path in workplace.rglob("*"))
