@@ -173,6 +173,10 @@ def test_every_link_leads_somewhere(page):
             assert (page.parent / path).exists(), f"{page.name} links to {path}"
 
 
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 120
+
+
 def mistakes():
     """The examples of the page of mistakes: command, and the line that it prints."""
     return [block.rstrip("\n").split("\n") for block in blocks(MISTAKES, "console")]
