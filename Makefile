@@ -1,10 +1,10 @@
-# make dev | demo | test | lint | fmt | type | bench. Everything runs in .venv, which is made first where it is missing.
+# make dev | demo | test | lint | fmt | type | bench | docs. Everything runs in .venv, which is made first where it is missing.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: dev demo test lint fmt type bench clean
+.PHONY: dev demo test lint fmt type bench docs clean
 
 # torch comes first and the project is built without isolation: isolated, the build would fetch torch a second time.
 $(READY): pyproject.toml setup.py $(wildcard csrc/*)
@@ -36,5 +36,10 @@ type: $(READY)
 bench: $(READY)
 	$(BIN)/python -m bench all
 
+# The site reads its pages from docs/ and its tables from bench/results/; a warning is a failure.
+docs: $(READY)
+	test -x $(BIN)/mkdocs || $(BIN)/pip install --quiet --no-build-isolation --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info ddfast/*.so demo-out
+	rm -rf $(VENV) build dist site *.egg-info ddfast/*.so demo-out
