@@ -38,7 +38,7 @@ bench: $(READY)
 
 # The site reads its pages from docs/ and its tables from bench/results/; a warning is a failure.
 docs: $(READY)
-	test -x $(BIN)/mkdocs || $(BIN)/pip install --quiet --no-build-isolation --editable ".[docs]"
+	test -x $(BIN)/mkdocs || $(BIN)/pip install --quiet "mkdocs-material>=9.5" "mkdocstrings[python]>=0.29"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 clean:
