@@ -146,9 +146,14 @@ def test_distill_evaluate_and_report_by_command_line(toy_folder, toy_teacher, tm
     assert float(deviation) >= 0
     before = (out / "report.html").read_bytes()
     (out / "report.html").unlink()
+    (out / "evaluations.json").rename(tmp_path / "evaluations.json")
     code, printed, err = run("report", out, capsys=capsys)
     assert code == 0, err
     assert (out / "report.html").read_bytes() == before
+    (tmp_path / "evaluations.json").rename(out / "evaluations.json")
+    code, printed, err = run("report", out, capsys=capsys)
+    assert code == 0, err
+    assert f"{float(mean):.1f}% ± " in (out / "report.html").read_text("utf-8")
 
 
 def test_results_of_an_earlier_command_are_never_overwritten(toy_folder, toy_teacher, tmp_path, capsys):
