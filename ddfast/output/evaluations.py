@@ -1,4 +1,4 @@
-"""`evaluations.json`: how students did that were trained on a set, beside it and outside its identity, as `run.json` is.
+"""`evaluations.json`: how students did that were trained on a set; outside its identity, as `run.json` is.
 
 A list with an object for each evaluation: what `EvaluationResult.as_dict` holds, and under "set" 12 hex digits of the
 manifest's SHA-256. A folder that was selected from again is another set, and its old results are told apart by that.
@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +89,8 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
         yield
         return
     try:
-        try:
+        with suppress(OSError):  # a network file system without locks
             fcntl.flock(held, fcntl.LOCK_EX)
-        except OSError:  # a network file system without locks
-            pass
         yield
     finally:
         os.close(held)

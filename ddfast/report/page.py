@@ -31,8 +31,8 @@ def write_report(run_dir: str | Path, *, source: Source | None = None, title: st
 
     The folder needs its images, `train/metadata.jsonl`, `manifest.json`, which may still be incomplete, and
     `selection.parquet` or `pixels.safetensors`; the score table, the soft labels, the curve, `before.png` and
-    `evaluations.json` are shown where they stand. The same folder and data give the same bytes. Of a finished synthesis the page says how long it
-    took as well.
+    `evaluations.json` are shown where they stand. The same folder and data give the same bytes. Of a finished synthesis
+    the page says how long it took as well.
 
     Args:
         run_dir: the folder.

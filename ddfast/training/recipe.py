@@ -51,15 +51,16 @@ def recipe_hash(
     """
     rules = {**asdict(protocol), "labels": None}  # `labels` says more: where soft ones come from
     said = {
-        **{
-            "protocol": rules,
-            "arch": arch,
-            "arch_options": dict(arch_options),
-            "epochs": epochs,
-            "steps": steps,
-        },
-        **{"batch_size": batch_size, "labels": labels, "image_size": image_size},
-        **{"autoaugment": bool(autoaugment), "precision": precision},
+        "protocol": rules,
+        "arch": arch,
+        "arch_options": dict(arch_options),
+        "epochs": epochs,
+        "steps": steps,
+        "batch_size": batch_size,
+        "labels": labels,
+        "image_size": image_size,
+        "autoaugment": bool(autoaugment),
+        "precision": precision,
     }
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:_DIGITS]
 
