@@ -62,6 +62,7 @@ def test_bad_usage_is_one_line_and_exit_code_2(words, capsys):
         "train-teacher",
         "distill",
         "evaluate",
+        "compare",
         "attribute",
         "score",
         "select",
@@ -367,7 +368,7 @@ REFUSED = {
         "--n-samples 64": "--n-samples is an option of infoutil, not of rded",
         "--restarts 2": "--restarts is an option of k_means, not of rded",
         "--ipcs 3": "unknown option --ipcs; did you mean --ipc?",
-        "--protocol rded": "--protocol is an option of ddfast evaluate, not of ddfast distill",
+        "--protocol rded": "--protocol is an option of ddfast evaluate and ddfast compare, not of ddfast distill",
     },
     "distill infoutil --data DATA --teacher TEACHER --ipc 1 --out OUT": {
         "--n-samples 1": "n_samples >= 3",

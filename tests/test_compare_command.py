@@ -15,7 +15,7 @@ from ddfast.cli import main
 from ddfast.comparison import Row, Table
 from ddfast.errors import UsageError
 from ddfast.output import DistilledSet
-from ddfast.output.evaluations import keep_evaluation, read_evaluations
+from ddfast.output.evaluations import keep_evaluation, read_evaluations, set_digest
 from ddfast.training import PROTOCOLS, DistilledImages, evaluate, train_student
 from tests.conftest import digests
 from tests.training.conftest import CLASSES, render
@@ -174,9 +174,12 @@ def test_a_damaged_list_is_left_as_it_is_and_costs_no_result(sets, toy_folder, t
     assert printed.splitlines()[-1].startswith("top1 ")
     assert "not kept" in err
     assert (out / "evaluations.json").read_text() == "[{"
-    code, _, err = run("report", out, "--data", toy_folder, capsys=capsys)
-    assert code == 2
-    assert "evaluations.json is damaged" in err
+    digest = set_digest(out)
+    for text in ("[{", "{}", "[1]", f'[{{"set": "{digest}"}}]', f'[{{"set": "{digest}", "digests": 3}}]'):
+        (out / "evaluations.json").write_text(text)
+        code, _, err = run("report", out, "--data", toy_folder, capsys=capsys)
+        assert code == 2
+        assert "evaluations.json is damaged" in err
 
 
 def test_results_are_added_in_order(sets, tmp_path):

@@ -41,15 +41,14 @@ def student_tables(root: Path) -> list[StudentTable]:
     Raises:
         UsageError: the file is damaged.
     """
-    by_recipe: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for one in evaluations_of_set(root):
-        key = (one.get("recipe"), (one.get("digests") or {}).get("test"))
-        by_recipe.setdefault(key, []).append(one)
+    by_recipe: dict[tuple[str, str], list[dict[str, Any]]] = {}
     try:
+        for one in evaluations_of_set(root):
+            key = (str(one.get("recipe")), str((one.get("digests") or {}).get("test")))
+            by_recipe.setdefault(key, []).append(one)
         return [_table(held) for held in by_recipe.values()]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        path = root / EVALUATIONS
-        raise UsageError(f"{path} is damaged ({type(error).__name__}: {error}): mend or delete it") from error
+    except _DAMAGED as error:
+        raise _damaged(root, error) from error
 
 
 def _table(held: Sequence[Mapping[str, Any]]) -> StudentTable:
@@ -75,7 +74,7 @@ def _row(one: Mapping[str, Any]) -> tuple[str, ...]:
         _accuracy(top1),
         f"{statistics.fmean(one['top5']):.1f}%",
         f"{statistics.fmean(one['best']):.1f}%",
-        _points(one.get("better_than_random")),
+        _points(one),
     )
 
 
@@ -84,29 +83,38 @@ def _accuracy(top1: Sequence[float]) -> str:
     return f"{statistics.fmean(top1):.1f}%{deviation}"
 
 
-def _points(better: Mapping[str, float] | None) -> str:
+def _points(one: Mapping[str, Any]) -> str:
+    """How much better than those of a random set, and the standard error; of one student each none is known."""
+    better = one.get("better_than_random")
     if better is None:
         return "–"
-    return f"{better['points']:+.1f} ± {better['error']:.1f} points".replace("-", "\N{MINUS SIGN}")
+    error = f" ± {better['error']:.1f}" if len(one["top1"]) > 1 else ""
+    return f"{better['points']:+.1f}{error}".replace("-", "\N{MINUS SIGN}")
 
 
 def student_facts(root: Path) -> list[Fact]:
-    """The answer to "better than random?" of the last comparison, and the accuracy of the last students."""
+    """The answer to "better than random?" of the last comparison; without one how the last students did.
+
+    Raises:
+        UsageError: `evaluations.json` is damaged.
+    """
     held = evaluations_of_set(root)
-    found = []
     compared = [one for one in held if one.get("better_than_random")]
-    if compared:
-        last = compared[-1]
-        found.append(
-            Fact(
-                "Better than random",
-                _points(last["better_than_random"]),
-                f"{last['arch']}, {last['labels']} labels",
-            )
-        )
-    if held:
-        last = held[-1]
-        found.append(
-            Fact("Students", _accuracy([float(value) for value in last["top1"]]), f"top-1 of {last['arch']}")
-        )
-    return found
+    if not held:
+        return []
+    last = (compared or held)[-1]
+    try:
+        top1 = _accuracy([float(value) for value in last["top1"]])
+        said = f"top-1 of {last['arch']}, {_LABELS[last['labels']]}"
+        if compared:
+            return [Fact("Better than random", _points(last), f"percentage points: {top1} {said}")]
+        return [Fact("Students", top1, said)]
+    except _DAMAGED as error:
+        raise _damaged(root, error) from error
+
+
+_DAMAGED = (KeyError, TypeError, ValueError, AttributeError)
+
+
+def _damaged(root: Path, error: Exception) -> UsageError:
+    return UsageError(f"{root / EVALUATIONS} is damaged ({type(error).__name__}: {error}): mend or delete it")
