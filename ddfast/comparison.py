@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,8 +26,8 @@ from ddfast.distillation import distill
 from ddfast.errors import DDFastError, UsageError
 from ddfast.files import atomic_write_text, make_folder
 from ddfast.isolation import isolated
-from ddfast.models.registry import check_model
-from ddfast.models.teacher import Teacher
+from ddfast.models.registry import check_model, list_models
+from ddfast.models.teacher import Teacher, load_teacher
 from ddfast.output.distilled import DistilledSet
 from ddfast.output.evaluations import keep_evaluation
 from ddfast.pipeline.run import RUN
@@ -237,11 +238,11 @@ class _Given:
 
     @property
     def labelled_by(self) -> str | None:
-        """Which teacher the soft labels are from, at which temperature; None for hard ones."""
+        """Which teacher the soft labels are from, at which temperature and how many of them; None for hard ones."""
         if self.opened.stored is None:
             return None
         said = self.opened.manifest.get("label_teacher") or {}
-        return f"{said.get('sha256')} {self.opened.temperature}"
+        return f"{said.get('sha256')} {self.opened.temperature} {self.opened.manifest.get('label_top_k')}"
 
 
 @isolated()
@@ -249,7 +250,7 @@ def compare(
     distilled: str | Path | DistilledSet | Sequence[str | Path | DistilledSet],
     data: str | Path,
     *,
-    teacher: str | Path | None = None,
+    teacher: Teacher | str | Path | None = None,
     coreset: str = "herding",
     arch: str | None = None,
     arch_options: Mapping[str, Any] | None = None,
@@ -272,7 +273,7 @@ def compare(
     Args:
         distilled: output folders of `ddfast distill`, finished.
         data: the data they were distilled from.
-        teacher: file of the teacher, where it has moved; it labels the random sets and chooses the coreset. None: the
+        teacher: the teacher or its file, where that has moved; it labels the random sets and chooses the coreset. None: the
             one that a set's `run.json` names, where it is still there.
         coreset: "herding", "k_center", "k_means", "forgetting" or "none".
         arch: the students' architecture; None: the one that pixels were matched on, else the teacher's.
@@ -300,12 +301,12 @@ def compare(
     rules, chosen, options = _rules(protocol), _seeds(seeds), architecture_options(arch_options)
     if arch is not None:
         check_model(arch, **options)
-    roots = list(
-        dict.fromkeys(
-            each.root if isinstance(each, DistilledSet) else path_of(each, "distilled") for each in folders
-        )
-    )
-    out = output_folder(roots[0].with_name(f"{roots[0].resolve().name}-comparison") if out is None else out)
+    roots = [
+        Path(os.path.abspath(each.root if isinstance(each, DistilledSet) else path_of(each, "distilled")))
+        for each in folders
+    ]
+    roots = list(dict.fromkeys(roots))
+    out = output_folder(roots[0].with_name(f"{roots[0].name}-comparison") if out is None else out)
     opened = [DistilledSet(root) for root in roots]
     for each in opened:
         _test_source(data, each)  # refuses other classes, before anything is trained
@@ -342,7 +343,7 @@ def compare(
 
 def _names(roots: Sequence[Path]) -> list[str]:
     """The folders' own names, or where two are equal or meant for other rows, their paths."""
-    short = [root.resolve().name for root in roots]
+    short = [root.name for root in roots]
     taken = {"random", "teacher", *CORESETS}
     return [
         name if short.count(name) == 1 and name not in taken else str(root)
@@ -351,7 +352,7 @@ def _names(roots: Sequence[Path]) -> list[str]:
 
 
 def _teachers(
-    opened: DistilledSet, given: str | Path | None, notes: list[str]
+    opened: DistilledSet, given: Teacher | str | Path | None, notes: list[str]
 ) -> tuple[Teacher | None, Teacher | None]:
     """The teacher that chooses, and the one whose soft labels the set has; None where it cannot be had.
 
@@ -361,7 +362,7 @@ def _teachers(
     plan, facts = opened.manifest, _facts(opened.root)
     main, labels = plan.get("teacher"), plan.get("label_teacher")
     found: dict[str, Teacher | None] = {"teacher": None, "label_teacher": None}
-    seen, failed = "", None
+    seen, failed = False, None
     for role, said in (("teacher", main), ("label_teacher", labels)):
         if not isinstance(said, dict):
             continue
@@ -369,7 +370,7 @@ def _teachers(
         named = facts.get("teacher" if same else role)
         for spec in [named] if given is None else [given, named]:
             try:
-                teacher = load_again(spec, plan, role)
+                teacher = spec if isinstance(spec, Teacher) else load_again(spec, plan, role)
             except (DDFastError, OSError) as error:
                 if spec is given:
                     failed = error
@@ -378,11 +379,11 @@ def _teachers(
                 continue
             if teacher.sha256 == said.get("sha256"):
                 found[role] = teacher
-                seen = seen or str(spec)
+                seen = seen or spec is given
                 failed = None if spec is given else failed
                 break
     known = [str(one.get("sha256")) for one in (main, labels) if isinstance(one, dict)]
-    if given is not None and known and seen != str(given):
+    if given is not None and known and not seen:
         if failed is not None:
             raise failed
         raise UsageError(
@@ -392,9 +393,7 @@ def _teachers(
     if (
         given is not None and main is None and labels is None
     ):  # a set that asked none: it only chooses the coreset
-        from ddfast.models import load_teacher
-
-        found["teacher"] = load_teacher(str(given))
+        found["teacher"] = given if isinstance(given, Teacher) else load_teacher(str(given))
     return found["teacher"], found["label_teacher"]
 
 
@@ -441,6 +440,11 @@ def _students(group: Sequence[_Given], options: Mapping[str, Any]) -> dict[str, 
             except UsageError:
                 continue
             return {"arch": teacher.arch, "arch_options": found}
+    for one in group:  # the teacher's file is gone; the manifest names what it was
+        for said in (one.opened.manifest.get("label_teacher"), one.opened.manifest.get("teacher")):
+            named = said.get("arch") if isinstance(said, dict) else None
+            if named in list_models():
+                return {"arch": named, "arch_options": options}
     raise UsageError(f"{argument('arch')} is missing: no set says which architecture to train")
 
 
