@@ -94,9 +94,9 @@ def _after_interruption(arguments: argparse.Namespace) -> str:
         return "nothing has been written, and the students would be trained anew"
     if command == "compare":
         return "the sets that were made stay, and the students would be trained anew"
-    if command == "export":
+    if command == "export" and arguments.to == "webdataset":
         return "the shards that are there are whole: delete them before it is run again"
-    return "nothing has been written" if command == "attribute" else "run it again"
+    return "nothing has been written" if command in ("attribute", "export") else "run it again"
 
 
 def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:

@@ -273,8 +273,8 @@ def compare(
     Args:
         distilled: output folders of `ddfast distill`, finished.
         data: the data they were distilled from.
-        teacher: the teacher or its file, where that has moved; it labels the random sets and chooses the coreset. None: the
-            one that a set's `run.json` names, where it is still there.
+        teacher: the teacher or its file, where that has moved; it labels the random sets and chooses the coreset.
+            None: the one that a set's `run.json` names, where it is still there.
         coreset: "herding", "k_center", "k_means", "forgetting" or "none".
         arch: the students' architecture; None: the one that pixels were matched on, else the teacher's.
         arch_options: its keyword arguments.

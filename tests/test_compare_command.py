@@ -14,6 +14,7 @@ import ddfast
 from ddfast.cli import main
 from ddfast.comparison import Row, Table
 from ddfast.errors import UsageError
+from ddfast.methods import list_methods
 from ddfast.output import DistilledSet
 from ddfast.output.evaluations import keep_evaluation, read_evaluations, set_digest
 from ddfast.training import PROTOCOLS, DistilledImages, evaluate, train_student
@@ -275,6 +276,26 @@ def test_sets_of_other_sizes_come_into_tables_of_their_own(sets, toy_folder, tmp
     assert [line.split(",")[0] for line in str(found).splitlines()[-3:]] == ["rded", "dm", "one"]
 
 
+def test_a_random_set_without_a_teacher_has_the_images_of_one_with(toy_folder, toy_teacher, tmp_path):
+    common = {"data": toy_folder, "ipc": 2, "seed": 3, "images_per_class": 20, "factor": "2", "quiet": True}
+    soft = ddfast.distill("random", out=tmp_path / "soft", teacher=toy_teacher, **common).set
+    hard = ddfast.distill("random_hard", out=tmp_path / "hard", image_size=16, **common).set
+    assert hard.stored is None
+    assert hard.targets == soft.targets
+    assert hard.manifest["counts"] == soft.manifest["counts"]
+    assert hard.rows == soft.rows
+    for (ours, *_), (theirs, *_) in zip(hard, soft, strict=True):
+        assert torch.equal(ours, theirs)
+    again = digests(hard.root)
+    (hard.root / "train" / hard.rows[0]["file_name"]).unlink()
+    manifest = json.loads((hard.root / "manifest.json").read_text())
+    unfinished = {**manifest, "complete": False, "counts": None, "quarantined": None}
+    (hard.root / "manifest.json").write_text(json.dumps(unfinished))
+    ddfast.distill("random_hard", out=hard.root, image_size=16, resume=True, **common)
+    assert digests(hard.root) == again
+    assert "random_hard" not in list_methods()  # it serves comparisons
+
+
 def test_without_a_teacher_there_is_no_coreset_and_it_says_so(sets, toy_folder, tmp_path, capsys):
     words = ("compare", sets / "dm", "--data", toy_folder, "--width", 4, *QUICK, "--out", tmp_path / "out")
     code, printed, err = run(*words, capsys=capsys)
@@ -300,6 +321,17 @@ def test_a_teacher_that_moved_is_given_and_another_is_refused(
     code, printed, _ = run(*words, "--teacher", toy_teacher, capsys=capsys)
     assert code == 0
     assert "by soft labels" in printed
+    held = ddfast.compare(
+        DistilledSet(tmp_path / "one"),
+        toy_folder,
+        teacher=ddfast.load_teacher(toy_teacher),
+        out=tmp_path / "out",
+        coreset="none",
+        epochs=1,
+        seeds=1,
+        quiet=True,
+    )
+    assert held.tables[0].recipe("soft").arch_options == {"width": 8}  # the teacher's own
     early = next(path for path in toy_teacher.parent.glob("*.safetensors") if path != toy_teacher)
     code, _, err = run(*words, "--teacher", early, capsys=capsys)
     assert code == 2

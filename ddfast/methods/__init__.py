@@ -36,6 +36,7 @@ def get_method(name: str) -> type[Method]:
     """
     registry = _registry()
     if not isinstance(name, str) or name not in registry:
-        near = did_you_mean(name, registry)
-        raise UsageError(f"unknown method {name!r}; known methods: {', '.join(registry)}{near}")
+        known = list_methods()
+        near = did_you_mean(name, known)
+        raise UsageError(f"unknown method {name!r}; known methods: {', '.join(known)}{near}")
     return registry[name]

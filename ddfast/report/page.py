@@ -154,7 +154,7 @@ def _lead(folder: Folder) -> str:
         )
     if method == "rded":
         return "Random crops on which the teacher is most certain were kept (RDED)."
-    if method == "random":
+    if method in ("random", "random_hard"):
         return "Whole images, drawn uniformly from each class: the baseline that every method has to beat."
     if method in list_methods():
         summary = get_method(method).summary
