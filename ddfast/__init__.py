@@ -21,6 +21,7 @@ _LAZY = {
     "DistilledSet": "ddfast.output",
     "distill": "ddfast.distillation",
     "evaluate": "ddfast.training",
+    "compare": "ddfast.comparison",
     "train_teacher": "ddfast.training",
 }
 _MODULES = (
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from ddfast.attribution import grad_cam as grad_cam
     from ddfast.attribution import shapley as shapley
     from ddfast.captum.accelerate import accelerate as accelerate
+    from ddfast.comparison import compare as compare
     from ddfast.distillation import distill as distill
     from ddfast.gradients import grad_norm as grad_norm
     from ddfast.information import cmi as cmi

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddfast.commands import distill, show, train
+from ddfast.commands import compare, distill, show, train
 from ddfast.commands.parser import Parser, check_flags, one_line
 from ddfast.errors import DDFastError
 from ddfast.version import __version__
@@ -92,9 +92,11 @@ def _after_interruption(arguments: argparse.Namespace) -> str:
         return "the same command continues"
     if command == "evaluate":
         return "nothing has been written, and the students would be trained anew"
-    if command == "export":
+    if command == "compare":
+        return "the sets that were made stay, and the students would be trained anew"
+    if command == "export" and arguments.to == "webdataset":
         return "the shards that are there are whole: delete them before it is run again"
-    return "nothing has been written" if command == "attribute" else "run it again"
+    return "nothing has been written" if command in ("attribute", "export") else "run it again"
 
 
 def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
@@ -110,6 +112,7 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     distill.add_stages(commands, argv)
     train.add_train_proxies(commands)
     train.add_evaluate(commands)
+    compare.add_compare(commands)
     show.add_attribute(commands)
     show.add_report(commands)
     show.add_export(commands)

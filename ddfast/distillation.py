@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 from ddfast.arguments import one_of
 from ddfast.isolation import isolated
 from ddfast.methods import get_method
+from ddfast.output.distilled_folder import Distilled
 from ddfast.pipeline.opening import open_run
 from ddfast.pipeline.run import Run, clock
 from ddfast.pipeline.stages import stage_named
@@ -20,7 +20,7 @@ from ddfast.settings import Settings, described, fields
 
 @described
 @isolated()
-def distill(method: str, *, until: str | None = None, **settings: Any) -> Path:
+def distill(method: str, *, until: str | None = None, **settings: Any) -> Distilled:
     """Distil a labelled image set into `ipc` images a class.
 
     Processes started by torchrun, or by a program that has set up `torch.distributed`, share one run: all of them
@@ -33,7 +33,8 @@ def distill(method: str, *, until: str | None = None, **settings: Any) -> Path:
         **options: of the method, the fields of its options dataclass.
 
     Returns:
-        The output folder.
+        The output folder: a `Path` that shows itself in a notebook and has `.set`, the `DistilledSet` in it, and
+        `.report`, its page. With `until` the folder is unfinished, and has no set yet.
 
     Raises:
         UsageError: bad input; nothing is half-written.
@@ -47,15 +48,15 @@ def distill(method: str, *, until: str | None = None, **settings: Any) -> Path:
         if run.complete:
             say(f"{run.out} is finished", quiet=run.quiet)
             run.ranks.on_main("sweep", lambda: remove_state(run.out))
-            return run.out
+            return Distilled(run.out)
         for stage in stages:
             stage_named(stage)(run)
             if stage == until != stages[-1]:
-                return run.out
+                return Distilled(run.out)
         finish(run)
     finally:
         run.ranks.leave()
-    return run.out
+    return Distilled(run.out)
 
 
 def finish(run: Run) -> None:

@@ -38,9 +38,9 @@ def toy_teacher(tmp_path_factory, toy_folder):
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of an output folder but `run.json`, which is outside the identity."""
+    """SHA-256 of every file of a folder but `run.json` and `evaluations.json`, which are outside the identity."""
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "run.json"
+        if path.is_file() and path.name not in ("run.json", "evaluations.json")
     }

@@ -62,6 +62,7 @@ def test_bad_usage_is_one_line_and_exit_code_2(words, capsys):
         "train-teacher",
         "distill",
         "evaluate",
+        "compare",
         "attribute",
         "score",
         "select",
@@ -146,9 +147,14 @@ def test_distill_evaluate_and_report_by_command_line(toy_folder, toy_teacher, tm
     assert float(deviation) >= 0
     before = (out / "report.html").read_bytes()
     (out / "report.html").unlink()
+    (out / "evaluations.json").rename(tmp_path / "evaluations.json")
     code, printed, err = run("report", out, capsys=capsys)
     assert code == 0, err
     assert (out / "report.html").read_bytes() == before
+    (tmp_path / "evaluations.json").rename(out / "evaluations.json")
+    code, printed, err = run("report", out, capsys=capsys)
+    assert code == 0, err
+    assert f"{float(mean):.1f}% ± " in (out / "report.html").read_text("utf-8")
 
 
 def test_results_of_an_earlier_command_are_never_overwritten(toy_folder, toy_teacher, tmp_path, capsys):
@@ -362,7 +368,7 @@ REFUSED = {
         "--n-samples 64": "--n-samples is an option of infoutil, not of rded",
         "--restarts 2": "--restarts is an option of k_means, not of rded",
         "--ipcs 3": "unknown option --ipcs; did you mean --ipc?",
-        "--protocol rded": "--protocol is an option of ddfast evaluate, not of ddfast distill",
+        "--protocol rded": "--protocol is an option of ddfast evaluate and ddfast compare, not of ddfast distill",
     },
     "distill infoutil --data DATA --teacher TEACHER --ipc 1 --out OUT": {
         "--n-samples 1": "n_samples >= 3",

@@ -38,7 +38,7 @@ GROUND = (
     *("seeding", "settings", "state", "unchanged", "version", "wording"),
 )
 # They may import everything, and no room imports them.
-DOORS = ("__init__", "__main__", "cli", "commands", "demo", "distillation")
+DOORS = ("__init__", "__main__", "cli", "commands", "comparison", "demo", "distillation")
 
 
 def modules():

@@ -363,6 +363,9 @@ def combined(students: Sequence[Mapping[str, Any]], arm: str) -> dict[str, Any]:
         best=joined("best"),
         per_class=[float("nan") if None in of else sum(of) / len(of) for of in zip(*classes, strict=True)],
         arch_options=first["arch_options"],
+        steps=first.get("steps", 0),
+        recipe=first.get("recipe", ""),
+        digests=first.get("digests", {}),
     )
     commits = list(dict.fromkeys(commit for student in students for commit in student["commits"]))
     last_only = any(student.get("last_only", False) for student in students)

@@ -24,11 +24,11 @@ from ddfast.methods import get_method
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file but `run.json`, which is outside a run's identity."""
+    """SHA-256 of every file but `run.json` and `evaluations.json`, which are outside a run's identity."""
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "run.json"
+        if path.is_file() and path.name not in ("run.json", "evaluations.json")
     }
 
 

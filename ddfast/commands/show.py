@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ddfast.arguments import whole_number
 from ddfast.commands.flags import add_data, add_device, whole
 from ddfast.commands.teachers import add_teacher, check_teacher, class_names_of, is_bare, said_normalization
 from ddfast.errors import UsageError
@@ -111,16 +112,34 @@ def _report(arguments: argparse.Namespace) -> None:
 
 def add_export(commands: Any) -> None:
     """Add `ddfast export`."""
-    parser = commands.add_parser("export", help="write a distilled set as WebDataset shards")
+    parser = commands.add_parser(
+        "export", help="write a distilled set as WebDataset shards or for Hugging Face"
+    )
     parser.add_argument("folder", help="output folder of ddfast distill")
-    parser.add_argument("--out", required=True, help="shards/train-{000000..}.tar, or one .tar")
     parser.add_argument(
-        "--images-per-shard", type=whole, default=10_000, help="images in each shard but the last"
+        "--to",
+        "--format",
+        dest="to",
+        choices=("webdataset", "huggingface"),
+        default="webdataset",
+        help="webdataset: tar shards; huggingface: a folder of Parquet with named labels and a dataset card",
+    )
+    parser.add_argument(
+        "--out", required=True, help="shards/train-{000000..}.tar, or one .tar; of huggingface a new folder"
+    )
+    parser.add_argument(
+        "--images-per-shard", type=whole, default=10_000, help="images in each file but the last"
     )
     parser.set_defaults(parser=parser, run=_export)
 
 
 def _export(arguments: argparse.Namespace) -> None:
+    if arguments.to == "huggingface":
+        from ddfast.output.huggingface import export_huggingface
+
+        whole_number(arguments.images_per_shard, "images_per_shard", least=1)
+        print(export_huggingface(arguments.folder, arguments.out, images_per_file=arguments.images_per_shard))
+        return
     from ddfast.output.webdataset import export_webdataset
 
     paths = export_webdataset(arguments.folder, arguments.out, images_per_shard=arguments.images_per_shard)

@@ -178,6 +178,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     from ddfast.files import atomic_write_text
     from ddfast.output import DistilledSet
+    from ddfast.output.evaluations import keep_evaluation
+    from ddfast.progress import say
     from ddfast.training import evaluate
 
     if arguments.json:  # before the work, not after it
@@ -214,6 +216,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         f"of batch {result.batch_size}, {plural(len(result.seeds), 'seed')}"
     )
     print(f"top5 {result.top5_mean:.2f}, best tested epoch {result.best_mean:.2f} ± {result.best_std:.2f}")
+    print(f"recipe {result.recipe}")
     print(result, flush=True)
     if arguments.json:
         atomic_write_text(arguments.json, json.dumps(result.as_dict(), indent=2) + "\n")
+    try:
+        keep_evaluation(arguments.distilled, result.as_dict())
+    except UsageError as error:  # what was asked for stands above
+        say(f"the result is not kept in the folder: {error}")

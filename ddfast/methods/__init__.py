@@ -16,17 +16,16 @@ def _registry() -> dict[str, type[Method]]:
     from ddfast.methods.selection.infoutil import InfoUtil
     from ddfast.methods.selection.k_center import KCenter
     from ddfast.methods.selection.k_means import KMeans
-    from ddfast.methods.selection.random import Random
+    from ddfast.methods.selection.random import Random, RandomHard
     from ddfast.methods.selection.rded import RDED
 
-    return {
-        method.name: method for method in (InfoUtil, RDED, Random, Herding, KCenter, KMeans, Forgetting, DM)
-    }
+    listed = (InfoUtil, RDED, Random, Herding, KCenter, KMeans, Forgetting, DM)
+    return {method.name: method for method in (*listed, RandomHard)}
 
 
 def list_methods() -> list[str]:
     """Names of the methods, the main one first."""
-    return list(_registry())
+    return [name for name, method in _registry().items() if method.listed]
 
 
 def get_method(name: str) -> type[Method]:
@@ -37,6 +36,7 @@ def get_method(name: str) -> type[Method]:
     """
     registry = _registry()
     if not isinstance(name, str) or name not in registry:
-        near = did_you_mean(name, registry)
-        raise UsageError(f"unknown method {name!r}; known methods: {', '.join(registry)}{near}")
+        known = list_methods()
+        near = did_you_mean(name, known)
+        raise UsageError(f"unknown method {name!r}; known methods: {', '.join(known)}{near}")
     return registry[name]

@@ -110,6 +110,8 @@ class Method(ABC):
     # The stages that a run goes through, in order; `ddfast.pipeline.stages` knows them.
     stages: ClassVar[tuple[str, ...]] = ("score", "select", "compose", "relabel")
     needs_teacher: ClassVar[bool] = True
+    # Whether `list_methods` names it; one that only serves a comparison is not named.
+    listed: ClassVar[bool] = True
     # Whether a teacher is of use where one is given, though the method goes without as well.
     uses_teacher: ClassVar[bool] = False
     # Whether `prepare` has something to do before images are scored.

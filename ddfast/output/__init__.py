@@ -1,4 +1,5 @@
-"""What a run leaves: the distilled set, optimised pixels, the score table, label parts, and export to WebDataset.
+"""What a run leaves: the distilled set, optimised pixels, the score table, label parts, and export to WebDataset
+and Hugging Face.
 
 Nothing heavy is imported until one of these names is used.
 """
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 # Public name -> module that holds it. Loaded on first use, so that `import ddfast.output` stays cheap.
 _LAZY = {
     "CURVE": "ddfast.output.pixels",
+    "Distilled": "ddfast.output.distilled_folder",
     "DistilledSet": "ddfast.output.distilled",
     "Pixels": "ddfast.output.pixels",
     "SCORE_SCHEMA": "ddfast.output.table",
@@ -28,6 +30,7 @@ _LAZY = {
     "write_curve": "ddfast.output.pixels",
     "write_pixels": "ddfast.output.pixels",
     "write_table": "ddfast.output.table",
+    "export_huggingface": "ddfast.output.huggingface",
     "export_webdataset": "ddfast.output.webdataset",
 }
 
@@ -35,8 +38,10 @@ __all__ = [
     "CURVE",
     "SCORE_SCHEMA",
     "SELECTION_SCHEMA",
+    "Distilled",
     "DistilledSet",
     "Pixels",
+    "export_huggingface",
     "export_webdataset",
     "is_readable",
     "make_table",
@@ -55,6 +60,8 @@ __all__ = [
 
 if TYPE_CHECKING:
     from ddfast.output.distilled import DistilledSet
+    from ddfast.output.distilled_folder import Distilled
+    from ddfast.output.huggingface import export_huggingface
     from ddfast.output.pixels import (
         CURVE,
         Pixels,

@@ -8,11 +8,14 @@
     manifest.json                      written last, by the pipeline: a folder without it is unfinished
 
 torchvision's `ImageFolder(root / "train")` and `datasets.load_dataset("imagefolder", data_dir=root,
-split="train")` open it as well; both take the label order from here.
+split="train")` open it as well; both take the label order from here. The latter gives labels as numbers, with their
+names beside them: `ddfast.output.export_huggingface` writes a folder whose labels are a `ClassLabel`.
 """
 
 from __future__ import annotations
 
+import base64
+import html
 import json
 import math
 import os
@@ -27,12 +30,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ddfast.arguments import path_of
 from ddfast.data.decoding import _EXTENSION, decode, encode_image
 from ddfast.data.sources import is_image
 from ddfast.errors import BadImage, UsageError, one_line, shown
 from ddfast.files import atomic_path, atomic_write_bytes, make_folder
 from ddfast.isolation import isolated
-from ddfast.output.pixels import PIXELS, Pixels, read_pixels
+from ddfast.output.pixels import PIXELS, Pixels, read_pixels, to_unit
 from ddfast.wording import plural
 
 SCORES = "scores"
@@ -47,6 +51,7 @@ FORMAT_VERSION = 1
 METADATA = "train/metadata.jsonl"
 SOFT_LABELS = "soft_labels.safetensors"
 MANIFEST = "manifest.json"
+MOSAIC = "mosaic.png"
 _NAME_BYTES = 200  # of a class name in a folder name; file systems end at 255
 _FINISH = "finish it with the same distill command and --resume"
 
@@ -247,16 +252,22 @@ def _slices(stored: Any, places: Sequence[int]) -> Tensor:
 class DistilledSet(Dataset[tuple[Any, int, Tensor]]):
     """A finished output folder as a map-style dataset of (image, label, soft label).
 
-    The image is uint8 [3, H, W], or `transform(picture)` of the RGB Pillow image; the label an int; the soft
-    label float32 [C], the mean over the tiles, or the label's one-hot where the set has hard labels only. The order
-    is that of `train/metadata.jsonl`.
+    The image is uint8 [3, H, W], with `float=True` float32 [3, H, W] in [0, 1], or what `transform` makes of it; the
+    label an int; the soft label float32 [C], the mean over the tiles, or the label's one-hot where the set has hard
+    labels only. The order is that of `train/metadata.jsonl`.
+
+    Floats of images that were optimised are the stored pixels themselves, neither rounded to 8 bits nor clipped:
+    a picture's lie in [0, 1], and an optimiser may have left that by a little. No mean is subtracted: `mean` and
+    `std` are there for `transform=torchvision.transforms.Normalize(...)`.
 
     Attributes:
         root: the folder.
         manifest: `manifest.json` as a dict.
         rows: `train/metadata.jsonl` as dicts.
-        class_names: in label order.
+        class_names, classes: in label order.
         labels: int64 [N].
+        targets: the same as a list, as torchvision's datasets have it.
+        class_to_idx: label of each class name.
         image_size: side of the images, in pixels.
         factor: tiles per side of an image.
         mean, std: the normalisation of teacher and students, per channel, for images scaled to 0..1.
@@ -267,22 +278,31 @@ class DistilledSet(Dataset[tuple[Any, int, Tensor]]):
     """
 
     @isolated()
-    def __init__(self, root: str | Path, transform: Callable[[Any], Any] | None = None) -> None:
+    def __init__(
+        self, root: str | Path, transform: Callable[[Any], Any] | None = None, float: bool = False
+    ) -> None:
         """Open and check a folder; no image is decoded yet.
+
+        Args:
+            root: the output folder of a distillation.
+            transform: called with every image: with the RGB Pillow picture, or with the tensor where `float` is on.
+            float: images as float32 in [0, 1], those that were optimised as they are stored.
 
         Raises:
             UsageError: no such folder, an unfinished run, a newer format, missing or surplus images, counts
                 that disagree, or a damaged file.
         """
-        self.root = Path(root)
+        self.root = path_of(root, "root")
         self.transform = transform
+        self.float = bool(float)
         self.manifest = _read_manifest(self.root)
         self.class_names = [str(name) for name in _wanted(self.manifest, "class_names", list, self.root)]
         self.image_size = int(_wanted(self.manifest, "image_size", int, self.root))
         self.mean = _three(self.manifest, "mean", self.root)
         self.std = _three(self.manifest, "std", self.root)
         self.rows = _read_rows(self.root, self.class_names)
-        self.labels = torch.tensor([row["label"] for row in self.rows], dtype=torch.int64)
+        self.targets: list[int] = [row["label"] for row in self.rows]
+        self.labels = torch.tensor(self.targets, dtype=torch.int64)
         self.stored = (
             None if _is_hard(self.root, self.manifest) else read_soft_labels(self.root, len(self.class_names))
         )
@@ -326,6 +346,49 @@ class DistilledSet(Dataset[tuple[Any, int, Tensor]]):
         return factor
 
     @property
+    def classes(self) -> list[str]:
+        """The class names in label order, as torchvision's datasets name them."""
+        return self.class_names
+
+    @property
+    def class_to_idx(self) -> dict[str, int]:
+        """Label of each class name."""
+        return {name: label for label, name in enumerate(self.class_names)}
+
+    def __repr__(self) -> str:
+        stored = "soft and hard labels" if self.stored is not None else "hard labels"
+        pixels = ", float32 pixels" if self.pixels is not None else ""
+        counts = f"{plural(len(self), 'image')} of {plural(len(self.class_names), 'class')}"
+        return (
+            f"DistilledSet by {self.manifest.get('method')}: {counts}, {self.image_size} px{pixels}, {stored}\n"
+            f"in {self.root}"
+        )
+
+    def _repr_html_(self) -> str:
+        """What it is, and its mosaic as a data URI: no file beside the notebook is needed."""
+        said = html.escape(repr(self)).replace("\n", "<br>")
+        picture = base64.b64encode(self._mosaic()).decode("ascii")
+        return (
+            f'<p>{said}</p><img src="data:image/png;base64,{picture}" alt="images of the distilled set" '
+            'style="max-width: 100%">'
+        )
+
+    def _mosaic(self) -> bytes:
+        """`mosaic.png` of the folder, drawn anew where it is gone."""
+        from ddfast.output.mosaic import mosaic_labels, mosaic_picture, mosaic_rows, png_bytes
+
+        try:
+            return (self.root / MOSAIC).read_bytes()
+        except OSError:
+            pass
+        shown = set(mosaic_labels(len(self.class_names)))
+        kept = [place for place, label in enumerate(self.targets) if label in shown]
+        rows = mosaic_rows([self.targets[place] for place in kept])
+        places = [kept[place] for row in rows for place in row]
+        labels = [self.targets[place] for place in places]
+        return png_bytes(mosaic_picture([self._decoded(place) for place in places], labels, self.class_names))
+
+    @property
     def soft_labels(self) -> Tensor | None:
         """Float32 [N, tiles, C], all at once; None where the labels are hard."""
         return None if self.stored is None else self.stored.dense()
@@ -337,10 +400,37 @@ class DistilledSet(Dataset[tuple[Any, int, Tensor]]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} of a distilled set of {len(self)} images")
         index = index % len(self)
-        row = self.rows[index]
-        path = self.root / "train" / row["file_name"]
+        image = self._image(index)
+        label = self.targets[index]
+        if self.stored is None:
+            return image, label, F.one_hot(self.labels[index], len(self.class_names)).float()
+        return image, label, self.stored.dense(slice(index, index + 1))[0].mean(dim=0)
+
+    def _image(self, index: int) -> Any:
+        """An image as it is handed out."""
+        if self.float:
+            image: Any
+            if self.pixels is not None:
+                image = to_unit(self.pixels.images[index], self.mean, self.std, self.pixels.space)
+            else:
+                image = self._decoded(index).float().div_(255)
+            return image if self.transform is None else self.transform(image)
+        image = self._decoded(index)
+        if self.transform is None:
+            return image
+        from PIL import Image
+
+        return self.transform(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()))
+
+    def _decoded(self, index: int) -> Tensor:
+        """The picture of an image, uint8 [3, H, W].
+
+        Raises:
+            UsageError: it cannot be read, or has another size than the manifest says.
+        """
+        path = self.root / "train" / self.rows[index]["file_name"]
         try:
-            image: Any = decode(path.read_bytes())
+            image = decode(path.read_bytes())
         except (OSError, BadImage) as error:
             raise UsageError(f"{path} cannot be read ({one_line(error)}): delete it and {_FINISH}") from error
         if tuple(image.shape[1:]) != (self.image_size, self.image_size):
@@ -348,13 +438,7 @@ class DistilledSet(Dataset[tuple[Any, int, Tensor]]):
             raise UsageError(
                 f"{path} is {width}x{height}, {MANIFEST} says {self.image_size}: delete it and {_FINISH}"
             )
-        if self.transform is not None:
-            from PIL import Image
-
-            image = self.transform(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()))
-        if self.stored is None:
-            return image, row["label"], F.one_hot(self.labels[index], len(self.class_names)).float()
-        return image, row["label"], self.stored.dense(slice(index, index + 1))[0].mean(dim=0)
+        return image
 
 
 def _is_hard(root: Path, manifest: dict[str, Any]) -> bool:

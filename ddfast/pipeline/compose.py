@@ -17,6 +17,7 @@ from ddfast.data.samples import Sample
 from ddfast.errors import BadImage, UsageError
 from ddfast.ops import crop_resize
 from ddfast.output.distilled import Tile, image_path, metadata_row, write_image, write_metadata
+from ddfast.pipeline.relabel import count
 from ddfast.pipeline.run import Run, clock
 from ddfast.pipeline.select import iter_selection
 from ddfast.progress import Progress
@@ -77,6 +78,8 @@ def compose(run: Run) -> None:
     loaded.close()
     run.ranks.meet("compose")
     run.ranks.on_main("metadata", lambda: write_metadata(run.out, _metadata_rows(run)))
+    if "relabel" not in run.method.stages:
+        run.ranks.on_main("counts", lambda: count(run))
     clock(run, "compose", started)
 
 

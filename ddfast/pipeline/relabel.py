@@ -41,11 +41,11 @@ def relabel(run: Run) -> None:
     run.set_arithmetic()
     if not (run.out / SOFT_LABELS).exists():
         _write_labels(run)
-    run.ranks.on_main("counts", lambda: _count(run))
+    run.ranks.on_main("counts", lambda: count(run))
     clock(run, "relabel", started)
 
 
-def _count(run: Run) -> None:
+def count(run: Run) -> None:
     """Count images, sources and quarantined files, and list these."""
     shutil.rmtree(run.out / _LABEL_PARTS, ignore_errors=True)
     bad = sum(1 for _ in iter_quarantined(run))

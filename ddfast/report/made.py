@@ -347,6 +347,7 @@ _FILES = {
     "mosaic.png": "the images of the end",
     MANIFEST: "every setting, and what decided the arithmetic",
     "run.json": "how long it took, and on which machine",
+    "evaluations.json": "how students did that were trained on it",
 }
 
 

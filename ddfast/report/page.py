@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddfast.files import atomic_write_bytes, atomic_write_text
 from ddfast.output.mosaic import mosaic_labels, write_mosaic
-from ddfast.report import contents, made, samples
+from ddfast.report import contents, made, samples, students
 from ddfast.report.charts import histogram
 from ddfast.report.folder import Folder, read_folder, shown_labels
 from ddfast.report.parts import (
@@ -30,9 +30,9 @@ def write_report(run_dir: str | Path, *, source: Source | None = None, title: st
     """Write `report.html` and `mosaic.png` of a distilled folder.
 
     The folder needs its images, `train/metadata.jsonl`, `manifest.json`, which may still be incomplete, and
-    `selection.parquet` or `pixels.safetensors`; the score table, the soft labels, the curve and `before.png` are shown
-    where they stand. The same folder and data give the same bytes. Of a finished synthesis the page says how long it
-    took as well.
+    `selection.parquet` or `pixels.safetensors`; the score table, the soft labels, the curve, `before.png` and
+    `evaluations.json` are shown where they stand. The same folder and data give the same bytes. Of a finished synthesis
+    the page says how long it took as well.
 
     Args:
         run_dir: the folder.
@@ -65,7 +65,9 @@ def write_report(run_dir: str | Path, *, source: Source | None = None, title: st
         "report.html",
         title=title or _heading(folder),
         lead=_lead(folder),
-        facts=contents.facts(folder),
+        facts=[*students.student_facts(folder.root), *contents.facts(folder)],
+        students=students.student_tables(folder.root),
+        student_columns=students.COLUMNS,
         mosaic=mosaic_images(folder, shown),
         mosaic_note=" ".join(filter(None, (layout_note(folder), note))),
         cards=cards,
@@ -101,7 +103,9 @@ def _write_made(folder: Folder, pixels: Pixels, title: str | None) -> Path:
         "made.html",
         title=title or _made_heading(folder),
         lead=_lead(folder),
-        facts=made.facts(folder),
+        facts=[*students.student_facts(folder.root), *made.facts(folder)],
+        students=students.student_tables(folder.root),
+        student_columns=students.COLUMNS,
         pairs=shown,
         any_before=any_before,
         images=max((len(pair.after) for pair in shown), default=1),
@@ -150,7 +154,7 @@ def _lead(folder: Folder) -> str:
         )
     if method == "rded":
         return "Random crops on which the teacher is most certain were kept (RDED)."
-    if method == "random":
+    if method in ("random", "random_hard"):
         return "Whole images, drawn uniformly from each class: the baseline that every method has to beat."
     if method in list_methods():
         summary = get_method(method).summary

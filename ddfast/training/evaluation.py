@@ -28,6 +28,7 @@ from ddfast.training.image_sets import ImageSet, read_test_set
 from ddfast.training.mixing import check_autoaugment, check_labels
 from ddfast.training.preflight import check_reading, drawn_places, images_to_try, read_images, try_teacher
 from ddfast.training.protocol import PROTOCOLS, Protocol, protocol_named
+from ddfast.training.recipe import data_digests, recipe_hash
 from ddfast.training.student import train_student
 from ddfast.wording import argument, did_you_mean, plural
 
@@ -56,6 +57,11 @@ class EvaluationResult:
         per_class: accuracy of each class after the last epoch, mean over the students.
         arch_options: keyword arguments of the architecture.
         images: what the students were trained on: "pixels, float32" as they were optimised, or "8 bits".
+        steps: updates of a student's weights.
+        recipe: 12 hex digits of the frozen recipe, see `ddfast.training.recipe`: results of different recipes are not
+            to be compared.
+        digests: 12 hex digits each of the bytes of "images", "labels", "teacher" and "test"; the teacher's is None
+            for hard labels and where it is not known.
 
     """
 
@@ -71,6 +77,9 @@ class EvaluationResult:
     per_class: list[float]
     arch_options: dict[str, Any] = field(default_factory=dict)
     images: str = EIGHT_BITS
+    steps: int = 0
+    recipe: str = ""
+    digests: dict[str, str | None] = field(default_factory=dict)
 
     @property
     def mean(self) -> float:
@@ -234,10 +243,11 @@ def evaluate(
         )
         students.append(student)
     per_class = torch.tensor([student.per_class for student in students], dtype=torch.float64).mean(dim=0)
+    labels = "hard" if rules.labels == "hard" else "stored" if teacher is None else "online"
     return EvaluationResult(
         arch=arch,
         protocol=rules.name,
-        labels="hard" if rules.labels == "hard" else "stored" if teacher is None else "online",
+        labels=labels,
         epochs=students[0].epochs,
         batch_size=students[0].batch_size,
         seeds=chosen,
@@ -247,7 +257,29 @@ def evaluate(
         per_class=per_class.tolist(),
         arch_options=arch_options,
         images=FLOAT32 if images.is_float and not rounded else EIGHT_BITS,
+        steps=students[0].steps,
+        recipe=recipe_hash(
+            rules,
+            arch=arch,
+            arch_options=arch_options,
+            epochs=students[0].epochs,
+            steps=students[0].steps,
+            batch_size=students[0].batch_size,
+            labels=labels,
+            image_size=images.image_size,
+            autoaugment=autoaugment,
+            precision=precision,
+        ),
+        digests=data_digests(images, labels, _labelled_by(opened, teacher), test),
     )
+
+
+def _labelled_by(opened: DistilledSet | DistilledImages, teacher: Teacher | None) -> str | None:
+    """SHA-256 of the teacher that soft labels are from; None where nobody knows it."""
+    if teacher is not None:
+        return teacher.sha256
+    said = None if isinstance(opened, DistilledImages) else opened.manifest.get("label_teacher")
+    return str(said["sha256"]) if isinstance(said, dict) and said.get("sha256") else None
 
 
 def read_distilled(

@@ -46,6 +46,7 @@ class StudentResult:
         final_loss: mean KL of the last epoch.
         epochs: passes over the set.
         batch_size: images a step.
+        steps: updates of the weights.
 
     """
 
@@ -59,6 +60,7 @@ class StudentResult:
     final_loss: float
     epochs: int
     batch_size: int
+    steps: int
 
 
 @isolated()
@@ -186,7 +188,13 @@ def train_student(
         final_loss=loss,
         epochs=epochs,
         batch_size=batch_size,
+        steps=passes * steps_of_a_pass(len(distilled.labels), batch_size),
     )
+
+
+def steps_of_a_pass(images: int, batch_size: int) -> int:
+    """Updates of a pass; a last batch of one image makes none, as BatchNorm has no statistics of one value."""
+    return -(-images // batch_size) - int(images % batch_size == 1 < batch_size)
 
 
 def distillation_loss(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:

@@ -36,3 +36,12 @@ class Random(Method):
     def rank(self, table: Table, needed: int) -> tuple[dict[int, np.ndarray], np.ndarray]:
         """Highest draw first."""
         return table.ranked_within_class(-table.score, np.arange(len(table.label))), table.score
+
+
+class RandomHard(Random):
+    """The same images of a seed with hard labels: what `ddfast compare` sets beside a set that has no teacher."""
+
+    name = "random_hard"
+    summary = "whole images drawn uniformly from each class, with hard labels"
+    listed = False
+    stages = ("score", "select", "compose")

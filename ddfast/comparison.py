@@ -1,0 +1,739 @@
+"""`ddfast.compare`: distilled sets beside random sets of the same size, a coreset and the teacher.
+
+Everything in a table is trained by one recipe: the same students, steps and augmentation, and of soft labels those of
+the same teacher. Sets of other sizes, or labelled by other teachers, come into tables of their own.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddfast.arguments import architecture_options, one_of, output_folder, path_of
+from ddfast.data import open_source
+from ddfast.data.sources import Source
+from ddfast.distillation import distill
+from ddfast.errors import DDFastError, UsageError
+from ddfast.files import atomic_write_text, make_folder
+from ddfast.isolation import isolated
+from ddfast.models.registry import check_model, list_models
+from ddfast.models.teacher import Teacher, load_teacher
+from ddfast.output.distilled import DistilledSet
+from ddfast.output.evaluations import keep_evaluation
+from ddfast.pipeline.run import RUN
+from ddfast.pipeline.teachers import load_again
+from ddfast.progress import say
+from ddfast.report import Arm, write_comparison
+from ddfast.training.device import resolve_device
+from ddfast.training.evaluation import (
+    EvaluationResult,
+    _rules,
+    _seeds,
+    _test_source,
+    evaluate,
+    read_distilled,
+)
+from ddfast.training.image_sets import ImageSet, measure_accuracy, read_test_set
+from ddfast.training.protocol import Protocol
+from ddfast.wording import argument, plural
+
+CORESETS = ("herding", "k_center", "k_means", "forgetting", "none")
+COLUMNS = ("soft", "hard")
+"""The labels that students are trained on: those stored of a teacher, or the class."""
+
+CSV_NAME = "comparison.csv"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One set in a table.
+
+    Attributes:
+        name: what it is called.
+        kind: "set", "random" or "coreset".
+        folder: of the set.
+        method: that made it.
+        results: by column, "soft" where it has soft labels and "hard".
+        random: name of the row of the random set of its size; None for the others.
+    """
+
+    name: str
+    kind: str
+    folder: Path
+    method: str
+    results: Mapping[str, EvaluationResult]
+    random: str | None = None
+
+
+@dataclass(frozen=True)
+class Better:
+    """How much better students of a set did than those of a random one.
+
+    Attributes:
+        name: of the set.
+        points: difference of the mean accuracies, in percentage points.
+        error: standard error of that difference, sqrt(s1^2 / n1 + s2^2 / n2) of the deviations over n students; 0
+            where there is one student each, of which no deviation is known.
+        labels: "soft" or "hard".
+    """
+
+    name: str
+    points: float
+    error: float
+    labels: str
+
+    def __str__(self) -> str:
+        return f"better than random by {self.points:.2f} ± {self.error:.2f} points"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Sets that may be compared: each column has one recipe and one test set.
+
+    Attributes:
+        rows: the sets that were given, then the random ones, then the coresets.
+        ipc: images per class.
+        images: of each set.
+        image_size: in pixels.
+        teacher: architecture and test accuracy in percent of the teacher; None where there is none.
+
+    Raises:
+        UsageError: two results of a column have different recipes or test images.
+    """
+
+    rows: Sequence[Row]
+    ipc: int
+    images: int
+    image_size: int
+    teacher: tuple[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        for column in COLUMNS:
+            held = [(row, row.results[column]) for row in self.rows if column in row.results]
+            for row, result in held[1:]:
+                first, other = held[0]
+                for what, ours, theirs in (
+                    ("the recipe", result.recipe, other.recipe),
+                    ("test images", result.digests.get("test"), other.digests.get("test")),
+                ):
+                    if ours != theirs:
+                        raise UsageError(
+                            f"{row.name} and {first.name} cannot stand in one table: {what} {ours} is not {theirs}; "
+                            "train both by the same protocol, students and steps, and test them on the same images"
+                        )
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns in which there is anything."""
+        return [name for name in COLUMNS if any(name in row.results for row in self.rows)]
+
+    def recipe(self, column: str) -> EvaluationResult:
+        """A result of the column; its recipe is that of all."""
+        return next(row.results[column] for row in self.rows if column in row.results)
+
+    def better(self) -> list[Better]:
+        """Of each set that was given: by soft labels where it and its random set have them, else by hard ones."""
+        by_name = {row.name: row for row in self.rows}
+        found = []
+        for row in self.rows:
+            if row.random is not None:
+                other = by_name[row.random]
+                column = next(name for name in COLUMNS if name in row.results and name in other.results)
+                found.append(_better(row.name, row.results[column], other.results[column], column))
+        return found
+
+    def __str__(self) -> str:
+        width = max([len("teacher"), *(len(row.name) for row in self.rows)])
+        columns = self.columns
+        first = self.recipe(columns[0])
+        options = "".join(f", {name} {value}" for name, value in first.arch_options.items())
+        lines = [
+            f"{plural(self.images, 'image')} (IPC {self.ipc}) of {self.image_size} px; {first.arch}{options}, protocol "
+            f"{first.protocol}, {plural(first.steps, 'step')} of batch {first.batch_size}, "
+            f"{plural(len(first.seeds), 'student')} each",
+            "  ".join(["set".ljust(width), *(f"{name} labels".ljust(15) for name in columns)]).rstrip(),
+        ]
+        for row in self.rows:
+            cells = [str(row.results[c]).removeprefix("top1 ") if c in row.results else "–" for c in columns]
+            lines.append("  ".join([row.name.ljust(width), *(cell.ljust(15) for cell in cells)]).rstrip())
+        if self.teacher is not None:
+            lines.append(f"{'teacher'.ljust(width)}  {self.teacher[1]:.2f} ({self.teacher[0]})")
+        lines.append("recipes: " + ", ".join(f"{name} labels {self.recipe(name).recipe}" for name in columns))
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found.
+
+    Attributes:
+        tables: one for each size of sets (and each teacher of soft labels).
+        notes: what is left out, and why.
+        out: folder of all that was written.
+    """
+
+    tables: Sequence[Table]
+    notes: Sequence[str]
+    out: Path
+
+    @property
+    def csv(self) -> Path:
+        """Path of the table of all results."""
+        return self.out / CSV_NAME
+
+    @property
+    def report(self) -> Path:
+        """Path of the page of the first table; those of others are in folders beside it."""
+        return self.out / "report.html"
+
+    @property
+    def better(self) -> list[Better]:
+        """The answer to "better than random?" of every set that was given, in the order of the tables."""
+        return [one for table in self.tables for one in table.better()]
+
+    def __str__(self) -> str:
+        lines = [str(table) for table in self.tables]
+        lines += [f"note: {note}" for note in self.notes]
+        found = self.better
+        if len(found) == 1:
+            return "\n".join(
+                [*lines, f"by {found[0].labels} labels, ± is the standard error:", str(found[0])]
+            )
+        lines.append("± is the standard error:")
+        return "\n".join([*lines, *(f"{one.name}, {one.labels} labels: {one}" for one in found)])
+
+
+def _better(name: str, ours: EvaluationResult, random: EvaluationResult, column: str) -> Better:
+    error = math.sqrt(ours.std**2 / len(ours.top1) + random.std**2 / len(random.top1))
+    return Better(name, ours.mean - random.mean, error, column)
+
+
+# What is compared ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Given:
+    """A set that was given, with its teachers where their files are there."""
+
+    name: str
+    opened: DistilledSet
+    teacher: Teacher | None
+    labeller: Teacher | None
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """What decides the steps of a student: images, their side, and tiles that optimised images decode to."""
+        tiles = self.opened.factor if self.opened.pixels is not None else 1
+        return len(self.opened), self.opened.image_size, self.opened.factor, tiles
+
+    @property
+    def labelled_by(self) -> str | None:
+        """Which teacher the soft labels are from, at which temperature and how many of them; None for hard ones."""
+        if self.opened.stored is None:
+            return None
+        said = self.opened.manifest.get("label_teacher") or {}
+        return f"{said.get('sha256')} {self.opened.temperature} {self.opened.manifest.get('label_top_k')}"
+
+
+@isolated()
+def compare(
+    distilled: str | Path | DistilledSet | Sequence[str | Path | DistilledSet],
+    data: str | Path,
+    *,
+    teacher: Teacher | str | Path | None = None,
+    coreset: str = "herding",
+    arch: str | None = None,
+    arch_options: Mapping[str, Any] | None = None,
+    seeds: int | Sequence[int] = 3,
+    protocol: str | Protocol = "rded",
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    precision: str = "float32",
+    out: str | Path | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    quiet: bool = False,
+) -> Comparison:
+    """Compare distilled sets with random sets of the same size, a coreset and the teacher.
+
+    Every set is trained on twice: on its stored soft labels, where it has them, and on hard labels. Within a column of
+    a table students, steps and augmentation are the same, and soft labels are those of the same teacher. A random set
+    has as many images and tiles, drawn from as many images per class as the set could choose from.
+
+    Args:
+        distilled: output folders of `ddfast distill`, finished.
+        data: the data they were distilled from.
+        teacher: the teacher or its file, where that has moved; it labels the random sets and chooses the coreset.
+            None: the one that a set's `run.json` names, where it is still there.
+        coreset: "herding", "k_center", "k_means", "forgetting" or "none".
+        arch: the students' architecture; None: the one that pixels were matched on, else the teacher's.
+        arch_options: its keyword arguments.
+        seeds: how many students each (seeds 0, 1, ...), or their seeds.
+        protocol: a name of `PROTOCOLS` or one of your own. The column of hard labels takes its numbers too; one that is
+            for hard labels has no other column.
+        epochs: passes over each set; None: the protocol's.
+        batch_size: images a step; None: the protocol's.
+        precision: "float32", "bfloat16" or "auto".
+        out: folder for `comparison.csv`, `report.html` and the sets that are made; None: beside the first set, with
+            `-comparison` behind its name. Sets that are there already are taken as they are.
+        device: "auto", "cpu" or "cuda".
+        workers: decoding threads.
+        quiet: print nothing.
+
+    Raises:
+        UsageError: an unfinished set, data of other classes, an unknown name, or a teacher that is not a set's.
+    """
+    alone = isinstance(distilled, (str, Path, DistilledSet))
+    folders: list[Any] = [distilled] if alone else list(distilled)  # type: ignore[list-item, arg-type]
+    if not folders:
+        raise UsageError(f"{argument('distilled')}: a comparison needs at least one distilled set, got none")
+    one_of(coreset, "coreset", CORESETS)
+    rules, chosen, options = _rules(protocol), _seeds(seeds), architecture_options(arch_options)
+    if arch is not None:
+        check_model(arch, **options)
+    roots = [
+        Path(os.path.abspath(each.root if isinstance(each, DistilledSet) else path_of(each, "distilled")))
+        for each in folders
+    ]
+    roots = list(dict.fromkeys(roots))
+    out = output_folder(roots[0].with_name(f"{roots[0].name}-comparison") if out is None else out)
+    opened = [DistilledSet(root) for root in roots]
+    for each in opened:
+        _test_source(data, each)  # refuses other classes, before anything is trained
+    source, tested = open_source(data, "train"), _test_source(data, opened[0])
+    notes: list[str] = []
+    given = [
+        _Given(name, each, *_teachers(each, teacher, notes))
+        for name, each in zip(_names(roots), opened, strict=True)
+    ]
+    where = resolve_device(device)
+    settings = {
+        "seeds": chosen,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "precision": precision,
+        "device": device,
+        "quiet": quiet,
+    }
+    tests: dict[int, ImageSet] = {}
+    tables = []
+    for group in _groups(given):
+        first = group[0].opened
+        size = first.image_size
+        if size not in tests:
+            tests[size] = read_test_set(tested, size, workers=workers, quiet=quiet)
+        students = {"arch": arch, "arch_options": options} if arch is not None else _students(group, options)
+        trial = _Trial(rules, tests[size], {**settings, **students}, group[0].size[3] > 1)
+        baselines = _Baselines(source, data, out, coreset, device, workers, quiet, notes)
+        tables.append(_table(group, trial, baselines, where, precision))
+    found = Comparison(tables, list(dict.fromkeys(notes)), out)
+    _write(found, source, data)
+    return found
+
+
+def _names(roots: Sequence[Path]) -> list[str]:
+    """The folders' own names, or where two are equal or meant for other rows, their paths."""
+    short = [root.name for root in roots]
+    taken = {"random", "teacher", *CORESETS}
+    return [
+        name if short.count(name) == 1 and name not in taken else str(root)
+        for name, root in zip(short, roots, strict=True)
+    ]
+
+
+def _teachers(
+    opened: DistilledSet, given: Teacher | str | Path | None, notes: list[str]
+) -> tuple[Teacher | None, Teacher | None]:
+    """The teacher that chooses, and the one whose soft labels the set has; None where it cannot be had.
+
+    Raises:
+        UsageError: the given one is neither.
+    """
+    plan, facts = opened.manifest, _facts(opened.root)
+    main, labels = plan.get("teacher"), plan.get("label_teacher")
+    found: dict[str, Teacher | None] = {"teacher": None, "label_teacher": None}
+    seen, failed = False, None
+    for role, said in (("teacher", main), ("label_teacher", labels)):
+        if not isinstance(said, dict):
+            continue
+        same = isinstance(main, dict) and main.get("sha256") == said.get("sha256")
+        named = facts.get("teacher" if same else role)
+        for spec in [named] if given is None else [given, named]:
+            try:
+                teacher = spec if isinstance(spec, Teacher) else load_again(spec, plan, role)
+            except (DDFastError, OSError) as error:
+                if spec is given:
+                    failed = error
+                else:
+                    notes.append(f"{opened.root}: {error}")
+                continue
+            if teacher.sha256 == said.get("sha256"):
+                found[role] = teacher
+                seen = seen or spec is given
+                failed = None if spec is given else failed
+                break
+    known = [str(one.get("sha256")) for one in (main, labels) if isinstance(one, dict)]
+    if given is not None and known and not seen:
+        if failed is not None:
+            raise failed
+        raise UsageError(
+            f"{argument('teacher')} {given} is not the teacher of {opened.root}, whose SHA-256 begins with "
+            f"{' or '.join(dict.fromkeys(digest[:12] for digest in known))}"
+        )
+    if (
+        given is not None and main is None and labels is None
+    ):  # a set that asked none: it only chooses the coreset
+        found["teacher"] = given if isinstance(given, Teacher) else load_teacher(str(given))
+    return found["teacher"], found["label_teacher"]
+
+
+def _facts(root: Path) -> dict[str, Any]:
+    """`run.json`, as far as it is there."""
+    try:
+        found = json.loads((root / RUN).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _groups(given: Sequence[_Given]) -> list[list[_Given]]:
+    """Sets that may stand in one table, in the order in which they were given."""
+    groups: list[list[_Given]] = []
+    for one in sorted(
+        given, key=lambda each: each.labelled_by is None
+    ):  # those with hard labels join the others
+        for group in groups:
+            if group[0].size == one.size and one.labelled_by in (None, group[0].labelled_by):
+                group.append(one)
+                break
+        else:
+            groups.append([one])
+    order = {id(one): place for place, one in enumerate(given)}
+    return sorted(groups, key=lambda group: min(order[id(one)] for one in group))
+
+
+def _students(group: Sequence[_Given], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The students' architecture where none is given: what pixels were matched on, else the teacher's.
+
+    Raises:
+        UsageError: no set says one.
+    """
+    for one in group:
+        made = (one.opened.manifest.get("options") or {}).get("synthesize") or {}
+        if isinstance(made.get("arch"), str):
+            return {"arch": made["arch"], "arch_options": options}
+    for one in group:
+        for teacher in filter(None, (one.labeller, one.teacher)):
+            found = {**teacher.arch_options, **options}
+            try:
+                check_model(teacher.arch, one.opened.image_size, **found)
+            except UsageError:
+                continue
+            return {"arch": teacher.arch, "arch_options": found}
+    for one in group:  # the teacher's file is gone; the manifest names what it was
+        for said in (one.opened.manifest.get("label_teacher"), one.opened.manifest.get("teacher")):
+            named = said.get("arch") if isinstance(said, dict) else None
+            if named in list_models():
+                return {"arch": named, "arch_options": options}
+    raise UsageError(f"{argument('arch')} is missing: no set says which architecture to train")
+
+
+# Students ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """How students of a table are trained; `decoded`: on the tiles of every image, as those of optimised ones are."""
+
+    rules: Protocol
+    test: ImageSet
+    settings: Mapping[str, Any]
+    decoded: bool
+
+    def results(self, opened: DistilledSet, columns: Iterable[str]) -> dict[str, EvaluationResult]:
+        """The accuracies of students of a set, by column."""
+        found = {}
+        for column in columns:
+            if column == "soft" and (self.rules.labels == "hard" or opened.stored is None):
+                continue
+            images: Any = opened
+            if self.decoded and opened.pixels is None:
+                images = read_distilled(opened).decoded()
+            rules = replace(self.rules, labels=column)
+            say(f"{opened.root}: {column} labels", quiet=bool(self.settings["quiet"]))
+            result = evaluate(images, self.test, protocol=rules, **self.settings)
+            if (
+                column == "soft" and images is not opened
+            ):  # of images in memory nobody knows who labelled them
+                said = opened.manifest.get("label_teacher") or {}
+                digests = {**result.digests, "teacher": str(said.get("sha256"))[:12]}
+                result = replace(result, digests=digests)
+            found[column] = result
+        return found
+
+
+@dataclass(frozen=True)
+class _Baselines:
+    """Makes the sets that others are measured by."""
+
+    source: Source
+    data: str | Path
+    out: Path
+    coreset: str
+    device: str
+    workers: int | None
+    quiet: bool
+    notes: list[str]
+
+    def pool(self, of: _Given) -> int | str:
+        """Images of each class that a set could choose from; "all" where no class has more."""
+        said = of.opened.manifest.get("images_per_class", "all")
+        most = np.bincount(self.source.samples.labels).max()
+        return "all" if not isinstance(said, int) or said >= most else said
+
+    def random(self, of: _Given, labeller: Teacher | None) -> DistilledSet:
+        """As many whole images, drawn; with the soft labels of `labeller`, else with hard ones."""
+        return self._made("random" if labeller is not None else "random_hard", of, labeller, labeller)
+
+    def best_coreset(self, of: _Given, teacher: Teacher, labeller: Teacher | None) -> DistilledSet:
+        """As many whole images, chosen by a teacher."""
+        return self._made(self.coreset, of, teacher, labeller)
+
+    def _made(
+        self, method: str, of: _Given, teacher: Teacher | None, labeller: Teacher | None
+    ) -> DistilledSet:
+        plan, opened = of.opened.manifest, of.opened
+        pool = self.pool(of)
+        marks: list[str] = []
+        said: dict[str, Any] = {}
+        if teacher is None:
+            said["normalization"] = (opened.mean, opened.std)
+        else:
+            said["teacher"] = teacher
+            marks.append(teacher.sha256[:6])
+            if labeller is not None and labeller.sha256 != teacher.sha256:
+                said["label_teacher"] = labeller
+                marks.append(labeller.sha256[:6])
+            said["label_top_k"] = plan.get("label_top_k") or "all"
+        parts = [method, f"ipc{plan['ipc']}", f"{opened.image_size}px", f"{opened.factor}tiles"]
+        name = "-".join([*parts, f"pool{pool}", f"seed{plan.get('seed', 0)}", *marks])
+        return DistilledSet(
+            distill(
+                method,
+                data=self.data,
+                out=make_folder(self.out / "sets") / name,
+                ipc=int(plan["ipc"]),
+                seed=int(plan.get("seed", 0)),
+                images_per_class=pool,
+                factor=str(opened.factor),
+                image_size=opened.image_size,
+                device=self.device,
+                workers=self.workers,
+                quiet=self.quiet,
+                resume=True,
+                **said,
+            )
+        )
+
+
+def _table(
+    group: Sequence[_Given], trial: _Trial, baselines: _Baselines, where: Any, precision: str
+) -> Table:
+    """Train on the sets of a group and on what they are measured by."""
+    notes, first = baselines.notes, group[0].opened
+    labeller = next((one.labeller for one in group if one.labeller is not None), None)
+    teacher = next((one.teacher for one in group if one.teacher is not None), labeller)
+    has_soft = trial.rules.labels == "soft" and any(one.opened.stored is not None for one in group)
+    if has_soft and labeller is None:
+        notes.append(
+            f"{group[0].name}: the teacher of its soft labels is not there, so the random set has hard labels only; "
+            f"{argument('teacher')} says where it is"
+        )
+    drawn: dict[Any, Row] = {}
+    random_of: dict[str, str] = {}
+    for one in group:
+        pool = baselines.pool(one)
+        if pool not in drawn:
+            made = baselines.random(one, labeller if has_soft else None)
+            name = "random" if not drawn else f"random, {pool} a class"
+            drawn[pool] = Row(name, "random", made.root, "random", trial.results(made, COLUMNS))
+        random_of[one.name] = drawn[pool].name
+    rows = [
+        Row(
+            one.name,
+            "set",
+            one.opened.root,
+            str(one.opened.manifest.get("method")),
+            trial.results(one.opened, COLUMNS),
+            random_of[one.name],
+        )
+        for one in group
+    ]
+    rows += drawn.values()
+    if baselines.coreset != "none":
+        if teacher is None:
+            notes.append(
+                f"no {baselines.coreset} coreset beside {group[0].name}: it needs a teacher, and there is none"
+            )
+        else:
+            made = baselines.best_coreset(group[0], teacher, labeller if has_soft else None)
+            columns = COLUMNS if has_soft and labeller is not None else ("hard",)
+            method = baselines.coreset
+            rows.append(Row(method, "coreset", made.root, method, trial.results(made, columns)))
+    reference = None
+    shown = labeller or teacher
+    if shown is not None:
+        top1 = shown.top1
+        if shown.image_size == first.image_size:
+            model = copy.deepcopy(shown.model).to(where)
+            top1 = measure_accuracy(model, trial.test, shown.mean, shown.std, where, precision).top1
+        reference = None if top1 is None else (shown.arch, float(top1))
+    return Table(rows, int(first.manifest["ipc"]), len(first), first.image_size, reference)
+
+
+# What is written -----------------------------------------------------------------------------------------------
+
+
+def _write(found: Comparison, source: Source, data: str | Path) -> None:
+    """The CSV, a page for each table, and the results in the folders of the sets that were given."""
+    make_folder(found.out)
+    atomic_write_text(found.csv, _csv(found))
+    for number, table in enumerate(found.tables, start=1):
+        out = found.out if number == 1 else found.out / f"table-{number}"
+        column = COLUMNS[0] if all(COLUMNS[0] in row.results for row in table.rows) else COLUMNS[1]
+        arms = [
+            Arm(row.name, row.folder, row.results[column].top1, note=_note(row, column)) for row in table.rows
+        ]
+        shown = table.recipe(column)
+        digits = ", ".join(f"{name} labels {table.recipe(name).recipe}" for name in table.columns)
+        write_comparison(
+            out,
+            title=f"{plural(table.images, 'image')} beside as many random ones",
+            arms=arms,
+            facts={
+                "Students": f"{len(shown.seeds)} of {shown.arch} each",
+                "Protocol": f"{shown.protocol}, {shown.steps} steps of batch {shown.batch_size}",
+                "Recipe": digits,
+                "Data": source.name,
+            },
+            source=source,
+            lead=" ".join(f"{_said(one)}." for one in table.better()),
+            reference=None if table.teacher is None else ("teacher", table.teacher[1]),
+            bars_note=f"Top-1 on the test images of students trained with {column} labels.",
+        )
+        better = {one.name: one for one in table.better()}
+        for row in table.rows:
+            for column, result in row.results.items():
+                if row.kind == "set":
+                    _keep(row.folder, result, better[row.name] if better[row.name].labels == column else None)
+
+
+def _keep(folder: Path, result: EvaluationResult, better: Better | None) -> None:
+    said = {} if better is None else {"better_than_random": {"points": better.points, "error": better.error}}
+    try:
+        keep_evaluation(folder, {**result.as_dict(), **said})
+    except UsageError as error:  # the comparison stands without it
+        say(f"the result is not kept in the folder: {error}")
+
+
+def _note(row: Row, column: str) -> str:
+    others = [
+        f"{name} labels {str(result).removeprefix('top1 ')}"
+        for name, result in row.results.items()
+        if name != column
+    ]
+    return "; ".join([f"made by {row.method}" if row.kind == "set" else "", *others]).strip("; ")
+
+
+def _said(one: Better) -> str:
+    """The headline as a sentence of the page."""
+    word = "better" if one.points >= 0 else "worse"
+    return (
+        f"{one.name} is {word} than random by {abs(one.points):.1f} ± {one.error:.1f} points of top-1 accuracy "
+        f"({one.labels} labels; ± is the standard error of the difference)"
+    )
+
+
+def _csv(found: Comparison) -> str:
+    buffer = io.StringIO()
+    names = (
+        *(
+            "table",
+            "name",
+            "kind",
+            "method",
+            "ipc",
+            "images",
+            "image_size",
+            "labels",
+            "arch",
+            "protocol",
+            "epochs",
+        ),
+        *(
+            "batch_size",
+            "steps",
+            "students",
+            "top1",
+            "top1_std",
+            "top5",
+            "best",
+            "better_than_random",
+            "error",
+        ),
+        *("recipe", "images_sha256", "labels_sha256", "teacher_sha256", "test_sha256"),
+    )
+    writer = csv.DictWriter(buffer, names, restval="", lineterminator="\n")
+    writer.writeheader()
+    for number, table in enumerate(found.tables, start=1):
+        better = {(one.name, one.labels): one for one in table.better()}
+        size = {"table": number, "ipc": table.ipc, "images": table.images, "image_size": table.image_size}
+        for row in table.rows:
+            for column, result in row.results.items():
+                one = better.get((row.name, column))
+                writer.writerow(
+                    {
+                        **size,
+                        "name": row.name,
+                        "kind": row.kind,
+                        "method": row.method,
+                        "labels": column,
+                        "arch": result.arch,
+                        "protocol": result.protocol,
+                        "epochs": result.epochs,
+                        "batch_size": result.batch_size,
+                        "steps": result.steps,
+                        "students": len(result.seeds),
+                        "top1": result.mean,
+                        "top1_std": result.std,
+                        "top5": result.top5_mean,
+                        "best": result.best_mean,
+                        "recipe": result.recipe,
+                        **({} if one is None else {"better_than_random": one.points, "error": one.error}),
+                        **{f"{name}_sha256": value or "" for name, value in result.digests.items()},
+                    }
+                )
+        if table.teacher is not None:
+            arch, top1 = table.teacher
+            writer.writerow(
+                {
+                    **size,
+                    "images": "",
+                    "ipc": "",
+                    "name": "teacher",
+                    "kind": "teacher",
+                    "arch": arch,
+                    "top1": top1,
+                }
+            )
+    return buffer.getvalue()
