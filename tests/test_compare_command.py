@@ -12,12 +12,12 @@ import torch
 
 import ddfast
 from ddfast.cli import main
-from ddfast.comparison import Row, Table
 from ddfast.errors import UsageError
 from ddfast.methods import list_methods
 from ddfast.output import DistilledSet
 from ddfast.output.evaluations import keep_evaluation, read_evaluations, set_digest
 from ddfast.training import PROTOCOLS, DistilledImages, evaluate, train_student
+from ddfast.training.comparison import Row, Table
 from tests.conftest import digests
 from tests.training.conftest import CLASSES, render
 
