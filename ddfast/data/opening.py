@@ -1,4 +1,4 @@
-"""Which source a path is: a folder, an archive, shards, or a named set."""
+"""Which source data are: a folder, an archive, shards, a named set, or images in memory."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import os
 import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
-from ddfast.data.sources import SPLIT_FOLDERS, Source
+from ddfast.data.sources import IN_MEMORY, SPLIT_FOLDERS, Source, is_in_memory
 from ddfast.errors import UsageError, shown
 
 
-def open_source(data: str | os.PathLike[str], split: str = "train") -> Source:
+def open_source(data: Any, split: str = "train") -> Source:
     """Open one split of a labelled image set.
 
     Args:
@@ -28,7 +29,12 @@ def open_source(data: str | os.PathLike[str], split: str = "train") -> Source:
               "label" or "label_name" will do), the names of numbers in `classes.txt`, one a line, inside or
               beside the shards;
             - a torchvision set by name, as `cifar10`, downloaded once into `$DDFAST_DATA` or
-              `~/.cache/ddfast`.
+              `~/.cache/ddfast`;
+            - images in memory: (images, labels) as tensors, arrays or lists, a torch `Dataset` of (image, label), or a
+              Hugging Face `Dataset` with a column of images and one of labels. It is a train split; a dict, or a
+              `DatasetDict`, of such gives both: {"train": ..., "test": ...}. An image is a Pillow image, uint8 or float
+              in [0, 1], [3, H, W], [H, W, 3] or [H, W]; a label is a class number from 0 on, or a class name. See
+              `ddfast.data.memory` for keys, class names and what the fingerprint hashes.
         split: "train" or "test" ("test" is looked for in `test/`, then in `val/`).
 
     Labels of the test split follow the class order of the train split where there is one.
@@ -44,7 +50,13 @@ def open_source(data: str | os.PathLike[str], split: str = "train") -> Source:
 
     if split not in SPLIT_FOLDERS:
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+    if is_in_memory(data):
+        from ddfast.data.memory import open_memory
+
+        return open_memory(data, split)
     name = os.fspath(data)
+    if isinstance(name, str) and name.startswith(IN_MEMORY):
+        raise UsageError(f"the images were held {name}: give the data again")
     path = Path(name).expanduser()
     try:
         if name and os.path.isdir(path):  # "" would be the current folder
