@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
+import os
 import re
 import threading
 from abc import ABC, abstractmethod
@@ -39,8 +40,9 @@ from ddfast.wording import plural
 Label = int | str
 
 _MOST_CLASSES = 10**9
-_IMAGE_COLUMNS = ("image", "img", "images")
-_LABEL_COLUMNS = ("label", "labels", "class", "class_name", "label_name", "target", "cls")
+# Usual names of the columns, the likeliest first.
+IMAGE_COLUMNS = ("image", "img", "images")
+LABEL_COLUMNS = ("label", "labels", "class", "class_name", "label_name", "target", "cls")
 # One image at a time: neither a Dataset nor a lazily opened image need bear two threads. It guards decoding too where
 # a Dataset decodes.
 _READING = threading.RLock()
@@ -95,6 +97,10 @@ class Held(ABC):
             self.digests = np.fromiter(map(self.digest, range(count)), np.uint64, count)
         return self.digests
 
+    def content(self, order: Sequence[int]) -> bytes:
+        """What a fingerprint tells of the content of the images, which are in this order."""
+        return bytes(self.all_digests()[order].astype("<u8").tobytes())
+
 
 def _digest(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
@@ -125,6 +131,11 @@ class HeldArrays(Held):
             )
         self._images = images
 
+    @classmethod
+    def of_labels(cls, labels: Any, class_names: Sequence[Any] | None, name: str) -> HeldArrays:
+        """The labels of a split whose images nobody asks for."""
+        return cls(range(len(labels)), labels, class_names, name)
+
     def image(self, index: int) -> Any:
         """See `Held`."""
         return self._images[index]
@@ -139,11 +150,11 @@ class HeldRows(Held):
         rows = rows.with_format(None)
         features = dict(rows.features)
         kinds = {column: type(feature).__name__ for column, feature in features.items()}
-        self._column = _one_column(
-            name, "image", [c for c in kinds if kinds[c] == "Image"], list(kinds), _IMAGE_COLUMNS
+        self._column = one_column(
+            name, "image", [c for c in kinds if kinds[c] == "Image"], list(kinds), IMAGE_COLUMNS
         )
-        label = _one_column(
-            name, "label", [c for c in kinds if kinds[c] == "ClassLabel"], list(kinds), _LABEL_COLUMNS
+        label = one_column(
+            name, "label", [c for c in kinds if kinds[c] == "ClassLabel"], list(kinds), LABEL_COLUMNS
         )
         labels = rows.select_columns([label])[:][label]
         super().__init__(name, labels_of(labels, name), getattr(features[label], "names", None))
@@ -159,18 +170,18 @@ class HeldRows(Held):
         return file_of_row(image) if isinstance(image, Mapping) else image
 
 
-def file_of_row(image: Mapping[str, Any]) -> bytes:
-    """The file that {"bytes", "path"} holds or names. Raises `BadImage` where there is none."""
+def file_of_row(image: Mapping[str, Any], folder: str = "") -> bytes:
+    """The file that {"bytes", "path"} holds, or names within `folder`. Raises `BadImage` where there is none."""
     if image.get("bytes") is not None:
         return bytes(image["bytes"])
     try:
-        with open(str(image.get("path")), "rb") as file:
+        with open(os.path.join(folder, str(image.get("path"))), "rb") as file:
             return file.read()
     except OSError as error:
         raise BadImage(f"cannot be read: {(error.strerror or 'no such file').lower()}") from error
 
 
-def _one_column(name: str, what: str, typed: list[str], columns: list[str], usual: Sequence[str]) -> str:
+def one_column(name: str, what: str, typed: list[str], columns: list[str], usual: Sequence[str]) -> str:
     """The column of images or of labels: the only one of that type, else the one of a usual name."""
     if len(typed) == 1:
         return typed[0]
@@ -229,9 +240,7 @@ class HeldPairs(Held):
                 f"{self.name}: image {index} cannot be read ({type(error).__name__}: {one_line(error)})"
             ) from error
         if isinstance(item, Mapping):
-            found = [
-                next((c for c in usual if c in item), None) for usual in (_IMAGE_COLUMNS, _LABEL_COLUMNS)
-            ]
+            found = [next((c for c in usual if c in item), None) for usual in (IMAGE_COLUMNS, LABEL_COLUMNS)]
             if None not in found:
                 return item[found[0]], item[found[1]]
         if isinstance(item, (tuple, list)) and len(item) == 2:
@@ -383,7 +392,7 @@ class MemorySource(Source):
         digest.update(self.samples.keys)
         digest.update(self.samples.labels.astype("<i4").tobytes())
         order = [_index_of(sample.key) for sample in self.samples]
-        digest.update(self._held.all_digests()[order].astype("<u8").tobytes())
+        digest.update(self._held.content(order))
         return digest.hexdigest()
 
     def close(self) -> None:

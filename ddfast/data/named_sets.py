@@ -28,6 +28,8 @@ NAMED_SETS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "dtd": ("DTD", {"split": "train"}, {"split": "test"}),
 }
 
+_IDX = ("mnist", "fashionmnist", "kmnist")  # sets whose files are IDX
+
 
 class NamedSource(Source):
     """A set of `torchvision.datasets`. Keys are "class/index.png"; `read` gives a lossless PNG.
@@ -97,6 +99,13 @@ class NamedSource(Source):
 
     def close(self) -> None:
         """Nothing stays open between reads."""
+
+
+def idx_classes(name: str) -> list[str] | None:
+    """The class names of a set of MNIST's family, in torchvision's order; None for any other."""
+    import torchvision.datasets
+
+    return list(getattr(torchvision.datasets, NAMED_SETS[name][0]).classes) if name in _IDX else None
 
 
 def _labels(dataset: Any) -> Sequence[int]:
