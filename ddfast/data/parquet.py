@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ddfast.data.folder_scan import is_folder
 from ddfast.data.memory import (
     IMAGE_COLUMNS,
     LABEL_COLUMNS,
@@ -44,29 +45,30 @@ def parquet_files(folder: Path) -> list[Path]:
     A folder with images, or with class folders beside a table, is none of Parquet.
     """
     files, folders = _some_of(folder)
-    if any(map(is_image, files)):
-        return []
-    here = _tables_in(folder)
-    if here:
-        return [] if any(_holds_images(folder / one) for one in folders) else here
+    if any(map(_is_table, files)) or any(map(is_image, files)):
+        return _tables_in(folder)
     places = [folder / one for one in folders if one == "data" or ((word := split_word(one)) and word[1])]
     return [path for place in places for path in _tables_in(place)]
 
 
 def _some_of(folder: Path) -> tuple[list[str], list[str]]:
-    """Visible files and folders among the first that a folder lists."""
-    with os.scandir(folder) as entries:
-        seen = [
-            (entry.name, entry.is_dir()) for entry in islice(entries, _LOOKED_AT) if not is_hidden(entry.name)
-        ]
-    return [name for name, is_folder in seen if not is_folder], sorted(
-        name for name, is_folder in seen if is_folder
-    )
+    """Visible files and folders among the first that a folder lists; none of one that cannot be listed."""
+    found: tuple[list[str], list[str]] = ([], [])
+    try:
+        with os.scandir(folder) as entries:
+            for entry in islice(entries, _LOOKED_AT):
+                if not is_hidden(entry.name):
+                    found[is_folder(entry)].append(entry.name)
+    except OSError:  # whoever reads the folder as one of images says what is wrong
+        return [], []
+    return found
 
 
 def _tables_in(folder: Path) -> list[Path]:
-    files = _some_of(folder)[0]
+    files, folders = _some_of(folder)
     if not any(map(_is_table, files)) or any(map(is_image, files)):
+        return []
+    if any(_holds_images(folder / one) for one in folders):
         return []
     return sorted(folder / name for name in os.listdir(folder) if _is_table(name))
 

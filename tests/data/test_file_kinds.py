@@ -374,9 +374,10 @@ def test_a_folder_of_images_beside_a_table_stays_one(tmp_path: Path) -> None:
         (tmp_path / "train" / name / "0.png").write_bytes(
             encode_image(torch.from_numpy(X[0]).permute(2, 0, 1))
         )
-    pq.write_table(pa.table({"score": [1]}), tmp_path / "scores.parquet")
-    pq.write_table(pa.table({"score": [1]}), tmp_path / "train" / "scores.parquet")
-    assert open_source(tmp_path).class_names == ["a", "b"]
+    for place in ("train", "."):
+        pq.write_table(pa.table({"score": [1]}), tmp_path / place / "scores.parquet")
+        assert open_source(tmp_path).class_names == ["a", "b"]
+        assert open_source(tmp_path / "train").class_names == ["a", "b"]
 
 
 BAD_PARQUET: dict[str, tuple[Any, str]] = {
