@@ -142,7 +142,8 @@ class Settings:
     """Every setting of a run. A method's own are in its `Options`."""
 
     data: Any = option(
-        help="folder with train/ and val/ or test/, a .zip or .tar shards of that layout, or a torchvision set",
+        help="folder with train/ and val/ or test/, a .zip or .tar shards of that layout, Parquet files, an .npz, "
+        "CIFAR's or MNIST's own files, or a torchvision set (NAME, or NAME:FOLDER where its files lie)",
         check=data_of,
         python="folder, archive or set by name, or images in memory: (images, labels), a torch or Hugging Face "
         "Dataset, or {'train': ..., 'test': ...} of these, as `ddfast.data.open_source` takes them",

@@ -43,6 +43,11 @@ _MOST_CLASSES = 10**9
 # Usual names of the columns, the likeliest first.
 IMAGE_COLUMNS = ("image", "img", "images")
 LABEL_COLUMNS = ("label", "labels", "class", "class_name", "label_name", "target", "cls")
+# What an array of a split is called, and what holds the names of the classes.
+_IMAGES = frozenset(("x", "image", "images", "img", "imgs", "data"))
+_LABELS = frozenset(("y", "label", "labels", "target", "targets"))
+NAMES_OF_ARRAYS = ("class_names", "classes", "label_names")
+ARRAYS_WANTED = "x_train, y_train, x_test and y_test, or images and labels"
 # One image at a time: neither a Dataset nor a lazily opened image need bear two threads. It guards decoding too where
 # a Dataset decodes.
 _READING = threading.RLock()
@@ -56,6 +61,7 @@ class Held(ABC):
         labels: the class number or class name of each.
         class_names: the names of the class numbers; None where nothing says them.
         digests: uint64 [N] of what `encoded` gives, where they are known.
+        remarks: lines on what is read otherwise than a user may expect.
     """
 
     def __init__(self, name: str, labels: Sequence[Label], class_names: Sequence[Any] | None) -> None:
@@ -63,6 +69,7 @@ class Held(ABC):
         self.labels = list(labels)
         self.class_names = None if class_names is None else _distinct(class_names)
         self.digests: np.ndarray | None = None
+        self.remarks: list[str] = []
 
     @abstractmethod
     def image(self, index: int) -> Any:
@@ -147,7 +154,7 @@ class HeldRows(Held):
     def __init__(self, rows: Any) -> None:
         """`UsageError` where the columns cannot be told."""
         name = f"{IN_MEMORY}datasets.Dataset of {plural(len(rows), 'row')}"
-        rows = rows.with_format(None)
+        transformed, rows = rows.format["type"] == "custom", rows.with_format(None)
         features = dict(rows.features)
         kinds = {column: type(feature).__name__ for column, feature in features.items()}
         self._column = one_column(
@@ -158,6 +165,10 @@ class HeldRows(Held):
         )
         labels = rows.select_columns([label])[:][label]
         super().__init__(name, labels_of(labels, name), getattr(features[label], "names", None))
+        if transformed:
+            self.remarks.append(
+                f"{name}: its transform is not applied, images are read as the table holds them"
+            )
         self._rows = rows.select_columns([self._column])
         if kinds[self._column] == "Image":
             self._rows = self._rows.cast_column(self._column, type(features[self._column])(decode=False))
@@ -310,7 +321,7 @@ def label_of(label: Any, whose: str) -> Label:
     if number == -1:
         raise UsageError(f"{whose} has the label -1, which stands for none: give labelled images")
     if not 0 <= number < _MOST_CLASSES:
-        raise UsageError(f"{whose} has the label {number}: class numbers count from 0")
+        raise UsageError(f"{whose} has the label {number}: class numbers count from 0 and stay below 10^9")
     return number
 
 
@@ -439,6 +450,8 @@ def open_memory(data: Any, split: str, class_names: Sequence[str] | None = None)
 
 def _names_said(data: Any) -> list[str] | None:
     """The names of class numbers that a Dataset says, without a look at its images."""
+    if isinstance(data, Held):
+        return data.class_names
     if _is_hugging_face(data):
         named = [kind.names for kind in data.features.values() if hasattr(kind, "names")]
         return _distinct(named[0]) if len(named) == 1 else None
@@ -452,19 +465,50 @@ def _is_hugging_face(data: Any) -> bool:
 
 def _splits(data: Mapping[Any, Any]) -> dict[str, Any]:
     """ "train", "test" or "val" -> what is held of it."""
+    keys = [str(key) for key in data]
+    if arrays := arrays_by_split(keys, "the data"):
+        class_names = next((list(data[key]) for key in NAMES_OF_ARRAYS if key in keys), None)
+        return {kind: HeldArrays(data[x], data[y], class_names) for kind, (x, y) in arrays.items()}
     splits: dict[str, Any] = {}
-    for key, part in data.items():
-        word = split_word(str(key))
-        if word is None:
+    for key, part in zip(keys, data.values(), strict=True):
+        word = split_word(key)
+        if word is None or (key != word[0] and word[0] in keys):  # the plainly named one counts
             continue
-        if word[0] in splits and str(key) != word[0]:
-            continue  # the plainly named one counts
+        if word[0] in splits:
+            raise UsageError(
+                f"the data have the keys {shown(keys)}, two of which may be the {word[0]} split: call one {word[0]}"
+            )
         splits[word[0]] = part
     if not splits:
         raise UsageError(
-            f"the data have the keys {shown(map(str, data))}: wanted splits, {{'train': ..., 'test': ...}}"
+            f"the data have the keys {shown(keys)}: wanted splits, {{'train': ..., 'test': ...}}"
         )
     return splits
+
+
+def arrays_by_split(keys: Sequence[str], name: str) -> dict[str, tuple[str, str]]:
+    """Split -> the names of its images and of its labels; empty where the names are of no such arrays.
+
+    An array is of the split that its name speaks of, as `x_train`, `test_images` or `val_labels`, and of the train
+    split where it speaks of none, as `images` and `labels`.
+
+    Raises:
+        UsageError: two arrays may be the same thing.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for key in keys:
+        words = set(re.split(r"[^a-z]+", key.casefold())) - {""}
+        said = split_word(key)
+        what = "images" if words & _IMAGES else "labels" if words & _LABELS else None
+        if what is None or (said is None and len(words) > 1):
+            continue
+        arrays = found.setdefault(said[0] if said else "train", {})
+        if what in arrays:
+            raise UsageError(
+                f"{name} has {arrays[what]} and {key}, either of which may be the {what}: keep one"
+            )
+        arrays[what] = key
+    return {kind: (a["images"], a["labels"]) for kind, a in found.items() if len(a) == 2}
 
 
 def held_of(data: Any) -> Held:
@@ -476,6 +520,8 @@ def held_of(data: Any) -> Held:
     Raises:
         UsageError: it is something else, or images without labels.
     """
+    if isinstance(data, Held):
+        return data
     if _is_hugging_face(data):
         if not hasattr(data, "__len__"):
             raise UsageError(
@@ -498,7 +544,13 @@ def held_of(data: Any) -> Held:
 
 def _is_pair(item: Any) -> bool:
     """Whether this is (image, label) and no list of images."""
-    return isinstance(item, (list, tuple)) and len(item) == 2 and not hasattr(item[1], "size")
+    if not isinstance(item, (list, tuple)) or len(item) != 2:
+        return False
+    try:
+        label_of(item[1], "it")
+    except UsageError:
+        return False
+    return True
 
 
 def source_of(
@@ -535,7 +587,7 @@ def source_of(
         else:
             numbered = list(class_names)
     labels = _named(here.labels, numbered, width, name)
-    remarks = []
+    remarks = list(here.remarks)
     if class_names is not None:
         known = list(class_names)
     else:

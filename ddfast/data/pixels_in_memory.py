@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ddfast.errors import UsageError
+from ddfast.errors import UsageError, one_line
 
 _ROUNDING = 1e-3  # how far a float image may leave [0, 1] by the rounding of half precision and of resizing
 _CHANNELS = (3, 1, 4)  # RGB, grey, RGBA; where two axes may hold the channels, the likelier number counts
@@ -54,13 +54,14 @@ def _ppm(pixels: np.ndarray) -> bytes:
 
 
 def _array_of(image: Any) -> np.ndarray:
-    if isinstance(image, Tensor):
-        image = image.detach().cpu()
-        image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
     try:
-        array = np.asarray(image)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"is no image but {_kind(image)}") from error
+        if isinstance(image, Tensor):
+            held = image.detach().cpu()
+            array = (held.float() if held.dtype == torch.bfloat16 else held).numpy()
+        else:
+            array = np.asarray(image)
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists; sparse, quantised and meta tensors
+        raise UsageError(f"is no image but {_kind(image)} ({one_line(error)})") from error
     if array.dtype.kind not in "buif":
         what = _kind(image) if array.dtype.kind in "OUSV" else f"{array.dtype} values"
         raise UsageError(f"is no image but {what}: wanted a Pillow image, an array or a tensor")

@@ -89,6 +89,8 @@ SAME = {
     "Subset": lambda: Subset(TensorDataset(torch.cat((X * 0, X)), Y.repeat(2)), range(12, 24)),
     "ConcatDataset": lambda: ConcatDataset([TensorDataset(X[:5], Y[:5]), Counted(X[5:], Y[5:])]),
     "dicts": lambda: [{"image": x, "label": y} for x, y in zip(X, Y, strict=True)],
+    "a dict of arrays": lambda: {"x_train": X, "y_train": Y, "x_test": X[:3], "y_test": Y[:3]},
+    "images and labels": lambda: {"images": X, "labels": Y},
     "a dict": lambda: {"train": (X, Y), "test": (X[:3], Y[:3])},
 }
 
@@ -195,6 +197,24 @@ def test_an_ambiguous_tensor_has_its_channels_first_and_an_array_last(
         assert torch.equal(found[1], image.permute(2, 0, 1))
 
 
+def test_two_pairs_are_two_images() -> None:
+    for pairs in (
+        [(X[0], Y[0]), (X[1], Y[1])],
+        ((X[0], np.int64(0)), (X[1], 1)),
+        [(picture(X[0]), "0"), (X[1], "1")],
+    ):
+        source = open_source(pairs)
+        assert [decode(source.read(s)).tolist() for s in source.samples] == [X[0].tolist(), X[1].tolist()]
+    assert open_source([[picture(X[0]), X[1]], [0, 1]]).counts() == [1, 1]
+
+
+def test_a_transform_of_rows_is_left_out_and_said() -> None:
+    data = rows(X, Y).with_transform(lambda batch: {"image": [None] * 12, "label": batch["label"]})
+    source = open_source(data)
+    assert torch.equal(decode(source.read(source.samples[0])), X[0])
+    assert "its transform is not applied" in source.notes()[0]
+
+
 def test_class_names_and_their_order() -> None:
     def classes(data: Any, split: str = "train") -> list[str]:
         return open_source(data, split).class_names
@@ -280,6 +300,11 @@ BAD = {
     "stream": (PLAIN.to_iterable_dataset(), "is streamed: give a Dataset"),
     "no image column": (PLAIN.remove_columns("image"), "no image column: wanted Image"),
     "no label column": (PLAIN.rename_column("label", "x"), "no label column: wanted ClassLabel"),
+    "sparse": ((X.float().to_sparse(), Y), "is no image but a Tensor"),
+    "two train splits": (
+        {"train_a": (X, Y), "train_b": (X, Y)},
+        "two of which may be the train split: call one",
+    ),
     "keys": ({"a": (X, Y)}, r"the data have the keys a: wanted splits"),
     "test alone": ({"test": (X, Y)}, "has no train split: wanted train, found test"),
     "number": (5, "data must be a path, a name or images in memory, got an? int"),
