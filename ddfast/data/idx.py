@@ -22,7 +22,11 @@ _UNSIGNED_BYTES = 8
 
 
 def idx_files(folder: Path) -> dict[tuple[str, str], Path]:
-    """("train" or "test", "images" or "labels") -> file, in the folder or in `raw/`; empty where there are none."""
+    """("train" or "test", "images" or "labels") -> file, in the folder or in `raw/`; empty where there are none.
+
+    Raises:
+        UsageError: two files may be the same thing.
+    """
     for place in _PLACES:
         found: dict[tuple[str, str], Path] = {}
         try:
@@ -32,7 +36,12 @@ def idx_files(folder: Path) -> dict[tuple[str, str], Path]:
         for file in names:
             if match := _FILE.fullmatch(file):
                 split = "train" if match[1].lower() == "train" else "test"
-                found.setdefault((split, match[2].lower()), folder / place / file)
+                before = found.setdefault((split, match[2].lower()), folder / place / file)
+                if file not in (before.name, before.name + ".gz"):  # sorted: the unpacked one comes first
+                    raise UsageError(
+                        f"{folder / place} has {before.name} and {file}, which may both be the {split} "
+                        f"{match[2].lower()}: keep one set in a folder"
+                    )
         if found:
             return found
     return {}

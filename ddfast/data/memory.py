@@ -423,7 +423,7 @@ def open_memory(data: Any, split: str, class_names: Sequence[str] | None = None)
     Args:
         data: one of what `held_of` takes, which is a train split, or a mapping of splits to them.
         split: "train" or "test".
-        class_names: of the set that a test split belongs to, where no train split says them.
+        class_names: of the distilled set that a test split is for, where no train split says them.
 
     Raises:
         UsageError: as `open_source`.
@@ -443,9 +443,9 @@ def open_memory(data: Any, split: str, class_names: Sequence[str] | None = None)
         )
     here = held_of(splits[wanted])
     train = held_of(splits["train"]) if wanted != "train" and "train" in splits else None
-    if here.class_names is None and train is None and class_names is None:
+    if here.class_names is None and train is None and len(splits) > 1:
         here.class_names = next((names for part in splits.values() if (names := _names_said(part))), None)
-    return source_of(here, split, train, class_names)
+    return source_of(here, split, train, class_names if train is None else None)
 
 
 def _names_said(data: Any) -> list[str] | None:
@@ -569,7 +569,7 @@ def source_of(
         here: the split.
         split: "train" or "test".
         train: the train split, where that is another.
-        class_names: of the set that the split belongs to, in its order, where there is no train split.
+        class_names: of the distilled set that the split is for, in its order, where there is no train split.
         name: what the user calls it.
 
     Raises:
@@ -605,7 +605,8 @@ def source_of(
                 f"{shown(lacking, 3)}"
             )
     if unknown := sorted(set(labels) - set(known)):
-        raise UsageError(f"{name} has classes that the train split lacks: {shown(unknown)}")
+        other = "train split" if class_names is None else "distilled set"
+        raise UsageError(f"{name} has classes that the {other} lacks: {shown(unknown)}")
     if len(known) < 2:
         raise UsageError(f"{name}: one class only, {shown(known)}; wanted at least two")
     source = MemorySource(here, split, labels, known, name)

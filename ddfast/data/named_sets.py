@@ -38,13 +38,16 @@ class NamedSource(Source):
     own table, so opening it decodes nothing.
     """
 
-    def __init__(self, name: str, split: str, root: str | os.PathLike[str] | None = None) -> None:
+    def __init__(
+        self, name: str, split: str, root: str | os.PathLike[str] | None = None, *, download: bool = True
+    ) -> None:
         """Load the set, downloading it where it is missing.
 
         Args:
             name: a key of `NAMED_SETS`.
             split: "train" or "test".
             root: where the files are; `$DDFAST_DATA`, or `~/.cache/ddfast`, by default.
+            download: fetch what is missing there.
 
         Raises:
             UsageError: the set is neither there nor to be downloaded, or is damaged.
@@ -56,7 +59,7 @@ class NamedSource(Source):
         try:
             os.makedirs(root, exist_ok=True)
             options = train_options if split == "train" else test_options
-            self._set = getattr(torchvision.datasets, kind)(root, download=True, **options)
+            self._set = getattr(torchvision.datasets, kind)(root, download=download, **options)
         except (
             OSError,
             RuntimeError,

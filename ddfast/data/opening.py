@@ -83,10 +83,9 @@ def open_source(data: Any, split: str = "train") -> Source:
                 raise UsageError(
                     f"cannot read {name}: not a zip archive, or its end is missing; copy it again"
                 )
-            unpack = (
-                ", so unpack it first" if re.search(r"\.(tar\.\w+|t[gbx]z2?|tzst)$", name.lower()) else ""
-            )
-            raise UsageError(f"cannot read {name}: wanted a folder, a .zip or an uncompressed .tar{unpack}")
+            packed = re.search(r"\.(tar\.\w+|t[gbx]z2?|tzst)$", name.lower())
+            rest = ", so unpack it first" if packed else ", or an .npz or .parquet file"
+            raise UsageError(f"cannot read {name}: wanted a folder, a .zip or an uncompressed .tar{rest}")
         if re.search(r"[*?\[]", name) and name.lower().endswith(".parquet"):
             from ddfast.data.parquet import matching_files, open_parquet
 
@@ -139,4 +138,4 @@ def _named_in(kind: str, folder: Path, split: str, name: str) -> Source:
                 f"{name}: no IDX files in {folder}: wanted train-images-idx3-ubyte.gz and the like"
             )
         return open_idx(files, split, name, class_names)
-    return NamedSource(kind, split, folder)
+    return NamedSource(kind, split, folder, download=False)

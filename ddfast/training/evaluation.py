@@ -355,8 +355,9 @@ def _test_source(data: Any, distilled: DistilledSet | DistilledImages) -> Source
     from ddfast.data.sources import described, is_in_memory
 
     data = data_of(data)
-    if is_in_memory(data) and not isinstance(data, Mapping):  # images alone are those to test on
-        source: Source = open_memory({"test": data}, "test", distilled.class_names)
+    if is_in_memory(data):
+        splits = data if isinstance(data, Mapping) else {"test": data}  # images alone are those to test on
+        source: Source = open_memory(splits, "test", distilled.class_names)
     else:
         source = open_source(data, "test")
     if list(source.class_names) != list(distilled.class_names):

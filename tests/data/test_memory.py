@@ -402,9 +402,14 @@ def test_distil_and_evaluate_from_tensors(trained: Path, tmp_path: Path) -> None
     students = {"arch": "convnet3", "arch_options": {"width": 8}, "seeds": 1, "epochs": 1, "quiet": True}
     results = [
         ddfast.evaluate(out, test, **students).top1
-        for test in (data, (x[:9], y[:9]), TensorDataset(x[:9].float() / 255, y[:9]))
+        for test in (
+            data,
+            (x[:9], y[:9]),
+            {"x_test": x[:9], "y_test": y[:9]},
+            TensorDataset(x[:9] / 255, y[:9]),
+        )
     ]
-    assert results[0] == results[1] == results[2]
+    assert all(result == results[0] for result in results)
     ddfast.distill("rded", data=data, teacher=trained, out=out, resume=True, **given)
     with pytest.raises(
         UsageError, match=r"the images were held in memory: train uint8 .*: give the data again"
@@ -413,7 +418,7 @@ def test_distil_and_evaluate_from_tensors(trained: Path, tmp_path: Path) -> None
     assert reopen(out, data=copy.deepcopy(data)).complete
     with pytest.raises(UsageError, match=r"is not what .* was started with: its content has changed"):
         reopen(out, data=(x.flip(3), y))
-    with pytest.raises(UsageError, match="lacks: dog"):
+    with pytest.raises(UsageError, match="has classes that the distilled set lacks: dog"):
         ddfast.evaluate(out, (x[:1], ["dog"]), **students)
 
 
