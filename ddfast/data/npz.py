@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import lzma
+import struct
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -50,13 +53,17 @@ def open_npz(path: Path, split: str, name: str) -> MemorySource:
     except UsageError:
         raise
     except (
-        OSError,
-        ValueError,
-        EOFError,
-        KeyError,
-        zipfile.BadZipFile,
-        zlib.error,
-        NotImplementedError,
+        *(
+            OSError,
+            ValueError,
+            EOFError,
+            LookupError,
+            zipfile.BadZipFile,
+            zlib.error,
+            RuntimeError,
+            TypeError,
+        ),
+        *(SyntaxError, tokenize.TokenError, ArithmeticError, MemoryError, struct.error, lzma.LZMAError),
     ) as error:
         if "allow_pickle" in str(error):
             raise UsageError(

@@ -99,7 +99,15 @@ def overwritten(path: Path) -> Path:
     return path
 
 
+def replaced(path: Path, old: bytes, new: bytes) -> Path:
+    data = path.read_bytes()
+    assert old in data
+    path.write_bytes(data.replace(old, new))
+    return path
+
+
 BAD_NPZ = {
+    "header": (lambda p: replaced(save_npz(p, images=X, labels=Y), b"(9, 32", b")9, 32"), "damaged .npz"),
     "cut": (lambda p: cut(save_npz(p, images=X, labels=Y)), "damaged .npz"),
     "overwritten": (lambda p: overwritten(save_npz(p, images=X, labels=Y)), "damaged .npz"),
     "no zip": (lambda p: p.write_bytes(b"text") and p, "damaged .npz|pickled objects"),
