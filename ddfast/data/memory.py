@@ -262,7 +262,7 @@ class HeldPairs(Held):
         )
 
 
-def _known_labels(pairs: Any) -> Sequence[Any] | None:
+def _known_labels(pairs: Any) -> Any:
     """The labels as the library's own sets have them in a table; None where only the items say them."""
     kind = type(pairs)
     if kind is Subset:
@@ -270,14 +270,14 @@ def _known_labels(pairs: Any) -> Sequence[Any] | None:
         return None if inner is None else [inner[index] for index in pairs.indices]
     if kind is ConcatDataset:
         parts = [_known_labels(part) for part in pairs.datasets]
-        return None if None in parts else [label for part in parts for label in part or ()]
+        return None if any(part is None for part in parts) else [label for part in parts for label in part]
     if kind is TensorDataset:
-        return list(pairs.tensors[1]) if len(pairs.tensors) == 2 else None
+        return pairs.tensors[1] if len(pairs.tensors) == 2 else None
     if kind.__module__.startswith("torchvision.datasets.") and getattr(pairs, "target_transform", 0) is None:
         for attribute in ("targets", "labels", "_labels"):
             labels = getattr(pairs, attribute, None)
             if isinstance(labels, (list, np.ndarray, Tensor)) and len(labels) == len(pairs):
-                return list(labels)
+                return labels
     return None
 
 
@@ -304,8 +304,12 @@ def _distinct(class_names: Sequence[Any]) -> list[str]:
 
 def label_of(label: Any, whose: str) -> Label:
     """A label as a class number or a class name. Raises `UsageError` for anything else, NUL in a name included."""
-    if isinstance(label, (Tensor, np.ndarray, np.generic)) and getattr(label, "size", 1) != 0:
-        label = label.item() if (label.numel() if isinstance(label, Tensor) else label.size) == 1 else label
+    if isinstance(label, (Tensor, np.ndarray, np.generic)):
+        array = np.asarray(label.detach().cpu().float() if isinstance(label, Tensor) else label)
+        if array.size == 1:
+            label = label.item()
+        elif array.ndim == 1 and array.size and array.dtype.kind in "buif" and _is_one_hot(array[None]):
+            label = int(array.argmax())
     if isinstance(label, str):
         if not label or "\0" in label or not is_unicode(label):
             raise UsageError(f"{whose} has the label {label!r}, which is no class name")

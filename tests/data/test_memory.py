@@ -84,6 +84,7 @@ SAME = {
     "objects": lambda: (list(X.numpy()), tuple(Y.tolist())),
     "pairs": lambda: [(picture(x), y) for x, y in zip(X, Y, strict=True)],
     "a list of both": lambda: [X, Y],
+    "one-hot pairs": lambda: TensorDataset(X, torch.nn.functional.one_hot(Y)),
     "TensorDataset": lambda: TensorDataset(X, Y),
     "Dataset": lambda: Counted(X, Y),
     "Subset": lambda: Subset(TensorDataset(torch.cat((X * 0, X)), Y.repeat(2)), range(12, 24)),
