@@ -114,6 +114,20 @@ def path_of(value: Any, keyword: str) -> Path:
     return Path(text)
 
 
+def data_of(value: Any, keyword: str = "data") -> Any:
+    """`value` as a name, a `Path`, or the images in memory that it is, which `ddfast.data.open_source` looks into.
+
+    Raises:
+        UsageError: none of them.
+    """
+    if isinstance(value, str):
+        return value
+    texts = isinstance(value, (list, tuple)) and (not value or isinstance(value[0], (str, os.PathLike)))
+    if isinstance(value, (bytes, os.PathLike)) or texts or not _holds_things(value):
+        return path_of(value, keyword)
+    return value
+
+
 def output_folder(value: Any, keyword: str = "out") -> Path:
     """`value` as the path of a folder that can be written to, or be made.
 
@@ -187,6 +201,10 @@ def _real(value: Any) -> float | None:
         return float(value)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         return None
+
+
+def _holds_things(value: Any) -> bool:
+    return hasattr(value, "__getitem__") or hasattr(value, "__iter__")
 
 
 def _short(value: Any) -> str:

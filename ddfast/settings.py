@@ -12,10 +12,17 @@ import numbers
 import textwrap
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from ddfast.arguments import one_of, output_folder, path_of, positive_number, whole_number, whole_number_or
+from ddfast.arguments import (
+    data_of,
+    one_of,
+    output_folder,
+    path_of,
+    positive_number,
+    whole_number,
+    whole_number_or,
+)
 from ddfast.errors import UsageError
 from ddfast.wording import argument
 
@@ -126,10 +133,6 @@ def _images(value: Any, keyword: str) -> int | str:
     return value if isinstance(value, str) and value in words else whole_number(value, keyword, least=1)
 
 
-def _data(value: Any, keyword: str) -> str | Path:
-    return value if isinstance(value, str) else path_of(value, keyword)
-
-
 def _switch(value: Any, keyword: str) -> bool:
     return bool(value)
 
@@ -139,8 +142,11 @@ class Settings:
     """Every setting of a run. A method's own are in its `Options`."""
 
     data: Any = option(
-        help="folder with train/ and val/ or test/, a .zip or .tar shards of that layout, or a torchvision set",
-        check=_data,
+        help="folder with train/ and val/ or test/, a .zip or .tar shards of that layout, Parquet files, an .npz, "
+        "CIFAR's or MNIST's own files, or a torchvision set (NAME, or NAME:FOLDER where its files lie)",
+        check=data_of,
+        python="folder, archive or set by name, or images in memory: (images, labels), a torch or Hugging Face "
+        "Dataset, or {'train': ..., 'test': ...} of these, as `ddfast.data.open_source` takes them",
     )
     teacher: Any = option(
         None,

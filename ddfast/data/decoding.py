@@ -233,6 +233,21 @@ def _open_rgb(data: bytes, max_pixels: int | None) -> Image.Image:
                 raise BadImage(_reason(error)) from error
 
 
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """A Pillow image in memory as `decode` gives one from its file: upright, RGB on white. It is left alone.
+
+    Raises:
+        BadImage: its file is damaged, or its colour space has no conversion.
+    """
+    with _quiet_pillow():
+        try:
+            transpose = _TRANSPOSE.get(_orientation(image))  # a copy may lack it
+            rgb = _to_rgb(image.copy())
+            return rgb.transpose(transpose) if transpose is not None else rgb
+        except _PILLOW_ERRORS as error:
+            raise BadImage(_reason(error)) from error
+
+
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation; 1 (upright) without one, or with damaged EXIF data, whose pixels are still good."""
     try:

@@ -28,6 +28,8 @@ NAMED_SETS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "dtd": ("DTD", {"split": "train"}, {"split": "test"}),
 }
 
+_IDX = ("mnist", "fashionmnist", "kmnist")  # sets whose files are IDX
+
 
 class NamedSource(Source):
     """A set of `torchvision.datasets`. Keys are "class/index.png"; `read` gives a lossless PNG.
@@ -36,13 +38,16 @@ class NamedSource(Source):
     own table, so opening it decodes nothing.
     """
 
-    def __init__(self, name: str, split: str, root: str | os.PathLike[str] | None = None) -> None:
+    def __init__(
+        self, name: str, split: str, root: str | os.PathLike[str] | None = None, *, download: bool = True
+    ) -> None:
         """Load the set, downloading it where it is missing.
 
         Args:
             name: a key of `NAMED_SETS`.
             split: "train" or "test".
             root: where the files are; `$DDFAST_DATA`, or `~/.cache/ddfast`, by default.
+            download: fetch what is missing there.
 
         Raises:
             UsageError: the set is neither there nor to be downloaded, or is damaged.
@@ -54,7 +59,7 @@ class NamedSource(Source):
         try:
             os.makedirs(root, exist_ok=True)
             options = train_options if split == "train" else test_options
-            self._set = getattr(torchvision.datasets, kind)(root, download=True, **options)
+            self._set = getattr(torchvision.datasets, kind)(root, download=download, **options)
         except (
             OSError,
             RuntimeError,
@@ -97,6 +102,13 @@ class NamedSource(Source):
 
     def close(self) -> None:
         """Nothing stays open between reads."""
+
+
+def idx_classes(name: str) -> list[str] | None:
+    """The class names of a set of MNIST's family, in torchvision's order; None for any other."""
+    import torchvision.datasets
+
+    return list(getattr(torchvision.datasets, NAMED_SETS[name][0]).classes) if name in _IDX else None
 
 
 def _labels(dataset: Any) -> Sequence[int]:

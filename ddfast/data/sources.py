@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
@@ -361,3 +362,42 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+# Data that are no files
+
+IN_MEMORY = "in memory: "
+"""How the name of images that a program holds begins, in messages and in `run.json`."""
+
+
+def is_in_memory(data: Any) -> bool:
+    """Whether data are images in memory rather than a path or a name."""
+    return not isinstance(data, (str, bytes)) and not hasattr(data, "__fspath__")
+
+
+def described(data: Any) -> str:
+    """One line on data, for `run.json`: the path or name, or what is held in memory."""
+    if not is_in_memory(data):
+        return str(data)
+    if isinstance(data, Mapping):
+        return IN_MEMORY + ", ".join(f"{split} {kind_in_words(part)}" for split, part in data.items())
+    return IN_MEMORY + kind_in_words(data)
+
+
+def kind_in_words(data: Any) -> str:
+    """What is held in memory, in a few words: `uint8 tensor [50000, 3, 32, 32]`, `CIFAR10 of 50000`."""
+    if isinstance(data, (tuple, list)) and len(data) == 2 and is_many_images(data[0]):
+        data = data[0]
+    shape = getattr(data, "shape", None)
+    if shape is not None and hasattr(data, "dtype"):
+        kind = "tensor" if str(data.dtype).startswith("torch.") else "array"
+        return f"{str(data.dtype).removeprefix('torch.')} {kind} {list(shape)}"
+    count = f" of {len(data)}" if hasattr(data, "__len__") else ""
+    return f"{type(data).__name__}{count}"
+
+
+def is_many_images(images: Any) -> bool:
+    """Whether this holds many images, as the first of (images, labels) does, and not one."""
+    if isinstance(images, (list, tuple)):
+        return True
+    return hasattr(images, "shape") and hasattr(images, "__getitem__") and len(images.shape) >= 3

@@ -37,7 +37,7 @@ def check_judged(run: Run, method: Synthesis) -> None:
             f"{argument('evaluate_every')} needs all {classes} classes in one group: "
             f"give {argument('class_batch')} {classes}"
         )
-    open_source(run.facts["data"], "test")
+    open_source(run.data, "test")
 
 
 class Judge:
@@ -50,7 +50,7 @@ class Judge:
             UsageError: the data have none.
         """
         self._run, self._method = run, method
-        source = open_source(run.facts["data"], "test")
+        source = open_source(run.data, "test")
         self._test = read_test_set(source, run.plan["image_size"], workers=run.workers, quiet=True)
 
     def due(self, step: int) -> bool:

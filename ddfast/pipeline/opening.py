@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from ddfast.arguments import positive_number, whole_number, whole_number_or
+from ddfast.arguments import data_of, positive_number, whole_number, whole_number_or
 from ddfast.crowding import Neighbours, warn_of_crowding
 from ddfast.data.loaders import resolve_loader
 from ddfast.data.opening import open_source
+from ddfast.data.sources import IN_MEMORY, described
 from ddfast.errors import BadImage, UsageError
 from ddfast.files import make_folder, sweep_temporary
 from ddfast.methods import get_method
@@ -120,7 +121,7 @@ def _select_again(out: Path, ipc: int) -> str:
 def reopen(
     out: str | Path,
     *,
-    data: str | Path | None = None,
+    data: Any = None,
     teacher: str | Path | None = None,
     label_teacher: str | Path | None = None,
     device: str = "auto",
@@ -163,7 +164,7 @@ def _swept(out: Path) -> None:
 def _reopened(
     out: Path,
     ranks: Ranks,
-    data: str | Path | None,
+    data: Any,
     teacher: str | Path | None,
     label_teacher: str | Path | None,
     device: str,
@@ -187,10 +188,11 @@ def _reopened(
     facts = _facts_of(out, plan, data, teacher, label_teacher)
     for role, given in (("teacher", teacher), ("label_teacher", label_teacher)):
         check_stands(given or facts[role], role, moved=given is None)
+    place = facts["data"] if data is None else data_of(data)
     try:
-        source = open_source(data or facts["data"], "train")
+        source = open_source(place, "train")
     except UsageError as error:
-        if data is not None:
+        if data is not None or str(place).startswith(IN_MEMORY):
             raise
         raise UsageError(f"{error} ({argument('data')} says where it is now)") from error
     main = None if plan["teacher"] is None else load_again(teacher or facts["teacher"], plan, "teacher")
@@ -217,6 +219,7 @@ def _reopened(
         quiet=quiet,
         ranks=ranks,
         facts=facts,
+        data=place,
         pool_memory=None if pool_memory is None else int(pool_memory * 2**30),
     )
     held = [(source.fingerprint(), plan["data"]["fingerprint"], f"the data {source.name}")]
@@ -233,7 +236,7 @@ def _reopened(
 def _facts_of(
     out: Path,
     plan: dict[str, Any],
-    data: str | Path | None,
+    data: Any,
     teacher: str | Path | None,
     label_teacher: str | Path | None,
 ) -> dict[str, Any]:
@@ -246,7 +249,7 @@ def _facts_of(
         facts = json.loads((out / RUN).read_text(encoding="utf-8"))
         return {**{key: facts[key] for key in ("data", "teacher", "label_teacher")}, **facts}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        given: dict[str, str | Path | None] = {"data": data}
+        given: dict[str, Any] = {"data": None if data is None else described(data)}
         if plan["teacher"] is not None:
             given["teacher"] = teacher
         if plan["label_teacher"] is not None and plan["label_teacher"]["sha256"] != plan["teacher"]["sha256"]:
@@ -398,7 +401,7 @@ def open_run(method: str, settings: Settings, options: Mapping[str, Any] | None 
             facts={
                 **host_facts(),
                 "command": command_line(),
-                "data": str(settings.data),
+                "data": described(settings.data),
                 "teacher": None if teacher is None else teacher.path,
                 "label_teacher": None
                 if settings.label_teacher is None or label_teacher is None
@@ -407,6 +410,7 @@ def open_run(method: str, settings: Settings, options: Mapping[str, Any] | None 
                 **chosen.places(),
                 "ranks": ranks.size,
             },
+            data=settings.data,
             pool_memory=int(settings.pool_memory * 2**30),
         )
         if isinstance(chosen, Synthesis):

@@ -44,7 +44,8 @@ class Run:
     """One distillation, opened: folder, plan, data, teachers, method.
 
     `teacher` is what the method asks, None where it asks none; `label_teacher` labels the images, None where labels
-    stay hard. `pool_memory` bounds the bytes of decoded images that are held, None: `ddfast.data.pool.MEMORY_LIMIT`.
+    stay hard. `data` is what the source was opened of. `pool_memory` bounds the bytes of decoded images that are held,
+    None: `ddfast.data.pool.MEMORY_LIMIT`.
     """
 
     out: Path
@@ -60,6 +61,7 @@ class Run:
     quiet: bool
     ranks: Ranks = field(default_factory=Ranks)
     facts: dict[str, Any] = field(default_factory=dict)
+    data: Any = None
     prepared: Prepared | None = None
     pool_memory: int | None = None
     _pool: np.ndarray | None = field(default=None, repr=False)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ddfast.arguments import architecture_options, one_of, path_of, whole_number
+from ddfast.arguments import architecture_options, data_of, one_of, path_of, whole_number
 from ddfast.crowding import Neighbours, warn_of_crowding
 from ddfast.errors import UsageError
 from ddfast.isolation import isolated
@@ -121,7 +121,7 @@ class EvaluationResult:
 @isolated()
 def evaluate(
     distilled: str | Path | DistilledSet | DistilledImages,
-    data: str | Path | ImageSet,
+    data: Any,
     *,
     arch: str | None = None,
     arch_options: Mapping[str, Any] | None = None,
@@ -143,7 +143,9 @@ def evaluate(
 
     Args:
         distilled: a distilled folder, an opened `DistilledSet`, or images in memory.
-        data: the real data, whose test split is used, or that split decoded.
+        data: the real data, as `ddfast.data.open_source` takes it, whose test split is used; or that split alone, in
+            memory ((images, labels) or a `Dataset`: class numbers without names are places among the set's classes)
+            or decoded.
         arch: name for `create_model`; None: the one that a set of pixels was matched on.
         arch_options: its keyword arguments, `{"width": 32}` for example.
         seeds: how many students (seeds 0, 1, ...), or their seeds.
@@ -379,13 +381,20 @@ def _matched_arch(distilled: str | Path | DistilledSet | DistilledImages) -> str
     return str(options["arch"])
 
 
-def _test_source(data: str | Path, distilled: DistilledSet | DistilledImages) -> Source:
-    from ddfast.data import open_source
+def _test_source(data: Any, distilled: DistilledSet | DistilledImages) -> Source:
+    from ddfast.data.memory import open_memory
+    from ddfast.data.opening import open_source
+    from ddfast.data.sources import described, is_in_memory
 
-    source = open_source(data if isinstance(data, str) else path_of(data, "data"), "test")
+    data = data_of(data)
+    if is_in_memory(data):
+        splits = data if isinstance(data, Mapping) else {"test": data}  # images alone are those to test on
+        source: Source = open_memory(splits, "test", distilled.class_names)
+    else:
+        source = open_source(data, "test")
     if list(source.class_names) != list(distilled.class_names):
         raise UsageError(
-            f"{data} has {plural(len(source.class_names), 'class')} that are not the distilled set's "
+            f"{described(data)} has {plural(len(source.class_names), 'class')} that are not the distilled set's "
             f"{len(distilled.class_names)}, or stand in another order: give the data it was distilled from"
         )
     return source

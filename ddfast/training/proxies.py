@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ddfast.arguments import output_folder, path_of, positive_number, whole_number
+from ddfast.arguments import data_of, output_folder, path_of, positive_number, whole_number
 from ddfast.crowding import Neighbours, warn_of_crowding
 from ddfast.data.pool import drawn_places
 from ddfast.data.sources import Source
@@ -112,7 +112,7 @@ def _cells(proxy: Proxy) -> tuple[str, ...]:
 
 @isolated()
 def train_proxies(
-    data: str | Path,
+    data: Any,
     *,
     arch: str = "resnet18_in",
     count: int = 10,
@@ -139,7 +139,7 @@ def train_proxies(
     and 40 epochs; 10 to 20 networks that reach 75% on CIFAR-10 will do.
 
     Args:
-        data: an image folder, archive or named set, as `ddfast.data.open_source` takes it.
+        data: an image folder, archive, named set, or images in memory, as `ddfast.data.open_source` takes it.
         arch: name for `create_model`.
         count: how many networks.
         epochs: passes over the training images.
@@ -190,8 +190,7 @@ def train_proxies(
     where = resolve_device(device)
     if workers is not None:
         workers = whole_number(workers, "workers", least=0)
-    if not isinstance(data, str):
-        data = path_of(data, "data")
+    data = data_of(data)
     source = open_source(data, "train")
     for note in source.notes():
         say(note, quiet=quiet)

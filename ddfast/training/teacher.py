@@ -20,7 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddfast.arguments import architecture_options, output_file, path_of, positive_number, whole_number
+from ddfast.arguments import (
+    architecture_options,
+    data_of,
+    output_file,
+    path_of,
+    positive_number,
+    whole_number,
+)
 from ddfast.crowding import Neighbours, warn_of_crowding
 from ddfast.errors import UsageError
 from ddfast.files import atomic_write_bytes, explained, make_folder, sweep_temporary_of
@@ -162,7 +169,7 @@ class TeacherConfig:
 
 @isolated()
 def train_teacher(
-    data: str | Path,
+    data: Any,
     *,
     out: str | Path,
     image_size: int | None = None,
@@ -179,7 +186,7 @@ def train_teacher(
     stands in the file as `top1`. Images that cannot be decoded are left out and counted.
 
     Args:
-        data: an image folder, archive or named set, as `ddfast.data.open_source` takes it.
+        data: an image folder, archive, named set, or images in memory, as `ddfast.data.open_source` takes it.
         out: the teacher file, `.safetensors`. Checkpoints stand beside it as `<stem>-epoch<N>.safetensors`. Neither
             may exist yet, unless `resume` finds that they are of this run.
         image_size: side in pixels; None: the shorter side of the first training image, at most 224.
@@ -223,8 +230,7 @@ def train_teacher(
     where = resolve_device(device)
     if workers is not None:
         workers = whole_number(workers, "workers", least=0)
-    if not isinstance(data, str):
-        data = path_of(data, "data")
+    data = data_of(data)
     source = open_source(data, "train")
     for note in source.notes():
         say(note, quiet=quiet)
