@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ddfast.commands import distill, show, train
-from ddfast.commands.parser import Parser, check_flags, one_line
+from ddfast.commands.examples import epilog, examples
+from ddfast.commands.parser import Parser, check_flags, commands_of, one_line
 from ddfast.errors import DDFastError
 from ddfast.version import __version__
 from ddfast.wording import flags_of_command
@@ -114,4 +115,6 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     show.add_report(commands)
     show.add_export(commands)
     show.add_env(commands)
+    for name, command in [("", parser), *commands_of(parser).items()]:
+        command.epilog = command.epilog or epilog(examples(name))
     return parser

@@ -1,4 +1,6 @@
+import argparse
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -6,7 +8,10 @@ import sys
 import pytest
 import torch
 
-from ddfast.cli import main
+from ddfast.cli import build_parser, main
+from ddfast.commands.flags import given_options
+from ddfast.commands.parser import check_flags, commands_of
+from ddfast.methods import get_method, list_methods
 from ddfast.models import create_model
 
 
@@ -670,3 +675,74 @@ def test_a_reader_that_has_gone_is_no_error_message():
     said = writer.stderr.read()
     writer.stderr.close()
     assert (writer.wait(), said) == (1, b"")
+
+
+# Help ---------------------------------------------------------------------------------------------------------
+
+
+def commands_and_methods():
+    """Every command as the words that its help is asked for by; those of a method once for every method."""
+    for name in commands_of(build_parser([])):
+        yield (name,)
+        if name in ("distill", "score"):
+            yield from ((name, method) for method in list_methods())
+
+
+def help_of(words):
+    """The parser of a command, with the options of its method."""
+    return commands_of(build_parser(words))[words[0]] if words else build_parser([])
+
+
+@pytest.mark.parametrize("words", [*commands_and_methods()], ids=" ".join)
+def test_every_option_says_what_it_takes_and_what_holds_without_it(words):
+    parser = help_of(words)
+    formatter = parser._get_formatter()
+    for action in parser._actions:
+        if not action.option_strings or action.help == argparse.SUPPRESS or action.dest == "help":
+            continue
+        told = formatter._expand_help(action)
+        assert "default" in told or told.endswith("(required)"), action.option_strings
+        assert not ("(required)" in told and "default" in told), told
+        if action.nargs != 0:
+            assert action.choices or action.metavar, action.option_strings
+    told = parser.format_help()
+    for shorthand in ("None", "()", "Table", "Figure", "paper's", "the paper", "InfoUtil 4", "rank_by"):
+        assert shorthand not in told, shorthand
+
+
+@pytest.mark.parametrize("words", [(), *commands_and_methods()], ids=" ".join)
+def test_every_help_ends_with_two_examples_that_are_commands(words):
+    told = help_of(words).format_help().split("examples:\n")[1].splitlines()
+    assert len(told) == 2
+    for line in told:
+        typed = shlex.split(line)
+        typed = typed[typed.index("ddfast") + 1 :]
+        assert tuple(typed[: len(words)]) == words or words == ()
+        parser = build_parser(typed)
+        check_flags(parser, typed, lambda: build_parser([]))
+        found = parser.parse_args(typed)
+        if typed[0] in ("distill", "score"):
+            method = get_method(typed[1])
+            method.from_options(given_options(found, method.Options), found.preset)
+
+
+def test_help_without_a_method_tells_the_methods(capsys):
+    code, out, _ = run("distill", "--help", capsys=capsys)
+    assert code == 0
+    lines = [line.split(maxsplit=1) for line in out.splitlines()]
+    for name in list_methods():
+        assert [name, get_method(name).summary] in lines
+    assert "ddfast distill METHOD --help shows" in out
+    _, out, _ = run("score", "--help", capsys=capsys)
+    assert "  rded  " in out
+    assert "  dm  " not in out
+
+
+def test_help_of_a_method_without_a_teacher_tells_of_none(capsys):
+    _, out, _ = run("distill", "dm", "--help", capsys=capsys)
+    assert "--teacher" not in out
+    assert "--no-preflight" not in out
+    _, out, _ = run("distill", "rded", "--help", capsys=capsys)
+    assert "--teacher-arch NAME" in out
+    assert "--no-preflight" in out
+    assert "--preset" not in out

@@ -12,12 +12,26 @@ from ddfast.wording import did_you_mean
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Tells the default of a flag where it has one."""
+    """Tells of every flag whether it must be given, and what holds where it is not."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or isinstance(action.default, bool):
+        if not action.option_strings or action.help in (None, argparse.SUPPRESS):
             return action.help
+        if action.required:
+            return f"{action.help} (required)"
+        if isinstance(action, argparse._StoreTrueAction):
+            return f"{action.help} (default: off)"
+        if action.nargs == 0 or "default" in str(action.help):  # one that acts at once, or says it in words
+            return action.help
+        if action.default in (None, (), argparse.SUPPRESS):
+            return f"{action.help} (default: none)"
         return super()._get_help_string(action)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Lists and examples keep their lines, however narrow the terminal: they are to be copied."""
+        if "\n" not in text:
+            return super()._fill_text(text, width, indent)
+        return "\n".join(indent + line for line in text.splitlines())
 
 
 class Parser(argparse.ArgumentParser):

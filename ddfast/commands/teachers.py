@@ -23,9 +23,14 @@ def add_teacher(parser: argparse.ArgumentParser, **said: Any) -> None:
     )
 
 
-def add_architecture(parser: argparse.ArgumentParser) -> None:
-    """Add --teacher-arch, which only a state dict needs."""
-    parser.add_argument("--teacher-arch", default=None, help="architecture of a weights-only .pt state dict")
+def add_architecture(parser: argparse.ArgumentParser, **said: Any) -> None:
+    """Add --teacher-arch, which only a state dict needs; arguments of `add_argument` that are otherwise here."""
+    arguments: dict[str, Any] = {
+        "default": None,
+        "metavar": "NAME",
+        "help": "architecture of a weights-only .pt state dict; default what the teacher file says",
+    }
+    parser.add_argument("--teacher-arch", **{**arguments, **said})
 
 
 def said_normalization(arguments: argparse.Namespace) -> str | None:

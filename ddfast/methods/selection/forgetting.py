@@ -43,7 +43,7 @@ class ForgettingOptions:
     arch: str = option(
         "teacher", "architecture of the network, or `teacher`: the teacher's, from new weights"
     )
-    lr: float = option(0.05, "learning rate of SGD at the start; falls to 0 as a cosine")
+    lr: float = option(0.05, "learning rate of SGD at the start, which falls to 0 as a cosine")
     train_batch_size: int = option(128, "images a step")
 
     def __post_init__(self) -> None:
