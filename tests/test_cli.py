@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ddfast.cli import build_parser, main
+from ddfast.commands.config import with_config
 from ddfast.commands.flags import given_options
 from ddfast.commands.parser import check_flags, commands_of
 from ddfast.methods import get_method, list_methods
@@ -746,3 +747,134 @@ def test_help_of_a_method_without_a_teacher_tells_of_none(capsys):
     assert "--teacher-arch NAME" in out
     assert "--no-preflight" in out
     assert "--preset" not in out
+
+
+# A run as a file ----------------------------------------------------------------------------------------------
+
+
+def printed(*words, capsys):
+    """The flags that a command line comes to, as `--print-config` tells them."""
+    code, out, err = run(*words, "--print-config", capsys=capsys)
+    assert code == 0, err
+    return {key: json.loads(value) for key, value in (line.split(": ", 1) for line in out.splitlines())}
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "yml", "json", "toml"])
+def test_a_file_of_flags_holds_those_that_were_given(suffix, tmp_path, capsys, monkeypatch):
+    if suffix == "toml" and sys.version_info < (3, 11):
+        pytest.importorskip("tomli")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "yaml", None)  # what was written needs no library
+    words = (
+        "--data",
+        "the données",
+        "--ipc",
+        "3",
+        "--lr-img",
+        "1e-3",
+        "--no-flip",
+        "--factor",
+        "1",
+        "--quiet",
+    )
+    flags = {"data": "the données", "ipc": 3, "factor": "1", "quiet": True, "lr-img": 0.001, "flip": False}
+    code, out, err = run("distill", "dm", *words, "--write-config", f"run.{suffix}", capsys=capsys)
+    assert (code, out, err) == (0, "", "")
+    assert [path.name for path in tmp_path.iterdir()] == [f"run.{suffix}"]
+    assert printed("distill", "--config", f"run.{suffix}", capsys=capsys) == {"method": "dm", **flags}
+    changed = printed("distill", "--ipc", "5", f"--config=run.{suffix}", "--flip", capsys=capsys)
+    assert changed == {"method": "dm", **flags, "ipc": 5, "flip": True}
+    code, _, err = run("distill", "dm", "--write-config", f"run.{suffix}", capsys=capsys)
+    assert code == 2
+    assert "exists already" in err
+    found = build_parser(["distill", "dm"])
+    typed = with_config(found, ["distill", "--config", f"run.{suffix}", "--out", "o"], build_parser)
+    given = build_parser(typed).parse_args(typed)
+    assert (given.method, given.data, given.ipc, given.factor) == ("dm", "the données", 3, "1")
+    assert (given.lr_img, given.flip, given.quiet, given.out) == (0.001, False, True, "o")
+
+
+def test_keys_are_flags_with_hyphens_or_underscores_and_files_may_follow_each_other(tmp_path, capsys):
+    pytest.importorskip("yaml")
+    one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
+    one.write_text("# mine\nmethod: rded\nimage_size: 32\npreflight: false\nresume: no\nseed: null\nipc: 1\n")
+    two.write_text("{image-size: 64, min_area: 1e-2, no-preflight: false}")
+    flags = {"method": "rded", "image-size": 32, "no-preflight": True, "ipc": 1}
+    assert printed("distill", "--config", one, capsys=capsys) == flags
+    flags |= {"image-size": 64, "min-area": 0.01}
+    assert printed("distill", "--config", one, "--config", two, capsys=capsys) == flags
+    assert printed("distill", "random", "--config", one, capsys=capsys)["method"] == "random"
+    (tmp_path / "t.yaml").write_text("arch: convnet3\ncheckpoint_epochs: [1, 3]\nlr: 0.1\n")
+    flags = {"arch": "convnet3", "checkpoint-epochs": [1, 3], "lr": 0.1, "epochs": 3}
+    assert printed("train-teacher", "--epochs", 3, "--config", tmp_path / "t.yaml", capsys=capsys) == flags
+    (tmp_path / "empty.yaml").write_text("")
+    assert printed("evaluate", "--config", tmp_path / "empty.yaml", capsys=capsys) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "a.json",
+            '{"ipcs": 1}',
+            "unknown key 'ipcs': ddfast distill rded has no such flag; did you mean ipc?",
+        ),
+        ("a.json", '{"image-sizes": 1}', "did you mean image-size?"),
+        ("a.json", '{"n_samples": 1}', "--n-samples is an option of infoutil, not of rded"),
+        ("a.json", '{"xyzzy": 1}', "unknown option --xyzzy; ddfast distill --help lists the options"),
+        ("a.json", '{"config": "b.json"}', "unknown key 'config'"),
+        ("a.json", '{"image-size": 1, "image_size": 1}', "'image-size' and 'image_size' are the same flag"),
+        ("a.json", '{"ipc": 1, "ipc": 2}', "a.json is no JSON: 'ipc' is given twice"),
+        ("a.json", '{"resume": 1}', "'resume' must be true or false, got 1"),
+        ("a.json", '{"ipc": true}', "'ipc' must be one value, got true"),
+        ("a.json", '{"ipc": {"train": 1}}', "'ipc' must be one value"),
+        ("a.json", '{"ipc": "ten"}', "argument --ipc: wanted a whole number, got 'ten'"),
+        ("a.json", "[1]", "must hold a flag and its value on each line"),
+        ("a.json", "{", "a.json is no JSON"),
+        ("a.toml", "ipc 3", "a.toml is no TOML"),
+        ("a.ini", "ipc = 3", "--config must end in .yaml, .yml, .json or .toml"),
+        ("a.yaml", "- ipc", "pip install pyyaml, or write it as .json"),
+        ("nowhere.json", None, "nowhere.json cannot be read: no such file or directory"),
+    ],
+)
+def test_a_file_of_flags_that_cannot_be_followed_is_one_line(
+    name, text, message, tmp_path, capsys, monkeypatch
+):
+    if name == "a.toml" and sys.version_info < (3, 11):
+        pytest.importorskip("tomli")
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    words = ("--data", "d", "--teacher", "t", "--ipc", "1", "--out", tmp_path / "o")
+    code, out, err = run("distill", "rded", *words, "--config", tmp_path / name, capsys=capsys)
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert message in err
+
+
+def test_a_manifest_is_a_file_of_flags(toy_run, toy_teacher, toy_folder, tmp_path, capsys):
+    out, config = tmp_path / "again", toy_run / "manifest.json"
+    code, _, err = run("distill", "--config", config, "--out", out, "--quiet", capsys=capsys)
+    assert code == 0, err
+    assert (out / "manifest.json").read_bytes() == config.read_bytes()
+    alone = tmp_path / "alone.json"
+    alone.write_bytes(config.read_bytes())
+    code, _, err = run("distill", "--config", alone, "--out", tmp_path / "o", capsys=capsys)
+    assert code == 2
+    assert "required: --data, --teacher" in err
+    paths = ("--data", toy_folder, "--teacher", toy_teacher, "--out", tmp_path / "o")
+    found = printed("distill", "--config", alone, *paths, "--ipc", 2, capsys=capsys)
+    wanted = {"method": "rded", "ipc": 2, "images-per-class": "12", "crops": 5, "label-top-k": "all"}
+    assert found.items() >= wanted.items()
+    code, _, err = run("evaluate", "--config", config, capsys=capsys)
+    assert code == 2
+    assert "the manifest of a run, which ddfast distill and ddfast score take" in err
+
+
+def test_the_manifest_of_a_method_without_a_teacher_tells_the_pixels(tmp_path, toy_folder, capsys):
+    words = ("--data", toy_folder, "--ipc", 1, "--iterations", 1, "--real-batch", 2, "--no-flip", "--quiet")
+    words = (*words, "--normalization", "0.1,0.2,0.3/0.25,0.5,1", "--out", tmp_path / "one")
+    assert run("distill", "dm", *words, "--class-batch", 3, capsys=capsys)[0] == 0
+    config = tmp_path / "one/manifest.json"
+    code, _, err = run("distill", "--config", config, "--out", tmp_path / "two", "--quiet", capsys=capsys)
+    assert code == 0, err
+    assert (tmp_path / "two/manifest.json").read_bytes() == config.read_bytes()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ddfast.arguments import whole_number
+from ddfast.commands.config import add_config
 from ddfast.commands.examples import epilog, examples
 from ddfast.commands.flags import (
     add_device,
@@ -76,6 +77,7 @@ def _method_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> N
     method = get_method(named) if named in known else None
     offers = None if method is None else method.offers()
     unasked = offers is not None and "teacher" not in offers
+    add_config(parser)
     add_architecture(parser, **({"help": argparse.SUPPRESS} if unasked else {}))
     wanted = method is not None and method.requires_teacher()
     said: dict[str, Any] = {"preflight": {"help": argparse.SUPPRESS}} if unasked else {}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ddfast.arguments import output_file
+from ddfast.commands.config import add_config
 from ddfast.commands.flags import add_data, add_device, number, whole, whole_numbers
 from ddfast.commands.teachers import add_teacher, teacher_choice
 from ddfast.errors import UsageError
@@ -110,6 +111,7 @@ def add_train_teacher(commands: Any) -> None:
     _add_precision(parser, "auto")
     parser.add_argument("--resume", action="store_true", help="continue from the last finished epoch")
     add_device(parser)
+    add_config(parser)
     parser.set_defaults(parser=parser, run=_train_teacher)
 
 
@@ -185,6 +187,7 @@ def add_train_proxies(commands: Any) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="continue from the last finished epoch")
     add_device(parser)
+    add_config(parser)
     parser.set_defaults(parser=parser, run=_train_proxies)
 
 
@@ -262,6 +265,7 @@ def add_evaluate(commands: Any) -> None:
         "--no-preflight", action="store_true", help="skip the try of the teacher on test images"
     )
     add_device(parser)
+    add_config(parser)
     parser.set_defaults(parser=parser, run=_evaluate)
 
 
