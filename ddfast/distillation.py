@@ -48,7 +48,8 @@ def distill(method: str, *, until: str | None = None, **settings: Any) -> Path:
             say(f"{run.out} is finished", quiet=run.quiet)
             run.ranks.on_main("sweep", lambda: remove_state(run.out))
             return run.out
-        for stage in stages:
+        for number, stage in enumerate(stages, start=1):
+            say(f"stage {number} of {len(stages)}: {stage}", quiet=run.quiet)
             stage_named(stage)(run)
             if stage == until != stages[-1]:
                 return run.out

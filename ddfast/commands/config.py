@@ -1,4 +1,4 @@
-"""A run as a file: `--config` reads flags from one, `--write-config` and `--print-config` write those that are given."""
+"""A run as a file: `--config` reads flags from one, `--write-config` and `--print-config` write the given ones."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help=".yaml, .json or .toml file of flags without their dashes, `ipc: 10` for example, or a run's manifest.json; "
-        "flags of the command line win; default none",
+        help=".yaml, .json or .toml file of flags without their dashes, `ipc: 10` for example, or the manifest.json of "
+        "a run; flags of the command line win; default none",
     )
     parser.add_argument(
         "--write-config",

@@ -75,7 +75,8 @@ def _take_steps(run: Run, method: Synthesis, groups: Sequence[Group], judge: Jud
     if done == method.steps * len(groups) and None not in states.values():
         return
     pool = _pool_of(run, [group for group in groups if not _is_done(states[group.number], method)])
-    with Progress("synthesize", method.steps * len(groups), "steps", done=done, quiet=run.quiet) as progress:
+    total, outlook = method.steps * len(groups), run.outlook(f"fewer {argument('iterations')}")
+    with Progress("synthesize", total, "steps", done=done, quiet=run.quiet, outlook=outlook) as progress:
         for group in groups:
             state = states.pop(group.number)
             if not _is_done(state, method):

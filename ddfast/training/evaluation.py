@@ -20,7 +20,8 @@ from ddfast.models.class_order import read_class_order
 from ddfast.models.registry import check_model
 from ddfast.models.teacher import Teacher, load_teacher, with_class_order, with_outputs_in
 from ddfast.ops.precision import PRECISIONS
-from ddfast.progress import say
+from ddfast.progress import Outlook, say, ways_of_machine
+from ddfast.ranks import usable_cores
 from ddfast.training.augmentation import normalize
 from ddfast.training.device import resolve_device
 from ddfast.training.distilled_images import DistilledImages
@@ -211,6 +212,9 @@ def evaluate(
     if where.type == "cpu":
         warn_of_crowding(neighbours, torch.get_num_threads(), "OMP_NUM_THREADS={}".format, quiet=quiet)
     students = []
+    own = ways_of_machine(where.type, torch.get_num_threads(), usable_cores(), "OMP_NUM_THREADS={}".format)
+    several = [f"fewer {argument('seeds')}"] if len(chosen) > 1 else []
+    outlook = Outlook(len(chosen), [*several, f"fewer {argument('epochs')}", *own])
     for seed in chosen:
         student = train_student(
             images,
@@ -226,6 +230,7 @@ def evaluate(
             precision=precision,
             device=device,
             quiet=quiet,
+            outlook=outlook,
         )
         say(
             f"{arch} seed {seed}: top-1 {student.top1:.2f}% after epoch {student.epochs}, "

@@ -29,7 +29,8 @@ from ddfast.models.normalization import Normalization, normalization
 from ddfast.models.registry import COMMON_IMAGE, check_model, create_model
 from ddfast.models.teacher import Teacher, load_teacher, read_header, teacher_bytes
 from ddfast.ops.precision import PRECISIONS, compute_dtype
-from ddfast.progress import Progress, say
+from ddfast.progress import Outlook, Progress, say, ways_of_machine
+from ddfast.ranks import usable_cores
 from ddfast.seeding import generator, seeded
 from ddfast.state import StateFile
 from ddfast.training.augmentation import (
@@ -268,11 +269,12 @@ def fit_teacher(
     resume: bool = False,
     watch: bool = True,
     quiet: bool = False,
+    outlook: Outlook | None = None,
 ) -> Teacher:
     """`train_teacher` on decoded sets: training images of `config.stored_size`, test images of `image_size`.
 
     `data_fingerprint` names the data in the file and in the check of a resumed run. Without `watch` the accuracy is
-    measured only where a file is written. Errors as `train_teacher`.
+    measured only where a file is written. `outlook` is that of several trainings. Errors as `train_teacher`.
     """
     config = config.resolved()
     where = resolve_device(device)
@@ -350,10 +352,11 @@ def fit_teacher(
         f"({where.type}, {arithmetic['arithmetic']}, {config.optimizer} lr {config.lr:g} {config.schedule})",
         quiet=quiet,
     )
+    outlook = outlook or Outlook(config.epochs - epochs_done, _ways(config, where, arithmetic["threads"]))
     with on_threads(arithmetic["threads"]):
         for epoch in range(epochs_done + 1, config.epochs + 1):
             start = time.perf_counter()
-            loss = _train_epoch(fitting, train, config, epoch, quiet)
+            loss = _train_epoch(fitting, train, config, epoch, quiet, outlook)
             rate = len(train) / (time.perf_counter() - start)
             reached = ""
             if test is not None and watch and not quiet:
@@ -376,6 +379,13 @@ def fit_teacher(
     return load_teacher(out)
 
 
+def _ways(config: TeacherConfig, device: torch.device, threads: int) -> list[str]:
+    """What would make a training shorter."""
+    smaller = [f"a smaller {argument('image_size')}"] if config.image_size > SMALL_IMAGE else []
+    own = ways_of_machine(device.type, threads, usable_cores(), "OMP_NUM_THREADS={}".format)
+    return [f"fewer {argument('epochs')}", *smaller, *own]
+
+
 def _checked_epochs(given: Sequence[int] | int, epochs: int) -> tuple[int, ...]:
     """Epochs after which a checkpoint is written, as ints of 1..epochs; one alone is welcome."""
     several = given if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
@@ -386,7 +396,12 @@ def _checked_epochs(given: Sequence[int] | int, epochs: int) -> tuple[int, ...]:
 
 
 def _train_epoch(
-    fitting: Fitting, train: ImageSet | StreamedSet, config: TeacherConfig, epoch: int, quiet: bool
+    fitting: Fitting,
+    train: ImageSet | StreamedSet,
+    config: TeacherConfig,
+    epoch: int,
+    quiet: bool,
+    outlook: Outlook,
 ) -> float:
     """One pass; returns the mean cross-entropy over its images."""
     device, seed = fitting.device, config.seed
@@ -394,7 +409,8 @@ def _train_epoch(
     draws = generator(seed, "augmentation", epoch)
     steps = math.ceil(len(train) / config.batch_size)
     sizes: list[int] = []
-    progress = Progress(f"epoch {epoch}/{config.epochs}", len(train), "images", quiet=quiet)
+    label = f"epoch {epoch}/{config.epochs}"
+    progress = Progress(label, len(train), "images", quiet=quiet, outlook=outlook)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         for images, labels in train.batches(order, config.batch_size):
