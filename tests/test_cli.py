@@ -878,3 +878,61 @@ def test_the_manifest_of_a_method_without_a_teacher_tells_the_pixels(tmp_path, t
     code, _, err = run("distill", "--config", config, "--out", tmp_path / "two", "--quiet", capsys=capsys)
     assert code == 0, err
     assert (tmp_path / "two/manifest.json").read_bytes() == config.read_bytes()
+
+
+# Of hours -----------------------------------------------------------------------------------------------------
+
+
+def test_every_long_command_tells_its_stage_and_what_would_be_faster(
+    toy_folder, toy_teacher, toy_run, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("ddfast.progress._FIRST_MINUTE", 0.0)
+    monkeypatch.setattr("ddfast.progress._LONG", -1.0)
+    data = ("--data", toy_folder)
+    run_of = (*data, "--ipc", 1, "--images-per-class", 12)
+    commands = {
+        (
+            "distill",
+            "infoutil",
+            *run_of,
+            "--teacher",
+            toy_teacher,
+            "--n-samples",
+            18,
+            "--out",
+            tmp_path / "a",
+        ): [
+            "stage 1 of 4: score",
+            "score: about 0s left; faster with fewer --images-per-class, fewer --n-samples",
+            "stage 2 of 4: select",
+            "stage 4 of 4: relabel",
+        ],
+        ("distill", "dm", *data, "--ipc", 1, "--iterations", 1, "--real-batch", 2, "--out", tmp_path / "b"): [
+            "stage 1 of 1: synthesize",
+            "synthesize: about 0s left; faster with fewer --iterations",
+        ],
+        ("train-teacher", *data, "--arch", "convnet3", "--epochs", 1, "--out", tmp_path / "t.safetensors"): [
+            "left; faster with fewer --epochs"
+        ],
+        (
+            "train-proxies",
+            *data,
+            "--arch",
+            "convnet3",
+            "--count",
+            1,
+            "--epochs",
+            1,
+            "--out",
+            tmp_path / "p",
+        ): ["left; faster with fewer --epochs, a smaller --count"],
+        ("evaluate", *data, "--distilled", toy_run, "--arch", "convnet3", "--epochs", 1, "--seeds", 2): [
+            "left; faster with fewer --seeds, fewer --epochs"
+        ],
+    }
+    for words, wanted in commands.items():
+        code, _, err = run(*words, capsys=capsys)
+        assert code == 0, err
+        for line in wanted:
+            assert line in err, err
+        assert err.count("faster with fewer --epochs") <= 1
