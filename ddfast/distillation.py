@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,17 @@ def distill(method: str, *, until: str | None = None, **settings: Any) -> Path:
             say(f"{run.out} is finished", quiet=run.quiet)
             run.ranks.on_main("sweep", lambda: remove_state(run.out))
             return run.out
-        for number, stage in enumerate(stages, start=1):
-            say(f"stage {number} of {len(stages)}: {stage}", quiet=run.quiet)
-            stage_named(stage)(run)
-            if stage == until != stages[-1]:
-                return run.out
-        finish(run)
+        with run.history or nullcontext():
+            for number, stage in enumerate(stages, start=1):
+                say(f"stage {number} of {len(stages)}: {stage}", quiet=run.quiet)
+                started = time.monotonic()
+                stage_named(stage)(run)
+                if run.history is not None and run.ranks.main:
+                    seconds = round(time.monotonic() - started, 3)
+                    run.history.note("stage", number, stage=stage, seconds=seconds)
+                if stage == until != stages[-1]:
+                    return run.out
+            finish(run)
     finally:
         run.ranks.leave()
     return run.out

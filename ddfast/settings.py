@@ -300,6 +300,20 @@ class Settings:
         check=_whole(0),
         manifest="evaluate_every",
     )
+    log_dir: Any = option(
+        None,
+        "folder of history.jsonl, the run's numbers as they come, and of TensorBoard's files where it is installed; "
+        "never inside of --out; default none",
+        metavar="FOLDER",
+        check=path_of,
+        python="folder of `history.jsonl`, the run's numbers as they come, and of TensorBoard's files where it is "
+        "installed; never inside of `out`",
+    )
+    wandb: str | None = option(
+        None,
+        "project of Weights & Biases that gets the same numbers, where wandb is installed; default none",
+        metavar="PROJECT",
+    )
     quiet: bool = option(False, "print nothing but the result", check=_switch)
 
     def checked(self) -> Settings:

@@ -9,11 +9,15 @@ from typing import Any
 
 from ddfast.arguments import output_file
 from ddfast.commands.config import add_config
-from ddfast.commands.flags import add_data, add_device, number, whole, whole_numbers
+from ddfast.commands.flags import add_data, add_device, add_settings, number, whole, whole_numbers
 from ddfast.commands.teachers import add_teacher, teacher_choice
 from ddfast.errors import UsageError
 from ddfast.wording import argument, plural
 
+_HISTORY = (
+    "folder of history.jsonl, the run's numbers as they come, and of TensorBoard's files where it is installed; "
+    "default none"
+)
 _ARCHITECTURES = "architecture, convnet3 or resnet18 for example; a wrong name lists all"
 
 
@@ -110,6 +114,7 @@ def add_train_teacher(commands: Any) -> None:
     )
     _add_precision(parser, "auto")
     parser.add_argument("--resume", action="store_true", help="continue from the last finished epoch")
+    add_settings(parser, ("log_dir", "wandb"), log_dir={"help": _HISTORY})
     add_device(parser)
     add_config(parser)
     parser.set_defaults(parser=parser, run=_train_teacher)
@@ -130,7 +135,18 @@ def _train_teacher(arguments: argparse.Namespace) -> None:
             "schedule",
             "batch_size",
         ),
-        *("weight_decay", "augment", "seed", "precision", "resume", "device", "workers", "quiet"),
+        *(
+            "log_dir",
+            "wandb",
+            "weight_decay",
+            "augment",
+            "seed",
+            "precision",
+            "resume",
+            "device",
+            "workers",
+            "quiet",
+        ),
     )
     settings = {name: getattr(arguments, name) for name in names}
     if arguments.width is not None:
@@ -264,6 +280,7 @@ def add_evaluate(commands: Any) -> None:
     parser.add_argument(
         "--no-preflight", action="store_true", help="skip the try of the teacher on test images"
     )
+    add_settings(parser, ("log_dir", "wandb"), log_dir={"help": _HISTORY})
     add_device(parser)
     add_config(parser)
     parser.set_defaults(parser=parser, run=_evaluate)
@@ -304,6 +321,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         workers=arguments.workers,
         quiet=arguments.quiet,
         rounded=arguments.rounded,
+        log_dir=arguments.log_dir,
+        wandb=arguments.wandb,
     )
     print(
         f"images {result.images}; labels {result.labels}, {plural(result.epochs, 'epoch')} "

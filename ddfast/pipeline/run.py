@@ -29,6 +29,7 @@ from ddfast.data.samples import Sample
 from ddfast.data.sources import Source
 from ddfast.errors import UsageError
 from ddfast.files import atomic_write_text
+from ddfast.history import History
 from ddfast.methods.base import Context, Method, Prepared
 from ddfast.models import Teacher
 from ddfast.models.teacher import checked_logits
@@ -64,6 +65,7 @@ class Run:
     facts: dict[str, Any] = field(default_factory=dict)
     prepared: Prepared | None = None
     pool_memory: int | None = None
+    history: History | None = None
     _pool: np.ndarray | None = field(default=None, repr=False)
 
     @property

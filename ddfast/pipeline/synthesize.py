@@ -107,8 +107,18 @@ def _finish(
         if time.monotonic() - saved >= _SAVE_SECONDS and state.step < method.steps:
             kept.save(_as_tensors(state))
             saved = time.monotonic()
+        _tell(run, method, state)
         progress.advance(note=_note(loss, state))
     kept.save(_as_tensors(state))
+
+
+def _tell(run: Run, method: Synthesis, state: State) -> None:
+    """Add a step to the run's history where more was measured of it than the loss, and the last."""
+    row = state.curve[-1]
+    if run.history is not None and ({"pixel_variance", "accuracy"} & row.keys() or _is_done(state, method)):
+        run.history.note(
+            "step", state.step, group=state.group.number, **{name: row.get(name) for name in CURVE}
+        )
 
 
 def _note(loss: float, state: State) -> str:

@@ -24,6 +24,7 @@ from ddfast.arguments import architecture_options, output_file, path_of, positiv
 from ddfast.crowding import Neighbours, warn_of_crowding
 from ddfast.errors import UsageError
 from ddfast.files import atomic_write_bytes, explained, make_folder, sweep_temporary_of
+from ddfast.history import History, check_history
 from ddfast.isolation import isolated, on_threads
 from ddfast.models.normalization import Normalization, normalization
 from ddfast.models.registry import COMMON_IMAGE, check_model, create_model
@@ -172,6 +173,8 @@ def train_teacher(
     workers: int | None = None,
     resume: bool = False,
     quiet: bool = False,
+    log_dir: str | Path | None = None,
+    wandb: str | None = None,
     **settings: Any,
 ) -> Teacher:
     """Train a network on the training split of `data` and write a teacher file to `out`.
@@ -190,6 +193,9 @@ def train_teacher(
         resume: continue a killed run from its last whole epoch, with its number of threads; starts where there
             is nothing to continue, and returns at once where `out` was finished by the same configuration.
         quiet: print nothing.
+        log_dir: folder of `history.jsonl`, a line an epoch (loss, top1 in percent, images_per_second), and of
+            TensorBoard's files where it is installed.
+        wandb: project of Weights & Biases that gets the same numbers.
         settings: the other fields of `TeacherConfig`; `arch` and `epochs` are required.
 
     Raises:
@@ -221,6 +227,7 @@ def train_teacher(
     checkpoint_epochs = _checked_epochs(checkpoint_epochs, tried.epochs)
     if not resume:
         _check_free(out, checkpoint_epochs)
+    check_history(log_dir, wandb)
     where = resolve_device(device)
     if workers is not None:
         workers = whole_number(workers, "workers", least=0)
@@ -252,7 +259,9 @@ def train_teacher(
     train = read_training_set(source, config.stored_size, workers=workers, quiet=quiet)
     if where.type == "cpu":
         warn_of_crowding(neighbours, torch.get_num_threads(), "OMP_NUM_THREADS={}".format, quiet=quiet)
-    return fit_teacher(train, test, config, **options)
+    said = {**asdict(config), "data": str(data)}
+    with History(log_dir, wandb, command="train-teacher", run=str(out), settings=said) as history:
+        return fit_teacher(train, test, config, history=history, **options)
 
 
 @isolated()
@@ -270,11 +279,13 @@ def fit_teacher(
     watch: bool = True,
     quiet: bool = False,
     outlook: Outlook | None = None,
+    history: History | None = None,
 ) -> Teacher:
     """`train_teacher` on decoded sets: training images of `config.stored_size`, test images of `image_size`.
 
     `data_fingerprint` names the data in the file and in the check of a resumed run. Without `watch` the accuracy is
-    measured only where a file is written. `outlook` is that of several trainings. Errors as `train_teacher`.
+    measured only where a file is written. `outlook` is that of several trainings; `history` is told of every epoch.
+    Errors as `train_teacher`.
     """
     config = config.resolved()
     where = resolve_device(device)
@@ -358,9 +369,13 @@ def fit_teacher(
             start = time.perf_counter()
             loss = _train_epoch(fitting, train, config, epoch, quiet, outlook)
             rate = len(train) / (time.perf_counter() - start)
-            reached = ""
-            if test is not None and watch and not quiet:
-                reached = f", test top-1 {accuracy(config.precision):.2f}%"
+            reached, top1 = "", None
+            told = history is not None and history.wanted
+            if test is not None and watch and (told or not quiet):
+                top1 = round(accuracy(config.precision), 4)
+                reached = f", test top-1 {top1:.2f}%"
+            if history is not None:
+                history.note("epoch", epoch, loss=loss, top1=top1, images_per_second=round(rate, 1))
             say(f"epoch {epoch}/{config.epochs}: loss {loss:.4f}{reached}, {rate:.0f} images/s", quiet=quiet)
             if epoch in checkpoint_epochs:
                 write(_checkpoint_path(out, epoch), epoch)
