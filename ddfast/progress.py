@@ -1,13 +1,14 @@
-"""Progress of long stages: a bar with rate and time left on a terminal, plain log lines elsewhere."""
+"""Progress of long stages: a bar with rate and time left on a terminal or in a notebook, log lines elsewhere."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
 from ddfast.wording import plural, singular
 
@@ -120,16 +121,15 @@ class Progress:
         self.outlook = outlook
         self._clock = clock or (time.monotonic if outlook is None else outlook.clock)
         self._skipped = done
-        self._bar = None
+        self._bar: Any = None
 
     def __enter__(self) -> Progress:
         self._start = self._last_line = self._clock()
         if self.outlook is not None:
             self.outlook.begin()
-        if not self.quiet and _columns(sys.stderr) >= _NARROWEST:
-            from tqdm import tqdm
-
-            self._bar = tqdm(
+        bar = None if self.quiet else _bar_of(sys.stderr)
+        if bar is not None:
+            self._bar = bar(
                 total=self.total, initial=self.done, desc=self.label, unit=f" {self.unit}", dynamic_ncols=True
             )
         return self
@@ -185,6 +185,20 @@ class Progress:
 
     def _line(self, text: str) -> None:
         say(f"{self.label}: {text}", quiet=self.quiet)
+
+
+def _bar_of(stream: TextIO) -> Any:
+    """tqdm's bar for a notebook that has widgets or for a terminal with room; None where lines are better."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if type(shell).__name__ == "ZMQInteractiveShell" and importlib.util.find_spec("ipywidgets"):
+        from tqdm.notebook import tqdm as widget
+
+        return widget
+    if _columns(stream) < _NARROWEST:
+        return None
+    from tqdm import tqdm
+
+    return tqdm
 
 
 def _columns(stream: TextIO) -> int:

@@ -6,6 +6,7 @@ import pty
 import struct
 import sys
 import termios
+import types
 
 import pytest
 
@@ -138,3 +139,48 @@ def test_only_what_a_machine_lacks_would_be_faster():
     assert ways_of_machine("cpu", 8, 8, said) == ["a GPU"]
     assert ways_of_machine("cpu", 2, 8, said) == ["a GPU", "more threads (--threads 8)"]
     assert Outlook(1).advice(0.0) is None
+
+
+class Widget:
+    """A bar that notes what it was told."""
+
+    def __init__(self, **given):
+        self.told = [given["total"]]
+        type(self).last = self
+
+    def update(self, units):
+        self.told.append(units)
+
+    def set_postfix_str(self, note, refresh):
+        self.told.append(note)
+
+    def write(self, line, file):
+        self.told.append(line)
+
+    def close(self):
+        self.told.append("closed")
+
+
+@pytest.mark.parametrize(
+    ("shell", "widgets"), [("ZMQInteractiveShell", True), ("Other", True), ("Other", False)]
+)
+def test_a_notebook_has_tqdms_own_bar(shell, widgets, monkeypatch, capsys):
+    found = type(shell, (), {})()
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: found))
+    monkeypatch.setitem(sys.modules, "tqdm.notebook", types.SimpleNamespace(tqdm=Widget))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: widgets or None)
+    Widget.last = None
+    clock = Clock()
+    outlook = Outlook(2, ["a GPU"], clock=clock)
+    with Progress("score", 200, "images", outlook=outlook) as progress:
+        clock.now += 60
+        progress.advance(note="loss 1")
+    if shell == "Other":
+        assert Widget.last is None
+        assert (
+            "score: 1/200 images, 0.0/s, 3h19m left, 6h39m of the whole run, loss 1"
+            in capsys.readouterr().err
+        )
+    else:
+        said = "score: about 6h39m left; faster with a GPU"
+        assert Widget.last.told == [200, said, "loss 1, 6h39m of the whole run", 1, "closed"]

@@ -38,11 +38,14 @@ def add_stages(commands: Any, argv: Sequence[str]) -> None:
     _method_arguments(parser, argv)
     parser.set_defaults(parser=parser, run=lambda arguments: _distill(arguments, "score"))
     for name, help in (
-        ("prepare", "of methods that make pixels and learn something first, that"),
+        ("prepare", "what comes before the pixels, of methods that learn something first"),
         ("select", "stage 2: rank the score table; another --ipc selects again"),
         ("compose", "stage 3: write the images"),
         ("relabel", "stage 4: soft labels and report"),
-        ("synthesize", "of methods that make pixels, what makes them; of the others the old name of compose"),
+        (
+            "synthesize",
+            "make the pixels, of methods that optimise them; of the others the old name of compose",
+        ),
     ):
         stage = commands.add_parser(name, help=help)
         stage.add_argument("folder", metavar="FOLDER", help="output folder of ddfast score or ddfast distill")
