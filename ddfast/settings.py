@@ -279,8 +279,8 @@ class Settings:
     )
     normalization: Any = option(
         "auto",
-        "of the pixels, where no teacher file says it: a name (imagenet, cifar10, ...) or mean,mean,mean/std,std,std; "
-        "auto: what train-teacher uses",
+        "mean and deviation of the pixels, where no teacher file says them: imagenet, cifar10, tinyimagenet, none, "
+        "numbers as mean,mean,mean/std,std,std, or auto: imagenet, as train-teacher uses",
         metavar="NAME",
         python="mean and deviation of the pixels where no teacher says them: a name (imagenet, cifar10, ...), "
         "(means, deviations), or auto, what train_teacher uses",

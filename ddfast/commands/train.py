@@ -18,7 +18,12 @@ _HISTORY = (
     "folder of history.jsonl, the run's numbers as they come, and of TensorBoard's files where it is installed; "
     "default none"
 )
-_ARCHITECTURES = "architecture, convnet3 or resnet18 for example; a wrong name lists all"
+
+
+def _architectures() -> str:
+    from ddfast.models import list_models
+
+    return f"architecture: {', '.join(list_models())}, or timm:NAME where timm is installed"
 
 
 def _add_image_size(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +60,7 @@ def add_train_teacher(commands: Any) -> None:
     """Add `ddfast train-teacher`."""
     parser = commands.add_parser("train-teacher", help="train a teacher on the full set")
     add_data(parser)
-    parser.add_argument("--arch", required=True, metavar="NAME", help=_ARCHITECTURES)
+    parser.add_argument("--arch", required=True, metavar="NAME", help=_architectures())
     parser.add_argument(
         "--epochs", type=whole, required=True, metavar="N", help="passes over the training split"
     )
@@ -162,7 +167,7 @@ def add_train_proxies(commands: Any) -> None:
         "train-proxies", help="train the networks that measure conditional mutual information (--cmi)"
     )
     add_data(parser)
-    parser.add_argument("--arch", default="resnet18_in", metavar="NAME", help=_ARCHITECTURES)
+    parser.add_argument("--arch", default="resnet18_in", metavar="NAME", help=_architectures())
     parser.add_argument(
         "--count", type=whole, default=10, metavar="N", help="number of networks, each of its own weights"
     )
@@ -187,8 +192,8 @@ def add_train_proxies(commands: Any) -> None:
             "--normalization",
             str,
             "NAME",
-            "of the pixels, as that of the run: a name (imagenet, cifar10, ...) or mean,mean,mean/std,std,std; default "
-            "imagenet, as that of a run",
+            "mean and deviation of the pixels, those of the run: imagenet, cifar10, tinyimagenet, none, or numbers as "
+            "mean,mean,mean/std,std,std; default imagenet, as that of a run",
         ),
         (
             "--precision",
@@ -229,7 +234,7 @@ def add_evaluate(commands: Any) -> None:
         "--arch",
         default=None,
         metavar="NAME",
-        help=f"the students' {_ARCHITECTURES}; default what a set of pixels was matched on",
+        help=f"the students' {_architectures()}; default what a set of pixels was matched on",
     )
     _add_width(parser)
     parser.add_argument(

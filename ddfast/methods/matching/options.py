@@ -17,7 +17,9 @@ class MatchingOptions:
     """Options of every matching method."""
 
     arch: str = option(
-        "convnet3_in", "architecture of the networks that images are compared on", stage="synthesize"
+        "convnet3_in",
+        "architecture of the networks that images are compared on, one that ddfast train-teacher --help lists",
+        stage="synthesize",
     )
     iterations: int = option(20000, "steps of the pixels", stage="synthesize")
     real_batch: int = option(256, "real images of a class in a step", stage="synthesize")
