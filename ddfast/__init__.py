@@ -23,7 +23,11 @@ _LAZY = {
     "evaluate": "ddfast.training",
     "compare": "ddfast.comparison",
     "train_teacher": "ddfast.training",
+    "attribute": "ddfast.report.attribute",
+    "export": "ddfast.output",
 }
+# Those that are called otherwise in their module.
+_THERE = {"attribute": "attribute_images", "export": "export_webdataset"}
 _MODULES = (
     "ops",
     "attribution",
@@ -51,13 +55,17 @@ if TYPE_CHECKING:
     from ddfast.models import fuse as fuse
     from ddfast.models import load_teacher as load_teacher
     from ddfast.output import DistilledSet as DistilledSet
+    from ddfast.output import export_webdataset as _export_webdataset
+    from ddfast.report.attribute import attribute_images as _attribute_images
     from ddfast.training import evaluate as evaluate
     from ddfast.training import train_teacher as train_teacher
+
+    attribute, export = _attribute_images, _export_webdataset
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
+        return getattr(importlib.import_module(_LAZY[name]), _THERE.get(name, name))
     if name in _MODULES:
         return importlib.import_module(f"ddfast.{name}")
     raise AttributeError(f"module 'ddfast' has no attribute {name!r}; it has {', '.join(__all__)}")

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ddfast.commands import compare, distill, show, train
-from ddfast.commands.parser import Parser, check_flags, one_line
+from ddfast.commands.config import with_config, write_config, writes_config
+from ddfast.commands.examples import epilog, examples
+from ddfast.commands.parser import Parser, check_flags, commands_of, one_line
 from ddfast.errors import DDFastError
 from ddfast.version import __version__
 from ddfast.wording import flags_of_command
@@ -26,8 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     arguments = None
     try:
+        given = with_config(build_parser([]), given, build_parser) if _mentions_config(given) else given
         parser = build_parser(given)
         check_flags(parser, given, lambda: build_parser([]))
+        if writes_config(given) and not {"-h", "--help"} & set(given):
+            write_config(parser, given)
+            return 0
         arguments, rest = parser.parse_known_args(given)
         if rest:
             arguments.parser.error(f"does not know what to do with {' '.join(map(repr, rest))}")
@@ -60,6 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         left = "nothing was begun" if arguments is None else _after_interruption(arguments)
         _say(f"interrupted; {stop if stop.args else left}")
         return 130
+
+
+def _mentions_config(given: Sequence[str]) -> bool:
+    return any(word.split("=")[0] == "--config" for word in given)
 
 
 def _is_lack_of_memory(error: BaseException) -> bool:
@@ -117,4 +127,6 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     show.add_report(commands)
     show.add_export(commands)
     show.add_env(commands)
+    for name, command in [("", parser), *commands_of(parser).items()]:
+        command.epilog = command.epilog or epilog(examples(name))
     return parser

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from typing import Any
 
 from ddfast.arguments import one_of
@@ -49,11 +50,17 @@ def distill(method: str, *, until: str | None = None, **settings: Any) -> Distil
             say(f"{run.out} is finished", quiet=run.quiet)
             run.ranks.on_main("sweep", lambda: remove_state(run.out))
             return Distilled(run.out)
-        for stage in stages:
-            stage_named(stage)(run)
-            if stage == until != stages[-1]:
-                return Distilled(run.out)
-        finish(run)
+        with run.history or nullcontext():
+            for number, stage in enumerate(stages, start=1):
+                say(f"stage {number} of {len(stages)}: {stage}", quiet=run.quiet)
+                started = time.monotonic()
+                stage_named(stage)(run)
+                if run.history is not None and run.ranks.main:
+                    seconds = round(time.monotonic() - started, 3)
+                    run.history.note("stage", number, stage=stage, seconds=seconds)
+                if stage == until != stages[-1]:
+                    return Distilled(run.out)
+            finish(run)
     finally:
         run.ranks.leave()
     return Distilled(run.out)

@@ -144,6 +144,7 @@ class Settings:
     data: Any = option(
         help="folder with train/ and val/ or test/, a .zip or .tar shards of that layout, Parquet files, an .npz, "
         "CIFAR's or MNIST's own files, or a torchvision set (NAME, or NAME:FOLDER where its files lie)",
+        metavar="PATH",
         check=data_of,
         python="folder, archive or set by name, or images in memory: (images, labels), a torch or Hugging Face "
         "Dataset, or {'train': ..., 'test': ...} of these, as `ddfast.data.open_source` takes them",
@@ -151,18 +152,24 @@ class Settings:
     teacher: Any = option(
         None,
         "teacher file, .pt state dict, or torchvision:NAME",
+        metavar="FILE",
         wants=("teacher",),
         python="teacher file, `torchvision:NAME`, a loaded `Teacher` that knows its file, or a function without "
         "arguments that loads one once the other settings are checked. Methods that choose crops need one",
     )
-    ipc: int = option(help="images per class", type=int, check=_whole(1), manifest="ipc")
+    ipc: int = option(help="images per class, a whole number", type=int, check=_whole(1), manifest="ipc")
     out: Any = option(
-        help="output folder",
+        help="output folder, a new one",
+        metavar="FOLDER",
         check=output_folder,
         python="output folder, made here; see the README for what it holds",
     )
     label_teacher: Any = option(
-        None, "another teacher for the soft labels, an early checkpoint for example", wants=("relabel",)
+        None,
+        "another teacher for the soft labels, an early checkpoint for example; default --teacher",
+        metavar="FILE",
+        wants=("relabel",),
+        python="another teacher for the soft labels, an early checkpoint for example; None: `teacher`",
     )
     seed: int = option(
         0,
@@ -180,8 +187,7 @@ class Settings:
     )
     factor: str | int = option(
         "auto",
-        "tiles per side of an image; auto: what the method says, of those that choose crops 1 up to 64 px and 2 "
-        "above (InfoUtil 4.1)",
+        "tiles per side of an image; auto: what the method says, of those that choose crops 1 up to 64 px and 2 above",
         choices=("auto", "1", "2"),
         manifest="factor",
     )
@@ -189,6 +195,7 @@ class Settings:
         None,
         "side of the images in pixels; default the teacher's, and without one that of the first image, 224 at most",
         type=int,
+        metavar="PX",
         check=_whole(1),
         manifest="image_size",
     )
@@ -196,17 +203,28 @@ class Settings:
         "png", "format of the images", flag="--format", choices=("png", "jpeg"), manifest="format"
     )
     preset: str | None = option(
-        None, "named option values of the method, `paper` for infoutil", manifest="preset"
+        None,
+        "named option values of the method, `paper` for infoutil; default none",
+        metavar="NAME",
+        manifest="preset",
     )
     precision: str = option(
         "float32",
         "float32, bfloat16, or auto: bfloat16 where it is known to be faster; chosen once for all processes of a run",
+        metavar="{float32,bfloat16,auto}",
         check=lambda value, keyword: one_of(value, keyword, PRECISIONS),
         manifest="arithmetic.precision",
     )
-    device: str = option("auto", "auto, cpu or cuda")
+    device: str = option(
+        "auto",
+        "auto, cpu, cuda or cuda:N, the GPU of that number from 0; auto: a GPU where there is one",
+        metavar="NAME",
+    )
     batch_size: str | int = option(
-        "auto", "images in flight; never changes the result", check=_whole_or("auto")
+        "auto",
+        "images in flight, a number or auto: four micro-batches; never changes the result",
+        metavar="N",
+        check=_whole_or("auto"),
     )
     workers: int | None = option(
         None, "decoding threads; default one a core, 0: none of their own", type=int, check=_whole(0)
@@ -221,19 +239,22 @@ class Settings:
         "auto",
         "CPU threads of one process, part of the arithmetic; auto: DDFAST_THREADS or every usable core, 16 at most and "
         "4 beside a GPU, and on resumption what the run began with",
+        metavar="N",
         check=_whole_or("auto"),
         manifest="arithmetic.threads",
     )
     label_top_k: str | int | None = option(
         "auto",
         "probabilities stored of each soft label: a number, all, or auto: all of up to 2048 classes, else 256",
+        metavar="N",
         wants=("relabel",),
         check=_whole_or("auto", "all"),
         manifest="label_top_k",
     )
     scores: Any = option(
         None,
-        "folder of a run whose score table has the same settings; it is copied, not computed",
+        "folder of a run whose score table has the same settings: it is copied, not computed; default none",
+        metavar="FOLDER",
         wants=("score",),
         check=path_of,
     )
@@ -249,7 +270,7 @@ class Settings:
     )
     class_order: Any = option(
         None,
-        "classes in the order of the teacher's outputs, one a line or JSON, where it is not the data's",
+        "classes in the order of the teacher's outputs, one a line or JSON; default the data's order",
         metavar="FILE",
         wants=("teacher",),
         python="the classes in the order of the teacher's outputs where that is not the data's: names, {index: name}, "
@@ -264,8 +285,9 @@ class Settings:
     )
     normalization: Any = option(
         "auto",
-        "of the pixels, where no teacher file says it: a name (imagenet, cifar10, ...) or mean,mean,mean/std,std,std; "
-        "auto: what train-teacher uses",
+        "mean and deviation of the pixels, where no teacher file says them: imagenet, cifar10, tinyimagenet, none, "
+        "numbers as mean,mean,mean/std,std,std, or auto: imagenet, as train-teacher uses",
+        metavar="NAME",
         python="mean and deviation of the pixels where no teacher says them: a name (imagenet, cifar10, ...), "
         "(means, deviations), or auto, what train_teacher uses",
     )
@@ -283,6 +305,20 @@ class Settings:
         wants=("synthesize",),
         check=_whole(0),
         manifest="evaluate_every",
+    )
+    log_dir: Any = option(
+        None,
+        "folder of history.jsonl, the run's numbers as they come, and of TensorBoard's files where it is installed; "
+        "never inside of --out; default none",
+        metavar="FOLDER",
+        check=path_of,
+        python="folder of `history.jsonl`, the run's numbers as they come, and of TensorBoard's files where it is "
+        "installed; never inside of `out`",
+    )
+    wandb: str | None = option(
+        None,
+        "project of Weights & Biases that gets the same numbers, where wandb is installed; default none",
+        metavar="PROJECT",
     )
     quiet: bool = option(False, "print nothing but the result", check=_switch)
 

@@ -1,4 +1,6 @@
+import argparse
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -6,7 +8,11 @@ import sys
 import pytest
 import torch
 
-from ddfast.cli import main
+from ddfast.cli import build_parser, main
+from ddfast.commands.config import with_config
+from ddfast.commands.flags import given_options
+from ddfast.commands.parser import check_flags, commands_of
+from ddfast.methods import get_method, list_methods
 from ddfast.models import create_model
 
 
@@ -676,3 +682,263 @@ def test_a_reader_that_has_gone_is_no_error_message():
     said = writer.stderr.read()
     writer.stderr.close()
     assert (writer.wait(), said) == (1, b"")
+
+
+# Help ---------------------------------------------------------------------------------------------------------
+
+
+def commands_and_methods():
+    """Every command as the words that its help is asked for by; those of a method once for every method."""
+    for name in commands_of(build_parser([])):
+        yield (name,)
+        if name in ("distill", "score"):
+            yield from ((name, method) for method in list_methods())
+
+
+def help_of(words):
+    """The parser of a command, with the options of its method."""
+    return commands_of(build_parser(words))[words[0]] if words else build_parser([])
+
+
+@pytest.mark.parametrize("words", [*commands_and_methods()], ids=" ".join)
+def test_every_option_says_what_it_takes_and_what_holds_without_it(words):
+    parser = help_of(words)
+    formatter = parser._get_formatter()
+    for action in parser._actions:
+        if not action.option_strings or action.help == argparse.SUPPRESS or action.dest == "help":
+            continue
+        told = formatter._expand_help(action)
+        assert "default" in told or told.endswith("(required)"), action.option_strings
+        assert not ("(required)" in told and "default" in told), told
+        if action.nargs != 0:
+            assert action.choices or action.metavar, action.option_strings
+    told = parser.format_help()
+    for shorthand in ("None", "()", "Table", "Figure", "paper's", "the paper", "InfoUtil 4", "rank_by"):
+        assert shorthand not in told, shorthand
+
+
+@pytest.mark.parametrize("words", [(), *commands_and_methods()], ids=" ".join)
+def test_every_help_ends_with_two_examples_that_are_commands(words):
+    told = help_of(words).format_help().split("examples:\n")[1].splitlines()
+    assert len(told) == 2
+    for line in told:
+        typed = shlex.split(line)
+        typed = typed[typed.index("ddfast") + 1 :]
+        assert tuple(typed[: len(words)]) == words or words == ()
+        parser = build_parser(typed)
+        check_flags(parser, typed, lambda: build_parser([]))
+        found = parser.parse_args(typed)
+        if typed[0] in ("distill", "score"):
+            method = get_method(typed[1])
+            method.from_options(given_options(found, method.Options), found.preset)
+
+
+def test_help_without_a_method_tells_the_methods(capsys):
+    code, out, _ = run("distill", "--help", capsys=capsys)
+    assert code == 0
+    lines = [line.split(maxsplit=1) for line in out.splitlines()]
+    for name in list_methods():
+        assert [name, get_method(name).summary] in lines
+    assert "ddfast distill METHOD --help shows" in out
+    _, out, _ = run("score", "--help", capsys=capsys)
+    assert "  rded  " in out
+    assert "  dm  " not in out
+
+
+def test_help_of_a_method_without_a_teacher_tells_of_none(capsys):
+    _, out, _ = run("distill", "dm", "--help", capsys=capsys)
+    assert "--teacher" not in out
+    assert "--no-preflight" not in out
+    _, out, _ = run("distill", "rded", "--help", capsys=capsys)
+    assert "--teacher-arch NAME" in out
+    assert "--no-preflight" in out
+    assert "--preset" not in out
+
+
+# A run as a file ----------------------------------------------------------------------------------------------
+
+
+def printed(*words, capsys):
+    """The flags that a command line comes to, as `--print-config` tells them."""
+    code, out, err = run(*words, "--print-config", capsys=capsys)
+    assert code == 0, err
+    return {key: json.loads(value) for key, value in (line.split(": ", 1) for line in out.splitlines())}
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "yml", "json", "toml"])
+def test_a_file_of_flags_holds_those_that_were_given(suffix, tmp_path, capsys, monkeypatch):
+    if suffix == "toml" and sys.version_info < (3, 11):
+        pytest.importorskip("tomli")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "yaml", None)  # what was written needs no library
+    words = (
+        "--data",
+        "the données",
+        "--ipc",
+        "3",
+        "--lr-img",
+        "1e-3",
+        "--no-flip",
+        "--factor",
+        "1",
+        "--quiet",
+    )
+    flags = {"data": "the données", "ipc": 3, "factor": "1", "quiet": True, "lr-img": 0.001, "flip": False}
+    code, out, err = run("distill", "dm", *words, "--write-config", f"run.{suffix}", capsys=capsys)
+    assert (code, out, err) == (0, "", "")
+    assert [path.name for path in tmp_path.iterdir()] == [f"run.{suffix}"]
+    assert printed("distill", "--config", f"run.{suffix}", capsys=capsys) == {"method": "dm", **flags}
+    changed = printed("distill", "--ipc", "5", f"--config=run.{suffix}", "--flip", capsys=capsys)
+    assert changed == {"method": "dm", **flags, "ipc": 5, "flip": True}
+    code, _, err = run("distill", "dm", "--write-config", f"run.{suffix}", capsys=capsys)
+    assert code == 2
+    assert "exists already" in err
+    found = build_parser(["distill", "dm"])
+    typed = with_config(found, ["distill", "--config", f"run.{suffix}", "--out", "o"], build_parser)
+    given = build_parser(typed).parse_args(typed)
+    assert (given.method, given.data, given.ipc, given.factor) == ("dm", "the données", 3, "1")
+    assert (given.lr_img, given.flip, given.quiet, given.out) == (0.001, False, True, "o")
+
+
+def test_keys_are_flags_with_hyphens_or_underscores_and_files_may_follow_each_other(tmp_path, capsys):
+    pytest.importorskip("yaml")
+    one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
+    one.write_text("# mine\nmethod: rded\nimage_size: 32\npreflight: false\nresume: no\nseed: null\nipc: 1\n")
+    two.write_text("{image-size: 64, min_area: 1e-2, no-preflight: false}")
+    flags = {"method": "rded", "image-size": 32, "no-preflight": True, "ipc": 1}
+    assert printed("distill", "--config", one, capsys=capsys) == flags
+    flags |= {"image-size": 64, "min-area": 0.01}
+    assert printed("distill", "--config", one, "--config", two, capsys=capsys) == flags
+    assert printed("distill", "random", "--config", one, capsys=capsys)["method"] == "random"
+    (tmp_path / "t.yaml").write_text("arch: convnet3\ncheckpoint_epochs: [1, 3]\nlr: 0.1\n")
+    flags = {"arch": "convnet3", "checkpoint-epochs": [1, 3], "lr": 0.1, "epochs": 3}
+    assert printed("train-teacher", "--epochs", 3, "--config", tmp_path / "t.yaml", capsys=capsys) == flags
+    (tmp_path / "empty.yaml").write_text("")
+    assert printed("evaluate", "--config", tmp_path / "empty.yaml", capsys=capsys) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "a.json",
+            '{"ipcs": 1}',
+            "unknown key 'ipcs': ddfast distill rded has no such flag; did you mean ipc?",
+        ),
+        ("a.json", '{"image-sizes": 1}', "did you mean image-size?"),
+        ("a.json", '{"n_samples": 1}', "--n-samples is an option of infoutil, not of rded"),
+        ("a.json", '{"xyzzy": 1}', "unknown option --xyzzy; ddfast distill --help lists the options"),
+        ("a.json", '{"config": "b.json"}', "unknown key 'config'"),
+        ("a.json", '{"image-size": 1, "image_size": 1}', "'image-size' and 'image_size' are the same flag"),
+        ("a.json", '{"ipc": 1, "ipc": 2}', "a.json is no JSON: 'ipc' is given twice"),
+        ("a.json", '{"resume": 1}', "'resume' must be true or false, got 1"),
+        ("a.json", '{"ipc": true}', "'ipc' must be one value, got true"),
+        ("a.json", '{"ipc": {"train": 1}}', "'ipc' must be one value"),
+        ("a.json", '{"ipc": "ten"}', "argument --ipc: wanted a whole number, got 'ten'"),
+        ("a.json", "[1]", "must hold a flag and its value on each line"),
+        ("a.json", "{", "a.json is no JSON"),
+        ("a.toml", "ipc 3", "a.toml is no TOML"),
+        ("a.ini", "ipc = 3", "--config must end in .yaml, .yml, .json or .toml"),
+        ("a.yaml", "- ipc", "pip install pyyaml, or write it as .json"),
+        ("nowhere.json", None, "nowhere.json cannot be read: no such file or directory"),
+    ],
+)
+def test_a_file_of_flags_that_cannot_be_followed_is_one_line(
+    name, text, message, tmp_path, capsys, monkeypatch
+):
+    if name == "a.toml" and sys.version_info < (3, 11):
+        pytest.importorskip("tomli")
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    words = ("--data", "d", "--teacher", "t", "--ipc", "1", "--out", tmp_path / "o")
+    code, out, err = run("distill", "rded", *words, "--config", tmp_path / name, capsys=capsys)
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert message in err
+
+
+def test_a_manifest_is_a_file_of_flags(toy_run, toy_teacher, toy_folder, tmp_path, capsys):
+    out, config = tmp_path / "again", toy_run / "manifest.json"
+    code, _, err = run("distill", "--config", config, "--out", out, "--quiet", capsys=capsys)
+    assert code == 0, err
+    assert (out / "manifest.json").read_bytes() == config.read_bytes()
+    alone = tmp_path / "alone.json"
+    alone.write_bytes(config.read_bytes())
+    code, _, err = run("distill", "--config", alone, "--out", tmp_path / "o", capsys=capsys)
+    assert code == 2
+    assert "required: --data, --teacher" in err
+    paths = ("--data", toy_folder, "--teacher", toy_teacher, "--out", tmp_path / "o")
+    found = printed("distill", "--config", alone, *paths, "--ipc", 2, capsys=capsys)
+    wanted = {"method": "rded", "ipc": 2, "images-per-class": "12", "crops": 5, "label-top-k": "all"}
+    assert found.items() >= wanted.items()
+    code, _, err = run("evaluate", "--config", config, capsys=capsys)
+    assert code == 2
+    assert "the manifest of a run, which ddfast distill and ddfast score take" in err
+
+
+def test_the_manifest_of_a_method_without_a_teacher_tells_the_pixels(tmp_path, toy_folder, capsys):
+    words = ("--data", toy_folder, "--ipc", 1, "--iterations", 1, "--real-batch", 2, "--no-flip", "--quiet")
+    words = (*words, "--normalization", "0.1,0.2,0.3/0.25,0.5,1", "--out", tmp_path / "one")
+    assert run("distill", "dm", *words, "--class-batch", 3, capsys=capsys)[0] == 0
+    config = tmp_path / "one/manifest.json"
+    code, _, err = run("distill", "--config", config, "--out", tmp_path / "two", "--quiet", capsys=capsys)
+    assert code == 0, err
+    assert (tmp_path / "two/manifest.json").read_bytes() == config.read_bytes()
+
+
+# Of hours -----------------------------------------------------------------------------------------------------
+
+
+def test_every_long_command_tells_its_stage_and_what_would_be_faster(
+    toy_folder, toy_teacher, toy_run, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("ddfast.progress._FIRST_MINUTE", 0.0)
+    monkeypatch.setattr("ddfast.progress._LONG", -1.0)
+    data = ("--data", toy_folder)
+    run_of = (*data, "--ipc", 1, "--images-per-class", 12)
+    commands = {
+        (
+            "distill",
+            "infoutil",
+            *run_of,
+            "--teacher",
+            toy_teacher,
+            "--n-samples",
+            18,
+            "--out",
+            tmp_path / "a",
+        ): [
+            "stage 1 of 4: score",
+            "score: about 0s left; faster with fewer --images-per-class, fewer --n-samples",
+            "stage 2 of 4: select",
+            "stage 4 of 4: relabel",
+        ],
+        ("distill", "dm", *data, "--ipc", 1, "--iterations", 1, "--real-batch", 2, "--out", tmp_path / "b"): [
+            "stage 1 of 1: synthesize",
+            "synthesize: about 0s left; faster with fewer --iterations",
+        ],
+        ("train-teacher", *data, "--arch", "convnet3", "--epochs", 1, "--out", tmp_path / "t.safetensors"): [
+            "left; faster with fewer --epochs"
+        ],
+        (
+            "train-proxies",
+            *data,
+            "--arch",
+            "convnet3",
+            "--count",
+            1,
+            "--epochs",
+            1,
+            "--out",
+            tmp_path / "p",
+        ): ["left; faster with fewer --epochs, a smaller --count"],
+        ("evaluate", *data, "--distilled", toy_run, "--arch", "convnet3", "--epochs", 1, "--seeds", 2): [
+            "left; faster with fewer --seeds, fewer --epochs"
+        ],
+    }
+    for words, wanted in commands.items():
+        code, _, err = run(*words, capsys=capsys)
+        assert code == 0, err
+        for line in wanted:
+            assert line in err, err
+        assert err.count("faster with fewer --epochs") <= 1

@@ -29,6 +29,7 @@ GROUND = (
         "crowding",
         "errors",
         "files",
+        "history",
         "isolation",
         "philox",
         "progress",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ddfast.arguments import whole_number
+from ddfast.commands.config import add_config
+from ddfast.commands.examples import epilog, examples
 from ddfast.commands.flags import (
     add_device,
     add_options,
@@ -35,23 +38,28 @@ def add_stages(commands: Any, argv: Sequence[str]) -> None:
     _method_arguments(parser, argv)
     parser.set_defaults(parser=parser, run=lambda arguments: _distill(arguments, "score"))
     for name, help in (
-        ("prepare", "of methods that make pixels and learn something first, that"),
+        ("prepare", "what comes before the pixels, of methods that learn something first"),
         ("select", "stage 2: rank the score table; another --ipc selects again"),
         ("compose", "stage 3: write the images"),
         ("relabel", "stage 4: soft labels and report"),
-        ("synthesize", "of methods that make pixels, what makes them; of the others the old name of compose"),
+        (
+            "synthesize",
+            "make the pixels, of methods that optimise them; of the others the old name of compose",
+        ),
     ):
         stage = commands.add_parser(name, help=help)
-        stage.add_argument("folder", help="output folder of ddfast score or ddfast distill")
+        stage.add_argument("folder", metavar="FOLDER", help="output folder of ddfast score or ddfast distill")
         add_settings(
             stage,
             ("data", "teacher", "label_teacher"),
-            data={"required": False, "help": "the data, where they have moved"},
-            teacher={"help": "teacher file, where it has moved"},
-            label_teacher={"help": "label teacher file, where it has moved"},
+            data={"required": False, "help": "the data, where they have moved; default where they were"},
+            teacher={"help": "teacher file, where it has moved; default where it was"},
+            label_teacher={"help": "label teacher file, where it has moved; default where it was"},
         )
         if name == "select":
-            stage.add_argument("--ipc", type=whole, default=None, help="images per class; default as scored")
+            stage.add_argument(
+                "--ipc", type=whole, default=None, metavar="N", help="images per class; default as scored"
+            )
         if name in ("prepare", "synthesize"):
             add_settings(stage, ("pool_memory",))
         add_device(stage)
@@ -63,18 +71,34 @@ def _method_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> N
     from ddfast.methods import get_method, list_methods
 
     known = list_methods()
-    parser.add_argument("method", metavar="METHOD", help=", ".join(known))
-    add_architecture(parser)
+    command = parser.prog.split()[-1]
+    methods = {name: get_method(name) for name in known}
+    if command == "score":
+        methods = {name: method for name, method in methods.items() if "score" in method.stages}
+    parser.add_argument("method", metavar="METHOD", help=", ".join(methods))
     named = method_in(parser, argv)
     method = get_method(named) if named in known else None
+    offers = None if method is None else method.offers()
+    unasked = offers is not None and "teacher" not in offers
+    add_config(parser)
+    add_architecture(parser, **({"help": argparse.SUPPRESS} if unasked else {}))
     wanted = method is not None and method.requires_teacher()
-    add_settings(
-        parser,
-        offers=None if method is None else method.offers(),
-        required={"teacher"} if wanted else (),
-    )
+    said: dict[str, Any] = {"preflight": {"help": argparse.SUPPRESS}} if unasked else {}
     if method is not None:
-        add_options(parser.add_argument_group(f"options of {named}"), method.Options)
+        said["preset"] = {"help": argparse.SUPPRESS}
+        if method.presets:
+            said["preset"] = {"help": f"named option values: {', '.join(method.presets)}; default none"}
+    add_settings(parser, offers=offers, required={"teacher"} if wanted else (), **said)
+    if method is None:
+        lines = [f"  {name:<12}{known_method.summary}" for name, known_method in methods.items()]
+        hint = f"ddfast {command} METHOD --help shows the options of a method as well."
+        parser.description = "\n".join(["methods:", *lines, "", hint])
+        parser.epilog = epilog(examples(command))
+    else:
+        parser.description = f"{named}: {method.summary}"
+        parser.epilog = epilog(examples(command, named, needs_teacher=wanted))
+        if dataclasses.fields(method.Options):
+            add_options(parser.add_argument_group(f"options of {named}"), method.Options)
 
 
 def _distill(arguments: argparse.Namespace, until: str | None) -> None:

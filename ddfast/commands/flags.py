@@ -62,7 +62,10 @@ def add_options(parser: argparse._ArgumentGroup, options: type) -> None:
         flag = "--" + field.name.replace("_", "-")
         if isinstance(field.default, bool):
             parser.add_argument(
-                flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=_help(field)
+                flag,
+                action=argparse.BooleanOptionalAction,
+                default=argparse.SUPPRESS,
+                help=f"{_help(field)} (default: {flag if field.default else '--no-' + flag[2:]})",
             )
             continue
         default = "" if field.default is None else f" (default: {field.default})"
@@ -94,7 +97,8 @@ def _of_value(field: dataclasses.Field[Any]) -> dict[str, Any]:
     return {
         "type": _TYPES.get(kind),
         "choices": field.metadata.get("choices"),
-        "metavar": field.metadata.get("metavar"),
+        "metavar": field.metadata.get("metavar")
+        or (None if field.metadata.get("choices") else _METAVARS.get(kind)),
     }
 
 
@@ -129,6 +133,7 @@ def number(text: str) -> float:
 
 
 _TYPES: dict[Any, Callable[[str], Any]] = {int: whole, float: number}
+_METAVARS: dict[Any, str] = {int: "N", float: "X", str: "NAME"}
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:

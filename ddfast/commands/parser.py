@@ -12,12 +12,26 @@ from ddfast.wording import did_you_mean
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Tells the default of a flag where it has one."""
+    """Tells of every flag whether it must be given, and what holds where it is not."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or isinstance(action.default, bool):
+        if not action.option_strings or action.help in (None, argparse.SUPPRESS):
             return action.help
+        if action.required:
+            return f"{action.help} (required)"
+        if isinstance(action, argparse._StoreTrueAction):
+            return f"{action.help} (default: off)"
+        if action.nargs == 0 or "default" in str(action.help):  # one that acts at once, or says it in words
+            return action.help
+        if action.default in (None, (), argparse.SUPPRESS):
+            return f"{action.help} (default: none)"
         return super()._get_help_string(action)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Lists and examples keep their lines, however narrow the terminal: they are to be copied."""
+        if "\n" not in text:
+            return super()._fill_text(text, width, indent)
+        return "\n".join(indent + line for line in text.splitlines())
 
 
 class Parser(argparse.ArgumentParser):
@@ -76,17 +90,25 @@ def check_flags(
             )
     for flag in _words(taker, given)[1]:
         if flag not in taker._option_string_actions and flag not in parser._option_string_actions:
-            taker.error(_unknown(flag, taker, command, method, plain))
+            taker.error(unknown_flag(flag, taker, command, method, plain))
 
 
-def _unknown(
+def unknown_flag(
     flag: str,
     taker: argparse.ArgumentParser,
     command: str | None,
     method: str | None,
-    plain: Callable[[], argparse.ArgumentParser],
+    plain: Callable[[], argparse.ArgumentParser] | None = None,
 ) -> str:
-    """What to say of a flag that a command does not take: whose it is, or which one was meant."""
+    """What to say of a flag that a command does not take: whose it is, or which one was meant.
+
+    Args:
+        flag: with its dashes.
+        taker: the command's parser.
+        command: its name, None for `ddfast` alone.
+        method: that was named, None where none was.
+        plain: makes the parser of all commands without any method's options; None: other commands are not asked.
+    """
     from ddfast.methods import list_methods
 
     if command in ("distill", "score"):
@@ -99,7 +121,8 @@ def _unknown(
                 else f"{whose}: name it, ddfast {command} {owners[0]} ..."
             )
     near = did_you_mean(flag, [name for name in taker._option_string_actions if name.startswith("--")])
-    others = [name for name, other in commands_of(plain()).items() if flag in other._option_string_actions]
+    commands = {} if plain is None else commands_of(plain())
+    others = [name for name, other in commands.items() if flag in other._option_string_actions]
     if command is not None and others and not near:
         return f"{flag} is an option of {_listed([f'ddfast {name}' for name in others])}, not of ddfast {command}"
     return f"unknown option {flag}{near or f'; {taker.prog} --help lists the options'}"

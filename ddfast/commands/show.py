@@ -15,20 +15,47 @@ from ddfast.wording import argument, plural
 
 def add_attribute(commands: Any) -> None:
     """Add `ddfast attribute`."""
+    from ddfast.attribution import list_estimators
+
     parser = commands.add_parser("attribute", help="heatmaps of images, as pictures and a table")
-    parser.add_argument("--data", required=True, help="an image file, a folder of images, or a labelled set")
-    add_teacher(parser, required=True, help="teacher file, .pt state dict, or torchvision:NAME")
-    parser.add_argument("--out", required=True, help="output folder")
-    parser.add_argument("--grid", type=whole, default=4, help="cells per side")
-    parser.add_argument("--n-samples", type=whole, default=32, help="model evaluations an image")
     parser.add_argument(
-        "--estimator", default="permutation", help="Shapley estimator; an unknown one lists all"
+        "--data",
+        required=True,
+        metavar="PATH",
+        help="an image file, a folder of images, or a labelled set",
     )
-    parser.add_argument("--value", default="logit", help="logit, prob or logprob")
-    parser.add_argument("--limit", type=whole, default=64, help="images at most")
-    parser.add_argument("--seed", type=whole, default=0, help="of the coalitions")
+    add_teacher(parser, required=True, help="teacher file, .pt state dict, or torchvision:NAME")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="output folder, a new one")
     parser.add_argument(
-        "--image-size", type=whole, default=None, help="side of the images of a .pt state dict in pixels"
+        "--grid", type=whole, default=4, metavar="N", help="cells per side, which share the score"
+    )
+    parser.add_argument("--n-samples", type=whole, default=32, metavar="N", help="model evaluations an image")
+    parser.add_argument(
+        "--estimator",
+        default="permutation",
+        metavar="NAME",
+        help=f"estimator of the Shapley values: {', '.join(list_estimators())}",
+    )
+    parser.add_argument(
+        "--value",
+        default="logit",
+        metavar="{logit,prob,logprob}",
+        help="what the cells share: the class's logit, probability or log-probability",
+    )
+    parser.add_argument("--limit", type=whole, default=64, metavar="N", help="images at most")
+    parser.add_argument(
+        "--seed",
+        type=whole,
+        default=0,
+        metavar="N",
+        help="decides which cells are shown together, a number of at least 0",
+    )
+    parser.add_argument(
+        "--image-size",
+        type=whole,
+        default=None,
+        metavar="PX",
+        help="side of the images in pixels, for a .pt state dict; default what the teacher file says",
     )
     add_device(parser)
     parser.set_defaults(parser=parser, run=_attribute)
@@ -78,8 +105,8 @@ def _attribute(arguments: argparse.Namespace) -> None:
 def add_report(commands: Any) -> None:
     """Add `ddfast report`."""
     parser = commands.add_parser("report", help="write report.html and mosaic.png of a distilled set again")
-    parser.add_argument("folder", help="output folder of ddfast distill")
-    add_data(parser, required=False, default=None)
+    parser.add_argument("folder", metavar="FOLDER", help="output folder of ddfast distill")
+    add_data(parser, required=False, default=None, help="the data; default where the run found them")
     parser.set_defaults(parser=parser, run=_report)
 
 
@@ -115,7 +142,7 @@ def add_export(commands: Any) -> None:
     parser = commands.add_parser(
         "export", help="write a distilled set as WebDataset shards or for Hugging Face"
     )
-    parser.add_argument("folder", help="output folder of ddfast distill")
+    parser.add_argument("folder", metavar="FOLDER", help="output folder of ddfast distill")
     parser.add_argument(
         "--to",
         "--format",
@@ -125,10 +152,17 @@ def add_export(commands: Any) -> None:
         help="webdataset: tar shards; huggingface: a folder of Parquet with named labels and a dataset card",
     )
     parser.add_argument(
-        "--out", required=True, help="shards/train-{000000..}.tar, or one .tar; of huggingface a new folder"
+        "--out",
+        required=True,
+        metavar="PATTERN",
+        help="shards/train-{000000..}.tar, or one .tar; of huggingface a new folder",
     )
     parser.add_argument(
-        "--images-per-shard", type=whole, default=10_000, help="images in each file but the last"
+        "--images-per-shard",
+        type=whole,
+        default=10_000,
+        metavar="N",
+        help="images in each file but the last",
     )
     parser.set_defaults(parser=parser, run=_export)
 
@@ -151,8 +185,14 @@ def add_demo(commands: Any) -> None:
     parser = commands.add_parser(
         "demo", help="render a set, train a teacher, distil, compare with a random subset"
     )
-    parser.add_argument("--out", default="./demo-out", help="output folder")
-    parser.add_argument("--seed", type=whole, default=0, help="of everything")
+    parser.add_argument("--out", default="./demo-out", metavar="FOLDER", help="output folder")
+    parser.add_argument(
+        "--seed",
+        type=whole,
+        default=0,
+        metavar="N",
+        help="decides the images and every random draw, a number of at least 0",
+    )
     parser.add_argument("--quiet", action="store_true", help="print nothing but the comparison")
     parser.set_defaults(parser=parser, run=_demo)
 

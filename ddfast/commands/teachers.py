@@ -19,13 +19,22 @@ def add_teacher(parser: argparse.ArgumentParser, **said: Any) -> None:
     add_settings(
         parser,
         ("normalization", "class_order"),
-        normalization={"help": "of the pixels of a .pt state dict: a name or mean,mean,mean/std,std,std"},
+        normalization={
+            "help": "mean and deviation of the pixels of a .pt state dict: imagenet, cifar10, tinyimagenet, none, "
+            "numbers as mean,mean,mean/std,std,std, or auto: imagenet"
+        },
     )
 
 
-def add_architecture(parser: argparse.ArgumentParser) -> None:
-    """Add --teacher-arch, which only a state dict needs."""
-    parser.add_argument("--teacher-arch", default=None, help="architecture of a weights-only .pt state dict")
+def add_architecture(parser: argparse.ArgumentParser, **said: Any) -> None:
+    """Add --teacher-arch, which only a state dict needs; arguments of `add_argument` that are otherwise here."""
+    arguments: dict[str, Any] = {
+        "default": None,
+        "metavar": "NAME",
+        "help": "architecture of a weights-only .pt state dict, one that ddfast train-teacher --help lists; default "
+        "what the teacher file says",
+    }
+    parser.add_argument("--teacher-arch", **{**arguments, **said})
 
 
 def said_normalization(arguments: argparse.Namespace) -> str | None:

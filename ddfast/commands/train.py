@@ -8,50 +8,120 @@ from pathlib import Path
 from typing import Any
 
 from ddfast.arguments import output_file
-from ddfast.commands.flags import add_data, add_device, number, whole, whole_numbers
+from ddfast.commands.config import add_config
+from ddfast.commands.flags import add_data, add_device, add_settings, number, whole, whole_numbers
 from ddfast.commands.teachers import add_teacher, teacher_choice
 from ddfast.errors import UsageError
 from ddfast.wording import argument, plural
+
+_HISTORY = (
+    "folder of history.jsonl, the run's numbers as they come, and of TensorBoard's files where it is installed; "
+    "default none"
+)
+
+
+def _architectures() -> str:
+    from ddfast.models import list_models
+
+    return f"architecture: {', '.join(list_models())}, or timm:NAME where timm is installed"
+
+
+def _add_image_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--image-size",
+        type=whole,
+        default=None,
+        metavar="PX",
+        help="side in pixels; default that of the first image, 224 at most",
+    )
+
+
+def _add_width(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--width", type=whole, default=None, metavar="N", help="channels of a ConvNet's layers; default 128"
+    )
+
+
+def _add_batch_size(parser: argparse.ArgumentParser, default: int | None) -> None:
+    text = "images a step" if default is not None else "images a step; default the protocol's"
+    parser.add_argument("--batch-size", type=whole, default=default, metavar="N", help=text)
+
+
+def _add_precision(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--precision",
+        default=default,
+        metavar="{float32,bfloat16,auto}",
+        help="what networks compute in; auto: bfloat16 where it is known to be faster",
+    )
 
 
 def add_train_teacher(commands: Any) -> None:
     """Add `ddfast train-teacher`."""
     parser = commands.add_parser("train-teacher", help="train a teacher on the full set")
     add_data(parser)
-    parser.add_argument("--arch", required=True, help="architecture, convnet3 or resnet18 for example")
-    parser.add_argument("--epochs", type=whole, required=True, help="passes over the training split")
-    parser.add_argument("--out", required=True, help="teacher file to write, .safetensors; a new one")
+    parser.add_argument("--arch", required=True, metavar="NAME", help=_architectures())
+    parser.add_argument(
+        "--epochs", type=whole, required=True, metavar="N", help="passes over the training split"
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="FILE", help="teacher file to write, .safetensors; a new one"
+    )
     parser.add_argument(
         "--checkpoint-epochs",
         type=whole_numbers,
         default=(),
         metavar="N[,N...]",
-        help="also write <out>-epochN.safetensors after these epochs: early label teachers",
+        help="also write <out>-epochN.safetensors after these epochs: early label teachers; default none",
+    )
+    _add_image_size(parser)
+    parser.add_argument(
+        "--optimizer",
+        default="sgd",
+        metavar="{sgd,adamw}",
+        help="optimiser: sgd with momentum 0.9, or adamw",
     )
     parser.add_argument(
-        "--image-size", type=whole, default=None, help="side in pixels; default that of the first image"
-    )
-    parser.add_argument("--optimizer", default="sgd", help="sgd or adamw")
-    parser.add_argument(
-        "--lr", type=number, default=None, help="learning rate; default by optimizer and architecture"
-    )
-    parser.add_argument("--schedule", default="cosine", help="cosine or constant")
-    parser.add_argument("--batch-size", type=whole, default=128, help="images a step")
-    parser.add_argument("--weight-decay", type=number, default=5e-4, help="weight decay")
-    parser.add_argument(
-        "--augment", default=None, help="crop-flip, rrc-flip, flip or none; default by image size"
+        "--lr",
+        type=number,
+        default=None,
+        metavar="X",
+        help="learning rate of the first step; default 0.001 with adamw, else 0.05 for ConvNets and 0.1 for others",
     )
     parser.add_argument(
-        "--width", type=whole, default=None, help="channels of a ConvNet's layers; default 128"
+        "--schedule",
+        default="cosine",
+        metavar="{cosine,constant}",
+        help="how the learning rate goes on: down to 0 as a cosine, or constant",
     )
-    parser.add_argument("--seed", type=whole, default=0, help="weights, order and augmentation")
+    _add_batch_size(parser, 128)
     parser.add_argument(
-        "--precision",
-        default="auto",
-        help="float32, bfloat16, or auto: bfloat16 where it is known to be faster",
+        "--weight-decay",
+        type=number,
+        default=5e-4,
+        metavar="X",
+        help="share of every weight that a step takes off, times the learning rate",
     )
+    parser.add_argument(
+        "--augment",
+        default=None,
+        metavar="{crop-flip,rrc-flip,flip,none}",
+        help="random changes of the images: crop-flip shifts by up to 4 px and mirrors, rrc-flip cuts and enlarges and "
+        "mirrors; default crop-flip up to 64 px, rrc-flip above",
+    )
+    _add_width(parser)
+    parser.add_argument(
+        "--seed",
+        type=whole,
+        default=0,
+        metavar="N",
+        help="decides weights, order and augmentation, a number of at least 0",
+    )
+    _add_precision(parser, "auto")
     parser.add_argument("--resume", action="store_true", help="continue from the last finished epoch")
+    add_settings(parser, ("log_dir", "wandb"), log_dir={"help": _HISTORY})
     add_device(parser)
+    add_config(parser)
     parser.set_defaults(parser=parser, run=_train_teacher)
 
 
@@ -70,7 +140,18 @@ def _train_teacher(arguments: argparse.Namespace) -> None:
             "schedule",
             "batch_size",
         ),
-        *("weight_decay", "augment", "seed", "precision", "resume", "device", "workers", "quiet"),
+        *(
+            "log_dir",
+            "wandb",
+            "weight_decay",
+            "augment",
+            "seed",
+            "precision",
+            "resume",
+            "device",
+            "workers",
+            "quiet",
+        ),
     )
     settings = {name: getattr(arguments, name) for name in names}
     if arguments.width is not None:
@@ -86,28 +167,48 @@ def add_train_proxies(commands: Any) -> None:
         "train-proxies", help="train the networks that measure conditional mutual information (--cmi)"
     )
     add_data(parser)
-    parser.add_argument("--arch", default="resnet18_in", help="architecture of the proxies")
-    parser.add_argument("--count", type=whole, default=10, help="number of networks, each of its own weights")
-    parser.add_argument("--epochs", type=whole, default=20, help="passes over the training split")
-    parser.add_argument("--out", required=True, help="folder of the proxies")
+    parser.add_argument("--arch", default="resnet18_in", metavar="NAME", help=_architectures())
     parser.add_argument(
-        "--images-per-class", type=whole, default=None, help="images trained on of each class; default all"
+        "--count", type=whole, default=10, metavar="N", help="number of networks, each of its own weights"
     )
     parser.add_argument(
-        "--image-size", type=whole, default=None, help="side in pixels; default that of the first image"
+        "--epochs", type=whole, default=20, metavar="N", help="passes over the training split"
     )
-    for flag, kind, help in (
-        ("--lr", number, "learning rate of SGD, constant; default 0.01"),
-        ("--momentum", number, "of SGD; default 0.9"),
-        ("--weight-decay", number, "on every parameter; default 0.001"),
-        ("--batch-size", whole, "images a step; default 256"),
-        ("--normalization", str, "of the pixels, as that of the run: a name or mean,mean,mean/std,std,std"),
-        ("--precision", str, "float32 (default), bfloat16, or auto: bfloat16 where it is known to be faster"),
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder of the proxies")
+    parser.add_argument(
+        "--images-per-class",
+        type=whole,
+        default=None,
+        metavar="N",
+        help="images trained on of each class; default all",
+    )
+    _add_image_size(parser)
+    for flag, kind, metavar, help in (
+        ("--lr", number, "X", "learning rate of SGD, constant; default 0.01"),
+        ("--momentum", number, "X", "momentum of SGD, in [0, 1); default 0.9"),
+        ("--weight-decay", number, "X", "weight decay, on every parameter; default 0.001"),
+        ("--batch-size", whole, "N", "images a step; default 256"),
+        (
+            "--normalization",
+            str,
+            "NAME",
+            "mean and deviation of the pixels, those of the run: imagenet, cifar10, tinyimagenet, none, or numbers as "
+            "mean,mean,mean/std,std,std; default imagenet, as that of a run",
+        ),
+        (
+            "--precision",
+            str,
+            "{float32,bfloat16,auto}",
+            "what networks compute in; auto: bfloat16 where it is known to be faster; default float32",
+        ),
     ):
-        parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=help)
-    parser.add_argument("--seed", type=whole, default=0, help="weights and order")
+        parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, metavar=metavar, help=help)
+    parser.add_argument(
+        "--seed", type=whole, default=0, metavar="N", help="decides weights and order, a number of at least 0"
+    )
     parser.add_argument("--resume", action="store_true", help="continue from the last finished epoch")
     add_device(parser)
+    add_config(parser)
     parser.set_defaults(parser=parser, run=_train_proxies)
 
 
@@ -125,29 +226,43 @@ def _train_proxies(arguments: argparse.Namespace) -> None:
 def add_evaluate(commands: Any) -> None:
     """Add `ddfast evaluate`."""
     parser = commands.add_parser("evaluate", help="train students on a distilled set and test them")
-    parser.add_argument("--distilled", required=True, help="output folder of ddfast distill")
+    parser.add_argument(
+        "--distilled", required=True, metavar="FOLDER", help="output folder of ddfast distill"
+    )
     add_data(parser)
     parser.add_argument(
-        "--arch", default=None, help="the students' architecture; default what a set of pixels was matched on"
+        "--arch",
+        default=None,
+        metavar="NAME",
+        help=f"the students' {_architectures()}; default what a set of pixels was matched on",
     )
+    _add_width(parser)
     parser.add_argument(
-        "--width", type=whole, default=None, help="channels of a ConvNet student's layers; default 128"
+        "--seeds",
+        type=whole,
+        default=3,
+        metavar="N",
+        help="number of students, each from other initial weights",
     )
-    parser.add_argument("--seeds", type=whole, default=3, help="number of students")
     add_teacher(
-        parser, required=False, help="label online with this teacher; without it the stored soft labels serve"
+        parser,
+        required=False,
+        help="label online with this teacher; default none: the stored soft labels serve",
     )
     parser.add_argument(
-        "--epochs", type=whole, default=None, help="passes over the distilled set; default the protocol's"
+        "--epochs",
+        type=whole,
+        default=None,
+        metavar="N",
+        help="passes over the distilled set; default the protocol's",
     )
     parser.add_argument(
         "--protocol",
         default="rded",
-        help="rded, rded_plain, sre2l, sre2l_tiny, or with hard labels dc, dsa, idc, igds",
+        metavar="NAME",
+        help="how students are trained: rded, rded_plain, sre2l, sre2l_tiny, or with hard labels dc, dsa, idc, igds",
     )
-    parser.add_argument(
-        "--batch-size", type=whole, default=None, help="images a step; default the protocol's"
-    )
+    _add_batch_size(parser, None)
     parser.add_argument(
         "--auto-augment",
         "--autoaugment",
@@ -155,21 +270,24 @@ def add_evaluate(commands: Any) -> None:
         action="store_true",
         help="AutoAugment on the students' images, before the protocol's own augmentation",
     )
-    parser.add_argument(
-        "--precision",
-        default="float32",
-        help="float32, bfloat16, or auto: bfloat16 where it is known to be faster",
-    )
+    _add_precision(parser, "float32")
     parser.add_argument(
         "--rounded",
         action="store_true",
         help="train on the 8-bit images of a set that has pixels in float32: what rounding costs",
     )
-    parser.add_argument("--json", default=None, help="also write the whole result to this file, a new one")
+    parser.add_argument(
+        "--json",
+        default=None,
+        metavar="FILE",
+        help="also write the whole result to this file, a new one; default none",
+    )
     parser.add_argument(
         "--no-preflight", action="store_true", help="skip the try of the teacher on test images"
     )
+    add_settings(parser, ("log_dir", "wandb"), log_dir={"help": _HISTORY})
     add_device(parser)
+    add_config(parser)
     parser.set_defaults(parser=parser, run=_evaluate)
 
 
@@ -210,6 +328,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         workers=arguments.workers,
         quiet=arguments.quiet,
         rounded=arguments.rounded,
+        log_dir=arguments.log_dir,
+        wandb=arguments.wandb,
     )
     print(
         f"images {result.images}; labels {result.labels}, {plural(result.epochs, 'epoch')} "

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from ddfast.wording import did_you_mean
+
 Normalization = tuple[tuple[float, float, float], tuple[float, float, float]]
 
 NORMALIZATIONS: dict[str, Normalization] = {
@@ -38,6 +40,7 @@ def normalization(choice: str | tuple[Sequence[float], Sequence[float]]) -> Norm
         if name not in NORMALIZATIONS:
             raise ValueError(
                 f"unknown normalization {choice!r}; known: {', '.join(NORMALIZATIONS)}, or mean,mean,mean/std,std,std"
+                f"{did_you_mean(choice, NORMALIZATIONS)}"
             )
         return NORMALIZATIONS[name]
     parts = [part.split(",") for part in choice.split("/")] if isinstance(choice, str) else choice

@@ -68,7 +68,9 @@ def compose(run: Run) -> None:
     loaded = run.load(samples)
     side = run.plan["image_size"] // factor
     done = len(mine) - int(missing.sum())
-    with Progress("compose", len(mine), "images", done=done, quiet=run.quiet) as progress:
+    with Progress(
+        "compose", len(mine), "images", done=done, quiet=run.quiet, outlook=run.outlook()
+    ) as progress:
         for image in _picked(run, missing):
             sources = torch.stack([_decoded(*next(loaded)) for _ in range(tiles)])
             boxes = torch.from_numpy(image.boxes.copy())

@@ -18,6 +18,7 @@ from ddfast.data.opening import open_source
 from ddfast.data.sources import IN_MEMORY, described
 from ddfast.errors import BadImage, UsageError
 from ddfast.files import make_folder, sweep_temporary
+from ddfast.history import History, check_history
 from ddfast.methods import get_method
 from ddfast.methods.base import Method
 from ddfast.methods.synthesis import Synthesis
@@ -341,6 +342,7 @@ def open_run(method: str, settings: Settings, options: Mapping[str, Any] | None 
             resolve_loader(checked.loader, device)
         threads_of(checked.threads, device)
         check_folder(checked.out)
+        check_history(checked.log_dir, checked.wandb, outside=checked.out)
         if checked.scores is not None and read_plan(checked.scores) is None:
             raise UsageError(f"{argument('scores')} {checked.scores} holds no ddfast run")
         check_teachers(checked, known)
@@ -412,6 +414,13 @@ def open_run(method: str, settings: Settings, options: Mapping[str, Any] | None 
             },
             data=settings.data,
             pool_memory=int(settings.pool_memory * 2**30),
+            history=History(
+                settings.log_dir,
+                settings.wandb if ranks.main else None,
+                command="distill",
+                run=str(settings.out),
+                settings={"method": method, **settings.in_manifest(known.offers())},
+            ),
         )
         if isinstance(chosen, Synthesis):
             chosen.open(run.context)

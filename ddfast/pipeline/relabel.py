@@ -68,7 +68,7 @@ def _write_labels(run: Run) -> None:
     parts = [folder / f"part-{index:06d}" for index in range(-(-images // size))]
     mine = run.ranks.share(len(parts))
     total = sum(min(size, images - index * size) for index in mine)
-    with Progress("relabel", total, "images", quiet=run.quiet) as progress:
+    with Progress("relabel", total, "images", quiet=run.quiet, outlook=run.outlook()) as progress:
         for index in mine:
             names = [
                 _image_path(run, number) for number in range(index * size, min((index + 1) * size, images))

@@ -29,12 +29,15 @@ from ddfast.data.samples import Sample
 from ddfast.data.sources import Source
 from ddfast.errors import UsageError
 from ddfast.files import atomic_write_text
+from ddfast.history import History
 from ddfast.methods.base import Context, Method, Prepared
 from ddfast.models import Teacher
 from ddfast.models.teacher import checked_logits
 from ddfast.output.distilled import MANIFEST
 from ddfast.pipeline.plan import dtype_of
-from ddfast.ranks import Ranks
+from ddfast.progress import Outlook, ways_of_machine
+from ddfast.ranks import Ranks, usable_cores
+from ddfast.wording import setting
 
 RUN = "run.json"
 
@@ -64,6 +67,7 @@ class Run:
     data: Any = None
     prepared: Prepared | None = None
     pool_memory: int | None = None
+    history: History | None = None
     _pool: np.ndarray | None = field(default=None, repr=False)
 
     @property
@@ -154,6 +158,12 @@ class Run:
     def samples(self, places: Iterable[int]) -> Iterator[Sample]:
         """The samples at these places of the source, one after the other."""
         return (self.source.samples[int(place)] for place in places)
+
+    def outlook(self, *faster: str) -> Outlook:
+        """Of one stage: what would make it shorter, beside what the machine has not."""
+        threads, cores = self.plan["arithmetic"]["threads"], usable_cores() // self.ranks.local_size
+        own = ways_of_machine(self.device.type, threads, cores, lambda free: setting("threads", free))
+        return Outlook(1, [*faster, *own])
 
     def set_arithmetic(self) -> None:
         """Fix the number of threads that the plan names: it changes the order of sums."""

@@ -41,6 +41,7 @@ from ddfast.pipeline.prepare import prepare
 from ddfast.pipeline.run import Run, _shards, clock
 from ddfast.progress import Progress
 from ddfast.unchanged import unchanged
+from ddfast.wording import argument
 
 # Score
 # ----------------------------------------------------------------------------------------------------------
@@ -71,7 +72,8 @@ def score(run: Run) -> None:
         wanted = sum(len(shard) for shard in shards)
         wished = (sample for shard in shards for sample in run.samples(shard))
         label = "score" if run.ranks.size == 1 else f"score, rank 0 of {run.ranks.size}"
-        progress = Progress(label, sources, "images", done=sources - wanted, quiet=run.quiet)
+        outlook = run.outlook(f"fewer {argument('images_per_class')}", *_fewer_evaluations(run))
+        progress = Progress(label, sources, "images", done=sources - wanted, quiet=run.quiet, outlook=outlook)
         with progress, unchanged(*(teacher.model for teacher, _ in run.teachers)):
             _warm(run, shards[0])
             loaded = _Awaited(run.load(wished, on_device=True))
@@ -87,6 +89,11 @@ def score(run: Run) -> None:
         _note_rate(run, wanted, time.monotonic() - started, loaded.seconds, time.process_time() - processor)
     run.ranks.meet("score")
     clock(run, "score", started)
+
+
+def _fewer_evaluations(run: Run) -> list[str]:
+    """A method that evaluates the teacher many times an image is as fast as these are few."""
+    return [f"fewer {argument('n_samples')}"] if hasattr(run.method.options, "n_samples") else []
 
 
 def _is_committed(path: Path, index: int, digest: str) -> bool:

@@ -75,7 +75,8 @@ def _take_steps(run: Run, method: Synthesis, groups: Sequence[Group], judge: Jud
     if done == method.steps * len(groups) and None not in states.values():
         return
     pool = _pool_of(run, [group for group in groups if not _is_done(states[group.number], method)])
-    with Progress("synthesize", method.steps * len(groups), "steps", done=done, quiet=run.quiet) as progress:
+    total, outlook = method.steps * len(groups), run.outlook(f"fewer {argument('iterations')}")
+    with Progress("synthesize", total, "steps", done=done, quiet=run.quiet, outlook=outlook) as progress:
         for group in groups:
             state = states.pop(group.number)
             if not _is_done(state, method):
@@ -106,8 +107,18 @@ def _finish(
         if time.monotonic() - saved >= _SAVE_SECONDS and state.step < method.steps:
             kept.save(_as_tensors(state))
             saved = time.monotonic()
+        _tell(run, method, state)
         progress.advance(note=_note(loss, state))
     kept.save(_as_tensors(state))
+
+
+def _tell(run: Run, method: Synthesis, state: State) -> None:
+    """Add a step to the run's history where more was measured of it than the loss, and the last."""
+    row = state.curve[-1]
+    if run.history is not None and ({"pixel_variance", "accuracy"} & row.keys() or _is_done(state, method)):
+        run.history.note(
+            "step", state.step, group=state.group.number, **{name: row.get(name) for name in CURVE}
+        )
 
 
 def _note(loss: float, state: State) -> str:

@@ -25,7 +25,7 @@ from ddfast.data.sources import Sample, Source, is_image
 from ddfast.errors import BadImage, UsageError, shown
 from ddfast.files import atomic_folder, atomic_write_bytes, atomic_write_text, make_folder
 from ddfast.isolation import isolated
-from ddfast.models import Teacher
+from ddfast.models import Teacher, load_teacher
 from ddfast.models.teacher import checked_logits
 from ddfast.output.mosaic import spread
 from ddfast.progress import Progress, say
@@ -88,7 +88,7 @@ class LooseFiles(Source):
 def attribute_images(
     data: str | Path,
     *,
-    teacher: Teacher | Callable[[], Teacher],
+    teacher: Teacher | str | Path | Callable[[], Teacher],
     out: str | Path,
     grid: int = 4,
     n_samples: int = 32,
@@ -108,7 +108,8 @@ def attribute_images(
 
     Args:
         data: an image file, a folder of images, or a labelled set, of which evenly spaced images are taken.
-        teacher: explains the images; or a function that loads it once the other arguments are checked.
+        teacher: explains the images: a loaded one, its file or `torchvision:NAME`, or a function that loads it once the
+            other arguments are checked.
         out: folder that is missing or empty.
         grid: cells per side.
         n_samples: model evaluations an image.
@@ -146,7 +147,10 @@ def attribute_images(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is not an empty folder; give {argument('out')} a new one")
     output_folder(out)
-    teacher = teacher if isinstance(teacher, Teacher) else teacher()
+    if isinstance(teacher, (str, Path)):
+        teacher = load_teacher(teacher)
+    elif not isinstance(teacher, Teacher):
+        teacher = teacher()
     teacher = dataclasses.replace(teacher, model=copy.deepcopy(teacher.model).float().eval())
     if grid > teacher.image_size:
         raise UsageError(

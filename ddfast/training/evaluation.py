@@ -15,12 +15,14 @@ import torch
 from ddfast.arguments import architecture_options, data_of, one_of, path_of, whole_number
 from ddfast.crowding import Neighbours, warn_of_crowding
 from ddfast.errors import UsageError
+from ddfast.history import History, check_history
 from ddfast.isolation import isolated
 from ddfast.models.class_order import read_class_order
 from ddfast.models.registry import check_model
 from ddfast.models.teacher import Teacher, load_teacher, with_class_order, with_outputs_in
 from ddfast.ops.precision import PRECISIONS
-from ddfast.progress import say
+from ddfast.progress import Outlook, say, ways_of_machine
+from ddfast.ranks import usable_cores
 from ddfast.training.augmentation import normalize
 from ddfast.training.device import resolve_device
 from ddfast.training.distilled_images import DistilledImages
@@ -138,6 +140,8 @@ def evaluate(
     class_order: str | Path | Sequence[str] | Mapping[Any, Any] | None = None,
     preflight: bool = True,
     rounded: bool = False,
+    log_dir: str | Path | None = None,
+    wandb: str | None = None,
 ) -> EvaluationResult:
     """Train students of `arch` on a distilled set and test them.
 
@@ -165,6 +169,8 @@ def evaluate(
             warn of one that reads few.
         rounded: train on the 8-bit images of a set that has pixels in float32: what rounding costs. A set without
             pixels has no others.
+        log_dir: folder of `history.jsonl`, a line a student, and of TensorBoard's files where it is installed.
+        wandb: project of Weights & Biases that gets the same numbers.
 
     Raises:
         UsageError: no test split, classes or image sizes that differ, no labels, an unknown name, a teacher in
@@ -191,6 +197,8 @@ def evaluate(
             )
         read_class_order(class_order)
     opened = _opened(distilled)
+    root = None if isinstance(opened, DistilledImages) else opened.root
+    check_history(log_dir, wandb, outside=root)
     check_model(arch, opened.image_size, **arch_options)
     if callable(teacher):
         teacher = teacher()
@@ -222,28 +230,47 @@ def evaluate(
     if where.type == "cpu":
         warn_of_crowding(neighbours, torch.get_num_threads(), "OMP_NUM_THREADS={}".format, quiet=quiet)
     students = []
-    for seed in chosen:
-        student = train_student(
-            images,
-            test,
-            arch=arch,
-            arch_options=arch_options,
-            teacher=teacher,
-            protocol=rules,
-            epochs=epochs,
-            batch_size=batch_size,
-            seed=seed,
-            autoaugment=autoaugment,
-            precision=precision,
-            device=device,
-            quiet=quiet,
-        )
-        say(
-            f"{arch} seed {seed}: top-1 {student.top1:.2f}% after epoch {student.epochs}, "
-            f"best {student.best:.2f}% after epoch {student.best_epoch + 1}",
-            quiet=quiet,
-        )
-        students.append(student)
+    own = ways_of_machine(where.type, torch.get_num_threads(), usable_cores(), "OMP_NUM_THREADS={}".format)
+    several = [f"fewer {argument('seeds')}"] if len(chosen) > 1 else []
+    outlook = Outlook(len(chosen), [*several, f"fewer {argument('epochs')}", *own])
+    said = {"arch": arch, "protocol": rules.name, "seeds": chosen, "precision": precision}
+    name = "images in memory" if root is None else str(root)
+    with History(log_dir, wandb, command="evaluate", run=name, settings=said) as history:
+        for seed in chosen:
+            student = train_student(
+                images,
+                test,
+                arch=arch,
+                arch_options=arch_options,
+                teacher=teacher,
+                protocol=rules,
+                epochs=epochs,
+                batch_size=batch_size,
+                seed=seed,
+                autoaugment=autoaugment,
+                precision=precision,
+                device=device,
+                quiet=quiet,
+                outlook=outlook,
+            )
+            say(
+                f"{arch} seed {seed}: top-1 {student.top1:.2f}% after epoch {student.epochs}, "
+                f"best {student.best:.2f}% after epoch {student.best_epoch + 1}",
+                quiet=quiet,
+            )
+            students.append(student)
+            history.note(
+                "student",
+                len(students),
+                seed=seed,
+                arch=arch,
+                top1=student.top1,
+                top5=student.top5,
+                best=student.best,
+                best_epoch=student.best_epoch + 1,
+                epochs=student.epochs,
+                loss=student.final_loss,
+            )
     per_class = torch.tensor([student.per_class for student in students], dtype=torch.float64).mean(dim=0)
     labels = "hard" if rules.labels == "hard" else "stored" if teacher is None else "online"
     return EvaluationResult(

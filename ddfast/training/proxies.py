@@ -32,7 +32,8 @@ from ddfast.models.normalization import AUTO, Normalization
 from ddfast.models.registry import COMMON_IMAGE, check_model
 from ddfast.models.teacher import Teacher, load_teacher, read_header
 from ddfast.ops.precision import compute_dtype
-from ddfast.progress import say
+from ddfast.progress import Outlook, say, ways_of_machine
+from ddfast.ranks import usable_cores
 from ddfast.seeding import derived_seed
 from ddfast.training.device import resolve_device
 from ddfast.training.image_sets import ImageSet, StreamedSet, native_size, read_test_set, read_training_set
@@ -233,6 +234,13 @@ def train_proxies(
     result = Proxies(out, config.arch, [])
     if held is None:
         _write(result, settings, arithmetic)
+    missing = [number for number in range(count) if not (out / f"proxy-{number:05d}.safetensors").exists()]
+    threads = arithmetic["threads"]
+    own_ways = ways_of_machine(where.type, threads, usable_cores(), "OMP_NUM_THREADS={}".format)
+    outlook = Outlook(
+        len(missing) * config.epochs,
+        [f"fewer {argument('epochs')}", f"a smaller {argument('count')}", *own_ways],
+    )
     for number in range(count):
         path = out / f"proxy-{number:05d}.safetensors"
         own = replace(config, seed=derived_seed(config.seed, "proxy", number))
@@ -251,6 +259,7 @@ def train_proxies(
                     resume=path.with_suffix(".state").exists(),
                     watch=False,
                     quiet=quiet,
+                    outlook=outlook,
                 )
         result.proxies.append(_row(path, number, own, identity_of(own, fingerprint)))
         path.with_suffix(".state").unlink(missing_ok=True)  # of a run killed right behind its last write

@@ -21,7 +21,7 @@ from ddfast.errors import UsageError
 from ddfast.isolation import isolated
 from ddfast.models.registry import create_model
 from ddfast.models.teacher import Teacher
-from ddfast.progress import Progress
+from ddfast.progress import Outlook, Progress
 from ddfast.seeding import generator, seeded
 from ddfast.training.device import resolve_device
 from ddfast.training.distilled_images import DistilledImages
@@ -79,6 +79,7 @@ def train_student(
     precision: str = "float32",
     device: str | torch.device = "auto",
     quiet: bool = False,
+    outlook: Outlook | None = None,
 ) -> StudentResult:
     """Train one student from new weights and test it.
 
@@ -98,6 +99,7 @@ def train_student(
         precision: "float32", "bfloat16" (autocast of teacher and student), or "auto": bfloat16 where it is faster.
         device: "auto", "cpu" or "cuda".
         quiet: show no progress.
+        outlook: of several students, a stage each.
 
     Raises:
         UsageError: data, labels, teacher and architecture that do not fit one another.
@@ -157,7 +159,7 @@ def train_student(
     def objective(logits: Tensor, targets: Tensor) -> Tensor:
         return loss_scale * distillation_loss(logits, targets, temperature)
 
-    progress = Progress(f"seed {seed}", passes, "epochs", quiet=quiet)
+    progress = Progress(f"seed {seed}", passes, "epochs", quiet=quiet, outlook=outlook)
     with seeded(seed, "dropout", device=where), progress:
         for epoch in range(passes):
             if rules.restart and epoch in rules.stepped_epochs(epochs):

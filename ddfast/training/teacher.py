@@ -31,12 +31,14 @@ from ddfast.arguments import (
 from ddfast.crowding import Neighbours, warn_of_crowding
 from ddfast.errors import UsageError
 from ddfast.files import atomic_write_bytes, explained, make_folder, sweep_temporary_of
+from ddfast.history import History, check_history
 from ddfast.isolation import isolated, on_threads
 from ddfast.models.normalization import Normalization, normalization
 from ddfast.models.registry import COMMON_IMAGE, check_model, create_model
 from ddfast.models.teacher import Teacher, load_teacher, read_header, teacher_bytes
 from ddfast.ops.precision import PRECISIONS, compute_dtype
-from ddfast.progress import Progress, say
+from ddfast.progress import Outlook, Progress, say, ways_of_machine
+from ddfast.ranks import usable_cores
 from ddfast.seeding import generator, seeded
 from ddfast.state import StateFile
 from ddfast.training.augmentation import (
@@ -178,6 +180,8 @@ def train_teacher(
     workers: int | None = None,
     resume: bool = False,
     quiet: bool = False,
+    log_dir: str | Path | None = None,
+    wandb: str | None = None,
     **settings: Any,
 ) -> Teacher:
     """Train a network on the training split of `data` and write a teacher file to `out`.
@@ -196,6 +200,9 @@ def train_teacher(
         resume: continue a killed run from its last whole epoch, with its number of threads; starts where there
             is nothing to continue, and returns at once where `out` was finished by the same configuration.
         quiet: print nothing.
+        log_dir: folder of `history.jsonl`, a line an epoch (loss, top1 in percent, images_per_second), and of
+            TensorBoard's files where it is installed.
+        wandb: project of Weights & Biases that gets the same numbers.
         settings: the other fields of `TeacherConfig`; `arch` and `epochs` are required.
 
     Raises:
@@ -227,6 +234,7 @@ def train_teacher(
     checkpoint_epochs = _checked_epochs(checkpoint_epochs, tried.epochs)
     if not resume:
         _check_free(out, checkpoint_epochs)
+    check_history(log_dir, wandb)
     where = resolve_device(device)
     if workers is not None:
         workers = whole_number(workers, "workers", least=0)
@@ -257,7 +265,9 @@ def train_teacher(
     train = read_training_set(source, config.stored_size, workers=workers, quiet=quiet)
     if where.type == "cpu":
         warn_of_crowding(neighbours, torch.get_num_threads(), "OMP_NUM_THREADS={}".format, quiet=quiet)
-    return fit_teacher(train, test, config, **options)
+    said = {**asdict(config), "data": str(data)}
+    with History(log_dir, wandb, command="train-teacher", run=str(out), settings=said) as history:
+        return fit_teacher(train, test, config, history=history, **options)
 
 
 @isolated()
@@ -274,11 +284,14 @@ def fit_teacher(
     resume: bool = False,
     watch: bool = True,
     quiet: bool = False,
+    outlook: Outlook | None = None,
+    history: History | None = None,
 ) -> Teacher:
     """`train_teacher` on decoded sets: training images of `config.stored_size`, test images of `image_size`.
 
     `data_fingerprint` names the data in the file and in the check of a resumed run. Without `watch` the accuracy is
-    measured only where a file is written. Errors as `train_teacher`.
+    measured only where a file is written. `outlook` is that of several trainings; `history` is told of every epoch.
+    Errors as `train_teacher`.
     """
     config = config.resolved()
     where = resolve_device(device)
@@ -356,14 +369,19 @@ def fit_teacher(
         f"({where.type}, {arithmetic['arithmetic']}, {config.optimizer} lr {config.lr:g} {config.schedule})",
         quiet=quiet,
     )
+    outlook = outlook or Outlook(config.epochs - epochs_done, _ways(config, where, arithmetic["threads"]))
     with on_threads(arithmetic["threads"]):
         for epoch in range(epochs_done + 1, config.epochs + 1):
             start = time.perf_counter()
-            loss = _train_epoch(fitting, train, config, epoch, quiet)
+            loss = _train_epoch(fitting, train, config, epoch, quiet, outlook)
             rate = len(train) / (time.perf_counter() - start)
-            reached = ""
-            if test is not None and watch and not quiet:
-                reached = f", test top-1 {accuracy(config.precision):.2f}%"
+            reached, top1 = "", None
+            told = history is not None and history.wanted
+            if test is not None and watch and (told or not quiet):
+                top1 = round(accuracy(config.precision), 4)
+                reached = f", test top-1 {top1:.2f}%"
+            if history is not None:
+                history.note("epoch", epoch, loss=loss, top1=top1, images_per_second=round(rate, 1))
             say(f"epoch {epoch}/{config.epochs}: loss {loss:.4f}{reached}, {rate:.0f} images/s", quiet=quiet)
             if epoch in checkpoint_epochs:
                 write(_checkpoint_path(out, epoch), epoch)
@@ -382,6 +400,13 @@ def fit_teacher(
     return load_teacher(out)
 
 
+def _ways(config: TeacherConfig, device: torch.device, threads: int) -> list[str]:
+    """What would make a training shorter."""
+    smaller = [f"a smaller {argument('image_size')}"] if config.image_size > SMALL_IMAGE else []
+    own = ways_of_machine(device.type, threads, usable_cores(), "OMP_NUM_THREADS={}".format)
+    return [f"fewer {argument('epochs')}", *smaller, *own]
+
+
 def _checked_epochs(given: Sequence[int] | int, epochs: int) -> tuple[int, ...]:
     """Epochs after which a checkpoint is written, as ints of 1..epochs; one alone is welcome."""
     several = given if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
@@ -392,7 +417,12 @@ def _checked_epochs(given: Sequence[int] | int, epochs: int) -> tuple[int, ...]:
 
 
 def _train_epoch(
-    fitting: Fitting, train: ImageSet | StreamedSet, config: TeacherConfig, epoch: int, quiet: bool
+    fitting: Fitting,
+    train: ImageSet | StreamedSet,
+    config: TeacherConfig,
+    epoch: int,
+    quiet: bool,
+    outlook: Outlook,
 ) -> float:
     """One pass; returns the mean cross-entropy over its images."""
     device, seed = fitting.device, config.seed
@@ -400,7 +430,8 @@ def _train_epoch(
     draws = generator(seed, "augmentation", epoch)
     steps = math.ceil(len(train) / config.batch_size)
     sizes: list[int] = []
-    progress = Progress(f"epoch {epoch}/{config.epochs}", len(train), "images", quiet=quiet)
+    label = f"epoch {epoch}/{config.epochs}"
+    progress = Progress(label, len(train), "images", quiet=quiet, outlook=outlook)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         for images, labels in train.batches(order, config.batch_size):

@@ -17,7 +17,9 @@ class MatchingOptions:
     """Options of every matching method."""
 
     arch: str = option(
-        "convnet3_in", "architecture of the networks that images are compared on", stage="synthesize"
+        "convnet3_in",
+        "architecture of the networks that images are compared on, one that ddfast train-teacher --help lists",
+        stage="synthesize",
     )
     iterations: int = option(20000, "steps of the pixels", stage="synthesize")
     real_batch: int = option(256, "real images of a class in a step", stage="synthesize")
@@ -33,20 +35,26 @@ class MatchingOptions:
         True, "mirror images among the augmentations, which digits do not bear", stage="synthesize"
     )
     cmi: float = option(
-        0.0, "weight lambda of the CMI regulariser, 0 for none; it needs proxies", stage="synthesize"
+        0.0,
+        "weight of the regulariser by conditional mutual information (CMI), 0 for none; it needs --proxies",
+        stage="synthesize",
     )
     proxies: str | None = option(
         None,
-        "folder of networks trained on the real images, for CMI; without its weight CMI is measured and does not act",
+        "folder of networks trained on the real images (ddfast train-proxies), for --cmi; without that weight CMI is "
+        "measured and does not act",
         stage="synthesize",
         type=str,
+        metavar="FOLDER",
         is_place=True,
     )
-    cmi_every: int = option(1, "CMI acts in every so many steps, with the same weight", stage="synthesize")
-    proxy_arch: str | None = option(
-        None, "take only the proxies of this architecture", stage="synthesize", type=str
+    cmi_every: int = option(
+        1, "steps from one in which CMI acts to the next, with the same weight", stage="synthesize"
     )
-    class_batch: int = option(10, "classes that are matched together, the unit of a rank", stage="synthesize")
+    proxy_arch: str | None = option(
+        None, "take only the proxies of this architecture; default all", stage="synthesize", type=str
+    )
+    class_batch: int = option(10, "classes that are matched together, by one process", stage="synthesize")
 
     def __post_init__(self) -> None:
         for name in ("iterations", "real_batch", "cmi_every", "class_batch"):

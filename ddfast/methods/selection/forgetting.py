@@ -41,9 +41,11 @@ class ForgettingOptions:
 
     epochs: int = option(50, "passes over the pool")
     arch: str = option(
-        "teacher", "architecture of the network, or `teacher`: the teacher's, from new weights"
+        "teacher",
+        "architecture of the network, one that ddfast train-teacher --help lists, or teacher: the teacher's, from new "
+        "weights",
     )
-    lr: float = option(0.05, "learning rate of SGD at the start; falls to 0 as a cosine")
+    lr: float = option(0.05, "learning rate of SGD at the start, which falls to 0 as a cosine")
     train_batch_size: int = option(128, "images a step")
 
     def __post_init__(self) -> None:

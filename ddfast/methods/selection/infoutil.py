@@ -51,15 +51,24 @@ class InfoUtilOptions:
     """Options of InfoUtil. Values `auto` depend on the factor and are fixed when the run starts."""
 
     # Stage 1: informativeness.
-    attribution: str = option("shapley", "attribution of the grid cells", choices=("shapley", "grad_cam"))
+    attribution: str = option(
+        "shapley", "what says how much each cell of the grid matters", choices=("shapley", "grad_cam")
+    )
     estimator: str = option(
         "auto",
-        "Shapley estimator: auto is designed up to 4 x 4 cells, else permutation; `kernel` is the paper's",
+        "estimator of the Shapley values: auto is designed up to 4 x 4 cells, else permutation; the method's authors "
+        "use kernel",
         choices=("auto", *list_estimators()),
     )
-    n_samples: int = option(32, "model evaluations an image, the two anchors included")
-    value: str = option("logit", "game value on the true class", choices=("logit", "prob", "logprob"))
-    baseline: float = option(0.0, "value of masked pixels in normalised space")
+    n_samples: int = option(
+        32, "model evaluations an image, those of the whole and of the empty image included"
+    )
+    value: str = option(
+        "logit",
+        "the teacher's output for the true class that cells share",
+        choices=("logit", "prob", "logprob"),
+    )
+    baseline: float = option(0.0, "value of masked pixels, in standard deviations from the mean")
     grid: int = option(4, "cells per side of the attribution grid")
     crop_rule: str = option(
         "window",
@@ -67,10 +76,14 @@ class InfoUtilOptions:
         choices=("window", "patch"),
     )
     crop_frac: str = option(
-        "auto", "side of a crop as a share of the image's: auto, adaptive, or a number in (0, 1]"
+        "auto",
+        "side of a crop as a share of the image's: a number in (0, 1], adaptive, or auto: adaptive with one tile an "
+        "image, else 0.5",
+        metavar="SHARE",
     )
     coverage: float = option(
-        0.8, "crop_frac adaptive: smallest window with this share of the positive attribution"
+        0.8,
+        "with --crop-frac adaptive: the smallest window with this share, in (0, 1], of the positive attribution",
     )
     crops: int = option(5, "crops an image: all but the last noisy, the last clean")
     alpha: float = option(2.0, "noise in standard deviations of the pooled map; 0 is no noise")
@@ -85,24 +98,32 @@ class InfoUtilOptions:
     # Stage 2: utility.
     within: str = option(
         "auto",
-        "which crop of an image competes",
+        "which crop of an image competes: auto is clean, the one without noise",
         stage="select",
         choices=("auto", "max_norm", "min_loss", "clean"),
     )
     rank_by: str = option(
         "auto",
-        "what images compete by; `quantiles` spreads over the norms",
+        "what images compete by: auto is loss with one tile an image and quantiles, which spreads over the gradient "
+        "norms, with more",
         stage="select",
         choices=("auto", "grad_norm", "loss", "quantiles", "random"),
     )
     order: str = option(
-        "auto", "keep the highest or the lowest", stage="select", choices=("auto", "high", "low")
+        "auto",
+        "keep the highest or the lowest of them: auto is low with one tile an image, else high",
+        stage="select",
+        choices=("auto", "high", "low"),
     )
     correct_only: bool = option(
         False, "only crops that the teacher reads correctly, while they last", stage="select"
     )
-    quantile_low: float = option(0.0, "rank_by quantiles: lowest norm quantile", stage="select")
-    quantile_high: float = option(1.0, "rank_by quantiles: highest norm quantile", stage="select")
+    quantile_low: float = option(
+        0.0, "with --rank-by quantiles: the lowest quantile of the gradient norms, in [0, 1)", stage="select"
+    )
+    quantile_high: float = option(
+        1.0, "with --rank-by quantiles: the highest quantile of the gradient norms, in (0, 1]", stage="select"
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "crop_frac", str(self.crop_frac))  # a number is welcome from Python

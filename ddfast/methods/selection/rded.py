@@ -26,14 +26,14 @@ from ddfast.settings import option
 class RDEDOptions:
     """Options of RDED. The defaults are the published settings."""
 
-    crops: int = option(5, "random crops an image, m in the paper")
+    crops: int = option(5, "random crops an image")
     min_area: float = option(0.08, "smallest crop, as a share of the image's area")
     scoring_input: str = option(
         "pad", "how a tile smaller than the image meets the teacher", choices=("pad", "resize")
     )
     rank_by: str = option(
         "loss",
-        "keep the lowest loss, or the highest gradient norm (the second row of InfoUtil's Table 6)",
+        "keep the crops of the lowest loss, or of the highest gradient norm",
         choices=("loss", "grad_norm"),
     )
 
