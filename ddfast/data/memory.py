@@ -10,36 +10,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import operator
 import os
 import re
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
+from ddfast.data.labels_in_memory import Label, classes_of, distinct, label_of, labels_of, named, width_of
 from ddfast.data.pixels_in_memory import as_file
 from ddfast.data.samples import Sample
-from ddfast.data.sources import (
-    IN_MEMORY,
-    SPLIT_FOLDERS,
-    Source,
-    described,
-    is_many_images,
-    is_unicode,
-    kind_in_words,
-)
+from ddfast.data.sources import IN_MEMORY, SPLIT_FOLDERS, Source, described, is_many_images, kind_in_words
 from ddfast.data.splits import split_word
 from ddfast.errors import BadImage, UsageError, one_line, shown
 from ddfast.wording import plural
 
-Label = int | str
-
-_MOST_CLASSES = 10**9
 # Usual names of the columns, the likeliest first.
 IMAGE_COLUMNS = ("image", "img", "images")
 LABEL_COLUMNS = ("label", "labels", "class", "class_name", "label_name", "target", "cls")
@@ -67,7 +56,7 @@ class Held(ABC):
     def __init__(self, name: str, labels: Sequence[Label], class_names: Sequence[Any] | None) -> None:
         self.name = name
         self.labels = list(labels)
-        self.class_names = None if class_names is None else _distinct(class_names)
+        self.class_names = None if class_names is None else distinct(class_names)
         self.digests: np.ndarray | None = None
         self.remarks: list[str] = []
 
@@ -294,70 +283,6 @@ def _names_in(pairs: Any, name: str) -> Sequence[Any] | None:
     return list(names) if isinstance(names, (list, tuple)) and names else None
 
 
-def _distinct(class_names: Sequence[Any]) -> list[str]:
-    """Class names as text; of those with one name, each has its number behind it."""
-    names = [
-        ", ".join(map(str, name)) if isinstance(name, (tuple, list)) else str(name) for name in class_names
-    ]
-    return [f"{name} ({number})" if names.count(name) > 1 else name for number, name in enumerate(names)]
-
-
-def label_of(label: Any, whose: str) -> Label:
-    """A label as a class number or a class name. Raises `UsageError` for anything else, NUL in a name included."""
-    if isinstance(label, (Tensor, np.ndarray, np.generic)):
-        array = np.asarray(label.detach().cpu().float() if isinstance(label, Tensor) else label)
-        if array.size == 1:
-            label = label.item()
-        elif array.ndim == 1 and array.size and array.dtype.kind in "buif" and _is_one_hot(array[None]):
-            label = int(array.argmax())
-    if isinstance(label, str):
-        if not label or "\0" in label or not is_unicode(label):
-            raise UsageError(f"{whose} has the label {label!r}, which is no class name")
-        return label
-    if isinstance(label, float) and label.is_integer():
-        label = int(label)
-    try:
-        number = operator.index(label)
-    except TypeError:
-        raise UsageError(
-            f"{whose} has the label {_short(label)}: wanted a class number or a class name"
-        ) from None
-    if number == -1:
-        raise UsageError(f"{whose} has the label -1, which stands for none: give labelled images")
-    if not 0 <= number < _MOST_CLASSES:
-        raise UsageError(f"{whose} has the label {number}: class numbers count from 0 and stay below 10^9")
-    return number
-
-
-def labels_of(labels: Any, name: str) -> list[Label]:
-    """Labels [N], [N, 1] or one-hot [N, C] as class numbers or names. Raises `UsageError` as `label_of`."""
-    if isinstance(labels, Tensor):
-        labels = labels.detach().cpu()
-        labels = (labels.float() if labels.is_floating_point() else labels).numpy()
-    if isinstance(labels, np.ndarray):
-        if labels.ndim == 2 and labels.shape[1] == 1:
-            labels = labels[:, 0]
-        elif labels.ndim == 2 and labels.dtype.kind in "buif" and _is_one_hot(labels):
-            labels = labels.argmax(axis=1)
-        if labels.ndim != 1:
-            raise UsageError(f"{name}: labels must be [N] class numbers or names, got {list(labels.shape)}")
-        labels = [
-            one.decode("utf-8", "replace") if isinstance(one, bytes) else one for one in labels.tolist()
-        ]
-    elif isinstance(labels, (str, bytes)) or not hasattr(labels, "__len__"):
-        raise UsageError(f"{name}: labels must be [N] class numbers or names, got {_short(labels)}")
-    return [label_of(label, f"{name}: image {index}") for index, label in enumerate(labels)]
-
-
-def _is_one_hot(labels: np.ndarray) -> bool:
-    return bool(((labels == 0) | (labels == 1)).all() and (labels.sum(axis=1) == 1).all())
-
-
-def _short(value: Any) -> str:
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 class MemorySource(Source):
     """One split of images in memory; see the head of this file for its keys."""
 
@@ -458,9 +383,9 @@ def _names_said(data: Any) -> list[str] | None:
         return data.class_names
     if _is_hugging_face(data):
         named = [kind.names for kind in data.features.values() if hasattr(kind, "names")]
-        return _distinct(named[0]) if len(named) == 1 else None
+        return distinct(named[0]) if len(named) == 1 else None
     names = _names_in(data, described(data))
-    return None if names is None else _distinct(names)
+    return None if names is None else distinct(names)
 
 
 def _is_hugging_face(data: Any) -> bool:
@@ -583,21 +508,21 @@ def source_of(
     if not here.labels:
         raise UsageError(f"{name}: no images")
     numbered = here.class_names or (train.class_names if train is not None else None)
-    width = _width(here.labels + (train.labels if train is not None else []))
+    width = width_of(here.labels + (train.labels if train is not None else []))
     if class_names is not None and here.class_names is None:
         # Numbers are those of the classes' names where all of these are numbers, else places in their order.
         if all(re.fullmatch("[0-9]{1,9}", one) for one in class_names):
             width = len(class_names[-1]) if class_names else 1
         else:
             numbered = list(class_names)
-    labels = _named(here.labels, numbered, width, name)
+    labels = named(here.labels, numbered, width, name)
     remarks = list(here.remarks)
     if class_names is not None:
         known = list(class_names)
     else:
         base, of = (here, labels) if train is None else (train, None)
         names = base.class_names or here.class_names
-        known = _classes(base.labels, of or _named(base.labels, names, width, base.name))
+        known = classes_of(base.labels, of or named(base.labels, names, width, base.name))
         if (
             base.class_names is not None
             and train is None
@@ -616,31 +541,3 @@ def source_of(
     source = MemorySource(here, split, labels, known, name)
     source.remarks = remarks
     return source
-
-
-def _width(labels: Iterable[Label]) -> int:
-    return len(str(max((label for label in labels if isinstance(label, int)), default=0)))
-
-
-def _named(labels: Sequence[Label], class_names: Sequence[str] | None, width: int, name: str) -> list[str]:
-    """The class name of every label. Raises `UsageError` for one out of range, and for names beside numbers."""
-    kinds = {type(label) for label in labels}
-    if len(kinds) > 1:
-        raise UsageError(f"{name} has class numbers and class names among its labels: use one of them")
-    if kinds == {str}:
-        return [str(label) for label in labels]
-    if class_names is None:
-        return [f"{label:0{width}d}" for label in labels]
-    numbers = np.fromiter((int(label) for label in labels), np.int64, len(labels))
-    if len(numbers) and numbers.max() >= len(class_names):
-        index = int(np.argmax(numbers >= len(class_names)))
-        raise UsageError(
-            f"{name}: image {index} has the label {numbers[index]}, and there are {len(class_names)} classes, "
-            f"0 to {len(class_names) - 1}"
-        )
-    return [class_names[number] for number in numbers]
-
-
-def _classes(labels: Sequence[Label], names: Sequence[str]) -> list[str]:
-    """The classes that occur, in the order of their numbers; sorted where they have none."""
-    return [names for _, names in sorted(set(zip(labels, names, strict=True)))]  # type: ignore[type-var]

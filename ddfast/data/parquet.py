@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ddfast.data.folder_scan import is_folder
+from ddfast.data.labels_in_memory import labels_of
 from ddfast.data.memory import (
     IMAGE_COLUMNS,
     LABEL_COLUMNS,
     Held,
     MemorySource,
     file_of_row,
-    labels_of,
     one_column,
     source_of,
 )

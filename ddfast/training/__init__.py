@@ -6,7 +6,8 @@ from ddfast.training.image_sets import ImageSet, read_test_set, read_training_se
 from ddfast.training.protocol import PROTOCOLS, Protocol
 from ddfast.training.proxies import Proxies, load_proxies, proxies_identity, train_proxies
 from ddfast.training.student import StudentResult, train_student
-from ddfast.training.teacher import TeacherConfig, fit_teacher, train_teacher
+from ddfast.training.teacher import fit_teacher, train_teacher
+from ddfast.training.teacher_config import TeacherConfig
 
 __all__ = [
     "PROTOCOLS",

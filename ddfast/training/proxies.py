@@ -37,7 +37,8 @@ from ddfast.ranks import usable_cores
 from ddfast.seeding import derived_seed
 from ddfast.training.device import resolve_device
 from ddfast.training.image_sets import ImageSet, StreamedSet, native_size, read_test_set, read_training_set
-from ddfast.training.teacher import TeacherConfig, check_identity, continued, fit_teacher, identity_of
+from ddfast.training.teacher import check_identity, continued, fit_teacher, identity_of
+from ddfast.training.teacher_config import TeacherConfig
 from ddfast.wording import argument, on_command_line, plural, setting
 
 FORMAT = "ddfast-proxies-1"

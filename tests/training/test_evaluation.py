@@ -19,7 +19,7 @@ from ddfast.output.distilled import (
     write_soft_labels,
 )
 from ddfast.training import DistilledImages, EvaluationResult, ImageSet, evaluate, fit_teacher, train_student
-from ddfast.training.teacher import TeacherConfig
+from ddfast.training.teacher_config import TeacherConfig
 from tests.training.conftest import CLASSES, SIZE, render
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
