@@ -82,6 +82,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--proxies", type=Path, required=True, help="folder of ddfast train-proxies")
     parser.add_argument("--arch", default="convnet3_in", help="of the matched networks and of the students")
     parser.add_argument("--normalization", default="auto", help="of the matched pixels, that of the proxies")
+    parser.add_argument("--arms", default=",".join(ARMS), help="only some of them, comma between")
     parser.add_argument("--ipc", type=integers, default=[1, 10, 50])
     parser.add_argument("--iterations", type=by_ipc, default={0: 20000}, help="20000, or by IPC: 300,50:100")
     parser.add_argument("--real-batch", type=int, default=256, help="real images a class and step")
@@ -93,6 +94,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if len(arguments.teacher) != 1:
         parser.error("herding chooses by a teacher's features: give one --teacher")
+    arguments.arms = [arm.strip() for arm in arguments.arms.split(",")]
+    if unknown := [arm for arm in arguments.arms if arm not in ARMS]:
+        parser.error(f"unknown arms {', '.join(unknown)}; known: {', '.join(ARMS)}")
     arguments.images_per_class = arguments.images_per_class or 300
     return arguments
 
@@ -102,7 +106,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parse(argv)
     found: list[Found] = []
     for ipc in arguments.ipc:
-        for arm in ARMS:
+        for arm in arguments.arms:
             if arm == "DM + CMI" and ipc == 1:
                 continue  # the mean of a single image is the image: CMI is 0
             found.append(_trained(arm, ipc, arguments))
@@ -216,7 +220,7 @@ def _page(found: Sequence[Found], arguments: argparse.Namespace, argv: Sequence[
         "| method | " + " | ".join(f"IPC {ipc}" for ipc in ipcs) + " |",
         "| --- |" + " --- |" * len(ipcs),
     ]
-    for arm in ARMS:
+    for arm in arguments.arms:
         cells = [_cell(at[arm, ipc]) if (arm, ipc) in at else "" for ipc in ipcs]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     deltas = [
@@ -260,7 +264,8 @@ def _cmi_table(found: Sequence[Found], arguments: argparse.Namespace) -> list[st
     arch = proxies_identity(arguments.proxies)[0]["arch"]
     for ipc in dict.fromkeys(each.ipc for each in found):
         base, ours = (
-            next((each for each in found if (each.arm, each.ipc) == (arm, ipc)), None) for arm in ARMS[2:]
+            next((each for each in found if (each.arm, each.ipc) == (arm, ipc)), None)
+            for arm in ("DM", "DM + CMI")
         )
         if base is not None and ours is not None:
             lines.append(
@@ -283,13 +288,12 @@ def _budget(found: Sequence[Found], arguments: argparse.Namespace) -> list[str]:
         f"IPC {each.ipc} {duration(each.seconds)}" for each in found if each.arm.startswith("DM")
     )
     results = [result for each in found for result in each.sets]
-    lines = [
-        f"{at_ipc(arguments.iterations, ipc)} iterations at IPC {ipc}"
-        for ipc in dict.fromkeys(each.ipc for each in found)
-    ]
+    ipcs = list(dict.fromkeys(each.ipc for each in found))
+    lines = [f"{at_ipc(arguments.iterations, ipc)} iterations at IPC {ipc}" for ipc in ipcs]
+    weights = ", ".join(f"{at_ipc(arguments.cmi, ipc):g} at IPC {ipc}" for ipc in ipcs if ipc > 1)
     return [
         f"- {', '.join(lines)} (the paper 20,000), {arguments.real_batch} real images a class (256)",
-        f"- CMI every {arguments.cmi_every} iterations, {len(proxies)} proxies {proxies[0]['arch']}, test top-1 "
+        f"- lambda {weights or 'none'}, CMI every {arguments.cmi_every} iterations, {len(proxies)} proxies {proxies[0]['arch']}, test top-1 "
         + (f"{min(reads):.1f} to {max(reads):.1f}" if reads else "not measured"),
         f"- herding by the features of {teacher_fact(arguments.teacher[0])}",
         f"- seconds of the distillations of DM and DM + CMI: {seconds}",
