@@ -293,7 +293,8 @@ def _budget(found: Sequence[Found], arguments: argparse.Namespace) -> list[str]:
     weights = ", ".join(f"{at_ipc(arguments.cmi, ipc):g} at IPC {ipc}" for ipc in ipcs if ipc > 1)
     return [
         f"- {', '.join(lines)} (the paper 20,000), {arguments.real_batch} real images a class (256)",
-        f"- lambda {weights or 'none'}, CMI every {arguments.cmi_every} iterations, {len(proxies)} proxies {proxies[0]['arch']}, test top-1 "
+        f"- lambda {weights or 'none'}, CMI every {arguments.cmi_every} iterations, {len(proxies)} proxies "
+        f"{proxies[0]['arch']}, test top-1 "
         + (f"{min(reads):.1f} to {max(reads):.1f}" if reads else "not measured"),
         f"- herding by the features of {teacher_fact(arguments.teacher[0])}",
         f"- seconds of the distillations of DM and DM + CMI: {seconds}",
