@@ -20,7 +20,7 @@ demo: $(READY)
 	$(BIN)/python -m ddfast demo --out ./demo-out
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .
