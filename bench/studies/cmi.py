@@ -296,7 +296,11 @@ def _budget(found: Sequence[Found], arguments: argparse.Namespace) -> list[str]:
         f"- lambda {weights or 'none'}, CMI every {arguments.cmi_every} iterations, {len(proxies)} proxies "
         f"{proxies[0]['arch']}, test top-1 "
         + (f"{min(reads):.1f} to {max(reads):.1f}" if reads else "not measured"),
-        f"- herding by the features of {teacher_fact(arguments.teacher[0])}",
+        *(
+            [f"- herding by the features of {teacher_fact(arguments.teacher[0])}"]
+            if "herding" in arguments.arms
+            else []
+        ),
         f"- seconds of the distillations of DM and DM + CMI: {seconds}",
         f"- students: {results[0]['epochs']} epochs; {made_with(results, 'float32')}",
     ]
