@@ -35,11 +35,11 @@ from ddfast.training.comparison import COLUMNS, Better, Comparison, Row, Table, 
 from ddfast.training.device import resolve_device
 from ddfast.training.evaluation import (
     EvaluationResult,
-    _rules,
-    _seeds,
-    _test_source,
     evaluate,
     read_distilled,
+    rules_of,
+    seeds_of,
+    source_of_test_split,
 )
 from ddfast.training.image_sets import ImageSet, measure_accuracy, read_test_set
 from ddfast.training.protocol import Protocol
@@ -128,7 +128,7 @@ def compare(
     if not folders:
         raise UsageError(f"{argument('distilled')}: a comparison needs at least one distilled set, got none")
     one_of(coreset, "coreset", CORESETS)
-    rules, chosen, options = _rules(protocol), _seeds(seeds), architecture_options(arch_options)
+    rules, chosen, options = rules_of(protocol), seeds_of(seeds), architecture_options(arch_options)
     if arch is not None:
         check_model(arch, **options)
     roots = [
@@ -139,8 +139,8 @@ def compare(
     out = output_folder(roots[0].with_name(f"{roots[0].name}-comparison") if out is None else out)
     opened = [DistilledSet(root) for root in roots]
     for each in opened:
-        _test_source(data, each)  # refuses other classes, before anything is trained
-    source, tested = open_source(data, "train"), _test_source(data, opened[0])
+        source_of_test_split(data, each)  # refuses other classes, before anything is trained
+    source, tested = open_source(data, "train"), source_of_test_split(data, opened[0])
     notes: list[str] = []
     given = [
         _Given(name, each, *_teachers(each, teacher, notes))

@@ -200,12 +200,18 @@ def test_a_mistake_prints_the_line_that_is_shown(command, line, workplace, monke
     assert sorted(path.relative_to(workplace) for path in workplace.rglob("*")) == before
 
 
-@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
+
+
+def test_pages_have_python():
+    assert ROOT / "README.md" in WITH_PYTHON
+    assert ROOT / "docs" / "python.md" in WITH_PYTHON
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.name)
 def test_python_runs(page, workplace, monkeypatch, tmp_path):
     """Every block of a page, one after another, on images of 16 px and with an epoch for each training."""
     code = blocks(page, "python")
-    if not code:
-        return
     for name in ("photos", "teacher.safetensors", "distilled"):
         (tmp_path / name).symlink_to(workplace / name)
     monkeypatch.chdir(tmp_path)
@@ -216,6 +222,8 @@ def test_python_runs(page, workplace, monkeypatch, tmp_path):
         for made in re.findall(r"out=\"([^\"]+)\"", small):
             (tmp_path / made).unlink(missing_ok=True)
         exec(compile(small, str(page), "exec"), names)
+        for made in re.findall(r"out=\"([^\"]+)\"", small):
+            assert (tmp_path / made).exists(), (page, made)
 
 
 def examples():

@@ -1,15 +1,14 @@
-"""What a distillation method is: how it scores candidate crops, and how it ranks them.
+"""What a distillation method is: a name, options, the stages that a run of it goes through, and what it checks.
 
-A method sees micro-batches of decoded source images and returns candidate crops with their scores; the
-pipeline turns those into rows of the score table. Selection is a sort over that table and never looks at a
-pixel again.
+`ddfast.methods.selection.base` holds what methods that choose crops share, `ddfast.methods.synthesis` what those share
+that make pixels.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,11 +18,8 @@ import torch
 from torch import Tensor
 
 from ddfast.arguments import whole_number
-from ddfast.data.pool import Pool
 from ddfast.errors import UsageError
-from ddfast.methods.selection.base import Batch, Candidates, Table
 from ddfast.settings import is_place, plain
-from ddfast.state import Checkpoint
 from ddfast.wording import argument, did_you_mean
 
 if TYPE_CHECKING:
@@ -101,51 +97,22 @@ def _as_default(value: Any, default: Any, name: str) -> Any:
 
 
 class Method(ABC):
-    """Base of every method: a name, a dataclass of options, a scoring rule and a ranking rule."""
+    """Base of every method: a name, a dataclass of options, and the stages of a run."""
 
     name: ClassVar[str]
     summary: ClassVar[str]
     Options: ClassVar[type]
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     # The stages that a run goes through, in order; `ddfast.pipeline.stages` knows them.
-    stages: ClassVar[tuple[str, ...]] = ("score", "select", "compose", "relabel")
+    stages: ClassVar[tuple[str, ...]]
     needs_teacher: ClassVar[bool] = True
     # Whether `list_methods` names it; one that only serves a comparison is not named.
     listed: ClassVar[bool] = True
     # Whether a teacher is of use where one is given, though the method goes without as well.
     uses_teacher: ClassVar[bool] = False
-    # Whether `prepare` has something to do before images are scored.
-    prepares: ClassVar[bool] = False
-    # Whether the score table has a column of features, which `rank` chooses by.
-    keeps_features: ClassVar[bool] = False
-    # Which of the ranked crops share an image: "contiguous" puts ranks 0..k-1 in image 0 (InfoUtil, Algorithm
-    # 1), "stride" puts rank r in image r mod IPC, so that the best-ranked crops open every image (RDED).
-    layout: ClassVar[str] = "contiguous"
 
     def __init__(self, options: Any) -> None:
         self.options = options
-
-    def prepare(self, pool: Pool, context: Context, checkpoint: Checkpoint) -> Tensor:
-        """A value for every image of the pool, float32 [N], that only the whole pool can give (`prepares`).
-
-        Done once, by rank 0; scoring finds it in `context.prepared`. What a kill must not lose goes to the
-        checkpoint, and the result must be the same with and without one.
-        """
-        raise TypeError(f"method {self.name} has nothing to prepare")
-
-    @abstractmethod
-    def score(self, batch: Batch, context: Context) -> Candidates:
-        """Propose and score candidate crops of a micro-batch. Must not depend on how sources are batched."""
-
-    @abstractmethod
-    def rank(self, table: Table, needed: int) -> tuple[dict[int, np.ndarray], np.ndarray]:
-        """Rank candidates: for every class its rows, best first and at most one crop a source; and a score a
-        row.
-
-        Args:
-            table: all rows of some classes; a class is ranked by its own rows alone.
-            needed: crops that each class needs (IPC x tiles); a class may rank more.
-        """
 
     @classmethod
     def requires_teacher(cls) -> bool:

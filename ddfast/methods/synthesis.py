@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, NoReturn
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -88,14 +88,6 @@ class Synthesis(Method):
         Raises:
             UsageError: it is not there, or does not fit the run.
         """
-
-    def score(self, *_: object) -> NoReturn:
-        """There is nothing to score: pixels are made, not chosen."""
-        raise TypeError(f"method {self.name} makes pixels; it scores nothing")
-
-    def rank(self, *_: object) -> NoReturn:
-        """There is nothing to rank: pixels are made, not chosen."""
-        raise TypeError(f"method {self.name} makes pixels; it ranks nothing")
 
     @property
     @abstractmethod

@@ -44,7 +44,7 @@ def _make(run: Run) -> None:
     path, digest = run.out / PREPARED, score_digest(run.plan)
     if not is_readable(path, PREPARED_SCHEMA) or read_facts(path).get("scores") != digest:
         state = FileCheckpoint(run.out / _STATE, digest)
-        values = run.method.prepare(run.decoded_pool(), run.context, state)
+        values = run.selection.prepare(run.decoded_pool(), run.context, state)
         ids = run.source.samples.ids[run.pool()]
         table = make_table({"sample_id": ids, "value": values.numpy()}, PREPARED_SCHEMA)
         write_table(path, table, {"scores": digest})

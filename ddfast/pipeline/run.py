@@ -31,6 +31,8 @@ from ddfast.errors import UsageError
 from ddfast.files import atomic_write_text
 from ddfast.history import History
 from ddfast.methods.base import Context, Method, Prepared
+from ddfast.methods.selection.base import Selection
+from ddfast.methods.synthesis import Synthesis
 from ddfast.models import Teacher
 from ddfast.models.teacher import checked_logits
 from ddfast.output.distilled import MANIFEST
@@ -106,6 +108,18 @@ class Run:
     def complete(self) -> bool:
         """Whether every stage is done."""
         return bool(self.plan["complete"])
+
+    @property
+    def selection(self) -> Selection:
+        """The method, of a run that chooses crops."""
+        assert isinstance(self.method, Selection), f"{self.method.name} chooses no crops"
+        return self.method
+
+    @property
+    def synthesis(self) -> Synthesis:
+        """The method, of a run that makes pixels."""
+        assert isinstance(self.method, Synthesis), f"{self.method.name} makes no pixels"
+        return self.method
 
     def save(self) -> None:
         """Write the manifest and `run.json` atomically; rank 0 alone does."""

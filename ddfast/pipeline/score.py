@@ -54,7 +54,7 @@ def score(run: Run) -> None:
     """
     started = time.monotonic()
     run.set_arithmetic()
-    if run.method.prepares:
+    if run.selection.prepares:
         prepare(run)
         clock(run, "prepare", started)
         started = time.monotonic()
@@ -196,7 +196,7 @@ def _score_shards(
             rows = None
             if any(not isinstance(image, BadImage) for _, image in pairs):
                 try:
-                    rows = _Rows(run.method.score(_micro_batch(run, pairs, micro_batch), run.context))
+                    rows = _Rows(run.selection.score(_micro_batch(run, pairs, micro_batch), run.context))
                 except ValueError as error:
                     raise UsageError(f"cannot score with this teacher: {error}") from error
             waiting.append((shard, pairs, rows))
@@ -213,7 +213,7 @@ def _warm(run: Run, places: np.ndarray) -> None:
     pairs = list(loaded)
     if any(not isinstance(image, BadImage) for _, image in pairs):
         for _ in range(4):  # the first compiles, the second is watched, the third records
-            _Rows(run.method.score(_micro_batch(run, pairs, micro_batch), run.context)).wait()
+            _Rows(run.selection.score(_micro_batch(run, pairs, micro_batch), run.context)).wait()
 
 
 class _Rows:

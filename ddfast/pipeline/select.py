@@ -133,7 +133,9 @@ def write_selection(run: Run, scores: Path, parts: int) -> None:
         UsageError: a part is missing or damaged, or a class has too few usable images.
     """
     labels = run.source.samples.labels[run.pool()]
-    widths = (feature_width(part_path(scores, index)) for index in range(parts) if run.method.keeps_features)
+    widths = (
+        feature_width(part_path(scores, index)) for index in range(parts) if run.selection.keeps_features
+    )
     width = next((width for width in widths if width), 0)  # a shard without a readable image has none
     classes = class_groups(np.bincount(labels, minlength=len(run.source.class_names)), width)
     scratch = temporary_path(run.out / "groups")
@@ -233,10 +235,10 @@ def _reasons(scores: Path, class_name: str) -> Iterator[str]:
 def _selected(run: Run, labels: range, rows: np.ndarray, scores: Path) -> pa.Table:
     """The selection of some classes from all of their rows."""
     table = Table({name: rows[name] for name in rows.dtype.names or ()}, run.plan["seed"])
-    ranked, values = run.method.rank(table, run.needed)
+    ranked, values = run.selection.rank(table, run.needed)
     ipc, tiles = run.plan["ipc"], run.plan["tiles"]
     rank = np.arange(run.needed)
-    if run.method.layout == "contiguous":
+    if run.selection.layout == "contiguous":
         image, tile = rank // tiles, rank % tiles
     else:
         image, tile = rank % ipc, rank // ipc

@@ -45,7 +45,7 @@ def synthesize(run: Run) -> None:
         return  # its states are gone, and its pixels stand
     started = time.monotonic()
     run.set_arithmetic()
-    method = _method(run)
+    method = run.synthesis
     groups = method.groups(len(run.source.class_names), run.plan["ipc"])
     mine = [groups[number] for number in run.ranks.share(len(groups))]
     judge = Judge(run, method) if run.plan.get("evaluate_every") and mine else None
@@ -57,11 +57,6 @@ def synthesize(run: Run) -> None:
 def remove_state(out: Path) -> None:
     """Remove what a finished run no longer needs."""
     shutil.rmtree(out / STATE, ignore_errors=True)
-
-
-def _method(run: Run) -> Synthesis:
-    assert isinstance(run.method, Synthesis), f"{run.method.name} has no stage synthesize"
-    return run.method
 
 
 # Steps

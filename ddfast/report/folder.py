@@ -101,10 +101,10 @@ class Folder:
 
     def tile_of(self, selected: Selected) -> Tensor:
         """Pixels of a tile as it stands in its image, uint8 [3, S / factor, S / factor]."""
+        from ddfast.data.tiles import tiles_of
+
         image = self.image(self.rows_of(selected.label)[selected.image])
-        side = self.image_size // self.factor
-        top, left = (index * side for index in divmod(selected.tile, self.factor))
-        return image[:, top : top + side, left : left + side]
+        return tiles_of(image[None], self.factor)[selected.tile]
 
 
 def shown_labels(classes: int) -> NDArray[np.int64]:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ddfast.data.tiles import tiles_of
 from ddfast.errors import UsageError
 from ddfast.models.teacher import Teacher
 from ddfast.output.pixels import to_bytes, to_unit
@@ -66,9 +67,7 @@ class DistilledImages:
         """The set of its tiles, each enlarged to a whole image (bilinear): IDC's decoding. Labels follow."""
         if self.factor == 1:
             return self
-        count, side = len(self.labels), self.image_size // self.factor
-        split = self.images.view(count, 3, self.factor, side, self.factor, side).permute(0, 2, 4, 1, 3, 5)
-        tiles = split.reshape(-1, 3, side, side).float()
+        tiles = tiles_of(self.images, self.factor).float()
         large = F.interpolate(tiles, size=self.image_size, mode="bilinear", align_corners=False)
         tiles_an_image = self.factor**2
         soft = self.soft_labels

@@ -178,8 +178,8 @@ def evaluate(
 
     """
     neighbours = Neighbours()
-    chosen = _seeds(seeds)
-    rules = _rules(protocol)
+    chosen = seeds_of(seeds)
+    rules = rules_of(protocol)
     epochs = None if epochs is None else whole_number(epochs, "epochs", least=1)
     batch_size = None if batch_size is None else whole_number(batch_size, "batch_size", least=1)
     workers = None if workers is None else whole_number(workers, "workers", least=0)
@@ -216,7 +216,7 @@ def evaluate(
         teacher = with_outputs_in(teacher, opened.class_names)
     if teacher is None:
         check_labels(_has_soft_labels(opened), rules)
-    source = None if isinstance(data, ImageSet) else _test_source(data, opened)
+    source = None if isinstance(data, ImageSet) else source_of_test_split(data, opened)
     images = read_distilled(opened, rounded=rounded)
     check_autoaugment(images, autoaugment)
     if isinstance(data, ImageSet):
@@ -352,7 +352,7 @@ def check_recipe(
         UsageError: hard labels only, no teacher, and a protocol of soft ones.
     """
     if not has_teacher:
-        check_labels(_has_soft_labels(_opened(distilled)), _rules(protocol))
+        check_labels(_has_soft_labels(_opened(distilled)), rules_of(protocol))
 
 
 def _try_on_test(
@@ -408,7 +408,8 @@ def _matched_arch(distilled: str | Path | DistilledSet | DistilledImages) -> str
     return str(options["arch"])
 
 
-def _test_source(data: Any, distilled: DistilledSet | DistilledImages) -> Source:
+def source_of_test_split(data: Any, distilled: DistilledSet | DistilledImages) -> Source:
+    """The test split of real data, whose classes must be those of the distilled set."""
     from ddfast.data.memory import open_memory
     from ddfast.data.opening import open_source
     from ddfast.data.sources import described, is_in_memory
@@ -427,7 +428,7 @@ def _test_source(data: Any, distilled: DistilledSet | DistilledImages) -> Source
     return source
 
 
-def _seeds(given: int | Sequence[int]) -> list[int]:
+def seeds_of(given: int | Sequence[int]) -> list[int]:
     """The students' seeds: 0, 1, ... for a number of students, or those that are given."""
     if isinstance(given, str) or not isinstance(given, Iterable) or getattr(given, "ndim", 1) == 0:
         count = whole_number(given, "seeds")
@@ -440,7 +441,8 @@ def _seeds(given: int | Sequence[int]) -> list[int]:
     return found
 
 
-def _rules(given: str | Protocol) -> Protocol:
+def rules_of(given: str | Protocol) -> Protocol:
+    """A protocol by its name, or one as it is."""
     if isinstance(given, Protocol):
         return given
     try:

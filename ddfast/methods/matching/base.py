@@ -99,7 +99,6 @@ class Matching(Synthesis):
                 f"{setting('init', self.options.init)} begins with {plural(needed, 'different image')} of a class, "
                 f"but {few}: " + _lower("ipc", ipc * least // needed, f"take {setting('init', 'noise')}")
             )
-        self.check_ipc(ipc)
 
     def check_ipc(self, ipc: int) -> None:
         """Refuse CMI on single images."""
@@ -127,7 +126,6 @@ class Matching(Synthesis):
 
     def open(self, context: Context) -> None:
         """Load the proxies, once in a process."""
-        self.check_ipc(context.ipc)
         if self.options.proxies is not None and self._regulariser is None:
             self._regulariser = Regulariser.load(self.options.proxies, self.options.proxy_arch, context)
 

@@ -1,13 +1,23 @@
-"""What methods that choose crops share: batches, candidates, and the score table they rank."""
+"""What methods that choose crops share: batches, candidates, the score table they rank, and their base.
+
+A method sees micro-batches of decoded source images and returns candidate crops with their scores; the pipeline turns
+those into rows of the score table. Selection is a sort over that table and never looks at a pixel again.
+"""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ddfast.data.pool import Pool
+from ddfast.methods.base import Context, Method
+from ddfast.state import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -89,3 +99,38 @@ class Table:
         labels = self.label[order]
         names, starts = np.unique(labels, return_index=True)
         return dict(zip(names.tolist(), np.split(order, starts[1:]), strict=True)) if len(names) else {}
+
+
+class Selection(Method):
+    """Base of the methods that choose crops: a scoring rule and a ranking rule."""
+
+    stages: ClassVar[tuple[str, ...]] = ("score", "select", "compose", "relabel")
+    # Whether `prepare` has something to do before images are scored.
+    prepares: ClassVar[bool] = False
+    # Whether the score table has a column of features, which `rank` chooses by.
+    keeps_features: ClassVar[bool] = False
+    # Which of the ranked crops share an image: "contiguous" puts ranks 0..k-1 in image 0 (InfoUtil, Algorithm
+    # 1), "stride" puts rank r in image r mod IPC, so that the best-ranked crops open every image (RDED).
+    layout: ClassVar[str] = "contiguous"
+
+    def prepare(self, pool: Pool, context: Context, checkpoint: Checkpoint) -> Tensor:
+        """A value for every image of the pool, float32 [N], that only the whole pool can give (`prepares`).
+
+        Done once, by rank 0; scoring finds it in `context.prepared`. What a kill must not lose goes to the
+        checkpoint, and the result must be the same with and without one.
+        """
+        raise TypeError(f"method {self.name} has nothing to prepare")
+
+    @abstractmethod
+    def score(self, batch: Batch, context: Context) -> Candidates:
+        """Propose and score candidate crops of a micro-batch. Must not depend on how sources are batched."""
+
+    @abstractmethod
+    def rank(self, table: Table, needed: int) -> tuple[dict[int, np.ndarray], np.ndarray]:
+        """Rank candidates: for every class its rows, best first and at most one crop a source; and a score a
+        row.
+
+        Args:
+            table: all rows of some classes; a class is ranked by its own rows alone.
+            needed: crops that each class needs (IPC x tiles); a class may rank more.
+        """

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ddfast.errors import UsageError
-from ddfast.methods.base import Context, Method
-from ddfast.methods.selection.base import Batch, Candidates, Table, whole_images
+from ddfast.methods.base import Context
+from ddfast.methods.selection.base import Batch, Candidates, Selection, Table, whole_images
 from ddfast.ops import crop_batch
 from ddfast.ops.precision import autocast
 from ddfast.ops.transfer import to_device
@@ -28,7 +28,7 @@ def unit_length_option() -> Any:
     return option(False, "scale features to length 1 first, so that distances are angles", stage="select")
 
 
-class Coreset(Method):
+class Coreset(Selection):
     """A coreset by features: one file for each rule, which has only to `pick`."""
 
     keeps_features = True

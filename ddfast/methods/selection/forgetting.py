@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from ddfast.data.pool import Pool
 from ddfast.errors import UsageError
-from ddfast.methods.base import Context, Method
-from ddfast.methods.selection.base import Batch, Candidates, Table, whole_images
+from ddfast.methods.base import Context
+from ddfast.methods.selection.base import Batch, Candidates, Selection, Table, whole_images
 from ddfast.models import Teacher
 from ddfast.models.registry import check_model, create_model
 from ddfast.seeding import generator, seeded
@@ -56,7 +56,7 @@ class ForgettingOptions:
             raise ValueError(f"lr must be positive, got {self.lr}")
 
 
-class Forgetting(Method):
+class Forgetting(Selection):
     """The images with the most forgetting events."""
 
     name = "forgetting"

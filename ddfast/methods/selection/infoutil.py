@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ddfast.attribution import list_estimators
 from ddfast.errors import UsageError
-from ddfast.methods.base import Context, Method
-from ddfast.methods.selection.base import Batch, Candidates, Table
+from ddfast.methods.base import Context
+from ddfast.methods.selection.base import Batch, Candidates, Selection, Table
 from ddfast.methods.selection.judging import judge
 from ddfast.ops.transfer import to_device
 from ddfast.seeding import drawn, stream
@@ -154,7 +154,7 @@ def _number(text: str) -> float:
         raise ValueError(f"crop_frac must be auto, adaptive or a number, got {text!r}") from None
 
 
-class InfoUtil(Method):
+class InfoUtil(Selection):
     """Informativeness by Shapley attribution, utility by gradient norm."""
 
     name = "infoutil"

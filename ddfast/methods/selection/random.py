@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ddfast.methods.base import Context, Method
-from ddfast.methods.selection.base import Batch, Candidates, Table, whole_images
+from ddfast.methods.base import Context
+from ddfast.methods.selection.base import Batch, Candidates, Selection, Table, whole_images
 from ddfast.seeding import drawn
 
 
@@ -17,7 +17,7 @@ class RandomOptions:
     """Random selection has no options; `--seed` draws another subset."""
 
 
-class Random(Method):
+class Random(Selection):
     """Uniform draw without replacement of whole images from each class; a tile holds a whole image,
     resized."""
 

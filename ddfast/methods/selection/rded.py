@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddfast.methods.base import Context, Method
-from ddfast.methods.selection.base import Batch, Candidates, Table
+from ddfast.methods.base import Context
+from ddfast.methods.selection.base import Batch, Candidates, Selection, Table
 from ddfast.methods.selection.judging import judge
 from ddfast.ops.transfer import to_device
 from ddfast.philox import philox4x32
@@ -44,7 +44,7 @@ class RDEDOptions:
             raise ValueError(f"min_area must be in (0, 1], got {self.min_area}")
 
 
-class RDED(Method):
+class RDED(Selection):
     """Realistic, diverse and efficient dataset distillation."""
 
     name = "rded"

@@ -188,12 +188,6 @@ def test_bad_architectures(options, size, message):
         ({"real_batch": 2, "init": "mix"}, (9, 9, 11), 3, "begins with 12 different images of a class"),
         ({"real_batch": 2, "init": "mix"}, (9, 9, 11), 3, "lower ipc to 2"),
         ({"real_batch": 2, "init": "mix"}, (9, 3, 11), 1, "but dog has 3: take init='noise'"),
-        (
-            {"real_batch": 2, "cmi": 3.0, "proxies": "p"},
-            (9, 9, 9),
-            1,
-            "CMI is 0 where a class has a single image",
-        ),
     ],
 )
 def test_pools_that_do_not_do(options, counts, ipc, message):
@@ -203,15 +197,16 @@ def test_pools_that_do_not_do(options, counts, ipc, message):
     assert "\n" not in str(error.value)
 
 
+def test_cmi_is_refused_where_it_would_do_nothing():
+    method = dm(real_batch=2, cmi=3.0, proxies="p")
+    with pytest.raises(UsageError, match="CMI is 0 where a class has a single image"):
+        method.check_ipc(1)
+    method.check_ipc(2)
+    dm(real_batch=2, proxies="p").check_ipc(1)  # measured, it does not act
+
+
 def test_pools_that_do():
     dm(real_batch=5).check_pool(torch.tensor([9, 5, 7]), NAMES, 5)
     dm(real_batch=5, init="noise").check_pool(torch.tensor([9, 5, 7]), NAMES, 100)
     dm(real_batch=5, cmi=1.0, proxies="p").check_pool(torch.tensor([9, 5, 7]), NAMES, 2)
     dm(real_batch=5, init="mix").check_pool(torch.tensor([9, 8, 8]), NAMES, 2)
-
-
-def test_a_method_that_makes_pixels_has_nothing_to_score():
-    with pytest.raises(TypeError, match="dm makes pixels"):
-        dm().score(None, None)
-    with pytest.raises(TypeError, match="dm makes pixels"):
-        dm().rank(None, 1)
