@@ -193,7 +193,7 @@ def _same_step(method: DM, start: State, pool: _Images, context: Context, peer: 
     def get_network(name: str, *arguments: object) -> nn.Module:
         network = made(name, *arguments)
         if name == "ConvNet":
-            _copy_in_order(method.networks.at(0, state, context), network)
+            _copy_in_order(method.networks.at(0, state, pool, context), network)
         return network
 
     peer.names |= {"get_images": get_images, "DiffAugment": augment, "get_network": get_network}

@@ -107,7 +107,7 @@ class Pass:
     @property
     def method(self) -> Method:
         """InfoUtil as `ddfast distill infoutil` runs it."""
-        return get_method("infoutil").from_options({}).resolved(factor=2)
+        return get_method("infoutil").from_options({}).resolved(2, 10)
 
     def micro_batch(self, images: Tensor) -> Batch:
         """Decoded images on the device, under stable ids."""

@@ -179,7 +179,9 @@ class Distillation:
         options = {key: value for key, value in given.items() if key not in _OF_DISTILL}
         factor = given["factor"] if given["factor"] != "auto" else (1 if teacher.image_size <= 64 else 2)
         try:
-            method = get_method(arm.method).from_options(options, given.get("preset")).resolved(int(factor))
+            method = (
+                get_method(arm.method).from_options(options, given.get("preset")).resolved(int(factor), ipc)
+            )
         except UsageError as error:
             raise UsageError(f"arm {arm.name!r}: {error}") from error
         shared = {

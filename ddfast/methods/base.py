@@ -151,8 +151,8 @@ class Method(ABC):
             )
         return found
 
-    def resolved(self, factor: int) -> Method:
-        """This method with every `auto` option fixed for `factor` tiles per side."""
+    def resolved(self, factor: int, ipc: int) -> Method:
+        """This method with every `auto` option fixed for `factor` tiles per side and `ipc` images per class."""
         return self
 
     @classmethod

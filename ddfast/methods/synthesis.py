@@ -57,7 +57,10 @@ class Synthesis(Method):
     stages: ClassVar[tuple[str, ...]] = ("synthesize",)
     needs_teacher: ClassVar[bool] = False
     space: ClassVar[str] = "normalized"  # of the pixels; "unit" where they lie in [0, 1]
-    factor: ClassVar[int] = 1  # tiles per side that a stored image decodes to
+    factor: int = 1  # tiles per side that a stored image decodes to
+    factors: ClassVar[
+        tuple[int, ...]
+    ] = ()  # those that a run may choose, the default first; `factor` alone where empty
 
     def check_ipc(self, ipc: int) -> None:
         """Refuse a number of images per class at which an option would do nothing.
@@ -114,11 +117,11 @@ class Synthesis(Method):
 
     def tiles_per_side(self, factor: str, image_size: int) -> int:
         """See `Method`: the method decides."""
-        if factor not in ("auto", str(self.factor)):
-            raise UsageError(
-                f"{argument('factor')} of {self.name} is {self.factor}, got {factor}: leave it out"
-            )
-        return super().tiles_per_side(str(self.factor), image_size)
+        known = self.factors or (self.factor,)
+        if factor not in ("auto", *map(str, known)):
+            may = " or ".join(map(str, sorted(known)))
+            raise UsageError(f"{argument('factor')} of {self.name} is {may}, got {factor}: leave it out")
+        return super().tiles_per_side(str(known[0]) if factor == "auto" else factor, image_size)
 
     def images(self, state: State) -> Tensor:
         """What students train on, float32 [N, 3, H, W]."""

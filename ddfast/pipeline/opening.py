@@ -207,12 +207,14 @@ def _reopened(
         source=source,
         teacher=main,
         label_teacher=labels,
-        method=get_method(plan["method"]).from_options(
+        method=get_method(plan["method"])
+        .from_options(
             {
                 **{name: value for chosen in plan["options"].values() for name, value in chosen.items()},
                 **{name: facts[name] for name in get_method(plan["method"]).place_names() if name in facts},
             }
-        ),
+        )
+        .resolved(plan["factor"], plan["ipc"]),
         device=found_device,
         loader=resolve_loader(plan["arithmetic"]["loader"], found_device),
         in_flight=in_flight,
@@ -355,7 +357,7 @@ def open_run(method: str, settings: Settings, options: Mapping[str, Any] | None 
             size = teacher.image_size if teacher is not None else native_size(source)
         chosen = known.from_options(given, settings.preset)
         factor = chosen.tiles_per_side(str(settings.factor), size)
-        chosen = chosen.resolved(factor)
+        chosen = chosen.resolved(factor, settings.ipc)
         chosen.check(size)
         if isinstance(chosen, Synthesis):
             chosen.check_ipc(settings.ipc)

@@ -81,6 +81,23 @@ def draw_one(
     return draw(operations[chosen], rows, size, generator)
 
 
+def draw_listed(
+    listed: Sequence[str], rows: int, size: tuple[int, int], generator: torch.Generator
+) -> Callable[[Tensor], Tensor]:
+    """IDC's augmentation: mirror and colour where they are listed, one of the listed `IDC`, a cutout where it is."""
+    ways = [name for name in IDC if name in listed]
+    drawn = [draw(name, rows, size, generator) for name in ("flip", "colour") if name in listed]
+    drawn += [draw_one(ways, rows, size, generator)] if ways else []
+    drawn += [draw("cutout", rows, size, generator)] if "cutout" in listed else []
+
+    def apply(images: Tensor) -> Tensor:
+        for operation in drawn:
+            images = operation(images)
+        return images
+
+    return apply
+
+
 def dsa(images: Tensor, generator: torch.Generator) -> Tensor:
     """DSA as its evaluation has it: one of six operations for the whole batch, parameters for each image."""
     return draw_one(DSA, len(images), _size(images), generator)(images)

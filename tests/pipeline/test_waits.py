@@ -38,7 +38,7 @@ def rows_on(device, model, arch, method, factor):
 def case(name, arch, factor, options):
     torch.manual_seed(0)
     model = create_model(arch, 3, SIZE, **({"width": 8} if arch.startswith("convnet") else {})).eval()
-    case = (arch, get_method(name).from_options(options).resolved(factor), factor)
+    case = (arch, get_method(name).from_options(options).resolved(factor, 10), factor)
     with unchanged(model):
         wanted = rows_on(torch.device("cpu"), model, *case)
     with mimic():

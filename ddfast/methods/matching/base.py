@@ -1,8 +1,8 @@
 """The step that all matching methods share; what a method adds is its loss, and the networks it compares on.
 
 A step draws a real batch of every class of its group, augments it as the class's synthetic images, and moves the
-pixels down the gradient of the loss plus lambda times CMI. Every draw is keyed by the class and the step, or by the
-step alone, so that neither the grouping of the classes nor a regulariser changes one.
+pixels down the gradient of the loss plus lambda times CMI; then the networks may train. Every draw is keyed by the
+class and the step, or by the step alone, so that neither the grouping of the classes nor a regulariser changes one.
 """
 
 from __future__ import annotations
@@ -10,22 +10,25 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ddfast.data.pool import ClassPool
-from ddfast.errors import DivergedError, UsageError, shown
+from ddfast.errors import DivergedError, UsageError
 from ddfast.methods.base import Context
 from ddfast.methods.matching.cmi import Regulariser
 from ddfast.methods.matching.initial import mosaics
 from ddfast.methods.matching.networks import Networks
 from ddfast.methods.matching.options import MatchingOptions
+from ddfast.methods.matching.real import all_drawn, lower, normalised, scaled, short_of, standardised
 from ddfast.methods.synthesis import Group, State, Synthesis
 from ddfast.models.registry import check_model
 from ddfast.ops.precision import autocast
 from ddfast.ops.transfer import to_device
+from ddfast.output.pixels import to_unit
 from ddfast.seeding import generator, seeded
 from ddfast.training.differentiable import DSA, draw_one
 from ddfast.wording import argument, plural, setting
@@ -41,12 +44,24 @@ class Matching(Synthesis):
     """
 
     Options: ClassVar[type] = MatchingOptions
-    factor: ClassVar[int] = 1  # tiles per side that an image decodes to
+    # Whether all classes are one group, because networks are trained between the steps; a step still takes them
+    # `class_batch` at a time.
+    joint: ClassVar[bool] = False
+    # What CMI is a mean over: the images of the run, or those of a class, summed over classes ("class").
+    cmi_reduction: ClassVar[str] = "mean"
+    # Whether every class has a step of the optimiser to itself, which carries the momentum of all others on as well.
+    steps_by_class: ClassVar[bool] = False
+    mixed_by: ClassVar[str] = "nearest"  # how real images are shrunk where a start mixes them
+    synthetic_batch: ClassVar[int | None] = None  # decoded images of a class in a step, at most
 
     def __init__(self, options: Any) -> None:
         super().__init__(options)
-        self.networks = self.make_networks()
         self._regulariser: Regulariser | None = None
+
+    @cached_property
+    def networks(self) -> Networks:
+        """What the steps compare images on."""
+        return self.make_networks()
 
     @abstractmethod
     def make_networks(self) -> Networks:
@@ -66,18 +81,33 @@ class Matching(Synthesis):
         """
 
     def decode(self, pixels: Tensor) -> Tensor:
-        """Normalised images [N * factor ** 2, 3, H, W] of pixels [N, 3, H, W], class by class; differentiable."""
+        """Images [N * factor ** 2, 3, H, W] of pixels [N, 3, H, W], in the same space and order; differentiable."""
         return pixels
 
-    def augmentation(self, size: tuple[int, int], draws: torch.Generator) -> Callable[[Tensor], Tensor]:
+    def augmentation(
+        self, size: tuple[int, int], draws: torch.Generator, rows: int = 1
+    ) -> Callable[[Tensor], Tensor]:
         """What the real and the synthetic images of a class go through in a step: DSA with one operation for all.
 
         Args:
             size: (height, width) in pixels.
             draws: of the class and the step.
+            rows: images that get parameters of their own; 1 for one set that all images share.
         """
         operations = DSA if self.options.flip else tuple(name for name in DSA if name != "flip")
-        return draw_one(operations, 1, size, draws)
+        return draw_one(operations, rows, size, draws)
+
+    def rate(self, number: int, context: Context) -> float:
+        """Learning rate of the pixels in a step."""
+        return float(self.options.lr_img)
+
+    def proxy_number(self, number: int) -> int:
+        """Which draw of a proxy a step uses: one of its own."""
+        return number
+
+    def bounded(self, number: int, pixels: Tensor) -> Tensor:
+        """Pixels before a step, within the bounds that the method keeps them to."""
+        return pixels
 
     def check(self, image_size: int | None) -> None:
         """Refuse an architecture that does not exist, or does not take images of that size."""
@@ -88,16 +118,16 @@ class Matching(Synthesis):
     def check_pool(self, counts: Tensor, class_names: Sequence[str], ipc: int) -> None:
         """Refuse a class that has fewer images than a step draws or the start takes, and CMI on single images."""
         batch, least = self.options.real_batch, int(counts.min())
-        if few := _short_of(batch, counts, class_names):
+        if few := short_of(batch, counts, class_names):
             raise UsageError(
                 f"a step draws {plural(batch, 'different image')} of a class, but {few}: "
-                + _lower("real_batch", least, "give every class images")
+                + lower("real_batch", least, "give every class images")
             )
         needed = self._begun_with(ipc)
-        if few := _short_of(needed, counts, class_names):
+        if few := short_of(needed, counts, class_names):
             raise UsageError(
                 f"{setting('init', self.options.init)} begins with {plural(needed, 'different image')} of a class, "
-                f"but {few}: " + _lower("ipc", ipc * least // needed, f"take {setting('init', 'noise')}")
+                f"but {few}: " + lower("ipc", ipc * least // needed, f"take {setting('init', 'noise')}")
             )
 
     def check_ipc(self, ipc: int) -> None:
@@ -125,7 +155,8 @@ class Matching(Synthesis):
         return {"proxies": proxies_identity(self.options.proxies)}
 
     def open(self, context: Context) -> None:
-        """Load the proxies, once in a process."""
+        """Load the proxies, once in a process, and refuse networks that do not fit."""
+        self.networks.check(context)
         if self.options.proxies is not None and self._regulariser is None:
             self._regulariser = Regulariser.load(self.options.proxies, self.options.proxy_arch, context)
 
@@ -140,7 +171,9 @@ class Matching(Synthesis):
         return int(self.options.iterations)
 
     def groups(self, classes: int, ipc: int) -> list[Group]:
-        """Consecutive classes, `class_batch` in a group."""
+        """Consecutive classes, `class_batch` in a group; all in one where networks are trained between the steps."""
+        if self.joint:
+            return [Group(0, tuple(range(classes)))]
         starts = range(0, classes, self.options.class_batch)
         return [
             Group(number, tuple(range(start, min(start + self.options.class_batch, classes))))
@@ -148,7 +181,7 @@ class Matching(Synthesis):
         ]
 
     def begin(self, group: Group, pool: ClassPool, context: Context) -> State:
-        """Pixels of the start, normalised, and no momentum."""
+        """Pixels of the start, and no momentum."""
         begun = [self._initial(label, pool, context).to(context.device) for label in group.classes]
         pixels = torch.cat(begun)
         return State(group, {"pixels": pixels, "momentum": torch.zeros_like(pixels)})
@@ -157,10 +190,16 @@ class Matching(Synthesis):
         """[ipc, 3, S, S], float32."""
         draws = generator(context.seed, "init", label)
         if self.options.init == "noise":
-            return torch.randn(context.ipc, 3, context.image_size, context.image_size, generator=draws)
+            noise = torch.randn(context.ipc, 3, context.image_size, context.image_size, generator=draws)
+            return (
+                noise
+                if self.space == "normalized"
+                else to_unit(noise, context.mean, context.std, "normalized")
+            )
         tiles = self._mixed if self.options.init == "mix" else 1
-        drawn = _all_drawn(pool, label, context.ipc * tiles**2, draws, context, "ipc", divisor=tiles**2)
-        return _normalised(mosaics(drawn, tiles) if tiles > 1 else drawn, context, torch.float32)
+        drawn = all_drawn(pool, label, context.ipc * tiles**2, draws, context, "ipc", divisor=tiles**2)
+        begun = mosaics(drawn, tiles, self.mixed_by) if tiles > 1 else drawn
+        return normalised(begun, context) if self.space == "normalized" else scaled(begun, context)
 
     @torch.enable_grad()
     def step(self, number: int, state: State, pool: ClassPool, context: Context) -> float:
@@ -168,56 +207,111 @@ class Matching(Synthesis):
         self.open(context)
         group = state.group
         state.tensors = {name: tensor.to(context.device) for name, tensor in state.tensors.items()}
-        network = self.networks.at(number, state, context)
-        labels = to_device(torch.tensor(group.classes), context.device)
-        pixels = state.pixels.detach().requires_grad_()
+        before = state.tensors
+        network = self.networks.at(number, state, pool, context)
+        pixels, velocity = self.bounded(number, state.pixels), state.tensors["momentum"]
+        rate, classes = self.rate(number, context), torch.arange(len(group.classes))
+        if self.steps_by_class:
+            pixels, velocity = self._carried_on(pixels, velocity, classes, rate)
         # Networks that draw when they are called, dropout for example, draw the same after a kill.
         with (
             seeded(context.seed, "forward", group.number, number, device=context.device),
             autocast(context.precision, context.device),
         ):
-            real, synthetic = self._augmented(number, group, self._decoded(pixels, group), pool, context)
-            loss = self.loss(network, real, synthetic, labels)
-            (gradient,) = torch.autograd.grad(loss, pixels)
-            measured = {"loss": loss.detach(), "gradient_norm": torch.linalg.vector_norm(gradient)}
+            loss, gradient = self._matched(number, network, group, pixels, pool, context)
+            measured = {"loss": loss, "gradient_norm": torch.linalg.vector_norm(gradient)}
             cmi_gradient = self._regularise(number, group, pixels, context, measured)
         # SGD with momentum as torch has it.
         if cmi_gradient is not None:
             gradient = gradient + cmi_gradient
-        velocity = self.options.momentum * state.tensors["momentum"] + gradient
-        moved = state.pixels.add(velocity, alpha=-self.options.lr_img)
+        velocity = self.options.momentum * velocity + gradient
+        moved = pixels.add(velocity, alpha=-rate)
+        if self.steps_by_class:
+            moved, velocity = self._carried_on(moved, velocity, len(classes) - 1 - classes, rate)
         if self._is_noted(number):
-            each = state.pixels.unflatten(0, (len(group.classes), -1))
+            each = pixels.unflatten(0, (len(group.classes), -1))
             measured["pixel_variance"] = each.var(dim=1, correction=0).mean()
         row = self._checked(number, measured, torch.linalg.vector_norm(moved))
-        state.tensors |= {"pixels": moved, "momentum": velocity}
-        self.networks.advance(number, state, pool, context)
+        state.tensors = {**before, "pixels": moved, "momentum": velocity}
+        try:
+            self.networks.advance(number, state, pool, context)
+        except DivergedError:
+            state.tensors = before
+            raise
         state.curve.append({"step": float(number), **row})
         return row["loss"]
 
-    def _decoded(self, pixels: Tensor, group: Group) -> Tensor:
+    def _carried_on(
+        self, pixels: Tensor, velocity: Tensor, steps: Tensor, rate: float
+    ) -> tuple[Tensor, Tensor]:
+        """Pixels and momentum of each class after the steps of so many other classes, int64 [C]: without a gradient."""
+        momentum = self.options.momentum
+        each = steps.to(pixels).repeat_interleave(len(pixels) // len(steps)).view(-1, 1, 1, 1)
+        left = momentum**each
+        return pixels - rate * velocity * (momentum * (1 - left) / (1 - momentum)), velocity * left
+
+    def _matched(
+        self,
+        number: int,
+        network: nn.Module,
+        group: Group,
+        pixels: Tensor,
+        pool: ClassPool,
+        context: Context,
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of a step and its gradient in the pixels, `class_batch` classes at a time, which bounds memory."""
+        loss = torch.zeros((), dtype=pixels.dtype, device=context.device)
+        gradients = []
+        pieces = pixels.detach().split(self.options.class_batch * (len(pixels) // len(group.classes)))
+        for place, piece in enumerate(pieces):
+            first = place * self.options.class_batch
+            classes = group.classes[first : first + self.options.class_batch]
+            piece.requires_grad_()
+            labels = to_device(torch.tensor(classes), context.device)
+            real, synthetic = self._augmented(
+                number, classes, self._by_class(piece, classes, context), pool, context
+            )
+            found = self.loss(network, real, synthetic, labels)
+            gradients.append(torch.autograd.grad(found, piece)[0])
+            loss = loss + found.detach()
+        return loss, gradients[0] if len(gradients) == 1 else torch.cat(gradients)
+
+    def decoded(self, pixels: Tensor, context: Context) -> Tensor:
+        """Normalised images [N * factor ** 2, 3, H, W] of pixels [N, 3, H, W], class by class; differentiable."""
+        images = self.decode(pixels)
+        return images if self.space == "normalized" else standardised(images, context)
+
+    def _by_class(self, pixels: Tensor, classes: Sequence[int], context: Context) -> Tensor:
         """[C, n, 3, H, W]"""
-        return self.decode(pixels).unflatten(0, (len(group.classes), -1))
+        return self.decoded(pixels, context).unflatten(0, (len(classes), -1))
 
     def _augmented(
-        self, number: int, group: Group, decoded: Tensor, pool: ClassPool, context: Context
+        self, number: int, classes: Sequence[int], decoded: Tensor, pool: ClassPool, context: Context
     ) -> tuple[Tensor, Tensor]:
         """Real [C, R, 3, H, W] and synthetic images [C, n, 3, H, W] of a step."""
         size, batch = (decoded.shape[-2], decoded.shape[-1]), self.options.real_batch
         drawn = [
-            _all_drawn(
+            all_drawn(
                 pool, label, batch, generator(context.seed, "real", label, number), context, "real_batch"
             )
-            for label in group.classes
+            for label in classes
         ]
-        real = _normalised(torch.stack(drawn), context, decoded.dtype)
+        real = normalised(torch.stack(drawn), context, decoded.dtype)
         synthetic = []
         # `unbind`, as the gradient of a class taken by its place would be as large as all classes.
-        for place, (label, made) in enumerate(zip(group.classes, decoded.unbind(), strict=True)):
+        for place, (label, made) in enumerate(zip(classes, decoded.unbind(), strict=True)):
             augment = self.augmentation(size, generator(context.seed, "augment", label, number))
             real[place] = augment(real[place])
-            synthetic.append(augment(made))
+            synthetic.append(augment(self._subsampled(made, label, number, context)))
         return real, torch.stack(synthetic)
+
+    def _subsampled(self, made: Tensor, label: int, number: int, context: Context) -> Tensor:
+        """At most `synthetic_batch` of the decoded images of a class, drawn anew in every step."""
+        most = self.synthetic_batch
+        if most is None or len(made) <= most:
+            return made
+        draws = generator(context.seed, "subsample", label, number)
+        return made[torch.randperm(len(made), generator=draws)[:most].to(made.device)]
 
     def _regularise(
         self, number: int, group: Group, pixels: Tensor, context: Context, measured: dict[str, Tensor]
@@ -226,14 +320,16 @@ class Matching(Synthesis):
         acts = self.options.cmi > 0 and number % self.options.cmi_every == 0
         if self._regulariser is None or not (acts or self._is_noted(number)):
             return None
-        decoded = self._decoded(pixels, group)
+        pixels = pixels.detach().requires_grad_()
+        decoded = self._by_class(pixels, group.classes, context)
         measured["cmi"], gradient = self._regulariser.value_and_gradient(
-            decoded, number, context.seed, wanted=acts
+            decoded, self.proxy_number(number), context.seed, wanted=acts
         )
         if gradient is None:
             return None
-        # CMI is a mean over the images of the run, of which the group has its share.
-        weight = self.options.cmi * len(group.classes) / context.classes
+        # The value is a mean over the images of the group, which has its share of the run's.
+        share = 1.0 if self.cmi_reduction == "class" else 1 / context.classes
+        weight = self.options.cmi * len(group.classes) * share
         (pulled,) = torch.autograd.grad(decoded, pixels, weight * gradient)
         measured["cmi_gradient_norm"] = torch.linalg.vector_norm(pulled)
         return pulled
@@ -270,51 +366,3 @@ _CALLED = {
     "pixel_variance": "the variance of the pixels",
     "pixels": "the pixels",
 }
-
-
-def _normalised(images: Tensor, context: Context, dtype: torch.dtype) -> Tensor:
-    """(x / 255 - mean) / std of uint8 images [..., 3, H, W] in one pass, on the context's device."""
-    mean, std = (torch.tensor(values, dtype=torch.float64) for values in (context.mean, context.std))
-    shift, scale = (
-        to_device(values.to(dtype), context.device).view(3, 1, 1) for values in (-mean / std, 1 / (255 * std))
-    )
-    return torch.addcmul(shift, to_device(images, context.device).to(dtype), scale)
-
-
-def _all_drawn(
-    pool: ClassPool,
-    label: int,
-    count: int,
-    draws: torch.Generator,
-    context: Context,
-    keyword: str,
-    *,
-    divisor: int = 1,
-) -> Tensor:
-    """`count` images of a class, uint8 [count, 3, S, S].
-
-    Raises:
-        UsageError: fewer can be read; `keyword`, of which `count` is `divisor` times as many, is what to lower.
-    """
-    drawn = pool.draw(label, count, draws)
-    if len(drawn) < count:
-        raise UsageError(
-            f"{shown([context.class_names[label]])} has {plural(len(drawn), 'readable image')}, {count} are needed: "
-            + _lower(keyword, len(drawn) // divisor, "give the class more images")
-        )
-    return drawn
-
-
-def _lower(keyword: str, most: int, otherwise: str) -> str:
-    """Advice: the value that there are images for, or another way."""
-    return f"lower {argument(keyword)} to {most}, or {otherwise}" if most else otherwise
-
-
-def _short_of(needed: int, counts: Tensor, class_names: Sequence[str]) -> str:
-    """The classes with fewer than `needed` images, for a message; empty where there are none."""
-    found = [
-        f"{shown([name])} has {count}"
-        for name, count in zip(class_names, counts.tolist(), strict=True)
-        if count < needed
-    ]
-    return ", ".join(found[:3]) + (f" and {len(found) - 3} more have too few" if len(found) > 3 else "")

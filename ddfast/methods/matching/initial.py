@@ -9,11 +9,12 @@ from torch.nn import functional
 INITIAL = ("real", "noise", "mix")
 
 
-def mosaics(images: Tensor, tiles: int) -> Tensor:
-    """Images that each show `tiles` x `tiles` images, shrunk by nearest neighbour: IDC's start.
+def mosaics(images: Tensor, tiles: int, mode: str = "nearest") -> Tensor:
+    """Images that each show `tiles` x `tiles` images, shrunk: the start of IDC (nearest neighbour) and IDM (bilinear).
 
     Args:
         images: [N * tiles ** 2, 3, H, W]. Tile k, in rows from the top, of mosaic i is image k * N + i.
+        mode: "nearest" or "bilinear", without antialiasing, as their codes have it.
         tiles: per side. Where it does not divide the side, the first tiles are a pixel larger.
 
     Returns:
@@ -21,12 +22,14 @@ def mosaics(images: Tensor, tiles: int) -> Tensor:
     """
     count = len(images) // tiles**2
     heights, widths = (_parts(side, tiles) for side in images.shape[-2:])
-    parts = iter(images.split(count))
+    parts = iter((images if mode == "nearest" else images.float()).split(count))
     rows = [
-        torch.cat([functional.interpolate(next(parts), size=(height, width)) for width in widths], dim=-1)
+        torch.cat(
+            [functional.interpolate(next(parts), size=(height, width), mode=mode) for width in widths], dim=-1
+        )
         for height in heights
     ]
-    return torch.cat(rows, dim=-2)
+    return torch.cat(rows, dim=-2).to(images.dtype)
 
 
 def _parts(side: int, parts: int) -> list[int]:

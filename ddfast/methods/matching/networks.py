@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +25,21 @@ class Networks(ABC):
     """
 
     @abstractmethod
-    def at(self, step: int, state: State, context: Context) -> nn.Module:
-        """The network of a step, counted from 0, on the context's device. Callers change neither it nor its mode."""
+    def at(self, step: int, state: State, pool: ClassPool, context: Context) -> nn.Module:
+        """The network of a step, counted from 0, on the context's device. Callers change neither it nor its mode.
 
-    def advance(self, step: int, state: State, pool: ClassPool, context: Context) -> None:  # noqa: B027 - most rest
-        """What happens to the networks after the pixels' update, training on synthetic or real images for example."""
+        The state is left as it is.
+        """
+
+    def check(self, context: Context) -> None:  # noqa: B027 - most fit
+        """Refuse networks that do not fit into memory, before anything is written. Raises `UsageError`."""
+
+    def advance(self, step: int, state: State, pool: ClassPool, context: Context) -> None:  # noqa: B027 - some rest
+        """What happens to the networks after the pixels' update, training on synthetic or real images for example.
+
+        Raises:
+            DivergedError: a training loss is no longer finite.
+        """
 
 
 class Fresh(Networks):
@@ -39,27 +50,39 @@ class Fresh(Networks):
     """
 
     def __init__(self, arch: str) -> None:
-        self._arch = arch
-        self._built: tuple[tuple[int, int, torch.device], _Redrawn] | None = None
+        self._built = Built(arch)
 
-    def at(self, step: int, state: State, context: Context) -> nn.Module:
+    def at(self, step: int, state: State, pool: ClassPool, context: Context) -> nn.Module:
         """See `Networks`: in train mode, without gradients of the parameters."""
+        return self._built.on(context).drawn(context.seed, "network", step)
+
+
+class Built:
+    """A network of an architecture, built once for the runs that have the same classes, image size and device."""
+
+    def __init__(self, arch: str, *, trained: bool = False) -> None:
+        """`trained`: whether its parameters need gradients."""
+        self._arch, self._trained = arch, trained
+        self._held: tuple[tuple[int, int, torch.device], Redrawn] | None = None
+
+    def on(self, context: Context) -> Redrawn:
+        """The network for a context."""
         kind = (context.classes, context.image_size, context.device)
-        if self._built is None or self._built[0] != kind:
-            self._built = kind, _Redrawn(self._arch, *kind)
-        return self._built[1].drawn(context.seed, "network", step)
+        if self._held is None or self._held[0] != kind:
+            self._held = kind, Redrawn(self._arch, *kind)
+            self._held[1].network.requires_grad_(self._trained)
+        return self._held[1]
 
 
-class _Redrawn:
-    """A fused network on a device, whose weights are drawn anew on the CPU for every key."""
+class Redrawn:
+    """A fused network on a device, whose weights are drawn anew on the CPU for every key, or put in place."""
 
     def __init__(self, arch: str, classes: int, image_size: int, device: torch.device) -> None:
         self._arguments = (arch, classes, image_size)
-        self._source = self._created(
-            "example"
-        )  # on the CPU; its tensors are the network's where that is the device
-        self._network = fuse(self._source if device.type == "cpu" else self._created("example").to(device))
-        self._network.train().requires_grad_(False)
+        # On the CPU; its tensors are the network's where that is the device.
+        self._source = self._created("example")
+        self.network = fuse(self._source if device.type == "cpu" else self._created("example").to(device))
+        self.network.train().requires_grad_(False)
         self._resets = self._is_redrawn_by_resets()
 
     def drawn(self, *key: int | str) -> nn.Module:
@@ -69,9 +92,17 @@ class _Redrawn:
                 _reset(self._source)
         else:
             _copy(self._created(*key), self._source)
-        if next(self._network.parameters()) is not next(self._source.parameters()):
-            _copy(self._source, self._network)
-        return self._network
+        if next(self.network.parameters()) is not next(self._source.parameters()):
+            _copy(self._source, self.network)
+        return self.network
+
+    @torch.no_grad()
+    def holding(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        """The network with these weights and buffers, by the names of its state dict."""
+        to: dict[str, Tensor] = self.network.state_dict()
+        for name, tensor in to.items():
+            tensor.copy_(weights[name])
+        return self.network
 
     def _created(self, *key: int | str) -> nn.Module:
         with seeded(*key):

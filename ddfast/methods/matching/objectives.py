@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -34,6 +37,54 @@ def _means(found: Tensor, images: Tensor) -> Tensor:
     """Means over the images of a class, of features that may come in half precision."""
     found = found if found.dtype == torch.float64 else found.float()
     return found.unflatten(0, images.shape[:2]).mean(dim=1)
+
+
+def weight_gradients(
+    network: nn.Module, images: Tensor, label: Tensor, *, differentiable: bool = False
+) -> list[Tensor]:
+    """Gradients of the mean cross-entropy of images of one class, in the network's weights, biases and norms left out.
+
+    Args:
+        network: its parameters need gradients.
+        images: [n, 3, H, W].
+        label: of all of them, an int64 scalar.
+        differentiable: in the images.
+
+    Returns:
+        a tensor for each parameter of two or more dimensions, in the network's order.
+    """
+    weights = [parameter for parameter in network.parameters() if parameter.ndim > 1]
+    loss = F.cross_entropy(network(images), label.expand(len(images)))
+    return list(torch.autograd.grad(loss, weights, create_graph=differentiable))
+
+
+def row_distance(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+    """Sum over the layers, and the rows of a layer, of 1 - cosine: a row holds the weights of one output (DC, Eq. 10).
+
+    The cosine's denominator has 1e-6 added, as the authors' code has it.
+    """
+    total = found[0].new_zeros(())
+    for one, other in zip(found, wanted, strict=True):
+        a, b = one.flatten(1), other.flatten(1)
+        norms = torch.linalg.vector_norm(a, dim=1) * torch.linalg.vector_norm(b, dim=1)
+        total = total + (1 - (a * b).sum(1) / (norms + 1e-6)).sum()
+    return total
+
+
+def cosine_distance(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+    """1 - cosine of all layers as one vector; 1e-6 as in `row_distance`."""
+    a, b = (torch.cat([each.flatten() for each in layers]) for layers in (found, wanted))
+    return 1 - (a * b).sum() / (torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b) + 1e-6)
+
+
+def summed_squares(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+    """Sum of squared differences over all layers."""
+    return torch.stack([squared_distance(a, b) for a, b in zip(found, wanted, strict=True)]).sum()
+
+
+def summed_magnitudes(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+    """Sum of absolute differences over all layers."""
+    return torch.stack([(a - b).abs().sum() for a, b in zip(found, wanted, strict=True)]).sum()
 
 
 def squared_distance(first: Tensor, second: Tensor) -> Tensor:

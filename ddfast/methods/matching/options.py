@@ -5,11 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ddfast.arguments import one_of, path_of, positive_number, whole_number
+from ddfast.arguments import one_of, path_of, positive_number, whole_number, whole_number_or
 from ddfast.errors import UsageError
 from ddfast.methods.matching.initial import INITIAL
 from ddfast.settings import option
 from ddfast.wording import argument
+
+
+def begins_with(default: str) -> Any:
+    """The option `init` with this default."""
+    return option(
+        default,
+        "images to begin with: real ones, normal noise, or each a mix of 2 x 2 real ones at half size",
+        stage="synthesize",
+        choices=INITIAL,
+    )
+
+
+def number_or_auto(value: Any, keyword: str) -> int | str:
+    """A whole number of at least 1, or auto."""
+    return whole_number_or(value, keyword, ("auto",))
 
 
 @dataclass(frozen=True)
@@ -23,12 +38,7 @@ class MatchingOptions:
     )
     iterations: int = option(20000, "steps of the pixels", stage="synthesize")
     real_batch: int = option(256, "real images of a class in a step", stage="synthesize")
-    init: str = option(
-        "real",
-        "images to begin with: real ones, normal noise, or each a mix of 2 x 2 real ones at half size",
-        stage="synthesize",
-        choices=INITIAL,
-    )
+    init: str = begins_with("real")
     lr_img: float = option(1.0, "learning rate of the pixels", stage="synthesize")
     momentum: float = option(0.5, "momentum of the pixels", stage="synthesize")
     flip: bool = option(

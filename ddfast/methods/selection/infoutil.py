@@ -174,7 +174,7 @@ class InfoUtil(Selection):
         }
     }
 
-    def resolved(self, factor: int) -> InfoUtil:
+    def resolved(self, factor: int, ipc: int) -> InfoUtil:
         """Fix the options left at `auto` for this factor."""
         values = _AUTO[factor] if self.options.crop_rule == "window" else {**_AUTO[factor], "crop_frac": 0.5}
         # The least error of all at every budget, where it was measured (bench/results/estimators_*).
@@ -192,7 +192,7 @@ class InfoUtil(Selection):
         if image_size is not None and grid > image_size:
             raise UsageError(f"{argument('grid')} must be at most the image size {image_size}, got {grid}")
         if self.options.attribution == "shapley":
-            options = self.resolved(1).options
+            options = self.resolved(1, 1).options
             try:
                 make_plan(options.estimator, (grid, grid), options.n_samples, 0)
             except ValueError as error:

@@ -35,12 +35,12 @@ def expected(arch, step, size, seed=5):
 def test_weights_are_those_of_a_new_network(arch, size, in_place, monkeypatch):
     fresh = Fresh(arch)
     context = context_of(3, size=size)
-    fresh.at(0, STATE, context)
+    fresh.at(0, STATE, None, context)
     made = []
     monkeypatch.setattr(networks, "create_model", lambda *a: made.append(a) or create_model(*a))
     for step in (3, 0):
         wanted = expected(arch, step, size).state_dict()
-        found = fresh.at(step, STATE, context).state_dict()
+        found = fresh.at(step, STATE, None, context).state_dict()
         assert list(found) == list(wanted)
         for name, tensor in wanted.items():
             assert torch.equal(found[name], tensor), name
@@ -49,20 +49,20 @@ def test_weights_are_those_of_a_new_network(arch, size, in_place, monkeypatch):
 
 def test_a_network_is_fused_frozen_and_built_once():
     fresh = Fresh("convnet3_in")
-    first = fresh.at(0, STATE, context_of(3))
+    first = fresh.at(0, STATE, None, context_of(3))
     assert any(isinstance(module, FusedSequential) for module in first.modules())
     assert first.training
     assert not any(parameter.requires_grad for parameter in first.parameters())
-    assert fresh.at(1, STATE, context_of(3)) is first
-    assert fresh.at(1, STATE, context_of(4)) is not first
+    assert fresh.at(1, STATE, None, context_of(3)) is first
+    assert fresh.at(1, STATE, None, context_of(4)) is not first
 
 
 def test_nothing_of_an_earlier_step_stays():
     fresh, context = Fresh("convnet3"), context_of(3)
-    network = fresh.at(0, STATE, context)
+    network = fresh.at(0, STATE, None, context)
     with torch.no_grad():
         network(torch.randn(4, 3, 16, 16))  # moves BatchNorm's statistics
-    found = fresh.at(0, STATE, context).state_dict()
+    found = fresh.at(0, STATE, None, context).state_dict()
     for name, tensor in expected("convnet3", 0, 16).state_dict().items():
         assert torch.equal(found[name], tensor), name
 
@@ -71,14 +71,14 @@ def test_the_callers_random_state_stays():
     torch.manual_seed(1)
     wanted = torch.rand(2)
     torch.manual_seed(1)
-    Fresh("convnet3_in").at(0, STATE, context_of(3))
+    Fresh("convnet3_in").at(0, STATE, None, context_of(3))
     assert torch.equal(torch.rand(2), wanted)
 
 
 def test_the_callers_default_dtype_changes_no_weight():
     torch.set_default_dtype(torch.float64)
     try:
-        found = Fresh("convnet3_in").at(2, STATE, context_of(3)).state_dict()
+        found = Fresh("convnet3_in").at(2, STATE, None, context_of(3)).state_dict()
     finally:
         torch.set_default_dtype(torch.float32)
     for name, tensor in expected("convnet3_in", 2, 16).state_dict().items():
@@ -86,7 +86,7 @@ def test_the_callers_default_dtype_changes_no_weight():
 
 
 def test_features_of_a_fused_network_are_those_of_the_layers_with_gradients():
-    network = Fresh("convnet3_in").at(0, STATE, context_of(3))
+    network = Fresh("convnet3_in").at(0, STATE, None, context_of(3))
     plain = expected("convnet3_in", 0, 16).requires_grad_(False)
     images = torch.randn(5, 3, 16, 16)
     exact = images.double().requires_grad_()

@@ -24,7 +24,7 @@ class Eager(Networks):
     def __init__(self, dtype=torch.float32):
         self.dtype = dtype
 
-    def at(self, step, state, context):
+    def at(self, step, state, pool, context):
         return plain_network(context, step, self.dtype)
 
 
@@ -200,8 +200,8 @@ def test_a_network_with_dropout_draws_the_same_after_a_kill(pool):
     """A step's draws inside of the network are keyed as all others."""
 
     class Dropping(Eager):
-        def at(self, step, state, context):
-            network = super().at(step, state, context)
+        def at(self, step, state, pool, context):
+            network = super().at(step, state, pool, context)
             return torch.nn.Sequential(torch.nn.Dropout(0.3), network)
 
     found = []

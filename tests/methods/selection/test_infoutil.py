@@ -109,7 +109,7 @@ def test_crops_for_which_the_teacher_returns_nan_are_counted(teacher):
 
 
 def test_what_an_image_gets_owes_nothing_to_its_batch(teacher):
-    method = get_method("infoutil").from_options({}).resolved(1)
+    method = get_method("infoutil").from_options({}).resolved(1, 10)
     some = batch()
     whole = method.score(some, context(teacher))
     order = torch.tensor([3, 0, 5, 1, 4, 2])
@@ -120,17 +120,17 @@ def test_what_an_image_gets_owes_nothing_to_its_batch(teacher):
 
 
 def rule_of(factor=1, **options):
-    method = get_method("infoutil").from_options(options).resolved(factor)
+    method = get_method("infoutil").from_options(options).resolved(factor, 10)
     return method._crop_rule(context(None, factor=factor))
 
 
 def test_the_estimator_is_the_measured_one_where_it_was_measured():
     def estimator(**options):
-        return get_method("infoutil").from_options(options).resolved(1).options.estimator
+        return get_method("infoutil").from_options(options).resolved(1, 10).options.estimator
 
     assert (estimator(), estimator(grid=5)) == ("designed", "permutation")
     assert estimator(estimator="paired") == "paired"
-    assert get_method("infoutil").from_options({}, "paper").resolved(1).options.estimator == "kernel"
+    assert get_method("infoutil").from_options({}, "paper").resolved(1, 10).options.estimator == "kernel"
 
 
 def test_the_window_grows_from_half_the_side_in_whole_cells():
@@ -157,7 +157,7 @@ def test_a_crop_around_one_cell_has_a_fixed_size():
 
 @pytest.mark.parametrize("attribution", ["shapley", "grad_cam"])
 def test_both_attributions_place_crops_of_one_size_an_image(attribution, teacher):
-    method = get_method("infoutil").from_options({"attribution": attribution}).resolved(1)
+    method = get_method("infoutil").from_options({"attribution": attribution}).resolved(1, 10)
     found = method.score(batch(), context(teacher))
     sides = found.boxes[..., 2:] - found.boxes[..., :2]
     assert (sides == sides[:, :1, :1]).all()
@@ -219,7 +219,7 @@ def test_quantiles_spread_over_the_norms(low, high, needed, first):
 
 
 def test_the_seed_draws_a_random_rank():
-    method = get_method("infoutil").from_options({"within": "clean", "rank_by": "random"}).resolved(1)
+    method = get_method("infoutil").from_options({"within": "clean", "rank_by": "random"}).resolved(1, 10)
     orders = []
     for seed in range(20):
         ranked, score = method.rank(Table(COLUMNS, seed), 3)

@@ -1,0 +1,168 @@
+"""IDC: gradient matching of images that each decode to several, on networks that train on real images.
+
+Kim et al., "Dataset Condensation via Efficient Synthetic-Data Parameterization", ICML 2022.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddfast.arguments import one_of, positive_number, whole_number
+from ddfast.data.tiles import tiles_of
+from ddfast.methods.base import Context
+from ddfast.methods.matching.base import Matching
+from ddfast.methods.matching.networks import Networks
+from ddfast.methods.matching.objectives import (
+    row_distance,
+    summed_magnitudes,
+    summed_squares,
+    weight_gradients,
+)
+from ddfast.methods.matching.options import MatchingOptions, begins_with
+from ddfast.methods.matching.trained import Descent, OnReal
+from ddfast.methods.synthesis import State
+from ddfast.settings import option
+from ddfast.training.differentiable import draw_listed
+
+DISTANCES = {"squares": summed_squares, "magnitudes": summed_magnitudes, "rows": row_distance}
+
+
+@dataclass(frozen=True)
+class IDCOptions(MatchingOptions):
+    """Options of IDC."""
+
+    iterations: int = option(2000, "new networks that the pixels are matched on", stage="synthesize")
+    real_batch: int = option(64, "real images of a class in a step", stage="synthesize")
+    init: str = begins_with("mix")
+    lr_img: float = option(
+        0.005,
+        "learning rate of the pixels for 10 images per class of 32 px; others get their share by number and area",
+        stage="synthesize",
+    )
+    flip: bool = option(
+        False, "mirror images among the augmentations, which digits do not bear", stage="synthesize"
+    )
+    inner_loop: int = option(100, "steps of the pixels on a network", stage="synthesize")
+    net_samples: int = option(
+        2000, "real images that a network trains on between two steps", stage="synthesize"
+    )
+    net_batch: int = option(64, "real images in a step of a network", stage="synthesize")
+    lr_net: float = option(0.01, "learning rate of the networks", stage="synthesize")
+    distance: str = option(
+        "squares",
+        "of gradients: squared differences; absolute ones; 1 - cosine of each output's weights; each summed",
+        stage="synthesize",
+        choices=tuple(DISTANCES),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("inner_loop", "net_samples", "net_batch"):
+            self._set(name, whole_number(getattr(self, name), name, least=1))
+        self._set("lr_net", positive_number(self.lr_net, "lr_net"))
+        one_of(self.distance, "distance", tuple(DISTANCES))
+
+
+class IDC(Matching):
+    """Efficient parameterization. The defaults are those of its authors' code on CIFAR-10."""
+
+    name = "idc"
+    summary = "gradient matching of images that decode to 2 x 2, on networks that train on real ones (IDC, ICML 2022)"
+    Options: ClassVar[type] = IDCOptions
+    joint: ClassVar[bool] = True
+    space: ClassVar[str] = "unit"
+    factor = 2
+    factors: ClassVar[tuple[int, ...]] = (2, 1)
+    steps_by_class: ClassVar[bool] = True
+    synthetic_batch: ClassVar[int | None] = 128
+    cmi_reduction: ClassVar[str] = "class"
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "svhn": {"net_samples": 500},
+        "tiny_imagenet": {"arch": "convnet4_in", "net_samples": 1000},
+        "imagenet10": {"arch": "resnetap10", "distance": "magnitudes", "lr_img": 0.003, "flip": True},
+        # With the CMI regulariser; lambda is that of its authors' code. Each needs `proxies`.
+        "cifar10_ipc10_cmi": {"cmi": 100.0},
+        "cifar10_ipc50_cmi": {"cmi": 50.0},
+        "cifar100_ipc10_cmi": {"cmi": 100.0},
+        "cifar100_ipc50_cmi": {"cmi": 50.0},
+        "svhn_ipc10_cmi": {"cmi": 50.0, "net_samples": 500},
+        "svhn_ipc50_cmi": {"cmi": 50.0, "net_samples": 500},
+    }
+
+    def resolved(self, factor: int, ipc: int) -> IDC:
+        """Fix the tiles per side."""
+        chosen = copy.copy(self)
+        chosen.factor = factor
+        return chosen
+
+    def make_networks(self) -> Networks:
+        """A new network every `inner_loop` steps, which trains on real images after each (Algorithm 1)."""
+        options = self.options
+        descent = Descent(options.lr_net, momentum=0.9, weight_decay=5e-4)
+        return OnReal(
+            options.arch,
+            options.inner_loop,
+            options.net_samples,
+            options.net_batch,
+            descent,
+            self._for_training,
+        )
+
+    @property
+    def steps(self) -> int:
+        """Steps of the pixels on all networks."""
+        return int(self.options.iterations) * int(self.options.inner_loop)
+
+    def rate(self, number: int, context: Context) -> float:
+        """Learning rate of the pixels: in proportion to the images per class and to their area."""
+        return float(self.options.lr_img) * (context.ipc / 10) * (context.image_size / 32) ** 2
+
+    def bounded(self, number: int, pixels: Tensor) -> Tensor:
+        """Pixels in [0, 1] whenever a network is new."""
+        return pixels.clamp(0, 1) if number % int(self.options.inner_loop) == 0 else pixels
+
+    def images(self, state: State) -> Tensor:
+        """What students train on, in [0, 1]."""
+        return state.pixels.clamp(0, 1)
+
+    def decode(self, pixels: Tensor) -> Tensor:
+        """Every tile, enlarged to a whole image (Sec. 4.1: uniform multi-formation)."""
+        if self.factor == 1:
+            return pixels
+        size = (pixels.shape[-2], pixels.shape[-1])
+        return F.interpolate(tiles_of(pixels, self.factor), size=size, mode="bilinear", align_corners=False)
+
+    def augmentation(
+        self, size: tuple[int, int], draws: torch.Generator, rows: int = 1
+    ) -> Callable[[Tensor], Tensor]:
+        """Colours, a shift and a cutout, the same for all images of a class, real and synthetic."""
+        return draw_listed(self._listed("colour", "shift", "cutout"), rows, size, draws)
+
+    def _for_training(self, images: Tensor, draws: torch.Generator) -> Tensor:
+        """Colours and a shift for each image: CutMix takes the place of the cutout."""
+        size = (images.shape[-2], images.shape[-1])
+        return draw_listed(self._listed("colour", "shift"), len(images), size, draws)(images)
+
+    def _listed(self, *operations: str) -> tuple[str, ...]:
+        return ("flip", *operations) if self.options.flip else operations
+
+    def loss(self, network: nn.Module, real: Tensor, synthetic: Tensor, labels: Tensor) -> Tensor:
+        """sum_c D(grad_theta CE(A(f(S_c))), grad_theta CE(A(B_c))) over convolutions (Algorithm 1, Eq. 8)."""
+        distance = DISTANCES[self.options.distance]
+        total = synthetic.new_zeros(())
+        for images, made, label in zip(real, synthetic.unbind(), labels, strict=True):
+            wanted = _of_convolutions(weight_gradients(network, images, label))
+            found = _of_convolutions(weight_gradients(network, made, label, differentiable=True))
+            total = total + distance(found, wanted)
+        return total
+
+
+def _of_convolutions(gradients: list[Tensor]) -> list[Tensor]:
+    return [gradient for gradient in gradients if gradient.ndim == 4]

@@ -1,0 +1,151 @@
+"""A queue of networks that train on real images while pixels are matched on them (IDM)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddfast.data.pool import ClassPool
+from ddfast.errors import DivergedError, UsageError
+from ddfast.methods.base import Context
+from ddfast.methods.matching.networks import Built, Networks, Redrawn
+from ddfast.methods.matching.real import normalised
+from ddfast.methods.matching.trained import PREFIX, Descent, real_batch
+from ddfast.methods.synthesis import State
+from ddfast.ops.transfer import to_device
+from ddfast.seeding import generator
+from ddfast.wording import argument
+
+_BEGUN = 3  # networks before the first step
+_TRAINED = 2  # networks that train after a step
+_STACKED, _VELOCITY = f"{PREFIX}weights.", f"{PREFIX}velocity."
+_RIGHT, _SEEN = f"{PREFIX}right", f"{PREFIX}seen"  # real images in training since the counts were reset
+
+
+class Queue(Networks):
+    """Networks of all ages: one joins every few steps, the oldest leaves, two train after every step (IDM, Sec. 3.2).
+
+    All weights live in the state, stacked, the oldest first.
+
+    Args:
+        arch: of the networks.
+        most: networks in the queue.
+        joins_every: steps from one new network to the next.
+        steps: that a network trains, in turn.
+        batch: real images in a step of a network.
+        descent: of a network.
+        resets_every: steps after which the accuracies are counted anew.
+    """
+
+    def __init__(
+        self,
+        arch: str,
+        most: int,
+        joins_every: int,
+        steps: int,
+        batch: int,
+        descent: Descent,
+        resets_every: int,
+    ) -> None:
+        self._built = Built(arch, trained=True)
+        self._most, self._joins_every, self._steps, self._batch = most, joins_every, steps, batch
+        self._descent, self._resets_every = descent, resets_every
+        self.accuracy = torch.zeros(())
+
+    def check(self, context: Context) -> None:
+        """Refuse a queue that memory cannot hold."""
+        network = self._built.on(context).network
+        needed = 2 * self._most * sum(each.numel() * each.element_size() for each in network.parameters())
+        free = _free_bytes(context.device)
+        if free is not None and needed > free:
+            raise UsageError(
+                f"a queue of {self._most} networks takes {needed:,} bytes with their momentum, and {free:,} are "
+                f"free: lower {argument('queue')} to {max(1, self._most * free // needed)}"
+            )
+
+    def at(self, step: int, state: State, pool: ClassPool, context: Context) -> nn.Module:
+        """One of the queue, in eval mode, with gradients of the parameters; `accuracy` is its own."""
+        tensors = self._joined(step, state.tensors, context)
+        chosen = torch.randint(len(tensors[_SEEN]), (), generator=generator(context.seed, "network", step))
+        seen = tensors[_SEEN][chosen].clamp(min=1)
+        self.accuracy = 100 * tensors[_RIGHT][chosen] / seen
+        return _holding(self._built.on(context), tensors, int(chosen)).eval()
+
+    def advance(self, step: int, state: State, pool: ClassPool, context: Context) -> None:
+        """Let a network join where it is time, then train two."""
+        tensors = self._joined(step, state.tensors, context)
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+        order = torch.randperm(len(tensors[_SEEN]), generator=generator(context.seed, "training", step))
+        for place in order[:_TRAINED].tolist():
+            self._train(place, step, tensors, pool, context)
+        others = {name: tensor for name, tensor in state.tensors.items() if not name.startswith(PREFIX)}
+        state.tensors = others | tensors
+
+    def _joined(self, step: int, tensors: dict[str, Tensor], context: Context) -> dict[str, Tensor]:
+        """The queue's tensors in a step: those after the one before, a network that joins, and counts of 0 where they
+        begin anew."""
+        held = {name: tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
+        new = ([] if held else list(range(_BEGUN))) + (
+            [_BEGUN + step] if step % self._joins_every == 0 else []
+        )
+        for number in new:
+            fresh = self._fresh(number, context)
+            held = {name: torch.cat([held[name], fresh[name]]) if held else fresh[name] for name in fresh}
+        if step % self._resets_every == 0:
+            held |= {name: torch.zeros_like(held[name]) for name in (_RIGHT, _SEEN)}
+        return {name: tensor[-self._most :] for name, tensor in held.items()}
+
+    def _fresh(self, number: int, context: Context) -> dict[str, Tensor]:
+        network = self._built.on(context).drawn(context.seed, "queue", number)
+        weights = {
+            _STACKED + name: each.detach()[None].clone() for name, each in network.state_dict().items()
+        }
+        velocity = {
+            _VELOCITY + name: torch.zeros_like(each)[None] for name, each in network.named_parameters()
+        }
+        count = torch.zeros(1, device=context.device)
+        return {**weights, **velocity, _RIGHT: count, _SEEN: count.clone()}
+
+    def _train(
+        self, place: int, step: int, tensors: dict[str, Tensor], pool: ClassPool, context: Context
+    ) -> None:
+        """Train the network at a place of the queue on real images, in place."""
+        network = _holding(self._built.on(context), tensors, place).train()
+        named = dict(network.named_parameters())
+        velocities = [tensors[_VELOCITY + name][place] for name in named]
+        loss = torch.zeros((), device=context.device)
+        for number in range(self._steps):
+            draws = generator(context.seed, "training", step, place, number)
+            images, labels = real_batch(pool, self._batch, draws)
+            targets = to_device(labels, context.device)
+            logits = network(normalised(images, context))
+            loss = F.cross_entropy(logits, targets)
+            self._descent.step(list(named.values()), velocities, loss)
+            tensors[_RIGHT][place] += (logits.detach().argmax(1) == targets).sum()
+            tensors[_SEEN][place] += len(targets)
+        if not math.isfinite(loss.item()):
+            raise DivergedError(
+                f"the training of the networks became {loss.item()} after step {step}: lower {argument('lr_net')}, "
+                f"now {self._descent.lr:g}; what was made before that step is kept"
+            )
+        for name, tensor in network.state_dict().items():
+            tensors[_STACKED + name][place] = tensor
+
+
+def _holding(redrawn: Redrawn, tensors: dict[str, Tensor], place: int) -> nn.Module:
+    names = redrawn.network.state_dict()
+    return redrawn.holding({name: tensors[_STACKED + name][place] for name in names})
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    """Memory that is free on a device; None where that is not known."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        import psutil
+    except ImportError:
+        return None
+    return int(psutil.virtual_memory().available)

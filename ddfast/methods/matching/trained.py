@@ -1,0 +1,235 @@
+"""Networks that are trained between steps: on the synthetic images (DC, DSA), or on real ones (IDC, UDD).
+
+A round begins with new weights and lasts some steps. The weights of the next step live in the state, so that a run that
+was killed goes on with them.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ddfast.data.pool import ClassPool
+from ddfast.errors import DivergedError, UsageError
+from ddfast.methods.base import Context
+from ddfast.methods.matching.networks import Built, Networks
+from ddfast.methods.matching.real import normalised
+from ddfast.methods.synthesis import State
+from ddfast.ops.transfer import to_device
+from ddfast.seeding import derived_seed, generator
+from ddfast.training.protocol import PROTOCOLS
+from ddfast.wording import argument
+
+Augment = Callable[[Tensor, torch.Generator], Tensor]
+"""Augments float images [B, 3, H, W], each by draws of its own."""
+
+PREFIX = "network."
+"""Opens the names of a network's tensors in a state."""
+
+_VELOCITY = "network.velocity."
+_CALIBRATION = 16  # real images of a class that BatchNorm's statistics are measured on (DC)
+
+
+@dataclass(frozen=True)
+class Descent:
+    """SGD as torch has it: learning rate, momentum and weight decay on all parameters."""
+
+    lr: float
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+
+    def step(self, parameters: Sequence[Tensor], velocities: Sequence[Tensor], loss: Tensor) -> None:
+        """Move the parameters down the loss, in place; the velocities as well."""
+        gradients = list(torch.autograd.grad(loss, parameters))
+        with torch.no_grad():
+            if self.weight_decay:
+                torch._foreach_add_(gradients, list(parameters), alpha=self.weight_decay)
+            if self.momentum:
+                torch._foreach_mul_(list(velocities), self.momentum)
+                torch._foreach_add_(list(velocities), gradients)
+                gradients = list(velocities)
+            torch._foreach_add_(list(parameters), gradients, alpha=-self.lr)
+
+
+class Trained(Networks):
+    """A network that is trained after every step of a round but the last.
+
+    BatchNorm's statistics are measured on 16 real images of each class before every step and frozen in it, as the code
+    of DC has it.
+    """
+
+    def __init__(self, arch: str, steps: int, descent: Descent) -> None:
+        """`steps`: of the pixels, in a round."""
+        self._built = Built(arch, trained=True)
+        self._steps, self._descent = steps, descent
+
+    @abstractmethod
+    def batches(
+        self, step: int, state: State, pool: ClassPool, context: Context
+    ) -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
+        """What the network trains on after a step: normalised images, and the loss of their logits."""
+
+    def at(self, step: int, state: State, pool: ClassPool, context: Context) -> nn.Module:
+        """See `Networks`: in train mode, but for BatchNorm, with gradients of the parameters."""
+        redrawn = self._built.on(context)
+        if step % self._steps == 0:
+            network = redrawn.drawn(context.seed, "network", step // self._steps)
+        else:
+            held = redrawn.network.state_dict()
+            network = redrawn.holding({name: state.tensors[PREFIX + name] for name in held})
+        network.train()
+        _calibrate(network, step, pool, context)
+        return network
+
+    def advance(self, step: int, state: State, pool: ClassPool, context: Context) -> None:
+        """Train the network, and keep its weights for the next step of the round; at its end, forget them."""
+        kept = {name: tensor for name, tensor in state.tensors.items() if not name.startswith(PREFIX)}
+        if (step + 1) % self._steps:
+            kept |= self._trained(step, state, pool, context)
+        state.tensors = kept
+
+    def _trained(self, step: int, state: State, pool: ClassPool, context: Context) -> dict[str, Tensor]:
+        network = self._built.on(context).network.train()
+        named = dict(network.named_parameters())
+        held = {name: state.tensors.get(_VELOCITY + name) for name in named} if self._descent.momentum else {}
+        velocities = {
+            name: torch.zeros_like(named[name]) if old is None else old.clone() for name, old in held.items()
+        }
+        loss = torch.zeros((), device=context.device)
+        for images, loss_of in self.batches(step, state, pool, context):
+            loss = loss_of(network(images))
+            self._descent.step(list(named.values()), list(velocities.values()), loss)
+        if not math.isfinite(loss.item()):
+            raise DivergedError(
+                f"the training of the networks became {loss.item()} after step {step}: lower {argument('lr_net')}, "
+                f"now {self._descent.lr:g}; what was made before that step is kept"
+            )
+        tensors = {PREFIX + name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+        return tensors | {_VELOCITY + name: velocity for name, velocity in velocities.items()}
+
+
+class OnSynthetic(Trained):
+    """Trained on the synthetic images of all classes: epochs over them in random batches (DC, DSA).
+
+    Args:
+        arch: of the networks.
+        steps: of the pixels, in a round.
+        epochs: over the synthetic images, after a step.
+        batch: images in a step of the network.
+        descent: of the network.
+        decode: pixels to normalised images, class by class.
+        augment: of a batch; None for none.
+    """
+
+    def __init__(
+        self,
+        arch: str,
+        steps: int,
+        epochs: int,
+        batch: int,
+        descent: Descent,
+        decode: Callable[[Tensor, Context], Tensor],
+        augment: Augment | None,
+    ) -> None:
+        super().__init__(arch, steps, descent)
+        self._epochs, self._batch, self._decode, self._augment = epochs, batch, decode, augment
+
+    def batches(
+        self, step: int, state: State, pool: ClassPool, context: Context
+    ) -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
+        """See `Trained`."""
+        with torch.no_grad():
+            images = self._decode(state.pixels, context)
+        each = len(images) // len(state.group.classes)
+        labels = torch.tensor(state.group.classes).repeat_interleave(each)
+        draws = generator(context.seed, "training", step)
+        for _ in range(self._epochs):
+            for places in torch.randperm(len(images), generator=draws).split(self._batch):
+                batch = images[places.to(images.device)]
+                batch = batch if self._augment is None else self._augment(batch, draws)
+                yield batch, _cross_entropy(labels[places], context)
+
+
+class OnReal(Trained):
+    """Trained on real images of all classes, with CutMix on half of the batches (IDC).
+
+    Args:
+        arch: of the networks.
+        steps: of the pixels, in a round.
+        samples: real images after a step, rounded up to whole batches.
+        batch: images in a step of the network.
+        descent: of the network.
+        augment: of a batch.
+    """
+
+    def __init__(
+        self, arch: str, steps: int, samples: int, batch: int, descent: Descent, augment: Augment
+    ) -> None:
+        super().__init__(arch, steps, descent)
+        self._samples, self._batch, self._augment = samples, batch, augment
+
+    def batches(
+        self, step: int, state: State, pool: ClassPool, context: Context
+    ) -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
+        """See `Trained`."""
+        for number in range(-(-self._samples // self._batch)):
+            draws = generator(context.seed, "training", step, number)
+            found, labels = real_batch(pool, self._batch, draws)
+            images = self._augment(normalised(found, context), draws)
+            yield _cut_mixed(images, labels, derived_seed(context.seed, "cutmix", step, number), context)
+
+
+def real_batch(pool: ClassPool, count: int, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Different images of a pool, whatever their classes: uint8 [count, 3, S, S], labels int64 [count].
+
+    Raises:
+        UsageError: none of those drawn can be read.
+    """
+    order = torch.randperm(len(pool.labels), generator=draws)
+    for _, images, labels in pool.batches(order[: 2 * count], count):
+        return images, labels
+    raise UsageError(f"none of {min(2 * count, len(order))} images that were drawn can be read")
+
+
+def _cross_entropy(labels: Tensor, context: Context) -> Callable[[Tensor], Tensor]:
+    on_device = to_device(labels, context.device)
+    return lambda logits: F.cross_entropy(logits, on_device)
+
+
+def _cut_mixed(
+    images: Tensor, labels: Tensor, seed: int, context: Context
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """CutMix on half of the batches, as IDC trains and evaluates."""
+    draws, protocol = np.random.default_rng(seed), PROTOCOLS["idc"]
+    if draws.random() >= protocol.mix_probability:
+        return images, _cross_entropy(labels, context)
+    top, left, bottom, right = protocol.cutmix_box(images.shape[-1], draws)
+    partner = torch.from_numpy(draws.permutation(len(images)))
+    share = (bottom - top) * (right - left) / (images.shape[-2] * images.shape[-1])
+    mixed = images.clone()
+    mixed[:, :, top:bottom, left:right] = images[partner.to(images.device), :, top:bottom, left:right]
+    own, others = _cross_entropy(labels, context), _cross_entropy(labels[partner], context)
+    return mixed, lambda logits: (1 - share) * own(logits) + share * others(logits)
+
+
+@torch.no_grad()
+def _calibrate(network: nn.Module, step: int, pool: ClassPool, context: Context) -> None:
+    """Measure BatchNorm's statistics on real images and freeze them; nothing happens to a network without."""
+    norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    if not norms:
+        return
+    drawn = [
+        pool.draw(label, _CALIBRATION, generator(context.seed, "statistics", label, step))
+        for label in range(context.classes)
+    ]
+    network(normalised(torch.cat(drawn), context))
+    for norm in norms:
+        norm.eval()
