@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddfast.attribution.flight import free_memory
 from ddfast.data.pool import ClassPool
 from ddfast.errors import DivergedError, UsageError
 from ddfast.methods.base import Context
@@ -59,8 +60,8 @@ class Queue(Networks):
         """Refuse a queue that memory cannot hold."""
         network = self._built.on(context).network
         needed = 2 * self._most * sum(each.numel() * each.element_size() for each in network.parameters())
-        free = _free_bytes(context.device)
-        if free is not None and needed > free:
+        free = free_memory(context.device)
+        if needed > free:
             raise UsageError(
                 f"a queue of {self._most} networks takes {needed:,} bytes with their momentum, and {free:,} are "
                 f"free: lower {argument('queue')} to {max(1, self._most * free // needed)}"
@@ -138,14 +139,3 @@ class Queue(Networks):
 def _holding(redrawn: Redrawn, tensors: dict[str, Tensor], place: int) -> nn.Module:
     names = redrawn.network.state_dict()
     return redrawn.holding({name: tensors[_STACKED + name][place] for name in names})
-
-
-def _free_bytes(device: torch.device) -> int | None:
-    """Memory that is free on a device; None where that is not known."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        import psutil
-    except ImportError:
-        return None
-    return int(psutil.virtual_memory().available)
