@@ -72,7 +72,7 @@ class Queue(Networks):
         tensors = self._joined(step, state.tensors, context)
         chosen = torch.randint(len(tensors[_SEEN]), (), generator=generator(context.seed, "network", step))
         seen = tensors[_SEEN][chosen].clamp(min=1)
-        self.accuracy = 100 * tensors[_RIGHT][chosen] / seen
+        self.accuracy = (100 * tensors[_RIGHT][chosen].double() / seen).to(state.pixels.dtype)
         return _holding(self._built.on(context), tensors, int(chosen)).eval()
 
     def advance(self, step: int, state: State, pool: ClassPool, context: Context) -> None:
@@ -81,7 +81,7 @@ class Queue(Networks):
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         order = torch.randperm(len(tensors[_SEEN]), generator=generator(context.seed, "training", step))
         for place in order[:_TRAINED].tolist():
-            self._train(place, step, tensors, pool, context)
+            self._train(place, step, state.pixels.dtype, tensors, pool, context)
         others = {name: tensor for name, tensor in state.tensors.items() if not name.startswith(PREFIX)}
         state.tensors = others | tensors
 
@@ -107,11 +107,17 @@ class Queue(Networks):
         velocity = {
             _VELOCITY + name: torch.zeros_like(each)[None] for name, each in network.named_parameters()
         }
-        count = torch.zeros(1, device=context.device)
+        count = torch.zeros(1, dtype=torch.int64, device=context.device)
         return {**weights, **velocity, _RIGHT: count, _SEEN: count.clone()}
 
     def _train(
-        self, place: int, step: int, tensors: dict[str, Tensor], pool: ClassPool, context: Context
+        self,
+        place: int,
+        step: int,
+        dtype: torch.dtype,
+        tensors: dict[str, Tensor],
+        pool: ClassPool,
+        context: Context,
     ) -> None:
         """Train the network at a place of the queue on real images, in place."""
         network = _holding(self._built.on(context), tensors, place).train()
@@ -122,7 +128,7 @@ class Queue(Networks):
             draws = generator(context.seed, "training", step, place, number)
             images, labels = real_batch(pool, self._batch, draws)
             targets = to_device(labels, context.device)
-            logits = network(normalised(images, context))
+            logits = network(normalised(images, context, dtype))
             loss = F.cross_entropy(logits, targets)
             self._descent.step(list(named.values()), velocities, loss)
             tensors[_RIGHT][place] += (logits.detach().argmax(1) == targets).sum()

@@ -86,7 +86,7 @@ class Trained(Networks):
             held = redrawn.network.state_dict()
             network = redrawn.holding({name: state.tensors[PREFIX + name] for name in held})
         network.train()
-        _calibrate(network, step, pool, context)
+        _calibrate(network, step, pool, context, state.pixels.dtype)
         return network
 
     def advance(self, step: int, state: State, pool: ClassPool, context: Context) -> None:
@@ -183,7 +183,7 @@ class OnReal(Trained):
         for number in range(-(-self._samples // self._batch)):
             draws = generator(context.seed, "training", step, number)
             found, labels = real_batch(pool, self._batch, draws)
-            images = self._augment(normalised(found, context), draws)
+            images = self._augment(normalised(found, context, state.pixels.dtype), draws)
             yield _cut_mixed(images, labels, derived_seed(context.seed, "cutmix", step, number), context)
 
 
@@ -221,7 +221,7 @@ def _cut_mixed(
 
 
 @torch.no_grad()
-def _calibrate(network: nn.Module, step: int, pool: ClassPool, context: Context) -> None:
+def _calibrate(network: nn.Module, step: int, pool: ClassPool, context: Context, dtype: torch.dtype) -> None:
     """Measure BatchNorm's statistics on real images and freeze them; nothing happens to a network without."""
     norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
     if not norms:
@@ -230,6 +230,6 @@ def _calibrate(network: nn.Module, step: int, pool: ClassPool, context: Context)
         pool.draw(label, _CALIBRATION, generator(context.seed, "statistics", label, step))
         for label in range(context.classes)
     ]
-    network(normalised(torch.cat(drawn), context))
+    network(normalised(torch.cat(drawn), context, dtype))
     for norm in norms:
         norm.eval()

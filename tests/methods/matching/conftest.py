@@ -4,8 +4,47 @@ import pytest
 import torch
 
 from ddfast.methods.base import Context
+from ddfast.methods.matching.networks import Built, Redrawn
 from ddfast.models import create_model
 from ddfast.seeding import seeded
+
+
+class Exact(Built):
+    """Stands in for a method's `Built`: PyTorch's own layers in float64."""
+
+    def __init__(self, arch="convnet3_in"):
+        super().__init__(arch, trained=True)
+
+    def on(self, context):
+        redrawn = super().on(context)
+        if not isinstance(redrawn, _ExactRedrawn):
+            redrawn.__class__ = _ExactRedrawn
+            redrawn.network = redrawn._created("example").double()
+        return redrawn
+
+
+class _ExactRedrawn(Redrawn):
+    def drawn(self, *key):
+        return self.holding(self._created(*key).double().state_dict())
+
+
+def exact(method, arch="convnet3_in"):
+    """The method on networks in float64, and a state of it in float64."""
+    method.networks._built = Exact(arch)
+    return method
+
+
+def begun_exactly(method, pool, context):
+    """The start of a run in float64."""
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (context.mean, context.std))
+    state = method.begin(method.groups(context.classes, context.ipc)[0], pool, context)
+    pixels = state.pixels.double()
+    if method.options.init != "noise":  # exact multiples of 1 / 255
+        unit = pixels if method.space == "unit" else pixels * std + mean
+        unit = (unit * 255).round() / 255
+        pixels = unit if method.space == "unit" else (unit - mean) / std
+    state.tensors = {"pixels": pixels, "momentum": torch.zeros_like(pixels)}
+    return state
 
 
 class TensorPool:
@@ -17,6 +56,10 @@ class TensorPool:
         draws = torch.Generator().manual_seed(3)
         self.images = torch.randint(0, 256, (len(self.labels), 3, size, size), generator=draws).byte()
         self.drawn = []
+
+    def batches(self, order, batch_size):
+        for places in order.split(batch_size):
+            yield places, self.images[places], self.labels[places]
 
     def draw(self, label, count, generator):
         members = torch.nonzero(self.labels == label).flatten()
