@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -11,3 +12,21 @@ def tiles_of(images: Tensor, factor: int) -> Tensor:
     side = size // factor
     split = images.view(count, 3, factor, side, factor, side).permute(0, 2, 4, 1, 3, 5)
     return split.reshape(count * factor**2, 3, side, side)
+
+
+def enlarged_tiles(images: Tensor, factor: int, grey: Tensor | float) -> Tensor:
+    """Every tile enlarged to a whole image, bilinear; differentiable (IDC, Sec. 4.1).
+
+    Args:
+        images: float [N, 3, S, S].
+        factor: tiles per side. Where it does not divide S, the images are padded on the right and at the bottom.
+        grey: what they are padded with, a number or [3]: 0.5 in the images' space.
+
+    Returns:
+        [N * factor^2, 3, S, S], the tiles of an image in a row.
+    """
+    size = images.shape[-1]
+    if missing := -size % factor:
+        value = grey if isinstance(grey, float) else grey.to(images).view(3, 1, 1)
+        images = F.pad(images - value, (0, missing, 0, missing)) + value
+    return F.interpolate(tiles_of(images, factor), size=size, mode="bilinear", align_corners=False)

@@ -58,6 +58,7 @@ class Synthesis(Method):
     needs_teacher: ClassVar[bool] = False
     space: ClassVar[str] = "normalized"  # of the pixels; "unit" where they lie in [0, 1]
     factor: int = 1  # tiles per side that a stored image decodes to
+    pads: ClassVar[bool] = False  # whether images are padded where the factor does not divide their side
     factors: ClassVar[
         tuple[int, ...]
     ] = ()  # those that a run may choose, the default first; `factor` alone where empty
@@ -121,7 +122,8 @@ class Synthesis(Method):
         if factor not in ("auto", *map(str, known)):
             may = " or ".join(map(str, sorted(known)))
             raise UsageError(f"{argument('factor')} of {self.name} is {may}, got {factor}: leave it out")
-        return super().tiles_per_side(str(known[0]) if factor == "auto" else factor, image_size)
+        chosen = str(known[0]) if factor == "auto" else factor
+        return int(chosen) if self.pads else super().tiles_per_side(chosen, image_size)
 
     def images(self, state: State) -> Tensor:
         """What students train on, float32 [N, 3, H, W]."""

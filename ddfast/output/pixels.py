@@ -84,7 +84,7 @@ def write_pixels(
         images: float32 [N, 3, H, W], in the order of `train/metadata.jsonl`.
         labels: int64 [N].
         space: one of `SPACES`.
-        factor: tiles per side that an image decodes to; it divides H and W.
+        factor: tiles per side that an image decodes to.
         learned_rate: learning rate that was optimised with the images.
 
     Raises:
@@ -149,9 +149,9 @@ def _fault(pixels: Pixels) -> str:
         return f"labels must be 0 or more, got {int(labels.min())}"
     if pixels.space not in SPACES:
         return f"space must be one of {', '.join(SPACES)}, got {str(pixels.space)[:40]!r}"
-    if type(factor) is not int or factor < 1 or images.shape[2] % factor or images.shape[3] % factor:
-        height, width = images.shape[2:]
-        return f"factor must be a whole number that divides {height} and {width}, got {str(factor)[:40]}"
+    height, width = images.shape[2:]
+    if type(factor) is not int or not 1 <= factor <= min(height, width):
+        return f"factor must be a whole number from 1 to {min(height, width)}, got {str(factor)[:40]}"
     if rate is not None and (
         isinstance(rate, bool) or not isinstance(rate, (int, float)) or not math.isfinite(rate)
     ):

@@ -70,6 +70,11 @@ def _take_steps(run: Run, method: Synthesis, groups: Sequence[Group], judge: Jud
     if done == method.steps * len(groups) and None not in states.values():
         return
     pool = _pool_of(run, [group for group in groups if not _is_done(states[group.number], method)])
+    size, factor = run.plan["image_size"], run.plan["factor"]
+    if size % factor:
+        pool.say(
+            f"{size} px are no multiple of {factor}: images are padded with grey before they are cut into tiles"
+        )
     total, outlook = method.steps * len(groups), run.outlook(f"fewer {argument('iterations')}")
     with Progress("synthesize", total, "steps", done=done, quiet=run.quiet, outlook=outlook) as progress:
         for group in groups:

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ddfast.data.tiles import tiles_of
+from ddfast.data.tiles import enlarged_tiles
 from ddfast.errors import UsageError
 from ddfast.models.teacher import Teacher
 from ddfast.output.pixels import to_bytes, to_unit
@@ -67,8 +66,12 @@ class DistilledImages:
         """The set of its tiles, each enlarged to a whole image (bilinear): IDC's decoding. Labels follow."""
         if self.factor == 1:
             return self
-        tiles = tiles_of(self.images, self.factor).float()
-        large = F.interpolate(tiles, size=self.image_size, mode="bilinear", align_corners=False)
+        grey = (
+            normalize(torch.full((1, 3, 1, 1), 0.5), self.mean, self.std).flatten()
+            if self.is_float
+            else 127.5
+        )
+        large = enlarged_tiles(self.images.float(), self.factor, grey)
         tiles_an_image = self.factor**2
         soft = self.soft_labels
         return replace(

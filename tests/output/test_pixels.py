@@ -86,7 +86,7 @@ FACTS = {"space": "normalized", "factor": "1", "learned_rate": "null"}
         ({"images": GOOD["images"].clone().fill_(float("nan"))}, {}, "NaN or infinity in 1152 of 1152"),
         ({"images": GOOD["images"] * float("inf")}, {}, "NaN or infinity"),
         ({}, {"space": "linear"}, "space must be one of normalized, unit, got 'linear'"),
-        ({}, {"factor": "3"}, "factor must be a whole number that divides 8 and 8, got 3"),
+        ({}, {"factor": "9"}, "factor must be a whole number from 1 to 8, got 9"),
         ({}, {"factor": "true"}, "got True"),
         ({}, {"factor": "0"}, "got 0"),
         ({}, {"learned_rate": '"fast"'}, "learned_rate must be a finite number, got fast"),

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddfast.arguments import one_of, positive_number, whole_number
-from ddfast.data.tiles import tiles_of
+from ddfast.data.tiles import enlarged_tiles
 from ddfast.methods.base import Context
 from ddfast.methods.matching.base import Matching
 from ddfast.methods.matching.networks import Networks
@@ -80,6 +79,7 @@ class IDC(Matching):
     space: ClassVar[str] = "unit"
     factor = 2
     factors: ClassVar[tuple[int, ...]] = (2, 1)
+    pads: ClassVar[bool] = True
     steps_by_class: ClassVar[bool] = True
     synthetic_batch: ClassVar[int | None] = 128
     cmi_reduction: ClassVar[str] = "class"
@@ -134,10 +134,7 @@ class IDC(Matching):
 
     def decode(self, pixels: Tensor) -> Tensor:
         """Every tile, enlarged to a whole image (Sec. 4.1: uniform multi-formation)."""
-        if self.factor == 1:
-            return pixels
-        size = (pixels.shape[-2], pixels.shape[-1])
-        return F.interpolate(tiles_of(pixels, self.factor), size=size, mode="bilinear", align_corners=False)
+        return pixels if self.factor == 1 else enlarged_tiles(pixels, self.factor, 0.5)
 
     def augmentation(
         self, size: tuple[int, int], draws: torch.Generator, rows: int = 1

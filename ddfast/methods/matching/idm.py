@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddfast.arguments import positive_number, whole_number
-from ddfast.data.tiles import tiles_of
+from ddfast.data.tiles import enlarged_tiles
 from ddfast.methods.matching.base import Matching
 from ddfast.methods.matching.networks import Networks
 from ddfast.methods.matching.objectives import class_means, squared_distance
@@ -91,7 +91,7 @@ class IDM(Matching):
 
     def decode(self, pixels: Tensor) -> Tensor:
         """Every quadrant, enlarged to a whole image (Sec. 3.1: partitioning and expansion)."""
-        return F.interpolate(tiles_of(pixels, 2), scale_factor=2, mode="bilinear", align_corners=False)
+        return enlarged_tiles(pixels, 2, 0.0)  # 0 is the mean colour
 
     def loss(self, network: nn.Module, real: Tensor, synthetic: Tensor, labels: Tensor) -> Tensor:
         """sum_c || mean F(B_c) - mean F(S_c) ||^2 + w a CE(h(S_c), c), a the network's accuracy (Eqs. 4 and 5)."""

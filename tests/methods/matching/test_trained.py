@@ -364,3 +364,31 @@ def test_bad_options_are_refused_in_a_line(name, options, said):
     with pytest.raises(UsageError, match=said) as error:
         get_method(name).from_options(options)
     assert "\n" not in str(error.value)
+
+
+def test_tiles_of_odd_images_are_padded_with_grey_and_enlarged():
+    """IDC's decoding of 5 px: padded to 6, cut into 3 x 3, enlarged."""
+    images = torch.rand(2, 3, 5, 5, dtype=torch.float64, requires_grad=True)
+    method = get_method("idc").from_options({}).resolved(2, 1)
+    found = method.decode(images)
+    padded = F.pad(images, (0, 1, 0, 1), value=0.5)
+    cut = [padded[:, :, y : y + 3, x : x + 3] for y in (0, 3) for x in (0, 3)]
+    wanted = torch.stack([F.interpolate(each, size=5, mode="bilinear") for each in cut], dim=1)
+    torch.testing.assert_close(found, wanted.flatten(0, 1))
+    assert torch.autograd.grad(found.sum(), images)[0].shape == images.shape
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "found"), [("idc", "auto", 2), ("idc", "1", 1), ("idm", "auto", 2)]
+)
+def test_factors_of_methods_that_decode(name, given, found):
+    method = get_method(name).from_options({})
+    assert method.tiles_per_side(given, 32) == found
+    with pytest.raises(UsageError, match="factor of"):
+        method.tiles_per_side("3", 33)
+
+
+def test_only_idc_pads():
+    assert get_method("idc").from_options({}).tiles_per_side("auto", 33) == 2
+    with pytest.raises(UsageError, match="divide the image size 33"):
+        get_method("idm").from_options({}).tiles_per_side("auto", 33)
