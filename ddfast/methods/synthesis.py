@@ -56,6 +56,7 @@ class Synthesis(Method):
 
     stages: ClassVar[tuple[str, ...]] = ("synthesize",)
     needs_teacher: ClassVar[bool] = False
+    protocol: ClassVar[str] = "dsa"  # by which its authors evaluate
     space: ClassVar[str] = "normalized"  # of the pixels; "unit" where they lie in [0, 1]
     factor: int = 1  # tiles per side that a stored image decodes to
     pads: ClassVar[bool] = False  # whether images are padded where the factor does not divide their side

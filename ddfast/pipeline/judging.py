@@ -15,12 +15,11 @@ from ddfast.methods.synthesis import State, Synthesis
 from ddfast.output.pixels import to_bytes
 from ddfast.pipeline.run import Run
 from ddfast.progress import say
+from ddfast.training.augmentation import normalize
 from ddfast.training.distilled_images import DistilledImages
 from ddfast.training.evaluation import EvaluationResult, evaluate
 from ddfast.training.image_sets import read_test_set
 from ddfast.wording import argument
-
-PROTOCOL = "dsa"  # hard labels, as the sets have; one student, of the architecture that was matched
 
 
 def check_judged(run: Run, method: Synthesis) -> None:
@@ -41,7 +40,10 @@ def check_judged(run: Run, method: Synthesis) -> None:
 
 
 class Judge:
-    """Trains a student on what a state holds and tests it on the test split, which is decoded once."""
+    """Trains a student on what a state holds and tests it on the test split, which is decoded once.
+
+    One student a time, of the architecture that was matched, by the method's own protocol.
+    """
 
     def __init__(self, run: Run, method: Synthesis) -> None:
         """Decode the test split.
@@ -76,6 +78,8 @@ class Judge:
         run = self._run
         each = len(images) // len(state.group.classes)
         labels = [label for label in state.group.classes for _ in range(each)]
+        if images.is_floating_point() and self._method.space == "unit":
+            images = normalize(images, run.plan["mean"], run.plan["std"])
         distilled = DistilledImages(
             images=images,
             labels=state.pixels.new_tensor(labels).long().cpu(),
@@ -89,7 +93,7 @@ class Judge:
             self._test,
             arch=str(self._method.options.arch),
             seeds=[run.plan["seed"]],
-            protocol=PROTOCOL,
+            protocol=self._method.protocol,
             device=run.device.type,
             quiet=True,
         )

@@ -114,7 +114,7 @@ def test_what_cannot_be_read_is_not_written(tmp_path: Path) -> None:
         {"images": GOOD["images"] / 0},
         {"labels": LABELS[:3]},
         {"space": "rgb"},
-        {"factor": 5},
+        {"factor": 9},
         {"learned_rate": float("nan")},
     ):
         given = {"images": GOOD["images"], "labels": LABELS, "space": "normalized", **changes}

@@ -81,6 +81,7 @@ class DC(Matching):
     summary = "synthetic images whose weight gradients are those of real ones, on networks in training (DC, ICLR 2021)"
     Options: ClassVar[type] = DCOptions
     joint: ClassVar[bool] = True
+    protocol: ClassVar[str] = "dc"
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "tiny_imagenet": {"arch": "convnet4_in"},
         # With the CMI regulariser; lambda is that of its authors' code. Each needs `proxies`.

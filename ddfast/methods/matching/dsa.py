@@ -31,6 +31,7 @@ class DSA(DC):
     name = "dsa"
     summary = "DC on real and synthetic images that are augmented alike (DSA, ICML 2021)"
     Options: ClassVar[type] = DSAOptions
+    protocol: ClassVar[str] = "dsa"
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "svhn": {"flip": False},
         "tiny_imagenet": {"arch": "convnet4_in"},

@@ -76,6 +76,7 @@ class IDC(Matching):
     summary = "gradient matching of images that decode to 2 x 2, on networks that train on real ones (IDC, ICML 2022)"
     Options: ClassVar[type] = IDCOptions
     joint: ClassVar[bool] = True
+    protocol: ClassVar[str] = "idc"
     space: ClassVar[str] = "unit"
     factor = 2
     factors: ClassVar[tuple[int, ...]] = (2, 1)
