@@ -16,6 +16,7 @@ from PIL import Image
 import ddfast
 from ddfast.cli import main
 from ddfast.errors import DivergedError, UsageError
+from ddfast.methods import get_method
 from ddfast.methods.matching.dm import DM
 from ddfast.output.pixels import read_curve, read_pixels, to_bytes
 from ddfast.pipeline import synthesize
@@ -159,6 +160,45 @@ def test_ranks_give_the_bytes_of_one_process(ranks, undisturbed, toy_folder, tmp
     assert digests(out) == digests(undisturbed)
 
 
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("dsa", {"iterations": 2, "outer_loop": 3, "inner_loop": 1}),
+        ("idc", {"iterations": 2, "inner_loop": 3, "net_samples": 8, "net_batch": 4}),
+        ("idm", {"iterations": 6, "queue_every": 2, "net_steps": 1, "net_batch": 4}),
+    ],
+)
+def test_networks_in_training_survive_a_stop_and_leave_the_same_bytes(
+    method, settings, toy_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(synthesize, "_SAVE_SECONDS", 0.0)
+    known = get_method(method)
+
+    def run(out, **more):
+        given = {**SETTINGS, "real_batch": 4, **settings, **more}
+        return ddfast.distill(method, data=toy_folder, out=tmp_path / out, quiet=True, **given)
+
+    whole = run("whole", class_batch=2)
+    steps, step = [], known.step
+
+    def stopping(self, *arguments):
+        if len(steps) in (2, 5):
+            steps.append(None)
+            raise KeyboardInterrupt
+        steps.append(arguments[0])
+        return step(self, *arguments)
+
+    monkeypatch.setattr(known, "step", stopping)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run("stopped", resume=(tmp_path / "stopped").exists(), class_batch=2)
+    run("stopped", resume=True, class_batch=2)
+    assert digests(tmp_path / "stopped") == digests(whole)
+    opened = ddfast.DistilledSet(whole)
+    assert opened.factor == {"dsa": 1, "idc": 2, "idm": 2}[method]
+    assert read_pixels(whole).space == ("unit" if method == "idc" else "normalized")
+
+
 def test_a_pool_that_does_not_fit_gives_the_same_bytes(undisturbed, toy_folder, tmp_path, capsys):
     streamed = distil(toy_folder, tmp_path / "out", pool_memory=0)
     assert digests(streamed) == digests(undisturbed)
@@ -179,9 +219,7 @@ def test_a_loss_that_diverges_keeps_the_last_good_state(toy_folder, tmp_path):
 
 
 def test_students_are_judged_on_the_way(toy_folder, tmp_path, monkeypatch):
-    from ddfast.pipeline import judging
-
-    monkeypatch.setattr(judging, "PROTOCOL", "dc")
+    monkeypatch.setattr(DM, "protocol", "dc")
     settings = {"class_batch": 3, "evaluate_every": 3, "arch": "convnet3_in"}
     out = distil(toy_folder, tmp_path / "out", **settings)
     judged = {row["step"]: row["accuracy"] for row in read_curve(out) if row.get("accuracy") is not None}
