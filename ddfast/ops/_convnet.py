@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -87,6 +90,25 @@ def convnet_block_is_fast(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype == torch.float32 and native_status()[0]
 
 
+@contextmanager
+def differentiable_in_images() -> Iterator[None]:
+    """Backward passes in this block are differentiable in their images and incoming gradients, not in their weights.
+
+    For gradient matching, which moves images along a gradient of weights: autograd cannot tell a registered op that
+    nobody will ask for the rest, which is two of six convolutions of the second backward pass. Who enters it sees to it
+    that the weights are leaves which nobody else holds: what is asked of them would lack a part.
+    """
+    before = getattr(_SECOND, "images_only", False)
+    _SECOND.images_only = True
+    try:
+        yield
+    finally:
+        _SECOND.images_only = before
+
+
+_SECOND = threading.local()
+
+
 def _empty_channels_last(like: Tensor, shape: tuple[Any, ...]) -> Tensor:
     return like.new_empty_strided(shape, reference.channels_last_strides(shape))
 
@@ -142,6 +164,7 @@ def _gradient(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:9])
     ctx.eps, ctx.to_input, ctx.to_weight = inputs[9:]
+    ctx.images_only = getattr(_SECOND, "images_only", False)
 
 
 def _second_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -152,7 +175,9 @@ def _second_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
     grad_output, input, weight, bias, norm_weight, norm_bias, mean, rstd, conv = ctx.saved_tensors
     given = (ctx.to_input, ctx.to_weight, True, True)
     grads = tuple(grad if known else None for grad, known in zip(grads, given, strict=True))
-    needs = ctx.needs_input_grad
+    needs = list(ctx.needs_input_grad)
+    if ctx.images_only:
+        needs[2:6] = [False] * 4
     results: list[Any] = [None] * 12
     pieces: dict[int, list[Any]] = {place: [] for place in (0, 1, 2, 4)}
     if all(grad is None for grad in grads):

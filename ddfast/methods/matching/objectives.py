@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ddfast.models.registry import features
+from ddfast.ops._convnet import differentiable_in_images
 
 MICRO_BATCH = 256
 """Images that go through a network at once, at most, where no gradient is wanted."""
@@ -45,7 +48,7 @@ def weight_gradients(
     """Gradients of the mean cross-entropy of images of one class, in the network's weights, biases and norms left out.
 
     Args:
-        network: its parameters need gradients.
+        network: what it computes is differentiated; its own parameters get no gradient, not from the result either.
         images: [n, 3, H, W].
         label: of all of them, an int64 scalar.
         differentiable: in the images.
@@ -53,9 +56,13 @@ def weight_gradients(
     Returns:
         a tensor for each parameter of two or more dimensions, in the network's order.
     """
-    weights = [parameter for parameter in network.parameters() if parameter.ndim > 1]
-    loss = F.cross_entropy(network(images), label.expand(len(images)))
-    return list(torch.autograd.grad(loss, weights, create_graph=differentiable))
+    # Leaves of this call alone, so that nobody can ask the result for gradients in the weights.
+    leaves = {name: each.detach().requires_grad_(each.ndim > 1) for name, each in network.named_parameters()}
+    logits = functional_call(network, leaves, (images,))
+    loss = F.cross_entropy(logits, label.expand(len(images)))
+    weights = [leaf for leaf in leaves.values() if leaf.requires_grad]
+    with differentiable_in_images() if differentiable else nullcontext():
+        return list(torch.autograd.grad(loss, weights, create_graph=differentiable))
 
 
 def row_distance(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:

@@ -5,6 +5,13 @@ import torch
 
 from ddfast.methods.matching import networks
 from ddfast.methods.matching.networks import Fresh
+from ddfast.methods.matching.objectives import (
+    cosine_distance,
+    row_distance,
+    summed_magnitudes,
+    summed_squares,
+    weight_gradients,
+)
 from ddfast.methods.synthesis import Group, State
 from ddfast.models import create_model
 from ddfast.models.fusing import FusedSequential
@@ -97,3 +104,26 @@ def test_features_of_a_fused_network_are_those_of_the_layers_with_gradients():
     (gradient,) = torch.autograd.grad(got.square().sum(), found)
     (right,) = torch.autograd.grad(wanted.square().sum(), exact)
     assert torch.linalg.vector_norm(gradient - right) < 1e-5 * torch.linalg.vector_norm(right)
+
+
+@pytest.mark.parametrize("distance", [row_distance, summed_squares, summed_magnitudes, cosine_distance])
+def test_gradients_of_a_distance_in_the_images_are_those_of_the_layers(distance):
+    network = Fresh("convnet3_in").at(0, STATE, None, context_of(3)).requires_grad_()
+    plain = expected("convnet3_in", 0, 16).double()
+    real, made = torch.randn(6, 3, 16, 16), torch.randn(3, 3, 16, 16)
+    found = []
+    for net, dtype in ((network, torch.float32), (plain, torch.float64)):
+        images = made.to(dtype).requires_grad_()
+        wanted = weight_gradients(net, real.to(dtype), torch.tensor(1))
+        gradients = weight_gradients(net, images, torch.tensor(1), differentiable=True)
+        found.append(torch.autograd.grad(distance(gradients, wanted), images)[0])
+    assert torch.linalg.vector_norm(found[0] - found[1]) < 1e-4 * torch.linalg.vector_norm(found[1])
+
+
+def test_gradients_of_a_fused_network_are_matched_in_the_images_alone():
+    network = Fresh("convnet3_in").at(0, STATE, None, context_of(3)).requires_grad_()
+    images = torch.randn(3, 3, 16, 16, requires_grad=True)
+    gradients = weight_gradients(network, images, torch.tensor(1), differentiable=True)
+    first = next(network.parameters())
+    with pytest.raises(RuntimeError, match="not have been used"):
+        torch.autograd.grad(gradients[-2].square().sum(), first)
