@@ -14,6 +14,7 @@ _LAZY = {
     "shapley": "ddfast.attribution",
     "grad_cam": "ddfast.attribution",
     "grad_norm": "ddfast.gradients",
+    "unrolled_gradient": "ddfast.gradients",
     "cmi": "ddfast.information",
     "create_model": "ddfast.models",
     "fuse": "ddfast.models",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from ddfast.comparison import compare as compare
     from ddfast.distillation import distill as distill
     from ddfast.gradients import grad_norm as grad_norm
+    from ddfast.gradients import unrolled_gradient as unrolled_gradient
     from ddfast.information import cmi as cmi
     from ddfast.models import create_model as create_model
     from ddfast.models import fuse as fuse
