@@ -31,6 +31,7 @@ _LAZY = {
 _THERE = {"attribute": "attribute_images", "export": "export_webdataset"}
 _MODULES = (
     "ops",
+    "condensation",
     "attribution",
     "captum",
     "gradients",

@@ -16,6 +16,7 @@ ROOMS = {
     "captum": ("attribution",),
     "gradients": ("ops",),
     "information": ("ops",),
+    "condensation": ("ops",),
     "models": ("ops",),
     "training": ("output", "models"),
     "methods": ("training", "attribution", "gradients", "information"),

@@ -16,9 +16,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.speed.attribution import player_map
+from bench.speed.augmentation import plain as plain_augment
 from bench.speed.registry import Check, Contender, Contest, Measurable, Settings, relative_error, speed_entry
 from bench.speed.subjects import IMAGENET_MEAN, IMAGENET_STD
 from ddfast import ops
+from ddfast.training.differentiable import draw
 
 Bodies = Callable[[], Tensor]
 
@@ -82,6 +84,8 @@ def op_cases(settings: Settings) -> Iterator[OpCase]:
         yield _convnet_block(settings, inputs, side, backward=False)
         yield _convnet_block(settings, inputs, side, backward=True)
     yield _class_kl(settings)
+    for backward in (False, True):
+        yield _siamese_augment(settings, backward=backward)
 
 
 @speed_entry("ops", what="every fused op against the same maths in plain PyTorch", minutes=1)
@@ -589,6 +593,37 @@ def _convnet_block(settings: Settings, inputs: int, side: int, *, backward: bool
         bytes=(3 if backward else 1) * (_bytes(x) + 5 * _bytes(grad)),
         operations=((2 if inputs == 3 else 3) if backward else 1) * products,
         binds="bytes" if inputs == 3 else "operations",
+    )
+
+
+def _siamese_augment(settings: Settings, *, backward: bool) -> OpCase:
+    """A mirror, a colour and a small turn for each image of 32 px, as IDC trains students."""
+    count = settings.size(256, quick=8, gpu=2560)
+    images, grad = (_normal(settings, count, 3, 32, 32) for _ in range(2))
+    images.requires_grad_(backward)
+    draws = torch.Generator().manual_seed(0)
+    drawn = [draw(operation, count, (32, 32), draws) for operation in ("flip", "colour", "rotation")]
+    given = {name: value for each in drawn for name, value in each.given((32, 32)).items()}
+    parameters = ops.augment_parameters(count, **given).to(settings.device)
+
+    def steps() -> Tensor:
+        made = images
+        for each in drawn:
+            made = plain_augment(each)(made)
+        return made
+
+    def run(augment: Bodies) -> Tensor:
+        return torch.autograd.grad(augment(), images, grad)[0] if backward else augment()
+
+    ours = partial(run, partial(ops.siamese_augment, images, parameters))
+    plain = partial(run, steps)
+    return OpCase(
+        f"siamese_augment{'_backward' if backward else ''}",
+        f"{'and forward, ' if backward else ''}{count} images of 32 px",
+        ours,
+        plain,
+        lambda: _close(ours, plain, "gradients" if backward else "pixels", 1e-5),
+        bytes=(4 if backward else 2) * _bytes(images) + _bytes(parameters),
     )
 
 

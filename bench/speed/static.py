@@ -265,6 +265,13 @@ def _class_kl(features: int, images: int) -> Tensor:
     return torch.ops.ddfast.class_kl(_of(images, features), members, counts, True)
 
 
+def _augment(dtype: torch.dtype, side: int, images: int, *, backward: bool) -> Any:
+    """A row for each of ten classes."""
+    x = _of(images, 3, side, side, dtype=dtype).requires_grad_(backward)
+    made = ops.siamese_augment(x, ops.augment_parameters(10 if images % 10 == 0 else 1, device=x.device))
+    return made.sum().backward() if backward else made
+
+
 def _embedding(sources: int) -> Tensor:
     indices = _of(CROPS * sources, 64, dtype=torch.int64)
     return ops.grad_sq_norm_embedding(indices, _of(CROPS * sources, 64, 256))
@@ -276,6 +283,7 @@ _SECTORS = "a logit of each coalition is gathered"
 _GATHERED = "pixels under the boxes are gathered, tap by tap"
 _UNFOLDED = "an unfolded image is gathered, tap by tap, and a number a program is stored"
 _NUMBER = "a number a program is stored"
+_READ = "pixels are gathered from where a row of parameters says"
 _CELLS = "a warp holds one heatmap, a cell a thread, and its boxes"
 
 
@@ -434,6 +442,18 @@ def cases() -> list[Case]:
                 sizes=MATCHED,
             )
             for features in (512, 2048)
+        ),
+        *(
+            Case(
+                f"siamese_augment{'_backward' if backward else ''}",
+                f"{side} px, {_name(dtype)}",
+                partial(_augment, dtype, side, backward=backward),
+                load=2 if dtype == brain else 4,
+                why=_READ,
+                sizes=MATCHED,
+            )
+            for backward in (False, True)
+            for side, dtype in ((32, single), (32, brain), (128, single))
         ),
     ]
 

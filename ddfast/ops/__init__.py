@@ -1,6 +1,7 @@
 """The op layer: one documented face for each fused op `ddfast::<name>`."""
 
 from ddfast.ops._attribution import masked_batch, noisy_crop_boxes, shapley_heatmap
+from ddfast.ops._augment import augment_parameters, siamese_augment
 from ddfast.ops._class_kl import class_kl
 from ddfast.ops._convnet import convnet_block
 from ddfast.ops._crops import crop_batch, crop_resize
@@ -21,6 +22,7 @@ from ddfast.philox import normal_quantiles
 __all__ = [
     "add_bias_relu_",
     "assemble_masked_features",
+    "augment_parameters",
     "class_kl",
     "convnet_block",
     "crop_batch",
@@ -36,6 +38,7 @@ __all__ = [
     "paths",
     "shapley_crop_boxes",
     "shapley_heatmap",
+    "siamese_augment",
     "winograd_conv2d",
     "winograd_weight",
 ]

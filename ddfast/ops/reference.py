@@ -2,7 +2,7 @@
 
 Arguments are those of the op's schema, already validated by its public face. Every other body of an op is
 tested against the function here, which is also what runs where that body cannot. Those of winograd_conv2d and
-convnet_block stand in `ddfast.ops.reference_convnet`.
+convnet_block stand in `ddfast.ops.reference_convnet`, that of siamese_augment in `ddfast.ops.reference_augment`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from torch.nn import functional
 
 from ddfast.ops._grid import part_start, player_map
 from ddfast.ops.precision import accumulation_dtype as accumulation_dtype
+from ddfast.ops.reference_augment import siamese_augment as siamese_augment
+from ddfast.ops.reference_augment import siamese_augment_backward as siamese_augment_backward
 from ddfast.ops.reference_convnet import channels_last_strides as channels_last_strides
 from ddfast.ops.reference_convnet import convnet_block as convnet_block
 from ddfast.ops.reference_convnet import convnet_block_backward as convnet_block_backward

@@ -1,23 +1,27 @@
 """The differentiable augmentations of the matching methods, drawn apart from being applied.
 
 DSA (Zhao & Bilen, "Dataset Condensation with Differentiable Siamese Augmentation", ICML 2021, Sec. 3.3) takes one of
-six operations; IDC (Kim et al., ICML 2022) mirrors and colours always, and takes one of three more. A draw holds its
-parameters, a row an image or one row for all: with one row, real and synthetic images are changed in the same way,
-which is what makes the augmentation siamese.
+six operations. IDC (Kim et al., "Dataset Condensation via Efficient Synthetic-Data Parameterization", ICML 2022, and
+misc/augment.py of its repository) mirrors, colours and cuts always, where these are listed, and takes one of those
+listed that move pixels. A draw holds its parameters, a row an image or one row for all: with one row, real and
+synthetic images are changed in the same way, which is what makes the augmentation siamese.
 
-Images are float [B, C, H, W], normalised: what an operation leaves empty is 0, the mean colour. Every operation but the
-contrast's mean is affine in the pixels of an image, and all are differentiable in them.
+Images are float [B, C, H, W], normalised: what an operation leaves empty is 0, the mean colour. All operations are
+affine in the pixels of an image, and all that is drawn for it is applied by one call of `ddfast.ops.siamese_augment`,
+of which the gradient, and its gradient, is one call too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from ddfast.ops import augment_parameters, siamese_augment
 
 SHIFT = 0.125  # share of the side that a shift moves by, at most
 CUTOUT = 0.5  # side of the square that is cut out, as a share of the image's
@@ -25,12 +29,21 @@ SCALE = 1.2  # most that an axis is scaled by, either way
 ROTATION = 15.0  # degrees, either way
 
 DSA = ("colour", "shift", "cutout", "flip", "scale", "rotation")
-IDC = ("shift", "scale", "rotation")
+MOVES = ("shift", "scale", "rotation")  # IDC takes one of them
+
+# What IDC lists: `color_crop_cutout` where it matches, the same parameters for real and synthetic images; `color_crop`
+# where it trains its networks, whose CutMix takes the place of the cutout; and `color_crop_flip_scale_rotate` where it
+# trains students. The latter two draw parameters for each image.
+IDC_MATCHING = ("colour", "shift", "cutout")
+IDC_TRAINING = ("colour", "shift")
+IDC_EVALUATION = ("colour", "shift", "flip", "scale", "rotation")
+
+_ORDER = {"flip": 0, "colour": 1, "shift": 2, "scale": 3, "rotation": 3, "cutout": 4}  # of one call of the op
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """An augmentation with its parameters.
+    """An operation with its parameters.
 
     Attributes:
         operation: one of `DSA`.
@@ -42,7 +55,59 @@ class Drawn:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Images float [B, C, H, W], augmented."""
-        return _APPLIED[self.operation](images, *self.parameters)
+        return DrawnTogether((self,))(images)
+
+    def given(self, size: tuple[int, int]) -> dict[str, Any]:
+        """The arguments of `augment_parameters` for images of a size (height, width)."""
+        first, *rest = self.parameters
+        if self.operation == "flip":
+            return {"mirrored": first}
+        if self.operation == "colour":
+            saturation, contrast = rest
+            # In float64, so that each is rounded once whatever the images' dtype.
+            return {
+                "brightness": first.double() - 0.5,
+                "saturation": 2 * saturation.double(),
+                "contrast": 0.5 + contrast.double(),
+            }
+        if self.operation == "shift":
+            return {"shift": (first, rest[0])}
+        if self.operation == "cutout":
+            sides = [int(side * CUTOUT + 0.5) for side in size]
+            return {"cut": (first, rest[0], first + sides[0], rest[0] + sides[1])}
+        return {"theta": first}
+
+
+@dataclass(frozen=True)
+class DrawnTogether:
+    """Operations with their parameters, one after another.
+
+    Attributes:
+        drawn: all of them with a row an image, or all with a single row.
+    """
+
+    drawn: tuple[Drawn, ...]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images float [B, C, H, W], augmented, in as few calls of the op as the order allows."""
+        size = _size(images)
+        given: dict[str, Any] = {}
+        last = -1
+        for each in self.drawn:
+            place = _ORDER[each.operation]
+            if place <= last:
+                images = _applied(images, given)
+                given = {}
+            given |= each.given(size)
+            last = place
+        return _applied(images, given)
+
+
+def _applied(images: Tensor, given: dict[str, Any]) -> Tensor:
+    rows = max((len(value[0] if isinstance(value, tuple) else value) for value in given.values()), default=0)
+    if rows == 0 or (rows == 1 and set(given) == {"mirrored"} and not bool(given["mirrored"])):
+        return images
+    return siamese_augment(images, augment_parameters(rows, **given))
 
 
 def draw(operation: str, rows: int, size: tuple[int, int], generator: torch.Generator) -> Drawn:
@@ -81,21 +146,24 @@ def draw_one(
     return draw(operations[chosen], rows, size, generator)
 
 
-def draw_listed(
-    listed: Sequence[str], rows: int, size: tuple[int, int], generator: torch.Generator
-) -> Callable[[Tensor], Tensor]:
-    """IDC's augmentation: mirror and colour where they are listed, one of the listed `IDC`, a cutout where it is."""
-    ways = [name for name in IDC if name in listed]
-    drawn = [draw(name, rows, size, generator) for name in ("flip", "colour") if name in listed]
-    drawn += [draw_one(ways, rows, size, generator)] if ways else []
-    drawn += [draw("cutout", rows, size, generator)] if "cutout" in listed else []
+def draw_idc(
+    operations: Sequence[str], rows: int, size: tuple[int, int], generator: torch.Generator
+) -> DrawnTogether:
+    """What IDC draws: flip, colour and cutout where they are listed, and one of `MOVES` that are, each as likely.
 
-    def apply(images: Tensor) -> Tensor:
-        for operation in drawn:
-            images = operation(images)
-        return images
-
-    return apply
+    Args:
+        operations: `IDC_MATCHING`, `IDC_TRAINING`, `IDC_EVALUATION`, or others of `DSA` in any order. The flip comes
+            first, then colour, the move and the cutout.
+        rows, size, generator: see `draw`.
+    """
+    if unknown := [name for name in operations if name not in DSA]:
+        raise ValueError(f"operations must be among {', '.join(DSA)}, got {unknown[0]!r}")
+    drawn = [draw(name, rows, size, generator) for name in ("flip", "colour") if name in operations]
+    if moves := [name for name in operations if name in MOVES]:
+        drawn.append(draw_one(moves, rows, size, generator))
+    if "cutout" in operations:
+        drawn.append(draw("cutout", rows, size, generator))
+    return DrawnTogether(tuple(drawn))
 
 
 def dsa(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -105,9 +173,7 @@ def dsa(images: Tensor, generator: torch.Generator) -> Tensor:
 
 def idc(images: Tensor, generator: torch.Generator) -> Tensor:
     """IDC's evaluation: mirror and colour always, and one of shift, scale and rotation for the whole batch."""
-    for operation in ("flip", "colour"):
-        images = draw(operation, len(images), _size(images), generator)(images)
-    return draw_one(IDC, len(images), _size(images), generator)(images)
+    return draw_idc(IDC_EVALUATION, len(images), _size(images), generator)(images)
 
 
 def _size(images: Tensor) -> tuple[int, int]:
@@ -123,61 +189,3 @@ def _first_pixels(side: int, rows: int, generator: torch.Generator) -> Tensor:
     """Where a cut-out square around a uniform centre begins; it may lie outside of the image."""
     cut = int(side * CUTOUT + 0.5)
     return torch.randint(0, side + (1 - cut % 2), (rows, 1), generator=generator) - cut // 2
-
-
-def _colour(images: Tensor, brightness: Tensor, saturation: Tensor, contrast: Tensor) -> Tensor:
-    """x + U(-.5, .5); distance from the grey image times U(0, 2); distance from the image's mean times U(.5, 1.5)."""
-    brightness, saturation, contrast = (p.to(images) for p in (brightness, saturation, contrast))
-    images = images + (brightness - 0.5)
-    grey = images.mean(dim=1, keepdim=True)
-    images = grey + (images - grey) * (2 * saturation)
-    mean = images.mean(dim=(1, 2, 3), keepdim=True)
-    return mean + (images - mean) * (0.5 + contrast)
-
-
-def _shift(images: Tensor, down: Tensor, across: Tensor) -> Tensor:
-    """Whole pixels; zeros come in."""
-    count, _, height, width = images.shape
-    if len(down) == 1:  # all alike: a window of the padded images
-        y, x = int(down), int(across)
-        padded = F.pad(images, (max(-x, 0), max(x, 0), max(-y, 0), max(y, 0)))
-        return padded[:, :, max(y, 0) : max(y, 0) + height, max(x, 0) : max(x, 0) + width]
-    rows, columns = (
-        (torch.arange(side) + moved + 1).clamp(0, side + 1).to(images.device)
-        for side, moved in ((height, down), (width, across))
-    )
-    framed = F.pad(images, (1, 1, 1, 1)).permute(0, 2, 3, 1)
-    batch = torch.arange(count, device=images.device).view(-1, 1, 1)
-    return framed[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def _cutout(images: Tensor, top: Tensor, left: Tensor) -> Tensor:
-    inside = [
-        (torch.arange(side) >= first) & (torch.arange(side) < first + int(side * CUTOUT + 0.5))
-        for side, first in zip(images.shape[-2:], (top, left), strict=True)
-    ]
-    square = inside[0][:, None, :, None] & inside[1][:, None, None, :]
-    return images.masked_fill(square.to(images.device), 0)
-
-
-def _flip(images: Tensor, mirrored: Tensor) -> Tensor:
-    if len(mirrored) == 1:
-        return images.flip(-1) if bool(mirrored) else images
-    return torch.where(mirrored.to(images.device).view(-1, 1, 1, 1), images.flip(-1), images)
-
-
-def _warp(images: Tensor, theta: Tensor) -> Tensor:
-    """Bilinear, around the centre, by the affine maps theta [B, 6] or [1, 6]."""
-    theta = theta.view(-1, 2, 3).to(images)
-    grid = F.affine_grid(theta, [len(theta), *images.shape[1:]], align_corners=False)
-    return F.grid_sample(images, grid.expand(len(images), -1, -1, -1), align_corners=False)
-
-
-_APPLIED: dict[str, Callable[..., Tensor]] = {
-    "colour": _colour,
-    "shift": _shift,
-    "cutout": _cutout,
-    "flip": _flip,
-    "scale": _warp,
-    "rotation": _warp,
-}

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ddfast.ops import _dispatch, normal_quantiles, reference
+from ddfast.ops import _dispatch, augment_parameters, normal_quantiles, reference
 from tests.kernels.harness import WHERE, compile_each, run_each
 from tests.ops import layouts
 
@@ -64,6 +64,8 @@ def ones(op):
         "grad_sq_norm_norm": (one, one, 1, 1, True, True),
         "grad_sq_norm_embedding": (index[None], one[0], 1),
         "class_kl": (one[0, 0], index, index + 1, True),
+        "siamese_augment": (one, augment_parameters().float(), False),
+        "siamese_augment_backward": (one, augment_parameters().float()),
         "convnet_block": (one, one.expand(1, 1, 3, 3), number, number, number, 1e-5, True),
         "convnet_block_backward": (
             *(one.expand(1, 1, 0, 0), one, one.expand(1, 1, 3, 3), number, number, number),

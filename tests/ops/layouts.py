@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ddfast.ops import normal_quantiles, reference
+from tests.ops.augmented import rows_of
 from tests.ops.boxes import random_boxes
 
 BOXES = (7, 2, 3, [1, 2], 3, True, 0.5, 20, 30, [6, 10], [7, 12], 0.5)
@@ -78,6 +79,9 @@ def arguments(op: str) -> tuple:
         return image, weight, normal(32), image[:, :32].contiguous(), True, sets, reads
     if op == "class_kl":
         return normal(5, 6), torch.tensor([0, 1, 0, 1, 1]), torch.tensor([2, 3]), True
+    if op.startswith("siamese_augment"):
+        rows = rows_of("everything", 2, (5, 6)).float()
+        return (normal(4, 3, 5, 6), rows, *([] if op.endswith("_backward") else [False]))
     if op == "convnet_block":
         return normal(2, 5, 4, 6), normal(7, 5, 3, 3), normal(7), normal(7), normal(7), 1e-5, True
     if op == "convnet_block_backward":

@@ -2,7 +2,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ddfast.training.differentiable import DSA, Drawn, draw, draw_one, dsa
+from bench.speed.augmentation import plain
+from ddfast.training.differentiable import (
+    DSA,
+    IDC_EVALUATION,
+    IDC_MATCHING,
+    IDC_TRAINING,
+    MOVES,
+    Drawn,
+    DrawnTogether,
+    draw,
+    draw_idc,
+    draw_one,
+    dsa,
+    idc,
+)
 
 
 def drawn(operation, images, generator):
@@ -102,3 +116,69 @@ def test_one_operation_of_several_is_as_likely_as_another():
     for _ in range(600):
         counts[draw_one(DSA, 1, (8, 8), generator).operation] += 1
     assert 60 < min(counts.values()) <= max(counts.values()) < 145
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("size", [(32, 32), (9, 14), (1, 1)])
+@pytest.mark.parametrize("operation", DSA)
+def test_what_is_drawn_is_applied_as_pytorch_does(operation, size, rows):
+    images = torch.randn(5, 3, *size, generator=torch.Generator().manual_seed(1))
+    for seed in range(3):
+        drawn = draw(operation, rows, size, torch.Generator().manual_seed(seed))
+        found = []
+        for augment in (drawn, plain(drawn)):
+            leaf = images.clone().requires_grad_()
+            made = augment(leaf)
+            found.append((made, *torch.autograd.grad(made.square().sum(), leaf)))
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("operations", "always", "moves"),
+    [
+        (IDC_MATCHING, ["colour", "cutout"], {"shift"}),
+        (IDC_TRAINING, ["colour"], {"shift"}),
+        (IDC_EVALUATION, ["flip", "colour"], set(MOVES)),
+        (("cutout", "flip"), ["flip", "cutout"], {None}),
+    ],
+)
+def test_idc_does_all_that_is_listed_and_one_that_moves(operations, always, moves):
+    images = torch.randn(4, 3, 8, 9, generator=torch.Generator().manual_seed(1))
+    generator, seen = torch.Generator().manual_seed(0), set()
+    for rows in (1, 4) * 10:
+        together = draw_idc(operations, rows, (8, 9), generator)
+        names = [each.operation for each in together.drawn]
+        assert [name for name in names if name not in MOVES] == always
+        seen.add(next((name for name in names if name in MOVES), None))
+        assert names == sorted(names, key=["flip", "colour", *MOVES, "cutout"].index)
+        wanted = images
+        for each in together.drawn:
+            wanted = plain(each)(wanted)
+        torch.testing.assert_close(together(images), wanted, rtol=1e-5, atol=1e-5)
+    assert seen == moves
+
+
+def test_operations_in_any_order_are_applied_in_that_order():
+    images = torch.randn(3, 3, 10, 8, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(2)
+    for names in (("rotation", "scale"), ("cutout", "flip", "colour"), ("shift", "shift", "flip"), ()):
+        drawn = tuple(
+            draw(name, rows, (10, 8), generator) for name, rows in zip(names, (1, 3, 3), strict=False)
+        )
+        wanted = images
+        for each in drawn:
+            wanted = plain(each)(wanted)
+        torch.testing.assert_close(DrawnTogether(drawn)(images), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_idcs_evaluation_is_what_is_drawn_for_it():
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    for seed in range(4):
+        drawn = draw_idc(IDC_EVALUATION, 4, (8, 8), torch.Generator().manual_seed(seed))
+        assert torch.equal(idc(images, torch.Generator().manual_seed(seed)), drawn(images))
+
+
+def test_an_unknown_operation_of_idc_is_named():
+    with pytest.raises(ValueError, match="among colour, shift, cutout, flip, scale, rotation, got 'crop'"):
+        draw_idc(("crop",), 1, (8, 8), torch.Generator())

@@ -28,7 +28,7 @@ from ddfast.methods.matching.options import MatchingOptions, begins_with
 from ddfast.methods.matching.trained import Descent, OnReal
 from ddfast.methods.synthesis import State
 from ddfast.settings import option
-from ddfast.training.differentiable import draw_listed
+from ddfast.training.differentiable import IDC_MATCHING, IDC_TRAINING, draw_idc
 
 DISTANCES = {"squares": summed_squares, "magnitudes": summed_magnitudes, "rows": row_distance}
 
@@ -141,14 +141,14 @@ class IDC(Matching):
         self, size: tuple[int, int], draws: torch.Generator, rows: int = 1
     ) -> Callable[[Tensor], Tensor]:
         """Colours, a shift and a cutout, the same for all images of a class, real and synthetic."""
-        return draw_listed(self._listed("colour", "shift", "cutout"), rows, size, draws)
+        return draw_idc(self._listed(IDC_MATCHING), rows, size, draws)
 
     def _for_training(self, images: Tensor, draws: torch.Generator) -> Tensor:
         """Colours and a shift for each image: CutMix takes the place of the cutout."""
         size = (images.shape[-2], images.shape[-1])
-        return draw_listed(self._listed("colour", "shift"), len(images), size, draws)(images)
+        return draw_idc(self._listed(IDC_TRAINING), len(images), size, draws)(images)
 
-    def _listed(self, *operations: str) -> tuple[str, ...]:
+    def _listed(self, operations: tuple[str, ...]) -> tuple[str, ...]:
         return ("flip", *operations) if self.options.flip else operations
 
     def loss(self, network: nn.Module, real: Tensor, synthetic: Tensor, labels: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from ddfast.methods.synthesis import State
 from ddfast.models import create_model
 from ddfast.models.registry import features
 from ddfast.seeding import derived_seed, generator, seeded
-from ddfast.training.differentiable import DSA, draw_listed, draw_one
+from ddfast.training.differentiable import DSA, draw_idc, draw_one
 from ddfast.training.protocol import PROTOCOLS
 from tests.methods.matching.conftest import begun_exactly, context_of, distilled, exact
 
@@ -113,7 +113,7 @@ def idc_by_the_paper(pool, context, pixels, options, factor):
             step = iteration * options.inner_loop + inner
             for c in range(context.classes):
                 draws = generator(context.seed, "augment", c, step)
-                augment = draw_listed(("colour", "shift", "cutout"), 1, SIZE, draws)
+                augment = draw_idc(("colour", "shift", "cutout"), 1, SIZE, draws)
                 real = weight_gradients(network, augment(real_of(pool, context, c, step)), c)
                 made = pixels[c * context.ipc : (c + 1) * context.ipc]
                 made = augment(normalised(tiles(made) if factor == 2 else made, context))
@@ -129,7 +129,7 @@ def idc_by_the_paper(pool, context, pixels, options, factor):
                 draws = generator(context.seed, "training", step, number)
                 places = torch.randperm(len(pool.labels), generator=draws)[:5]
                 images, labels = normalised(pool.images[places], context), pool.labels[places]
-                images = draw_listed(("colour", "shift"), 5, SIZE, draws)(images)
+                images = draw_idc(("colour", "shift"), 5, SIZE, draws)(images)
                 mixing = np.random.default_rng(derived_seed(context.seed, "cutmix", step, number))
                 share, partner = 0.0, torch.arange(5)
                 if mixing.random() < 0.5:
