@@ -21,6 +21,7 @@ from ddfast.training.image_sets import read_test_set
 from ddfast.wording import argument
 
 PROTOCOL = "dsa"  # hard labels, as the sets have; one student, of the architecture that was matched
+SOFT_PROTOCOL = "rded"  # of sets that a teacher labels
 
 
 def check_judged(run: Run, method: Synthesis) -> None:
@@ -35,7 +36,7 @@ def check_judged(run: Run, method: Synthesis) -> None:
     if len(method.groups(classes, run.plan["ipc"])) > 1:
         raise UsageError(
             f"{argument('evaluate_every')} needs all {classes} classes in one group: "
-            f"give {argument('class_batch')} {classes}"
+            f"give {method.in_one_group(classes, run.plan['ipc'])}"
         )
     open_source(run.data, "test")
 
@@ -84,12 +85,15 @@ class Judge:
             std=run.plan["std"],
             factor=run.plan["factor"],
         )
+        arch, options = self._method.judged_on(run.context)
         result = evaluate(
             distilled,
             self._test,
-            arch=str(self._method.options.arch),
+            arch=arch,
+            arch_options=options,
             seeds=[run.plan["seed"]],
-            protocol=PROTOCOL,
+            teacher=run.label_teacher,
+            protocol=PROTOCOL if run.label_teacher is None else SOFT_PROTOCOL,
             device=run.device.type,
             quiet=True,
         )
