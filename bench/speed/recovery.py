@@ -114,7 +114,8 @@ def _same_step(method: SRe2L, start: State, context: Context, peer: RecoveryLoop
     gradient = state.tensors["first_moment"] / (1 - BETAS[0])
     # Adam's first step is of one length for every pixel: one whose gradient is within rounding of 0 may go either way.
     other = ((state.pixels - peer.pixels).abs() > 1e-4).double().mean()
+    # A ReLU whose input is within rounding of zero may flip in either.
     return [
-        Check("gradient in the pixels, same offsets", relative_error(gradient, peer.gradient), 5e-4),
+        Check("gradient in the pixels, same offsets", relative_error(gradient, peer.gradient), 2e-3),
         Check("share of the pixels that end elsewhere", float(other), 1e-3),
     ]

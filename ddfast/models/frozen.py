@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ def frozen(
     return copied
 
 
-def _fits(layer: Any) -> bool:
+def _fits(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
     """Whether a layer is a convolution that Winograd's algorithm serves in both directions."""
     return (
         type(layer) is nn.Conv2d
