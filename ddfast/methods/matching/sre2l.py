@@ -291,11 +291,15 @@ class SRe2L(Synthesis):
         return int(self.options.iterations)
 
     def groups(self, classes: int, ipc: int) -> list[Batch]:
-        """Batches of about `batch` images or fewer, of as many classes as fit; sizes as even as they can be."""
+        """Batches of at most `batch` images, of as many classes as fit; sizes as even as they can be.
+
+        With CMI none has a single image of a class, for which a batch of 2 may hold 3.
+        """
         options = self.options
-        each = options.class_images or max(2 if options.has_cmi else 1, options.batch // classes)
+        least = 2 if options.has_cmi else 1
+        each = options.class_images or max(least, options.batch // classes)
         found: list[Batch] = []
-        for first, last in _even(ipc, min(each, options.batch)):
+        for first, last in _even(ipc, min(each, options.batch), least):
             for start, end in _even(classes, max(1, options.batch // (last - first))):
                 found.append(Batch(len(found), tuple(range(start, end)), first, last - first))
         return found
@@ -394,6 +398,7 @@ class SRe2L(Synthesis):
             weight = state.tensors["cmi_weight"]
         else:
             weight = options.cmi_ratio * measured["gradient_norm"] / torch.linalg.vector_norm(gradient)
+            measured["cmi_weight"] = weight
             found = {"cmi_weight": weight}
         pulled = weight * gradient
         measured["cmi_gradient_norm"] = torch.linalg.vector_norm(pulled)
@@ -411,6 +416,11 @@ class SRe2L(Synthesis):
         """
         found = torch.stack([value.double() for value in (*measured.values(), moved)]).tolist()
         row = dict(zip((*measured, "pixels"), found, strict=True))
+        if not math.isfinite(row.pop("cmi_weight", 0.0)) and math.isfinite(row["gradient_norm"]):
+            raise DivergedError(
+                f"CMI has no gradient in the first step, so {argument('cmi_ratio')} finds no weight for it: give one "
+                f"as {argument('cmi')}, or take other {argument('proxies')}"
+            )
         if bad := next((name for name, value in row.items() if not math.isfinite(value)), None):
             options = self.options
             lower = [f"{argument(name)}, now {getattr(options, name):g}" for name in ("bn_weight", "lr_img")]
@@ -443,9 +453,12 @@ _CALLED = {
 }
 
 
-def _even(count: int, most: int) -> list[tuple[int, int]]:
-    """(first, last exclusive) of the fewest runs of at most `most` that `count` things go into, as even as can be."""
-    runs = -(-count // most)
+def _even(count: int, most: int, least: int = 1) -> list[tuple[int, int]]:
+    """(first, last exclusive) of the fewest runs of at most `most` that `count` things go into, as even as can be.
+
+    Where such a run would have fewer than `least`, there are fewer runs, and longer ones.
+    """
+    runs = max(1, min(-(-count // most), count // least))
     ends = [count * run // runs for run in range(runs + 1)]
     return list(itertools.pairwise(ends))
 

@@ -278,6 +278,9 @@ def test_a_crop_is_torchvisions_then_mirrored_then_rolled():
         (3, 5, {"batch": 7}, [(0, 2, 0, 1), (0, 2, 1, 2), (0, 2, 3, 2)]),
         (100, 2, {"batch": 100, "cmi": 1.0}, [(0, 49, 0, 2), (50, 99, 0, 2)]),
         (100, 2, {"batch": 100, "class_images": 2}, [(0, 49, 0, 2), (50, 99, 0, 2)]),
+        (3, 3, {"batch": 6, "cmi": 1.0}, [(0, 0, 0, 3), (1, 2, 0, 3)]),
+        (3, 5, {"batch": 6, "cmi_ratio": 1.0}, [(0, 2, 0, 2), (0, 0, 2, 3), (1, 2, 2, 3)]),
+        (2, 3, {"batch": 2, "cmi": 1.0}, [(0, 0, 0, 3), (1, 1, 0, 3)]),
         (4, 3, {"batch": 1}, [(label, label, number, 1) for number in range(3) for label in range(4)]),
     ],
 )
@@ -362,6 +365,15 @@ def test_the_ratio_sets_the_weight_in_the_first_step_and_it_stays(pool):
     _, exact = cmi_of(trained(width=8), pixels.unflatten(0, (3, 2)))
     expected = float(weight * torch.linalg.vector_norm(exact))
     assert state.curve[1]["cmi_gradient_norm"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_ratio_of_no_gradient_is_told(pool):
+    model = trained(width=8)
+    for parameter in model.blocks[-4].parameters():
+        nn.init.zeros_(parameter)
+    nn.init.zeros_(model.blocks[-3].weight)  # features are the same of every image
+    with pytest.raises(DivergedError, match="CMI has no gradient in the first step, so cmi_ratio finds no weight"):
+        distilled(sre2l(cmi_ratio=0.2), pool, context_with(model), steps=1)
 
 
 def test_a_weight_is_the_one_that_the_ratio_finds(pool):
