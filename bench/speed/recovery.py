@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 import types
 from collections.abc import Iterator
 
@@ -112,10 +113,12 @@ def _same_step(method: SRe2L, start: State, context: Context, peer: RecoveryLoop
     peer.names["random"] = types.SimpleNamespace(randint=lambda *_: next(offsets))
     peer.step()
     gradient = state.tensors["first_moment"] / (1 - BETAS[0])
-    # Adam's first step is of one length for every pixel: one whose gradient is within rounding of 0 may go either way.
+    each = [relative_error(*pair) for pair in zip(gradient, peer.gradient, strict=True)]
+    # A ReLU whose input is within rounding of zero may go either way, and with it the gradient of a single image; so
+    # may Adam's first step, which is of one length for every pixel, where a gradient is that small.
     other = ((state.pixels - peer.pixels).abs() > 1e-4).double().mean()
-    # A ReLU whose input is within rounding of zero may flip in either.
     return [
-        Check("gradient in the pixels, same offsets", relative_error(gradient, peer.gradient), 2e-3),
-        Check("share of the pixels that end elsewhere", float(other), 1e-3),
+        Check("gradient in the pixels, same offsets, median over the images", statistics.median(each), 1e-5),
+        Check("gradient of all images", relative_error(gradient, peer.gradient), 1e-2),
+        Check("share of the pixels that end elsewhere", float(other), 1e-2),
     ]
