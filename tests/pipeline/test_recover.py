@@ -91,7 +91,7 @@ def test_the_teacher_reads_the_images_as_their_classes(toy_folder, toy_teacher, 
     assert losses[-1] < 0.5 * losses[0]
 
 
-@pytest.mark.parametrize("stop", [1, 4, 7, 13, 18])
+@pytest.mark.parametrize("stop", [1, 9, 18])
 def test_a_run_that_stops_anywhere_resumes_to_the_same_bytes(
     stop, undisturbed, toy_folder, toy_teacher, tmp_path, monkeypatch
 ):

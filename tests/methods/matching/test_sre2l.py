@@ -202,6 +202,19 @@ def test_images_get_the_statistics_and_the_classes_that_the_network_knows(pool):
     assert logits.argmax(1).tolist() == [0, 0, 1, 1, 2, 2]
 
 
+@pytest.mark.parametrize("options", [{}, {"crop": True, "cmi_ratio": 0.2}])
+def test_bfloat16_is_as_near_as_it_can_be(pool, options):
+    model = trained(width=64)
+    found, exact = (
+        distilled(sre2l(**options), pool, context_with(model, precision=precision), steps=1)
+        for precision in ("bfloat16", "float32")
+    )
+    assert found.pixels.dtype == torch.float32
+    assert found.curve[0]["loss"] == pytest.approx(exact.curve[0]["loss"], rel=0.02)
+    gradients = [state.tensors["first_moment"] for state in (found, exact)]
+    assert torch.cosine_similarity(*(each.flatten() for each in gradients), dim=0) > 0.98
+
+
 def test_a_state_that_was_saved_goes_on_to_the_same_bits(pool):
     method, context = sre2l(cmi_ratio=0.3), context_with(trained(width=8))
     whole = distilled(method, pool, context)
@@ -372,7 +385,9 @@ def test_a_ratio_of_no_gradient_is_told(pool):
     for parameter in model.blocks[-4].parameters():
         nn.init.zeros_(parameter)
     nn.init.zeros_(model.blocks[-3].weight)  # features are the same of every image
-    with pytest.raises(DivergedError, match="CMI has no gradient in the first step, so cmi_ratio finds no weight"):
+    with pytest.raises(
+        DivergedError, match="CMI has no gradient in the first step, so cmi_ratio finds no weight"
+    ):
         distilled(sre2l(cmi_ratio=0.2), pool, context_with(model), steps=1)
 
 
