@@ -102,6 +102,7 @@ _SPEED_LEFT = {
     "dm_real_side": 20,
     "dm_iteration": 40,
     "dm_cmi_iteration": 60,
+    "sre2l_step": 30,
     "grad_norm_opacus": 30,
     "precision": 25,
     "host_time": 30,

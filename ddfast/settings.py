@@ -155,7 +155,7 @@ class Settings:
         metavar="FILE",
         wants=("teacher",),
         python="teacher file, `torchvision:NAME`, a loaded `Teacher` that knows its file, or a function without "
-        "arguments that loads one once the other settings are checked. Methods that choose crops need one",
+        "arguments that loads one once the other settings are checked. Methods that choose crops need one, and sre2l",
     )
     ipc: int = option(help="images per class, a whole number", type=int, check=_whole(1), manifest="ipc")
     out: Any = option(

@@ -83,6 +83,11 @@ class OnDevice(Tensor):
     def untyped_storage(self) -> torch.UntypedStorage:
         return self.inner.untyped_storage()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> OnDevice:
+        if id(self) not in memo:
+            memo[id(self)] = OnDevice(self.inner.clone()).requires_grad_(self.requires_grad)
+        return memo[id(self)]
+
     def set_(self, storage: torch.UntypedStorage, *geometry: Any) -> OnDevice:
         return OnDevice(self.inner.new_empty(0).set_(storage, *geometry))
 

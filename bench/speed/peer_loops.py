@@ -1,10 +1,10 @@
 """The loops of the reference repositories, run as they stand: their own code, an iteration at a time.
 
 Nothing of theirs is in this repository. `DDFAST_PEERS` names a folder with checkouts of
-github.com/VICO-UoE/DatasetCondensation and github.com/ndhg1213/CMIDD, named `DatasetCondensation` and `CMIDD`. The body
-of the loop over iterations is taken out of `main_DM.py` by its syntax tree and run in a namespace that holds what their
-`main` sets up before it; what a gate must know (which images, which augmentation, which weights) is put there in place
-of their own draws.
+github.com/VICO-UoE/DatasetCondensation, github.com/ndhg1213/CMIDD and github.com/VILA-Lab/SRe2L, named
+`DatasetCondensation`, `CMIDD` and `SRe2L`. The body of the loop over iterations is taken out of `main_DM.py`, or
+`recover_cifar.py`, by its syntax tree and run in a namespace that holds what they set up before it; what a gate must
+know (which images, which augmentation, which weights) is put there in place of their own draws.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.speed.registry import Unavailable
 
@@ -99,13 +99,80 @@ class PeerLoop:
         return found
 
 
-def _checkout(repository: str) -> Path:
+class RecoveryLoop:
+    """The loop of SRe2L's `recover_cifar.py` over images that are given, on CPU or GPU.
+
+    Attributes:
+        names: its namespace: `inputs`, `optimizer`, `model_teacher`, `random`, ...
+    """
+
+    def __init__(self, teacher: nn.Module, start: Tensor, targets: Tensor, iterations: int) -> None:
+        """Set up as their `get_images` does, with the numbers of their `recover_cifar.sh`.
+
+        Args:
+            teacher: eval mode, without gradients of its parameters; it gets their hooks.
+            start: float32 [N, 3, 32, 32], normalised, what the images begin with.
+            targets: int64 [N].
+            iterations: of the whole run, for the learning rate.
+
+        Raises:
+            Unavailable: there is no checkout.
+        """
+        folder = _checkout("SRe2L", "recover_cifar.py")
+        with _importable(folder):
+            theirs = importlib.import_module("recover_cifar")
+        self._code = _loop_body(folder / "recover_cifar.py", "iteration", None)
+        inputs = start.clone().requires_grad_(True)
+        arguments = types.SimpleNamespace(r_bn=0.01, first_bn_multiplier=10.0, verifier=False)
+        names = vars(theirs)
+        self.names: dict[str, Any] = {
+            **{name: value for name, value in names.items() if not name.startswith("__")},
+            "args": arguments,
+            "model_teacher": teacher,
+            "hook_for_display": None,
+            "loss_r_feature_layers": [
+                names["BNFeatureHook"](module)
+                for module in teacher.modules()
+                if isinstance(module, nn.BatchNorm2d)
+            ],
+            "save_every": 100,
+            "best_cost": 1e4,
+            "targets": targets,
+            "inputs": inputs,
+            "lim_0": 4,
+            "lim_1": 4,
+            "optimizer": torch.optim.Adam([inputs], lr=0.25, betas=(0.5, 0.9), eps=1e-8),
+            "lr_scheduler": names["lr_cosine_policy"](0.25, 0, iterations),
+            "criterion": nn.CrossEntropyLoss(),
+            "iteration": 0,
+        }
+
+    def step(self) -> None:
+        """One iteration of theirs."""
+        exec(self._code, self.names)
+        self.names["iteration"] += 1
+
+    @property
+    def pixels(self) -> Tensor:
+        """The synthetic images."""
+        found: Tensor = self.names["inputs"].detach()
+        return found
+
+    @property
+    def gradient(self) -> Tensor:
+        """That of the last iteration."""
+        found: Tensor = self.names["inputs"].grad
+        return found
+
+
+def _checkout(repository: str, file: str = "main_DM.py") -> Path:
     root = os.environ.get(PEERS)
     if root is None:
         raise Unavailable(
-            f"{PEERS} names no folder with checkouts of VICO-UoE/DatasetCondensation and ndhg1213/CMIDD"
+            f"{PEERS} names no folder with checkouts of VICO-UoE/DatasetCondensation, ndhg1213/CMIDD and "
+            "VILA-Lab/SRe2L"
         )
-    found = sorted(path for path in Path(root).glob(f"*{repository}/**/main_DM.py"))
+    found = sorted(path for path in Path(root).glob(f"*{repository}/**/{file}"))
     if not found:
         raise Unavailable(f"{PEERS} ({root}) holds no checkout of {repository}")
     return found[0].parent
@@ -114,7 +181,7 @@ def _checkout(repository: str) -> Path:
 @contextmanager
 def _importable(folder: Path) -> Iterator[None]:
     """Their modules by their plain names, for the length of the block: two repositories have a `utils` each."""
-    names = ("utils", "networks", "pretrain")
+    names = ("utils", "networks", "pretrain", "recover_cifar")
 
     def forget() -> None:
         for name in [n for n in sys.modules if n.partition(".")[0] in names]:
@@ -133,15 +200,17 @@ def _importable(folder: Path) -> Iterator[None]:
         forget()
 
 
-def _loop_body(path: Path) -> types.CodeType:
-    """The body of `for it in range(...)` in their `main`, as a module of its own with `it` = 1."""
+def _loop_body(path: Path, name: str = "it", first: int | None = 1) -> types.CodeType:
+    """The body of `for it in range(...)`, or of another variable, as a module of its own with `it` = 1, or as it is."""
     tree = ast.parse(path.read_text("utf-8"))
     loops = [
         node
         for node in ast.walk(tree)
-        if isinstance(node, ast.For) and isinstance(node.target, ast.Name) and node.target.id == "it"
+        if isinstance(node, ast.For) and isinstance(node.target, ast.Name) and node.target.id == name
     ]
     if len(loops) != 1:
-        raise Unavailable(f"{path} has {len(loops)} loops over `it`: another version than the one known here")
-    set_it = ast.parse("it = 1").body
+        raise Unavailable(
+            f"{path} has {len(loops)} loops over `{name}`: another version than the one known here"
+        )
+    set_it = [] if first is None else ast.parse(f"{name} = {first}").body
     return compile(ast.Module(body=[*set_it, *loops[0].body], type_ignores=[]), str(path), "exec")

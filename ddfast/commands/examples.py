@@ -61,6 +61,7 @@ _OF_METHOD = {
     "k_means": ("--restarts 3", "--unit-length --images-per-class all"),
     "forgetting": ("--epochs 20", "--arch convnet3 --lr 0.05"),
     "dm": ("--iterations 2000", "--cmi 2000 --proxies proxies"),
+    "sre2l": ("--iterations 500", "--cmi-ratio 0.2"),
 }
 
 

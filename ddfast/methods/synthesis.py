@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -62,7 +62,8 @@ class Synthesis(Method):
     pads: ClassVar[bool] = False  # whether images are padded where the factor does not divide their side
     factors: ClassVar[
         tuple[int, ...]
-    ] = ()  # those that a run may choose, the default first; `factor` alone where empty
+    ] = ()  # those that a run may choose, the default first; empty: `factor` alone
+    draws_in_steps: ClassVar[bool] = True  # whether steps draw real images, which are then held in memory
 
     def check_ipc(self, ipc: int) -> None:
         """Refuse a number of images per class at which an option would do nothing.
@@ -94,6 +95,10 @@ class Synthesis(Method):
             UsageError: it is not there, or does not fit the run.
         """
 
+    def notes(self, context: Context) -> list[str]:
+        """What is worth a line when a run starts, each a sentence without a full stop."""
+        return []
+
     @property
     @abstractmethod
     def steps(self) -> int:
@@ -102,6 +107,14 @@ class Synthesis(Method):
     @abstractmethod
     def groups(self, classes: int, ipc: int) -> Sequence[Group]:
         """The classes of a run, dealt to groups by the settings alone: ranks may come and go."""
+
+    def in_one_group(self, classes: int, ipc: int) -> str:
+        """The setting, as its caller types it, with which all images of a run are one group."""
+        return f"{argument('class_batch')} {classes}"
+
+    def judged_on(self, context: Context) -> tuple[str, dict[str, Any]]:
+        """Architecture of the students that judge images while they are made, and its keyword arguments."""
+        return str(self.options.arch), {}
 
     @abstractmethod
     def begin(self, group: Group, pool: ClassPool, context: Context) -> State:

@@ -13,7 +13,9 @@ from ddfast.ops._dispatch import LIBRARY, below_autocast, define
 REDUCTIONS = ("mean", "class")
 
 
-def class_kl(features: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+def class_kl(
+    features: Tensor, labels: Tensor, reduction: str = "mean", counts: Tensor | None = None
+) -> Tensor:
     """Mean KL(P_s || Q_y) over rows s, with P_s = softmax(features_s) and Q_y the mean of P over the rows of class y.
 
     The value and its gradient are made in one pass, by the closed form
@@ -28,6 +30,8 @@ def class_kl(features: Tensor, labels: Tensor, reduction: str = "mean") -> Tenso
         features: [n, M] floating point, n and M at least 1. float16 and bfloat16 are computed in float32.
         labels: int64 [n], any values.
         reduction: "mean", over rows, or "class", the mean over the classes present of each one's mean.
+        counts: int64 [C], how often each label stands there, where they are 0 to C - 1 and that is known: nothing
+            then has to wait for a GPU to count them. None: they are counted.
 
     Returns:
         a scalar, float32 or float64 for float64.
@@ -47,7 +51,11 @@ def class_kl(features: Tensor, labels: Tensor, reduction: str = "mean") -> Tenso
         )
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be {' or '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
-    _, members, counts = labels.unique(return_inverse=True, return_counts=True)
+    members = labels
+    if counts is None:
+        _, members, counts = labels.unique(return_inverse=True, return_counts=True)
+    elif counts.ndim != 1 or counts.dtype != torch.int64:
+        raise ValueError(f"counts must be int64 [C], got {counts.dtype} {list(counts.shape)}")
     if torch._C._are_functorch_transforms_active():  # register_autograd has no rule for them
         terms = below_autocast(reference.class_kl_terms, features.device.type)
         return terms(features, members, counts, reduction == "class")[0]

@@ -34,7 +34,7 @@ def check_judged(run: Run, method: Synthesis) -> None:
     if len(method.groups(classes, run.plan["ipc"])) > 1:
         raise UsageError(
             f"{argument('evaluate_every')} needs all {classes} classes in one group: "
-            f"give {argument('class_batch')} {classes}"
+            f"give {method.in_one_group(classes, run.plan['ipc'])}"
         )
     open_source(run.data, "test")
 
@@ -88,11 +88,14 @@ class Judge:
             std=run.plan["std"],
             factor=run.plan["factor"],
         )
+        arch, options = self._method.judged_on(run.context)
         result = evaluate(
             distilled,
             self._test,
-            arch=str(self._method.options.arch),
+            arch=arch,
+            arch_options=options,
             seeds=[run.plan["seed"]],
+            teacher=run.label_teacher,
             protocol=self._method.protocol,
             device=run.device.type,
             quiet=True,

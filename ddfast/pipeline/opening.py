@@ -436,7 +436,8 @@ def open_run(method: str, settings: Settings, options: Mapping[str, Any] | None 
     ranks.together("folder", lambda: _follow(run, settings.device))
     run.set_arithmetic()
     say(f"loader: {run.loader.name} ({run.loader.reason})", quiet=run.quiet or run.complete)
-    for note in source.notes():
+    own = run.method.notes(run.context) if isinstance(run.method, Synthesis) else []
+    for note in [*source.notes(), *own]:
         say(note, quiet=run.quiet or run.complete)
     _warn_of_crowding(run, neighbours)
     return run

@@ -15,11 +15,13 @@ from ddfast.data.decoding import MAX_PIXELS, decode
 from ddfast.data.tiles import tiles_of
 from ddfast.errors import BadImage, UsageError
 from ddfast.files import atomic_path, make_folder
+from ddfast.methods.synthesis import Synthesis
 from ddfast.ops import crop_resize
 from ddfast.output.distilled import _LABEL_PARTS, QUARANTINED, SOFT_LABELS, image_path
 from ddfast.output.label_parts import is_whole_part, join_label_parts, largest_probabilities, write_label_part
+from ddfast.output.pixels import read_pixels
 from ddfast.pipeline.plan import LABEL_TEMPERATURE
-from ddfast.pipeline.run import Run, _logits, clock
+from ddfast.pipeline.run import Run, _logits, _normalized_logits, clock
 from ddfast.pipeline.score import iter_quarantined
 from ddfast.progress import Progress
 
@@ -36,7 +38,7 @@ _LABEL_PART_BYTES = 8 << 20  # of logits, which bounds a part where there are ma
 
 
 def relabel(run: Run) -> None:
-    """Label every tile by the label teacher, and count in the manifest what the run holds."""
+    """Label every tile by the label teacher, and count in the manifest what a run that chose crops holds."""
     started = time.monotonic()
     run.set_arithmetic()
     if not (run.out / SOFT_LABELS).exists():
@@ -46,8 +48,10 @@ def relabel(run: Run) -> None:
 
 
 def count(run: Run) -> None:
-    """Count images, sources and quarantined files, and list these."""
+    """Count images, sources and quarantined files, and list these; of pixels that were made they are counted."""
     shutil.rmtree(run.out / _LABEL_PARTS, ignore_errors=True)
+    if isinstance(run.method, Synthesis):
+        return
     bad = sum(1 for _ in iter_quarantined(run))
     if bad:
         with atomic_path(run.out / QUARANTINED) as temporary, open(temporary, "wb") as file:
@@ -60,7 +64,10 @@ def count(run: Run) -> None:
 
 
 def _write_labels(run: Run) -> None:
-    """`soft_labels.safetensors` from the written images, part by part; finished parts survive a kill."""
+    """`soft_labels.safetensors`, part by part; finished parts survive a kill.
+
+    The written images are labelled, and where pixels were made these, which students train on.
+    """
     classes, tiles, top_k = len(run.source.class_names), run.plan["tiles"], run.plan["label_top_k"]
     images = classes * run.plan["ipc"]
     folder = make_folder(run.out / _LABEL_PARTS)
@@ -68,6 +75,7 @@ def _write_labels(run: Run) -> None:
     parts = [folder / f"part-{index:06d}" for index in range(-(-images // size))]
     mine = run.ranks.share(len(parts))
     total = sum(min(size, images - index * size) for index in mine)
+    pixels = _made_pixels(run) if isinstance(run.method, Synthesis) else None
     with Progress("relabel", total, "images", quiet=run.quiet, outlook=run.outlook()) as progress:
         for index in mine:
             names = [
@@ -76,7 +84,8 @@ def _write_labels(run: Run) -> None:
             if is_whole_part(parts[index]):
                 progress.advance(len(names))
             else:
-                _label_part(run, parts[index], names, progress)
+                made = None if pixels is None else pixels[index * size : index * size + len(names)]
+                _label_part(run, parts[index], names, made, progress)
     run.ranks.meet("relabel")
     shape = (images, tiles, classes if top_k is None else top_k)
     run.ranks.on_main(
@@ -97,28 +106,48 @@ def _part_images(classes: int, tiles: int) -> int:
     return images * max(1, min(_LABEL_PART // images, _LABEL_PART_BYTES // (4 * classes * _LABEL_BATCH)))
 
 
-def _label_part(run: Run, path: Path, names: list[Path], progress: Progress) -> None:
-    """Write softmax(logits / T) of every tile of the named images; a tile is enlarged to the image."""
+def _made_pixels(run: Run) -> Tensor:
+    """The pixels of a run that made them, normalised, one tile each, float32 [N, 3, S, S] class by class."""
+    stored = read_pixels(run.out)
+    assert stored.factor == 1, "images that hold several tiles are labelled as pictures"
+    if stored.space == "normalized":
+        return stored.images
+    mean, std = (torch.tensor(run.plan[name]).view(3, 1, 1) for name in ("mean", "std"))
+    return (stored.images - mean) / std
+
+
+def _label_part(run: Run, path: Path, names: list[Path], pixels: Tensor | None, progress: Progress) -> None:
+    """Write softmax(logits / T) of every tile of the named images; a tile is enlarged to the image.
+
+    `pixels`: of the images where they were made, float32 [len(names), 3, S, S], normalised.
+    """
     size, factor, teacher = run.plan["image_size"], run.plan["factor"], run.label_teacher
     assert teacher is not None, "a run without a label teacher has no stage relabel"
     per_batch = _LABEL_BATCH // factor**2
     found = []
     for first in range(0, len(names), per_batch):
-        images = torch.stack([_written_image(name) for name in names[first : first + per_batch]])
-        tiles = tiles_of(images, factor)
-        if factor > 1:
-            tiles = crop_resize(
-                tiles, torch.tensor([[0, 0, size // factor, size // factor]]).expand(len(tiles), 1, 4), size
-            )[:, 0]
-        full = torch.zeros(_LABEL_BATCH, 3, size, size, dtype=torch.uint8)
+        named = names[first : first + per_batch]
+        if pixels is None:
+            tiles = tiles_of(torch.stack([_written_image(name) for name in named]), factor)
+            if factor > 1:
+                tiles = crop_resize(
+                    tiles,
+                    torch.tensor([[0, 0, size // factor, size // factor]]).expand(len(tiles), 1, 4),
+                    size,
+                )[:, 0]
+        else:
+            tiles = pixels[first : first + per_batch]
+        full = torch.zeros(_LABEL_BATCH, 3, size, size, dtype=tiles.dtype)
         full[: len(tiles)] = tiles
-        logits = _logits(teacher, full, run)[: len(tiles)]
-        probabilities = torch.softmax(logits / LABEL_TEMPERATURE, dim=1)
-        stored = largest_probabilities(
-            probabilities.view(len(images), factor**2, -1), run.plan["label_top_k"]
+        of_batch = (
+            _logits(teacher, full, run)
+            if pixels is None
+            else _normalized_logits(teacher, full.to(run.device), run)
         )
+        probabilities = torch.softmax(of_batch[: len(tiles)] / LABEL_TEMPERATURE, dim=1)
+        stored = largest_probabilities(probabilities.view(len(named), factor**2, -1), run.plan["label_top_k"])
         found.append(stored)
-        progress.advance(len(images))
+        progress.advance(len(named))
     values = torch.cat([values for values, _ in found])
     indices = [indices for _, indices in found if indices is not None]
     write_label_part(path, values, torch.cat(indices) if indices else None)

@@ -218,7 +218,11 @@ def _logits(teacher: Teacher, images: Tensor, run: Run) -> Tensor:
     """Float32 logits of uint8 images [N, 3, S, S], on the CPU."""
     mean = torch.tensor(teacher.mean, device=run.device).view(1, 3, 1, 1)
     std = torch.tensor(teacher.std, device=run.device).view(1, 3, 1, 1)
-    batch = (images.to(run.device).float().div_(255) - mean) / std
+    return _normalized_logits(teacher, (images.to(run.device).float().div_(255) - mean) / std, run)
+
+
+def _normalized_logits(teacher: Teacher, batch: Tensor, run: Run) -> Tensor:
+    """Float32 logits of normalised images [N, 3, S, S] on the run's device, on the CPU."""
     with torch.no_grad():
         outputs = teacher.model.to(run.device)(batch.contiguous(memory_format=torch.channels_last))
         logits = checked_logits(outputs, len(teacher.class_names)).float().cpu()

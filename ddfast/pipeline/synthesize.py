@@ -65,11 +65,12 @@ def remove_state(out: Path) -> None:
 
 def _take_steps(run: Run, method: Synthesis, groups: Sequence[Group], judge: Judge | None) -> None:
     """The steps of this rank's groups, one group after the other."""
-    states = {group.number: _restored(run, group) for group in groups}
+    states = {group.number: _to_go_on_from(run, group, method) for group in groups}
     done = sum(0 if state is None else state.step for state in states.values())
     if done == method.steps * len(groups) and None not in states.values():
         return
-    pool = _pool_of(run, [group for group in groups if not _is_done(states[group.number], method)])
+    unfinished = [group for group in groups if not _is_done(states[group.number], method)]
+    pool = _pool_of(run, unfinished, held=method.draws_in_steps)
     size, factor = run.plan["image_size"], run.plan["factor"]
     if size % factor:
         pool.say(
@@ -125,6 +126,12 @@ def _note(loss: float, state: State) -> str:
     """What stands behind the rate and the time left."""
     cmi = next((row["cmi"] for row in reversed(state.curve[-64:]) if "cmi" in row), None)
     return f"loss {loss:.4g}" + ("" if cmi is None else f", CMI {cmi:.3g}")
+
+
+def _to_go_on_from(run: Run, group: Group, method: Synthesis) -> State | None:
+    """The state that was saved last of a group; of a finished one the number of its steps alone, as there are many."""
+    state = _restored(run, group)
+    return State(group, {}, state.step) if state is not None and _is_done(state, method) else state
 
 
 def _is_done(state: State | None, method: Synthesis) -> bool:
@@ -191,7 +198,7 @@ def _write(run: Run, method: Synthesis, groups: Sequence[Group], judge: Judge | 
         pixels.append(method.images(state).detach().float().cpu())
         labels += [label for label in group.classes for _ in range(len(pixels[-1]) // len(group.classes))]
         rows += [{"group": float(group.number), **row} for row in state.curve]
-    images, names = torch.cat(pixels), torch.tensor(labels)
+    images, names = _class_by_class(torch.cat(pixels), labels)
     write_pixels(run.out, images, names, space=method.space, factor=run.plan["factor"])
     write_curve(run.out, rows)
     _write_images(run, method, images, names)
@@ -200,6 +207,12 @@ def _write(run: Run, method: Synthesis, groups: Sequence[Group], judge: Judge | 
     if judge is not None:
         run.plan["accuracy"] = judge.after_rounding(_finished(run, groups[0]))
     run.save()
+
+
+def _class_by_class(images: Tensor, labels: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Images and labels in the order of the classes, those of a class as they come: a class may be in many groups."""
+    names, order = torch.tensor(labels).sort(stable=True)
+    return images[order], names
 
 
 def _finished(run: Run, group: Group) -> State:
@@ -243,5 +256,6 @@ def _write_before(run: Run, method: Synthesis, groups: Sequence[Group]) -> None:
             if label in shown:
                 images.append(begun[place * each : (place + 1) * each])
                 labels += [label] * each
-    before = to_bytes(torch.cat(images), run.plan["mean"], run.plan["std"], method.space)
-    write_before(run.out, before, labels, run.source.class_names)
+    ordered, names = _class_by_class(torch.cat(images), labels)
+    before = to_bytes(ordered, run.plan["mean"], run.plan["std"], method.space)
+    write_before(run.out, before, names.tolist(), run.source.class_names)

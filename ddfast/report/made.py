@@ -12,7 +12,7 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from ddfast.output.distilled import MANIFEST, METADATA
+from ddfast.output.distilled import MANIFEST, METADATA, SOFT_LABELS
 from ddfast.output.mosaic import mosaic_labels, read_mosaic, to_picture
 from ddfast.output.pixels import BEFORE, CURVE_TABLE, PIXELS, Pixels, read_curve, to_unit
 from ddfast.report.charts import Bar, bars
@@ -52,6 +52,8 @@ def facts(folder: Folder) -> list[Fact]:
         found.append(Fact("Real batch", _said(chosen["real_batch"]), "images per class and iteration"))
     if chosen.get("cmi"):
         found.append(Fact("CMI λ", f"{chosen['cmi']:g}", _proxies(plan, chosen)))
+    elif chosen.get("cmi_ratio"):
+        found.append(Fact("CMI's first gradient", f"{chosen['cmi_ratio']:g}", "of the loss's"))
     if plan.get("teacher"):
         top1 = plan["teacher"].get("top1")
         found.append(
@@ -340,6 +342,7 @@ def _lost(folder: Folder, pixels: Pixels) -> tuple[float, float, int, int]:
 
 _FILES = {
     PIXELS: "what students train on: images float32 [N, 3, H, W] and labels int64 [N]",
+    SOFT_LABELS: "the teacher's probabilities of every image",
     "train": "the images in 8 bits, a folder a class",
     METADATA: "file name and label of every image, in the order of the pixels",
     CURVE_TABLE: "what was measured, by group of classes and step",
@@ -358,6 +361,13 @@ def files(folder: Folder) -> list[tuple[str, str]]:
         for name, said in _FILES.items()
         if name == "mosaic.png" or (folder.root / name).exists()
     ]
+
+
+def _students_of(folder: Folder) -> str:
+    """Arguments of an evaluation that suits the set: hard labels, or a teacher's."""
+    if folder.soft_labels is None:
+        return "--arch convnet3_in --protocol dsa"
+    return f"--arch {folder.manifest['teacher']['arch']} --protocol sre2l"
 
 
 def ways_to_open(folder: Folder, pixels: Pixels) -> list[tuple[str, str]]:
@@ -381,7 +391,7 @@ def ways_to_open(folder: Folder, pixels: Pixels) -> list[tuple[str, str]]:
         ),
         (
             "Evaluate it",
-            "ddfast evaluate --distilled distilled --data DATA \\\n    --arch convnet3_in --protocol dsa\n"
+            "ddfast evaluate --distilled distilled --data DATA \\\n    " + _students_of(folder) + "\n"
             "# the same on the PNGs: add --rounded",
         ),
     ]

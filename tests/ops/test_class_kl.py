@@ -175,3 +175,12 @@ def test_torch_func():
 def test_errors(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_counts_that_are_known_give_the_same_bits():
+    rows, labels = torch.randn(6, 9), torch.tensor([0, 2, 1, 0, 0, 2])
+    for reduction in ("mean", "class"):
+        known = class_kl(rows, labels, reduction, torch.tensor([3, 1, 2]))
+        assert torch.equal(known, class_kl(rows, labels, reduction))
+    with pytest.raises(ValueError, match=r"counts must be int64 \[C\]"):
+        class_kl(rows, labels, counts=torch.ones(3))

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ddfast.information import cmi
 from ddfast.methods.base import Context
 from ddfast.models.registry import features
+from ddfast.ops import class_kl
 from ddfast.seeding import generator
 
 _ROWS = 128  # images that go through a proxy at once, or a class where it has more: what bounds the memory
@@ -75,8 +75,9 @@ class Regulariser:
             share = len(piece) / classes
             with torch.set_grad_enabled(wanted):
                 rows = piece.flatten(0, 1).requires_grad_(wanted)
-                members = torch.arange(len(piece), device=images.device).repeat_interleave(each)
-                spread = cmi(features(proxy, rows), members) * share
+                places = torch.arange(len(rows), device=images.device)
+                members, counts = places // each, torch.full_like(places[: len(piece)], each)
+                spread = class_kl(features(proxy, rows), members, counts=counts) * share
             value = value + spread.detach()
             if wanted:
                 gradients.append(torch.autograd.grad(spread, rows)[0].view_as(piece))
