@@ -151,6 +151,14 @@ class Method(ABC):
             )
         return found
 
+    def own_image_size(self) -> int | None:
+        """The side in pixels that the method's images have where neither a setting nor a teacher says it; None: any.
+
+        Raises:
+            UsageError: what it is read from is not there.
+        """
+        return None
+
     def resolved(self, factor: int) -> Method:
         """This method with every `auto` option fixed for `factor` tiles per side."""
         return self
