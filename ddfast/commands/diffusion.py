@@ -142,15 +142,19 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
 def _train_prior(arguments: argparse.Namespace) -> None:
     from ddfast.training.prior import train_prior
 
-    width = {"width": arguments.width} if hasattr(arguments, "width") else {}
-    prior = train_prior(arguments.data, **_given(arguments), **width)
+    given = _given(arguments)
+    if hasattr(arguments, "width"):
+        given["width"] = arguments.width
+    prior = train_prior(arguments.data, **given)
     print(f"prior {arguments.out}\nimages of {prior.image_size} px, {prior.classes} classes")
 
 
 def _train_estimator(arguments: argparse.Namespace) -> None:
     from ddfast.training.estimator import train_estimator
 
-    width = {"arch_options": {"width": arguments.width}} if hasattr(arguments, "width") else {}
-    estimator = train_estimator(arguments.data, **_given(arguments), **width)
+    given = _given(arguments)
+    if hasattr(arguments, "width"):
+        given["arch_options"] = {"width": arguments.width}
+    estimator = train_estimator(arguments.data, **given)
     accuracy = "not measured" if estimator.top1 is None else f"{estimator.top1:.2f}"
     print(f"estimator {arguments.out}\ntop1 {accuracy}")

@@ -329,7 +329,7 @@ def train_estimator(
     )
     with on_threads(arithmetic["threads"]):
         course.run(lambda epoch, loss: say(f"epoch {epoch}/{config.epochs}: loss {loss:.4f}", quiet=quiet))
-        encoder = training.fitting.model.eval().requires_grad_(False)
+        encoder.eval().requires_grad_(False)
         classifier, top1 = _classifier(
             encoder, train, test, config, len(source.class_names), where, arithmetic["arithmetic"]
         )
@@ -415,8 +415,9 @@ class _Training:
     @torch.no_grad()
     def after_step(self) -> None:
         """f_m <- m f_m + (1 - m) f; the keys join the queue, and the oldest leave it."""
-        ours, theirs = list(self._momentum.parameters()), list(self.fitting.model.parameters())
-        torch._foreach_lerp_(ours, [each.detach() for each in theirs], 1 - self.config.momentum_encoder)
+        pairs = zip(self._momentum.parameters(), self.fitting.model.parameters(), strict=True)
+        for ours, theirs in pairs:
+            ours.lerp_(theirs.detach(), 1 - self.config.momentum_encoder)
         assert self._latest is not None
         self._queue = torch.cat([self._queue, self._latest])[-self.config.queue :]
 

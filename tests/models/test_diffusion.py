@@ -191,7 +191,10 @@ def test_a_latent_prior_without_its_vae_is_refused(folders, tmp_path):
     ("change", "message"),
     [
         (lambda folder: (folder / "model_index.json").write_text("{"), "cannot be read"),
-        (lambda folder: (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}'), "is a FluxPipeline"),
+        (
+            lambda folder: (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}'),
+            "is a FluxPipeline",
+        ),
         (lambda folder: shutil.rmtree(folder / "unet"), r"lacks its network \(unet/\)"),
         (lambda folder: (folder / "model_index.json").unlink(), "holds no model_index.json of diffusers"),
         (
@@ -225,7 +228,9 @@ def test_a_name_that_cannot_be_fetched_is_one_line(monkeypatch, tmp_path):
         raise OSError(f"cannot reach the hub\nfor {name}")
 
     monkeypatch.setattr(diffusers.DiffusionPipeline, "download", offline)
-    with pytest.raises(UsageError, match=r"the prior some/model is no folder, and cannot be fetched") as caught:
+    with pytest.raises(
+        UsageError, match=r"the prior some/model is no folder, and cannot be fetched"
+    ) as caught:
         find_prior("some/model")
     assert "\n" not in str(caught.value)
     monkeypatch.setattr(diffusers.DiffusionPipeline, "download", lambda name, **_: str(tmp_path))

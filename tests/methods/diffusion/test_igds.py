@@ -18,7 +18,9 @@ STEPS = 4
 
 
 def method_of(prior, estimator, **options):
-    given = {name: str(path) for name, path in (("prior", prior), ("estimator", estimator)) if path is not None}
+    given = {
+        name: str(path) for name, path in (("prior", prior), ("estimator", estimator)) if path is not None
+    }
     return IGDS.from_options({**given, "steps": STEPS, **options})
 
 
@@ -100,7 +102,9 @@ def test_guidance_is_eta_times_the_gradient(prior, estimator, literal, schedule)
     moved = state.tensors["samples"].double() - plain
     torch.testing.assert_close(moved, eta * gradient, rtol=2e-2, atol=2e-5)
     row = state.curve[-1]
-    assert row["information"] == pytest.approx(math.log(3) + float((total - beta * kl).detach()) / 12, rel=1e-3)
+    assert row["information"] == pytest.approx(
+        math.log(3) + float((total - beta * kl).detach()) / 12, rel=1e-3
+    )
     assert row["context"] == pytest.approx(float(kl.detach()) / 12, rel=1e-3, abs=1e-6)
     assert row["loss"] == pytest.approx(-row["information"] - beta * row["context"])
 
@@ -245,11 +249,15 @@ def test_bad_options_are_refused(prior, estimator, options, message):
     assert "\n" not in str(caught.value)
 
 
+def opened(method, context):
+    method.check(SIZE)
+    method.inputs()
+    method.open(context)
+
+
 def refused(method, context):
     with pytest.raises(UsageError) as caught:
-        method.check(SIZE)
-        method.inputs()
-        method.open(context)
+        opened(method, context)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 

@@ -26,7 +26,9 @@ def read():
 
 @pytest.fixture
 def samples():
-    return torch.randn(CLASSES * EACH, 3, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return torch.randn(
+        CLASSES * EACH, 3, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
 
 
 LABELS = torch.arange(CLASSES).repeat_interleave(EACH)
