@@ -53,7 +53,14 @@ def test_reading_is_smooth_in_the_images():
     """A second difference along a line falls with the square of the step, which a ReLU's kink would not let it."""
     encoder = Encoder("convnet3_in", 16, width=8).double().eval()
     estimator = Estimator(
-        encoder, nn.Linear(encoder.width, 3).double(), "convnet3_in", CLASSES, 16, (0.5,) * 3, (0.25,) * 3, 0.07
+        encoder,
+        nn.Linear(encoder.width, 3).double(),
+        "convnet3_in",
+        CLASSES,
+        16,
+        (0.5,) * 3,
+        (0.25,) * 3,
+        0.07,
     )
     images, along = torch.randn(2, 2, 3, 16, 16, dtype=torch.float64).unbind()
     read = lambda step: estimator.smooth.features(estimator.normalised(images + step * along))  # noqa: E731
@@ -64,10 +71,19 @@ def test_reading_is_smooth_in_the_images():
 def test_normalised_images_are_those_of_training():
     encoder = Encoder("convnet3_in", 16, width=8)
     estimator = Estimator(
-        encoder, nn.Linear(encoder.width, 3), "convnet3_in", CLASSES, 16, (0.5, 0.4, 0.3), (0.1, 0.2, 0.3), 0.07
+        encoder,
+        nn.Linear(encoder.width, 3),
+        "convnet3_in",
+        CLASSES,
+        16,
+        (0.5, 0.4, 0.3),
+        (0.1, 0.2, 0.3),
+        0.07,
     )
     unit = torch.rand(2, 3, 16, 16)
-    wanted = (unit - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)
+    wanted = (unit - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / torch.tensor([0.1, 0.2, 0.3]).view(
+        3, 1, 1
+    )
     torch.testing.assert_close(estimator.normalised(2 * unit - 1), wanted)
     assert estimator.normalised(torch.zeros(1, 3, 32, 32)).shape == (1, 3, 16, 16)
 

@@ -1,4 +1,4 @@
-"""IGDS from the call to the folder: what it leaves, that it ends in the same bytes, and soft labels where there are any."""
+"""IGDS from the call to the folder: what it leaves, the same bytes however it got there, and soft labels."""
 
 import json
 import os
