@@ -32,7 +32,6 @@ from ddfast.models.diffusion import (
     save_prior,
 )
 from ddfast.ops.precision import PRECISIONS, autocast, compute_dtype
-from ddfast.output.mosaic import mosaic_labels, write_mosaic
 from ddfast.progress import Outlook, say, ways_of_machine
 from ddfast.ranks import usable_cores
 from ddfast.seeding import generator, seeded
@@ -341,6 +340,8 @@ def _as_prior(training: _Training, denoiser: nn.Module, classes: int, size: int)
 
 def _draw_samples(training: _Training, class_names: Any, config: PriorConfig, path: Path) -> None:
     """A picture of samples, a row a class, from the same noise every time."""
+    from ddfast.output.mosaic import mosaic_labels, write_mosaic
+
     labels = [label for label in mosaic_labels(len(class_names)) for _ in range(_SHOWN)]
     device = training.fitting.device
     with training.averaged() as denoiser, autocast(training.precision, device):
