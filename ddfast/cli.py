@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddfast.commands import compare, distill, show, train
+from ddfast.commands import compare, diffusion, distill, show, train
 from ddfast.commands.config import with_config, write_config, writes_config
 from ddfast.commands.examples import epilog, examples
 from ddfast.commands.parser import Parser, check_flags, commands_of, one_line
@@ -92,7 +92,7 @@ def _after_interruption(arguments: argparse.Namespace) -> str:
         if (Path(arguments.out) / "manifest.json").is_file():
             return "the same command with --resume continues"
         return "nothing has been written yet"
-    if command == "train-proxies":
+    if command in ("train-proxies", "train-prior", "train-estimator"):
         return "the same command with --resume continues"
     if command == "train-teacher":
         if Path(arguments.out).with_suffix(".state").is_file():
@@ -121,6 +121,8 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     distill.add_distill(commands, argv)
     distill.add_stages(commands, argv)
     train.add_train_proxies(commands)
+    diffusion.add_train_prior(commands)
+    diffusion.add_train_estimator(commands)
     train.add_evaluate(commands)
     compare.add_compare(commands)
     show.add_attribute(commands)

@@ -30,6 +30,15 @@ EXAMPLES: dict[str, tuple[str, str]] = {
         "ddfast train-proxies --data photos --out proxies",
         "ddfast train-proxies --data cifar10:data --arch resnet18_in --count 4 --epochs 10 --out proxies --resume",
     ),
+    "train-prior": (
+        "ddfast train-prior --data photos --image-size 32 --epochs 100 --out prior",
+        "ddfast train-prior --data cifar10:data --epochs 50 --width 64 --out prior --resume",
+    ),
+    "train-estimator": (
+        "ddfast train-estimator --data photos --image-size 32 --epochs 50 --out estimator.safetensors",
+        "ddfast train-estimator --data cifar10:data --arch resnet18_small --epochs 200 --out estimator.safetensors "
+        "--resume",
+    ),
     "evaluate": (
         "ddfast evaluate --distilled run --data photos --arch convnet4",
         "ddfast evaluate --distilled run --data photos --arch resnet18 --teacher teacher.safetensors --seeds 5 "
@@ -62,6 +71,10 @@ _OF_METHOD = {
     "forgetting": ("--epochs 20", "--arch convnet3 --lr 0.05"),
     "dm": ("--iterations 2000", "--cmi 2000 --proxies proxies"),
     "sre2l": ("--iterations 500", "--cmi-ratio 0.2"),
+    "igds": (
+        "--prior prior --estimator estimator.safetensors",
+        "--prior prior --estimator estimator.safetensors --beta 0.5 --teacher teacher.safetensors",
+    ),
 }
 
 

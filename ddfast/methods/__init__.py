@@ -10,6 +10,7 @@ __all__ = ["Method", "get_method", "list_methods"]
 
 
 def _registry() -> dict[str, type[Method]]:
+    from ddfast.methods.diffusion.igds import IGDS
     from ddfast.methods.matching.dc import DC
     from ddfast.methods.matching.dm import DM
     from ddfast.methods.matching.dsa import DSA
@@ -24,7 +25,22 @@ def _registry() -> dict[str, type[Method]]:
     from ddfast.methods.selection.random import Random, RandomHard
     from ddfast.methods.selection.rded import RDED
 
-    listed = (InfoUtil, RDED, Random, Herding, KCenter, KMeans, Forgetting, DM, DC, DSA, IDC, IDM, SRe2L)
+    listed = (
+        InfoUtil,
+        RDED,
+        Random,
+        Herding,
+        KCenter,
+        KMeans,
+        Forgetting,
+        DM,
+        DC,
+        DSA,
+        IDC,
+        IDM,
+        SRe2L,
+        IGDS,
+    )
     return {method.name: method for method in (*listed, RandomHard)}
 
 

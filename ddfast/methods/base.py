@@ -106,6 +106,7 @@ class Method(ABC):
     # The stages that a run goes through, in order; `ddfast.pipeline.stages` knows them.
     stages: ClassVar[tuple[str, ...]]
     needs_teacher: ClassVar[bool] = True
+    protocol: ClassVar[str] = "rded"  # by which its authors evaluate
     # Whether `list_methods` names it; one that only serves a comparison is not named.
     listed: ClassVar[bool] = True
     # Whether a teacher is of use where one is given, though the method goes without as well.
@@ -150,6 +151,14 @@ class Method(ABC):
                 f"{argument('factor')} must be auto, 1 or 2 and divide the image size {image_size}, got {factor}"
             )
         return found
+
+    def own_image_size(self) -> int | None:
+        """The side in pixels that the method's images have where neither a setting nor a teacher says it; None: any.
+
+        Raises:
+            UsageError: what it is read from is not there.
+        """
+        return None
 
     def resolved(self, factor: int, ipc: int) -> Method:
         """This method with every `auto` option fixed for `factor` tiles per side and `ipc` images per class."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -37,7 +37,8 @@ class State:
         group: whose state it is.
         tensors: by name; "pixels" is among them, float32 [N, 3, H, W], the images of the group class by class.
         step: steps that are done.
-        curve: a row for every step that was noted, by the names of `CURVE`; what a row lacks was not measured.
+        curve: a row for every step that was noted, by the names of the method's `measures`; what a row lacks was not
+            measured.
     """
 
     group: Group
@@ -56,14 +57,17 @@ class Synthesis(Method):
 
     stages: ClassVar[tuple[str, ...]] = ("synthesize",)
     needs_teacher: ClassVar[bool] = False
-    protocol: ClassVar[str] = "dsa"  # by which its authors evaluate
+    protocol: ClassVar[str] = "dsa"
     space: ClassVar[str] = "normalized"  # of the pixels; "unit" where they lie in [0, 1]
     factor: int = 1  # tiles per side that a stored image decodes to
     pads: ClassVar[bool] = False  # whether images are padded where the factor does not divide their side
     factors: ClassVar[
         tuple[int, ...]
-    ] = ()  # those that a run may choose, the default first; empty: `factor` alone
-    draws_in_steps: ClassVar[bool] = True  # whether steps draw real images, which are then held in memory
+    ] = ()  # those that a run may choose, the default first; none: `factor` alone
+    draws_images: ClassVar[bool] = True  # whether steps draw real images, which are then decoded and held
+    judged: ClassVar[bool] = True  # whether the images of any step can train students
+    measures: ClassVar[Mapping[str, str]] = CURVE  # what a row of the curve may hold
+    lever: ClassVar[str] = "iterations"  # the option that makes a run shorter
 
     def check_ipc(self, ipc: int) -> None:
         """Refuse a number of images per class at which an option would do nothing.
@@ -142,3 +146,7 @@ class Synthesis(Method):
     def images(self, state: State) -> Tensor:
         """What students train on, float32 [N, 3, H, W]."""
         return state.pixels
+
+    def before(self, state: State, pool: ClassPool, context: Context) -> Tensor | None:
+        """What the report shows beside the images of a finished state, float32 [N, 3, H, W]: those of the start."""
+        return self.images(self.begin(state.group, pool, context))

@@ -40,7 +40,18 @@ CURVE = {
     "pixel_variance": "variance over the images of a class, mean over pixels and classes",
     "accuracy": "test accuracy of students trained on the images of this step, in percent",
 }
-"""Columns of curve.parquet behind `group` and `step`: what each one is."""
+"""Columns of curve.parquet behind `group` and `step`, of methods that optimise pixels: what each one is."""
+
+GUIDED = {
+    "loss": "less the information that is maximised, I(X; Y) + beta H(X | Y), in nats",
+    "information": "I(X; Y), its lower bound by the estimator's classifier, in nats",
+    "context": "H(X | Y), its lower bound by the estimator's projection, in nats",
+    "gradient_norm": "norm of the information's gradient in the samples",
+    "moved": "norm of what guidance adds over the norm of the whole step",
+    "unguided_information": "I(X; Y) of the same noise sampled without guidance",
+    "unguided_context": "H(X | Y) of the same noise sampled without guidance",
+}
+"""The same of methods that sample from a diffusion prior."""
 
 _AGAIN = "finish it with the same distill command and --resume"
 _KEYS = ("group", "step")
@@ -217,26 +228,29 @@ def _channels(values: Sequence[float], like: Tensor) -> Tensor:
 # Curve -------------------------------------------------------------------------------------------------------
 
 
-def curve_schema() -> pa.Schema:
-    """Columns of `curve.parquet`: group int32, step int64, then those of `CURVE`, float64, null where not measured."""
+def curve_schema(columns: Iterable[str] = CURVE) -> pa.Schema:
+    """Columns of `curve.parquet`: group int32, step int64, then the given ones, float64, null where not measured."""
     import pyarrow as pa
 
     return pa.schema(
         [
             pa.field("group", pa.int32(), nullable=False),
             pa.field("step", pa.int64(), nullable=False),
-            *(pa.field(name, pa.float64()) for name in CURVE),
+            *(pa.field(name, pa.float64()) for name in columns),
         ]
     )
 
 
-def write_curve(root: str | Path, rows: Iterable[Mapping[str, float | None]]) -> None:
+def write_curve(
+    root: str | Path, rows: Iterable[Mapping[str, float | None]], columns: Iterable[str] = CURVE
+) -> None:
     """Write `curve.parquet` atomically, sorted by group and step; equal rows in any order give equal bytes.
 
     Args:
         root: the output folder.
-        rows: "group", "step" and what was measured there, by the names of `CURVE`. What a row lacks, or what is
+        rows: "group", "step" and what was measured there, by the names of `columns`. What a row lacks, or what is
             None, NaN or infinite in it, becomes null.
+        columns: what a row may hold, `CURVE` or `GUIDED`.
 
     Raises:
         ValueError: a row without group or step, an unknown name, or two rows of one step.
@@ -246,27 +260,28 @@ def write_curve(root: str | Path, rows: Iterable[Mapping[str, float | None]]) ->
 
     from ddfast.output.table import write_table
 
-    ordered = sorted((dict(row) for row in rows), key=_place)
+    names = tuple(columns)
+    ordered = sorted((dict(row) for row in rows), key=lambda row: _place(row, names))
     for row, following in itertools.pairwise(ordered):
-        if _place(row) == _place(following):
+        if _place(row, names) == _place(following, names):
             raise ValueError(f"the curve has step {row['step']} of group {row['group']} twice")
-    schema = curve_schema()
-    columns: dict[str, list[Any]] = {"group": [], "step": [], **{name: [] for name in CURVE}}
+    schema = curve_schema(names)
+    found: dict[str, list[Any]] = {"group": [], "step": [], **{name: [] for name in names}}
     for row in ordered:
-        for key, place in zip(_KEYS, _place(row), strict=True):
-            columns[key].append(place)
-        for name in CURVE:
+        for key, place in zip(_KEYS, _place(row, names), strict=True):
+            found[key].append(place)
+        for name in names:
             value = row.get(name)
-            columns[name].append(None if value is None or not math.isfinite(value) else float(value))
-    arrays = [pa.array(columns[field.name], field.type) for field in schema]
+            found[name].append(None if value is None or not math.isfinite(value) else float(value))
+    arrays = [pa.array(found[field.name], field.type) for field in schema]
     write_table(Path(root) / CURVE_TABLE, pa.Table.from_arrays(arrays, schema=schema))
 
 
-def _place(row: Mapping[str, float | None]) -> tuple[int, int]:
+def _place(row: Mapping[str, float | None], columns: Sequence[str]) -> tuple[int, int]:
     """(group, step) of a row, whose names are checked."""
-    unknown = [name for name in row if name not in _KEYS and name not in CURVE]
+    unknown = [name for name in row if name not in _KEYS and name not in columns]
     if unknown:
-        raise ValueError(f"a row of the curve may hold group, step, {', '.join(CURVE)}; got {unknown[0]!r}")
+        raise ValueError(f"a row of the curve may hold group, step, {', '.join(columns)}; got {unknown[0]!r}")
     found = []
     for key in _KEYS:
         value = row.get(key)

@@ -30,6 +30,11 @@ def check_judged(run: Run, method: Synthesis) -> None:
     """
     if not run.plan.get("evaluate_every"):
         return
+    if not method.judged:
+        raise UsageError(
+            f"{argument('evaluate_every')} is nothing to {method.name}, whose images are whole only at the end: leave "
+            "it out, and use ddfast evaluate"
+        )
     classes = len(run.source.class_names)
     if len(method.groups(classes, run.plan["ipc"])) > 1:
         raise UsageError(

@@ -45,6 +45,7 @@ from ddfast.pipeline.teachers import (
     load_again,
     normalization_of,
     open_teachers,
+    with_one_teacher,
 )
 from ddfast.progress import say
 from ddfast.ranks import Ranks, join, usable_cores
@@ -339,6 +340,8 @@ def open_run(method: str, settings: Settings, options: Mapping[str, Any] | None 
         known.from_options(given, given_settings.preset).check(None)
         checked = given_settings.checked()
         checked.check_taken(method, known.offers())
+        if not known.requires_teacher():
+            checked = with_one_teacher(checked)
         device = rank_device(checked.device, ranks)
         if checked.loader != "auto":
             resolve_loader(checked.loader, device)
@@ -351,11 +354,13 @@ def open_run(method: str, settings: Settings, options: Mapping[str, Any] | None 
         return known, checked
 
     def plan_run() -> Run:
+        chosen = known.from_options(given, settings.preset)
         teacher, label_teacher = open_teachers(settings, source, known)
         size = settings.image_size
         if size is None:
-            size = teacher.image_size if teacher is not None else native_size(source)
-        chosen = known.from_options(given, settings.preset)
+            size = teacher.image_size if teacher is not None else chosen.own_image_size()
+        if size is None:
+            size = native_size(source)
         factor = chosen.tiles_per_side(str(settings.factor), size)
         chosen = chosen.resolved(factor, settings.ipc)
         chosen.check(size)

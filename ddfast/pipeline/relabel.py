@@ -38,12 +38,20 @@ _LABEL_PART_BYTES = 8 << 20  # of logits, which bounds a part where there are ma
 
 
 def relabel(run: Run) -> None:
-    """Label every tile by the label teacher, and count in the manifest what a run that chose crops holds."""
+    """Label every tile by the label teacher, and count in the manifest what the run holds.
+
+    Of a method that goes without teachers too, labels stay hard where none was given.
+    """
+    if run.label_teacher is None:
+        return
     started = time.monotonic()
     run.set_arithmetic()
     if not (run.out / SOFT_LABELS).exists():
         _write_labels(run)
-    run.ranks.on_main("counts", lambda: count(run))
+    if "score" in run.method.stages:
+        run.ranks.on_main("counts", lambda: count(run))
+    else:
+        run.ranks.on_main("counts", lambda: shutil.rmtree(run.out / _LABEL_PARTS, ignore_errors=True))
     clock(run, "relabel", started)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from ddfast.data.pool import DecodedPool
 from ddfast.errors import DivergedError
 from ddfast.files import make_folder
-from ddfast.methods.synthesis import CURVE, Group, State, Synthesis
+from ddfast.methods.synthesis import Group, State, Synthesis
 from ddfast.output.distilled import image_path, metadata_row, write_image, write_metadata
 from ddfast.output.mosaic import mosaic_labels
 from ddfast.output.pixels import to_bytes, write_before, write_curve, write_pixels
@@ -33,6 +33,7 @@ from ddfast.wording import argument, plural
 STATE = "state"
 _SAVE_SECONDS = 15.0  # between two saved states; what a kill costs at most, beside a step
 _COLUMN = "curve."  # opens the names of the curve's columns among a state's tensors
+_TOLD = {"pixel_variance", "accuracy", "unguided_context"}  # what makes a row worth telling the history of
 
 
 def synthesize(run: Run) -> None:
@@ -70,13 +71,13 @@ def _take_steps(run: Run, method: Synthesis, groups: Sequence[Group], judge: Jud
     if done == method.steps * len(groups) and None not in states.values():
         return
     unfinished = [group for group in groups if not _is_done(states[group.number], method)]
-    pool = _pool_of(run, unfinished, held=method.draws_in_steps)
+    pool = _pool_of(run, unfinished, held=method.draws_images)
     size, factor = run.plan["image_size"], run.plan["factor"]
     if size % factor:
         pool.say(
             f"{size} px are no multiple of {factor}: images are padded with grey before they are cut into tiles"
         )
-    total, outlook = method.steps * len(groups), run.outlook(f"fewer {argument('iterations')}")
+    total, outlook = method.steps * len(groups), run.outlook(f"fewer {argument(method.lever)}")
     with Progress("synthesize", total, "steps", done=done, quiet=run.quiet, outlook=outlook) as progress:
         for group in groups:
             state = states.pop(group.number)
@@ -116,14 +117,17 @@ def _finish(
 def _tell(run: Run, method: Synthesis, state: State) -> None:
     """Add a step to the run's history where more was measured of it than the loss, and the last."""
     row = state.curve[-1]
-    if run.history is not None and ({"pixel_variance", "accuracy"} & row.keys() or _is_done(state, method)):
+    if run.history is not None and (_TOLD & row.keys() or _is_done(state, method)):
         run.history.note(
-            "step", state.step, group=state.group.number, **{name: row.get(name) for name in CURVE}
+            "step", state.step, group=state.group.number, **{name: row.get(name) for name in method.measures}
         )
 
 
 def _note(loss: float, state: State) -> str:
     """What stands behind the rate and the time left."""
+    row = state.curve[-1] if state.curve else {}
+    if "context" in row:
+        return f"I(X;Y) {row['information']:.3g}, H(X|Y) {row['context']:.3g}"
     cmi = next((row["cmi"] for row in reversed(state.curve[-64:]) if "cmi" in row), None)
     return f"loss {loss:.4g}" + ("" if cmi is None else f", CMI {cmi:.3g}")
 
@@ -164,7 +168,7 @@ def _as_tensors(state: State) -> dict[str, Tensor]:
         f"{_COLUMN}{name}": torch.tensor(
             [row.get(name, float("nan")) for row in state.curve], dtype=torch.float64
         )
-        for name in ("step", *CURVE)
+        for name in dict.fromkeys(name for row in state.curve for name in row)
     }
     return {**state.tensors, **columns, "step": torch.tensor(state.step)}
 
@@ -200,7 +204,7 @@ def _write(run: Run, method: Synthesis, groups: Sequence[Group], judge: Judge | 
         rows += [{"group": float(group.number), **row} for row in state.curve]
     images, names = _class_by_class(torch.cat(pixels), labels)
     write_pixels(run.out, images, names, space=method.space, factor=run.plan["factor"])
-    write_curve(run.out, rows)
+    write_curve(run.out, rows, method.measures)
     _write_images(run, method, images, names)
     _write_before(run, method, groups)
     run.plan["counts"] = {"images": len(names), "sources": len(run.pool())}
@@ -244,13 +248,16 @@ def _numbered(labels: Tensor) -> Iterator[tuple[int, int, int]]:
 
 
 def _write_before(run: Run, method: Synthesis, groups: Sequence[Group]) -> None:
-    """`before.png`: the images that the shown classes began with, drawn again."""
+    """`before.png`: the images that the shown classes began with, drawn again, or what else stands beside them."""
     shown = set(mosaic_labels(len(run.source.class_names)))
     pictured = [group for group in groups if shown.intersection(group.classes)]
     pool = _pool_of(run, pictured, held=False)
     images, labels = [], []
     for group in pictured:
-        begun = method.images(method.begin(group, pool, run.context)).float().cpu()
+        found = method.before(_finished(run, group), pool, run.context)
+        if found is None:
+            return
+        begun = found.float().cpu()
         each = len(begun) // len(group.classes)
         for place, label in enumerate(group.classes):
             if label in shown:

@@ -55,6 +55,19 @@ def check_teachers(settings: Settings, method: type[Method]) -> None:
     normalization_of(settings)
 
 
+def with_one_teacher(settings: Settings) -> Settings:
+    """The settings of a method that goes without a teacher, where a label teacher given alone is the teacher too."""
+    if settings.teacher is not None or settings.label_teacher is None:
+        return settings
+    return dataclasses.replace(
+        settings,
+        teacher=settings.label_teacher,
+        label_teacher=None,
+        class_order=settings.class_order or settings.label_class_order,
+        label_class_order=None,
+    )
+
+
 def normalization_of(settings: Settings) -> Normalization:
     """(mean, std) of the pixels of a run without a teacher.
 

@@ -35,7 +35,13 @@ def facts(folder: Folder) -> list[Fact]:
     plan, chosen = folder.manifest, _options(folder)
     classes = len(folder.class_names)
     preset = f"preset {plan['preset']}" if plan.get("preset") else "default settings"
-    decoded = f"decoded to {folder.tiles} images each" if folder.factor > 1 else "stored as float32"
+    decoded = "stored as float32"
+    if folder.factor > 1:
+        decoded = (
+            f"{folder.tiles} samples in each"
+            if is_sampled(folder)
+            else f"decoded to {folder.tiles} images each"
+        )
     found = [
         Fact(
             "Method",
@@ -48,6 +54,7 @@ def facts(folder: Folder) -> list[Fact]:
     if chosen.get("iterations") is not None:
         start = {"real": "from real images", "noise": "from noise", "mix": "from mixed real images"}
         found.append(Fact("Iterations", _said(chosen["iterations"]), start.get(str(chosen.get("init")), "")))
+    found += _sampler(plan, chosen)
     if chosen.get("real_batch") is not None:
         found.append(Fact("Real batch", _said(chosen["real_batch"]), "images per class and iteration"))
     if chosen.get("cmi"):
@@ -63,6 +70,29 @@ def facts(folder: Folder) -> list[Fact]:
         )
     if plan.get("seed") is not None:
         found.append(Fact("Seed", str(plan["seed"])))
+    return found
+
+
+def is_sampled(folder: Folder) -> bool:
+    """Whether the images were sampled from a prior, not optimised from a start."""
+    return "prior" in (folder.manifest.get("inputs") or {})
+
+
+def _sampler(plan: Mapping[str, Any], chosen: Mapping[str, Any]) -> list[Fact]:
+    """What sampled the images, and what guided it."""
+    if chosen.get("steps") is None:
+        return []
+    held = plan.get("inputs") or {}
+    kind = str((held.get("prior") or {}).get("kind", "")).removesuffix("Pipeline")
+    found = [Fact("Steps", _said(chosen["steps"]), f"of the sampler, {kind}" if kind else "of the sampler")]
+    estimator = held.get("estimator") or {}
+    if estimator:
+        top1 = estimator.get("top1")
+        reached = f"linear top-1 {top1:.1f}%" if isinstance(top1, (int, float)) else ""
+        found.append(Fact("Estimator", str(estimator.get("arch")), reached))
+    if chosen.get("eta") is not None:
+        beta = "by IPC" if chosen.get("beta") is None else f"{chosen['beta']:g}"
+        found.append(Fact("Guidance η", f"{chosen['eta']:g}", f"by {chosen.get('eta_schedule')}, β {beta}"))
     return found
 
 
@@ -130,10 +160,17 @@ def pairs_note(folder: Folder, shown: Sequence[ClassPair]) -> str:
         "mix": "Mixed real images are where it began.",
     }
     said = []
-    if any(pair.before for pair in shown):
+    if is_sampled(folder):
+        if any(pair.before for pair in shown):
+            said.append(
+                "Of each class come the samples without guidance, then those of the same noise with it."
+            )
+        if folder.factor > 1:
+            said.append(f"Every image is composed of {folder.tiles} samples at half their size.")
+    elif any(pair.before for pair in shown):
         said.append(start.get(str(_options(folder).get("init")), ""))
         said.append("Of each class come the images before, then the same ones after.")
-    if folder.factor > 1:
+    if folder.factor > 1 and not is_sampled(folder):
         said.append(f"Every image is stored as {folder.tiles} tiles; students see each as a whole image.")
     left_out = []
     if len(shown) < len(folder.class_names):
@@ -177,8 +214,27 @@ def figures(folder: Folder) -> list[Figure]:
     def column(name: str) -> Callable[[dict[str, float]], float | None]:
         return lambda row: row.get(name)
 
+    sampled = is_sampled(folder)
     wanted: list[tuple[str, list[Line | None], str, bool]] = [
-        ("Loss", [line("loss", column("loss"))], "", False),
+        ("Loss", [] if sampled else [line("loss", column("loss"))], "", False),
+        (
+            "I(X; Y), nats",
+            [line("guided", column("information")), line("unguided", column("unguided_information"))],
+            "Prototype information: how plain the classes are to the estimator, a bound from below.",
+            False,
+        ),
+        (
+            "H(X | Y), nats",
+            [line("guided", column("context")), line("unguided", column("unguided_context"))],
+            "Contextual information: how far the samples of a class differ, a bound from below.",
+            False,
+        ),
+        (
+            "What guidance moves",
+            [line("share", column("moved"), 100)],
+            "Its length over that of the sampler's whole step.",
+            True,
+        ),
         (
             "CMI, nats",
             [line("CMI", column("cmi"))],
@@ -186,8 +242,11 @@ def figures(folder: Folder) -> list[Figure]:
             False,
         ),
         (
-            "Gradient in the pixels",
-            [line("of the loss", column("gradient_norm")), line("of λ · CMI", column("cmi_gradient_norm"))],
+            "Gradient in the samples" if sampled else "Gradient in the pixels",
+            [
+                line("of the information" if sampled else "of the loss", column("gradient_norm")),
+                line("of λ · CMI", column("cmi_gradient_norm")),
+            ],
             "Euclidean norms.",
             False,
         ),
@@ -356,18 +415,29 @@ _FILES = {
 
 def files(folder: Folder) -> list[tuple[str, str]]:
     """(name, what it is) of the files that are there; the mosaic is about to be."""
+    names = {**_FILES, BEFORE: "the same noise without guidance"} if is_sampled(folder) else _FILES
     return [
         (name + "/" if (folder.root / name).is_dir() else name, said)
-        for name, said in _FILES.items()
+        for name, said in names.items()
         if name == "mosaic.png" or (folder.root / name).exists()
     ]
 
 
 def _students_of(folder: Folder) -> str:
-    """Arguments of an evaluation that suits the set: hard labels, or a teacher's."""
-    if folder.soft_labels is None:
-        return "--arch convnet3_in --protocol dsa"
-    return f"--arch {folder.manifest['teacher']['arch']} --protocol sre2l"
+    """Arguments of an evaluation that suits the set: by its method's own protocol, or by RDED's where it has labels."""
+    from ddfast.methods import get_method
+
+    hard = folder.soft_labels is None
+    teacher = folder.manifest.get("teacher")
+    arch = "convnet3_in" if teacher is None else teacher["arch"]
+    return f"--arch {arch} --protocol {get_method(folder.manifest['method']).protocol if hard else 'rded'}"
+
+
+def headings(folder: Folder, any_before: bool) -> tuple[str, str, str]:
+    """The title above the images, and what stands above those before and those after."""
+    if is_sampled(folder):
+        return "Unguided and guided" if any_before else "The distilled images", "unguided", "guided"
+    return "Before and after" if any_before else "The distilled images", "before", "after"
 
 
 def ways_to_open(folder: Folder, pixels: Pixels) -> list[tuple[str, str]]:

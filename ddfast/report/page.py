@@ -98,6 +98,7 @@ def _write_made(folder: Folder, pixels: Pixels, title: str | None) -> Path:
     """The report of images that were made, not chosen."""
     shown = made.pairs(folder)
     any_before = any(pair.before for pair in shown)
+    heading, before, after = made.headings(folder, any_before)
     quarantined = (folder.manifest.get("quarantined") or {}).get("files", [])
     page = render(
         "made.html",
@@ -108,6 +109,9 @@ def _write_made(folder: Folder, pixels: Pixels, title: str | None) -> Path:
         student_columns=students.COLUMNS,
         pairs=shown,
         any_before=any_before,
+        pairs_heading=heading,
+        before_word=before,
+        after_word=after,
         images=max((len(pair.after) for pair in shown), default=1),
         pairs_note=made.pairs_note(folder, shown),
         figures=made.figures(folder),

@@ -1,8 +1,10 @@
 """Training of teachers, and evaluation of distilled sets by the students trained on them."""
 
 from ddfast.training.distilled_images import DistilledImages
+from ddfast.training.estimator import EstimatorConfig, train_estimator
 from ddfast.training.evaluation import EvaluationResult, evaluate
 from ddfast.training.image_sets import ImageSet, read_test_set, read_training_set
+from ddfast.training.prior import PriorConfig, train_prior
 from ddfast.training.protocol import PROTOCOLS, Protocol
 from ddfast.training.proxies import Proxies, load_proxies, proxies_identity, train_proxies
 from ddfast.training.student import StudentResult, train_student
@@ -12,8 +14,10 @@ from ddfast.training.teacher_config import TeacherConfig
 __all__ = [
     "PROTOCOLS",
     "DistilledImages",
+    "EstimatorConfig",
     "EvaluationResult",
     "ImageSet",
+    "PriorConfig",
     "Protocol",
     "Proxies",
     "StudentResult",
@@ -24,6 +28,8 @@ __all__ = [
     "proxies_identity",
     "read_test_set",
     "read_training_set",
+    "train_estimator",
+    "train_prior",
     "train_proxies",
     "train_student",
     "train_teacher",

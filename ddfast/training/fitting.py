@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -58,8 +58,8 @@ class Fitting:
 
     def epoch(
         self,
-        batches: Iterable[tuple[Tensor, Targets]],
-        loss: Callable[[Tensor, Targets], Tensor],
+        batches: Iterable[tuple[Tensor | tuple[Any, ...], Targets]],
+        loss: Callable[[Any, Targets], Tensor],
         *,
         rate: Callable[[int], float],
         note: Callable[[Tensor, Targets], object] | None = None,
@@ -67,8 +67,8 @@ class Fitting:
         """One pass over `batches` in train mode, a step each.
 
         Args:
-            batches: normalised images [B, 3, S, S] on the device, and whatever `loss` compares their logits with. They
-                are drawn one by one, each right before its step.
+            batches: normalised images [B, 3, S, S] on the device, or a tuple of them and what else the network takes,
+                and whatever `loss` compares their logits with. They are drawn one by one, each right before its step.
             loss: logits [B, C], and what came with their images, to a scalar.
             rate: learning rate of the step of that number, from 0.
             note: is told the logits of each batch, before its step.
@@ -81,8 +81,9 @@ class Fitting:
         for step, (inputs, targets) in enumerate(batches):
             for group in self.optimizer.param_groups:
                 group["lr"] = rate(step)
+            images, *others = inputs if isinstance(inputs, tuple) else (inputs,)
             with autocast(self.precision, self.device):
-                logits = self.network(inputs.contiguous(memory_format=self._layout))
+                logits = self.network(images.contiguous(memory_format=self._layout), *others)
             if note is not None:
                 note(logits.detach(), targets)
             step_loss = loss(logits, targets)

@@ -20,9 +20,9 @@ from ddfast.arguments import one_of, path_of, positive_number, whole_number
 from ddfast.data.pool import ClassPool
 from ddfast.errors import DivergedError, UsageError
 from ddfast.methods.base import Context
-from ddfast.methods.matching.base import _all_drawn, _lower, _normalised, _short_of
 from ddfast.methods.matching.batch_norm import StatisticsNetwork, has_statistics
 from ddfast.methods.matching.cmi import Regulariser
+from ddfast.methods.matching.real import all_drawn, lower, normalised, short_of
 from ddfast.methods.synthesis import Group, State, Synthesis
 from ddfast.models.frozen import frozen
 from ddfast.models.registry import check_model
@@ -165,7 +165,7 @@ class SRe2L(Synthesis):
     Options = SRe2LOptions
     stages = ("synthesize", "relabel")
     needs_teacher = True
-    draws_in_steps = False
+    draws_images = False
     protocol = "rded"
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "cifar10": {},  # their code has no CIFAR-10; with 10 classes a batch has 10 images of each
@@ -231,10 +231,10 @@ class SRe2L(Synthesis):
     def check_pool(self, counts: Tensor, class_names: Sequence[str], ipc: int) -> None:
         """Refuse a class that has fewer images than the start takes."""
         needed = self.drawn_at_once(ipc)
-        if few := _short_of(needed, counts, class_names):
+        if few := short_of(needed, counts, class_names):
             raise UsageError(
                 f"{setting('init', 'real')} begins with {plural(needed, 'different image')} of a class, but {few}: "
-                + _lower("ipc", int(counts.min()), f"take {setting('init', 'noise')}")
+                + lower("ipc", int(counts.min()), f"take {setting('init', 'noise')}")
             )
 
     def drawn_at_once(self, ipc: int) -> int:
@@ -321,8 +321,8 @@ class SRe2L(Synthesis):
         """[each, 3, S, S], float32, on the CPU. An image's draws do not depend on the batch that it is in."""
         size, last = context.image_size, group.first + group.each
         if self.options.init == "real":
-            drawn = _all_drawn(pool, label, last, generator(context.seed, "init", label), context, "ipc")
-            return _normalised(drawn[group.first :], context, torch.float32).cpu()
+            drawn = all_drawn(pool, label, last, generator(context.seed, "init", label), context, "ipc")
+            return normalised(drawn[group.first :], context, torch.float32).cpu()
         draws = (generator(context.seed, "init", label, number) for number in range(group.first, last))
         return torch.stack([torch.randn(3, size, size, generator=each) for each in draws])
 

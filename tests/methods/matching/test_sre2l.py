@@ -516,4 +516,4 @@ def test_small_batches_are_told_of(classes, ipc, batch, said):
 def test_steps_draw_no_real_images(pool):
     distilled(sre2l(), pool, context_with(trained(width=8)), steps=2)
     assert pool.drawn == []
-    assert not SRe2L.draws_in_steps
+    assert not SRe2L.draws_images

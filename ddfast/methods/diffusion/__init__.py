@@ -1,0 +1,1 @@
+"""Methods that sample images from a diffusion model."""

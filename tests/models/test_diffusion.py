@@ -1,0 +1,245 @@
+"""Priors as diffusers saves them, in pixels and in latents, and what is said of those that cannot serve."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from ddfast.errors import UsageError
+from ddfast.models.diffusion import (
+    find_prior,
+    load_prior,
+    new_denoiser,
+    new_schedule,
+    prior_identity,
+    sample,
+    save_prior,
+)
+from ddfast.seeding import generator, seeded
+from tests.methods.diffusion.conftest import save_pipeline, unet
+
+
+def vae(kind, **settings):
+    import diffusers
+
+    return getattr(diffusers, kind)(
+        **{
+            "block_out_channels": (8, 8),
+            "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "up_block_types": ("UpDecoderBlock2D",) * 2,
+            "latent_channels": 4,
+            "norm_num_groups": 4,
+            "layers_per_block": 1,
+            **settings,
+        }
+    )
+
+
+def save_ldm(folder):
+    from diffusers import DDIMScheduler, LDMPipeline
+
+    with seeded("ldm"):
+        network = unet(sample_size=8, in_channels=4, out_channels=4)
+        decoder = vae("VQModel", num_vq_embeddings=16, vq_embed_dim=4)
+        LDMPipeline(decoder, network, DDIMScheduler(clip_sample=False)).save_pretrained(folder)
+    return folder
+
+
+def save_dit(folder):
+    from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    with seeded("dit"):
+        network = DiTTransformer2DModel(
+            num_attention_heads=2,
+            attention_head_dim=8,
+            in_channels=4,
+            out_channels=8,
+            num_layers=1,
+            sample_size=8,
+            patch_size=2,
+            num_embeds_ada_norm=3,
+        )
+        DiTPipeline(network, vae("AutoencoderKL"), DDIMScheduler(clip_sample=False)).save_pretrained(folder)
+    # As the published ones have it.
+    index = json.loads((folder / "model_index.json").read_text())
+    index["id2label"] = {"0": "across", "1": "down, descending", "2": "rising"}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("priors")
+    return {
+        "DDPMPipeline": save_pipeline(root / "ddpm"),
+        "LDMPipeline": save_ldm(root / "ldm"),
+        "DiTPipeline": save_dit(root / "dit"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "classes"),
+    [("DDPMPipeline", (3, 16, 16), 3), ("LDMPipeline", (4, 8, 8), 3), ("DiTPipeline", (4, 8, 8), 3)],
+)
+def test_every_kind_of_pipeline_samples(folders, kind, shape, classes):
+    prior = load_prior(folders[kind])
+    assert (prior.shape, prior.classes, prior.image_size) == (shape, classes, 16)
+    assert not any(value.requires_grad for value in prior.denoiser.parameters())
+    labels = torch.tensor(prior.labels_of(["across", "down", "rising"]))
+    images = sample(prior, labels, [generator("draw", number) for number in range(3)], 3)
+    assert images.shape == (3, 3, 16, 16)
+    assert bool(images.isfinite().all())
+    assert images.std() > 0
+    assert prior_identity(folders[kind])["kind"] == kind
+
+
+def test_samples_of_pixels_are_those_of_the_pipeline(folders):
+    """Without classes and with the same draws, diffusers' own pipeline makes the same images."""
+    from diffusers import DDPMPipeline, DDPMScheduler
+
+    folder = folders["DDPMPipeline"].parent / "plain"
+    save_pipeline(folder, num_class_embeds=None, scheduler=DDPMScheduler(timestep_spacing="linspace"))
+    pipeline = DDPMPipeline.from_pretrained(folder)
+    draws = torch.Generator().manual_seed(3)
+    wanted = pipeline(batch_size=1, generator=draws, num_inference_steps=5, output_type="pt").images
+    prior = load_prior(folder)
+    found = sample(prior, None, [torch.Generator().manual_seed(3)], 5)
+    torch.testing.assert_close((found + 1) / 2, wanted)
+
+
+def test_decoding_latents_is_differentiable_and_scaled(folders):
+    prior = load_prior(folders["DiTPipeline"])
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    images = prior.decode(latents)
+    wanted = prior.vae.decode(latents / prior.vae.config.scaling_factor).sample
+    torch.testing.assert_close(images, wanted)
+    assert torch.autograd.grad(images.square().sum(), latents)[0].abs().max() > 0
+
+
+def test_names_of_classes_lead_to_labels(folders):
+    prior = load_prior(folders["DiTPipeline"])
+    assert prior.labels_of(["rising", "descending"]) == [2, 1]
+    with pytest.raises(UsageError, match="does not know the class cat: it knows across"):
+        prior.labels_of(["rising", "cat"])
+    unnamed = load_prior(folders["DDPMPipeline"])
+    assert unnamed.labels_of(["a", "b", "c"]) == [0, 1, 2]
+    with pytest.raises(UsageError, match="knows 3 classes, the run has 2"):
+        unnamed.labels_of(["a", "b"])
+
+
+def test_a_grey_prior_makes_rgb_images(tmp_path):
+    prior = load_prior(save_pipeline(tmp_path / "grey", in_channels=1, out_channels=1))
+    images = sample(prior, torch.zeros(2, dtype=torch.int64), [generator(0), generator(1)], 2)
+    assert images.shape == (2, 3, 16, 16)
+    assert torch.equal(images[:, 0], images[:, 2])
+
+
+def test_a_network_alone_gets_the_noise_of_ddpm(tmp_path):
+    with seeded("alone"):
+        unet().save_pretrained(tmp_path / "unet")
+    prior = load_prior(tmp_path / "unet")
+    assert (prior.schedule["beta_start"], prior.schedule["beta_end"]) == (1e-4, 0.02)
+    assert prior.scheduler(250).timesteps[[0, -1]].tolist() == [999, 0]
+    assert len(prior.scheduler(250).timesteps) == 250
+
+
+def test_our_network_is_saved_and_opened(tmp_path):
+    with seeded("ours"):
+        network = new_denoiser(16, 3, 8)
+    save_prior(tmp_path / "ours", network, new_schedule())
+    prior = load_prior(tmp_path / "ours")
+    for name, value in network.state_dict().items():
+        assert torch.equal(prior.denoiser.state_dict()[name], value)
+    large = new_denoiser(32, 10, 32)
+    assert 0.7e6 < sum(value.numel() for value in large.parameters()) < 2.5e6
+    for size, width, message in ((32, 12, "width must be a multiple of 8"), (50, 8, "cannot be halved down")):
+        with pytest.raises(UsageError, match=message):
+            new_denoiser(size, 3, width)
+    assert new_denoiser(28, 3, 8).config.sample_size == 28
+
+
+def test_the_identity_follows_the_files(folders, tmp_path):
+    first = prior_identity(folders["DDPMPipeline"])
+    moved = tmp_path / "moved"
+    shutil.copytree(folders["DDPMPipeline"], moved)
+    assert prior_identity(moved) == first
+    (moved / "prior.json").write_text(json.dumps({"class_names": ["a", "b", "c"]}))
+    assert prior_identity(moved) != first
+
+
+def broken(folder, tmp_path, change):
+    copy = tmp_path / "broken"
+    shutil.copytree(folder, copy)
+    change(copy)
+    with pytest.raises(UsageError) as caught:
+        load_prior(copy)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_latent_prior_without_its_vae_is_refused(folders, tmp_path):
+    said = broken(folders["DiTPipeline"], tmp_path, lambda folder: shutil.rmtree(folder / "vae"))
+    assert "is a DiTPipeline, one of latents, and lacks its VAE (vae/)" in said
+    with pytest.raises(UsageError, match="latents without its VAE"):
+        load_prior(folders["DiTPipeline"] / "transformer")
+    with pytest.raises(UsageError, match="has 4 channels, which are no pixels, and no VAE"):
+        load_prior(folders["LDMPipeline"] / "unet")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "model_index.json").write_text("{"), "cannot be read"),
+        (
+            lambda folder: (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}'),
+            "is a FluxPipeline",
+        ),
+        (lambda folder: shutil.rmtree(folder / "unet"), r"lacks its network \(unet/\)"),
+        (lambda folder: (folder / "model_index.json").unlink(), "holds no model_index.json of diffusers"),
+        (
+            lambda folder: (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"short"),
+            "cannot be read",
+        ),
+    ],
+)
+def test_a_damaged_prior_is_refused(folders, tmp_path, change, message):
+    import re
+
+    assert re.search(message, broken(folders["DDPMPipeline"], tmp_path, change))
+
+
+def test_a_prior_of_nan_is_refused(folders, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    def spoil(folder):
+        path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(path)
+        tensors["conv_in.weight"][0] = torch.nan
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    assert "holds NaN or infinity in conv_in.weight" in broken(folders["DDPMPipeline"], tmp_path, spoil)
+
+
+def test_a_name_that_cannot_be_fetched_is_one_line(monkeypatch, tmp_path):
+    import diffusers
+
+    def offline(name, **_):
+        raise OSError(f"cannot reach the hub\nfor {name}")
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "download", offline)
+    with pytest.raises(
+        UsageError, match=r"the prior some/model is no folder, and cannot be fetched"
+    ) as caught:
+        find_prior("some/model")
+    assert "\n" not in str(caught.value)
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "download", lambda name, **_: str(tmp_path))
+    assert find_prior("some/model") == tmp_path
+
+
+def test_without_diffusers_a_line_says_what_to_install(monkeypatch):
+    from ddfast.models import diffusion
+
+    monkeypatch.setattr(diffusion.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"pip install 'ddfast\[diffusion\]'"):
+        load_prior("anything")
