@@ -37,6 +37,8 @@ CURVE = {
     "cmi": "conditional mutual information of the proxy's features, in nats",
     "gradient_norm": "norm of the loss's gradient in the pixels",
     "cmi_gradient_norm": "norm of the gradient of lambda times CMI in the pixels",
+    "cfc": "category-wise feature contrastive loss, summed over classes",
+    "cfc_gradient_norm": "norm of the gradient of its weight times CFC in the pixels",
     "pixel_variance": "variance over the images of a class, mean over pixels and classes",
     "accuracy": "test accuracy of students trained on the images of this step, in percent",
 }
