@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar
@@ -18,14 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddfast.arguments import one_of, positive_number, whole_number
+from ddfast.data.pool import ClassPool
 from ddfast.errors import UsageError
 from ddfast.methods.base import Context
+from ddfast.methods.matching.chooser import trained_on_real
 from ddfast.methods.matching.idc import IDC, IDCOptions
 from ddfast.methods.matching.objectives import MICRO_BATCH
 from ddfast.methods.matching.options import begins_with, number_or_auto, weighs_contrast
 from ddfast.models.maps import activation_maps, map_gradients
 from ddfast.ops import crop_resize
 from ddfast.ops.transfer import to_device
+from ddfast.output.pixels import Regions
 from ddfast.seeding import generator, seeded
 from ddfast.settings import option
 from ddfast.wording import argument
@@ -96,6 +99,12 @@ class UDDOptions(IDCOptions):
         stage="synthesize",
     )
     jitters: int = option(2, "noisy copies of an image in a search", stage="synthesize")
+    chooser_steps: int = option(
+        1000,
+        "steps on real images of the network that chooses, at the end, the regions that students see; a teacher or "
+        "proxies that are given choose in its place",
+        stage="synthesize",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,7 +112,8 @@ class UDDOptions(IDCOptions):
         one_of(self.jitter, "jitter", JITTERS)
         self._set("sizes", sizes_of(self.sizes, "sizes"))
         self._set("lowest", number_or_auto(self.lowest, "lowest"))
-        self._set("jitters", whole_number(self.jitters, "jitters", least=1))
+        for name in ("jitters", "chooser_steps"):
+            self._set(name, whole_number(getattr(self, name), name, least=1))
         self._set("jitter_size", positive_number(self.jitter_size, "jitter_size"))
         if self.jitter == "salt_pepper" and self.jitter_size > 1:
             raise UsageError(
@@ -127,6 +137,7 @@ class UDD(IDC):
     name = "udd"
     summary = "gradient matching of images and their underutilised regions, enlarged (UDD, 2024)"
     Options: ClassVar[type] = UDDOptions
+    uses_teacher: ClassVar[bool] = True
     factor = 1
     factors: ClassVar[tuple[int, ...]] = (1,)  # regions take the place of IDC's tiles
     presets: ClassVar[dict[str, dict[str, Any]]] = {
@@ -176,6 +187,25 @@ class UDD(IDC):
             images + torch.randperm(len(made) - images, generator=draws),
         ]
         return made[to_device(torch.cat(order)[:most], made.device)]
+
+    @torch.no_grad()
+    def regions(self, images: Tensor, pool: Callable[[], ClassPool], context: Context) -> tuple[Regions, str]:
+        """The regions that students see (UD-6): chosen once, by a network that was trained on real images."""
+        self.open(context)
+        if context.teacher is not None:
+            network, said = (
+                context.teacher.model.to(context.device).eval(),
+                f"the teacher, a {context.teacher.arch}",
+            )
+        elif self._regulariser is not None:
+            network, said = self._regulariser.proxies[0], "the first of the proxies"
+        else:
+            network, said = trained_on_real(self.options.arch, self.options.chooser_steps, pool(), context)
+        windows, classes = corner_windows(context.image_size, self.options.sizes), range(context.classes)
+        decoded = self.decoded(to_device(images, context.device), context)
+        with seeded(context.seed, "search", self.steps, device=context.device):
+            chosen = self.searched(network, decoded, windows, self.steps, classes, context)
+        return Regions(windows, chosen.cpu()), f"{said}; policy {self.options.policy}"
 
     def searched(
         self,
