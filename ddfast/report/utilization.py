@@ -35,7 +35,8 @@ from ddfast.models.registry import check_model
 from ddfast.models.teacher import Teacher, load_teacher
 from ddfast.output.distilled import DistilledSet
 from ddfast.output.pixels import to_bytes
-from ddfast.report.pictures import heatmap_picture, paired_mosaic_picture, png_bytes
+from ddfast.report.colours import diverging
+from ddfast.report.pictures import paired_mosaic_picture, png_bytes
 from ddfast.report.regions import regions_picture
 from ddfast.training.augmentation import normalize
 from ddfast.training.device import resolve_device
@@ -260,7 +261,7 @@ def _regions(opened: DistilledSet, maps: Tensor) -> tuple[Tensor, Tensor]:
 def _picture(
     opened: DistilledSet, images: Tensor, maps: Tensor, windows: Tensor, lowest: Tensor
 ) -> Image.Image:
-    """Some images of each class, their maps over them, and their regions."""
+    """Some images of each class, their maps from white at 0 to orange at the set's largest, and their regions."""
     seen: dict[int, list[int]] = {}
     for place, label in enumerate(opened.targets):
         seen.setdefault(label, []).append(place)
@@ -271,7 +272,7 @@ def _picture(
     def drawn(draw: Callable[[int], Image.Image]) -> list[Tensor]:
         return [torch.from_numpy(np.asarray(draw(place)).copy()).permute(2, 0, 1) for place in places]
 
-    heat = drawn(lambda place: heatmap_picture(images[place], maps[place].numpy(), side=_CELL, limit=limit))
+    heat = drawn(lambda place: Image.fromarray(diverging(maps[place].numpy() / limit)))
     boxed = drawn(lambda place: regions_picture(images[place], windows[lowest[place]], side=_CELL))
     regions = (
         "regions that students see" if opened.pixels and opened.pixels.regions else "least active regions"
