@@ -29,7 +29,7 @@ def regions_picture(image: Any, boxes: Any, *, side: int = 128) -> Image.Image:
     draw = ImageDraw.Draw(layer)
     found = sorted({tuple(float(edge) for edge in box) for box in boxes}, key=lambda box: box[2] - box[0])
     sizes = sorted({x1 - x0 for x0, _, x1, _ in found})
-    line = max(2, side * _OVERSAMPLING // 64)
+    line = max(2, side * _OVERSAMPLING // 48)
     for x0, y0, x1, y1 in reversed(found):
         place = sizes.index(x1 - x0)
         inset = place * (line + 2)
