@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddfast.commands import compare, diffusion, distill, show, train
+from ddfast.commands import compare, diffusion, distill, show, train, utilization
 from ddfast.commands.config import with_config, write_config, writes_config
 from ddfast.commands.examples import epilog, examples
 from ddfast.commands.parser import Parser, check_flags, commands_of, one_line
@@ -106,7 +106,7 @@ def _after_interruption(arguments: argparse.Namespace) -> str:
         return "the sets that were made stay, and the students would be trained anew"
     if command == "export" and arguments.to == "webdataset":
         return "the shards that are there are whole: delete them before it is run again"
-    return "nothing has been written" if command in ("attribute", "export") else "run it again"
+    return "nothing has been written" if command in ("attribute", "export", "utilization") else "run it again"
 
 
 def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
@@ -128,6 +128,7 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     show.add_attribute(commands)
     show.add_report(commands)
     show.add_export(commands)
+    utilization.add_utilization(commands)
     show.add_env(commands)
     for name, command in [("", parser), *commands_of(parser).items()]:
         command.epilog = command.epilog or epilog(examples(name))

@@ -368,6 +368,7 @@ def combined(students: Sequence[Mapping[str, Any]], arm: str) -> dict[str, Any]:
         steps=first.get("steps", 0),
         recipe=first.get("recipe", ""),
         digests=first.get("digests", {}),
+        regions=first.get("regions", "none"),
     )
     commits = list(dict.fromkeys(commit for student in students for commit in student["commits"]))
     last_only = any(student.get("last_only", False) for student in students)

@@ -57,6 +57,10 @@ EXAMPLES: dict[str, tuple[str, str]] = {
         "ddfast export run --out shards/train-{000000..}.tar",
         "ddfast export run --to huggingface --out hub",
     ),
+    "utilization": (
+        "ddfast utilization run --arch convnet3_in",
+        "ddfast utilization run --teacher teacher.safetensors --out used.png",
+    ),
     "env": ("ddfast env", "python -m ddfast env"),
 }
 
@@ -69,6 +73,7 @@ _OF_METHOD = {
     "k_center": ("--images-per-class all", "--unit-length"),
     "k_means": ("--restarts 3", "--unit-length --images-per-class all"),
     "forgetting": ("--epochs 20", "--arch convnet3 --lr 0.05"),
+    "udd": ("--iterations 20", "--policy vote --cfc 0"),
     "dm": ("--iterations 2000", "--cmi 2000 --proxies proxies"),
     "sre2l": ("--iterations 500", "--cmi-ratio 0.2"),
     "igds": (

@@ -277,6 +277,12 @@ def add_evaluate(commands: Any) -> None:
         help="train on the 8-bit images of a set that has pixels in float32: what rounding costs",
     )
     parser.add_argument(
+        "--regions",
+        choices=("none", "chosen", "all"),
+        default="chosen",
+        help="of a set whose images have regions (udd), those that students see beside each, enlarged",
+    )
+    parser.add_argument(
         "--json",
         default=None,
         metavar="FILE",
@@ -289,6 +295,11 @@ def add_evaluate(commands: Any) -> None:
     add_device(parser)
     add_config(parser)
     parser.set_defaults(parser=parser, run=_evaluate)
+
+
+def _beside(regions: str) -> str:
+    """What students saw beside each image, in words."""
+    return {"none": "", "chosen": " and their chosen regions", "all": " and all of their regions"}[regions]
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -328,11 +339,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         workers=arguments.workers,
         quiet=arguments.quiet,
         rounded=arguments.rounded,
+        regions=arguments.regions,
         log_dir=arguments.log_dir,
         wandb=arguments.wandb,
     )
     print(
-        f"images {result.images}; labels {result.labels}, {plural(result.epochs, 'epoch')} "
+        f"images {result.images}{_beside(result.regions)}; labels {result.labels}, {plural(result.epochs, 'epoch')} "
         f"of batch {result.batch_size}, {plural(len(result.seeds), 'seed')}"
     )
     print(f"top5 {result.top5_mean:.2f}, best tested epoch {result.best_mean:.2f} ± {result.best_std:.2f}")

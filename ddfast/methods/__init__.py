@@ -17,6 +17,7 @@ def _registry() -> dict[str, type[Method]]:
     from ddfast.methods.matching.idc import IDC
     from ddfast.methods.matching.idm import IDM
     from ddfast.methods.matching.sre2l import SRe2L
+    from ddfast.methods.matching.udd import UDD
     from ddfast.methods.selection.forgetting import Forgetting
     from ddfast.methods.selection.herding import Herding
     from ddfast.methods.selection.infoutil import InfoUtil
@@ -25,22 +26,8 @@ def _registry() -> dict[str, type[Method]]:
     from ddfast.methods.selection.random import Random, RandomHard
     from ddfast.methods.selection.rded import RDED
 
-    listed = (
-        InfoUtil,
-        RDED,
-        Random,
-        Herding,
-        KCenter,
-        KMeans,
-        Forgetting,
-        DM,
-        DC,
-        DSA,
-        IDC,
-        IDM,
-        SRe2L,
-        IGDS,
-    )
+    matching = (DM, DC, DSA, IDC, IDM, UDD, SRe2L)
+    listed = (InfoUtil, RDED, Random, Herding, KCenter, KMeans, Forgetting, *matching, IGDS)
     return {method.name: method for method in (*listed, RandomHard)}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -13,6 +13,7 @@ from ddfast.data.pool import ClassPool
 from ddfast.errors import UsageError
 from ddfast.methods.base import Context, Method
 from ddfast.output.pixels import CURVE as CURVE  # the names of a state's curve
+from ddfast.output.pixels import Regions
 from ddfast.wording import argument
 
 
@@ -150,3 +151,15 @@ class Synthesis(Method):
     def before(self, state: State, pool: ClassPool, context: Context) -> Tensor | None:
         """What the report shows beside the images of a finished state, float32 [N, 3, H, W]: those of the start."""
         return self.images(self.begin(state.group, pool, context))
+
+    def regions(
+        self, images: Tensor, pool: Callable[[], ClassPool], context: Context
+    ) -> tuple[Regions, str] | None:
+        """The regions of the finished images that students see beside them, and what chose them; None for none.
+
+        Args:
+            images: float32 [N, 3, H, W] in the method's space, of all classes, class by class.
+            pool: opens the real images of all classes.
+            context: of the run.
+        """
+        return None

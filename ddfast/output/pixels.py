@@ -1,6 +1,7 @@
 """What a method that makes pixels leaves beside the PNGs: what students train on, how it went, how it began.
 
-pixels.safetensors    images float32 [N, 3, H, W] and labels int64 [N], before any rounding to 8 bits
+pixels.safetensors    images float32 [N, 3, H, W] and labels int64 [N], before any rounding to 8 bits; where students
+                      see regions of the images as well, windows int64 [K, 4] and regions int64 [N, P]
 curve.parquet         a row for every step that was noted, by group and step
 before.png            the images of the start, laid out as mosaic.png
 """
@@ -37,6 +38,8 @@ CURVE = {
     "cmi": "conditional mutual information of the proxy's features, in nats",
     "gradient_norm": "norm of the loss's gradient in the pixels",
     "cmi_gradient_norm": "norm of the gradient of lambda times CMI in the pixels",
+    "cfc": "category-wise feature contrastive loss, summed over classes",
+    "cfc_gradient_norm": "norm of the gradient of its weight times CFC in the pixels",
     "pixel_variance": "variance over the images of a class, mean over pixels and classes",
     "accuracy": "test accuracy of students trained on the images of this step, in percent",
 }
@@ -61,6 +64,25 @@ _KEYS = ("group", "step")
 
 
 @dataclass(frozen=True)
+class Regions:
+    """The regions of each image that students see beside it, enlarged to its size.
+
+    Attributes:
+        windows: int64 [K, 4], all candidates: x0, y0, x1, y1 in pixels, x1 and y1 exclusive.
+        chosen: int64 [N, P], the places of each image's regions in `windows`, ascending.
+    """
+
+    windows: Tensor
+    chosen: Tensor
+
+    def boxes(self, which: str = "chosen") -> Tensor:
+        """int64 [N, P, 4]: the chosen ones, or "all" K windows of every image."""
+        if which == "all":
+            return self.windows.expand(len(self.chosen), -1, -1)
+        return self.windows[self.chosen]
+
+
+@dataclass(frozen=True)
 class Pixels:
     """The images that students train on, as they were optimised.
 
@@ -70,6 +92,7 @@ class Pixels:
         space: of `images`, one of `SPACES`.
         factor: tiles per side that an image decodes to.
         learned_rate: learning rate that was optimised with the images, None where none was.
+        regions: of the images that students see beside them, None where they see the images alone.
     """
 
     images: Tensor
@@ -77,6 +100,7 @@ class Pixels:
     space: str
     factor: int = 1
     learned_rate: float | None = None
+    regions: Regions | None = None
 
 
 def write_pixels(
@@ -87,6 +111,7 @@ def write_pixels(
     space: str,
     factor: int = 1,
     learned_rate: float | None = None,
+    regions: Regions | None = None,
 ) -> None:
     """Write `pixels.safetensors` atomically; equal arguments give equal bytes. They are left as they are.
 
@@ -97,12 +122,20 @@ def write_pixels(
         space: one of `SPACES`.
         factor: tiles per side that an image decodes to.
         learned_rate: learning rate that was optimised with the images.
+        regions: of the images that students see beside them; only whole images, of factor 1, have some.
 
     Raises:
         UsageError: a shape, dtype or value that does not fit, NaN or infinity, no space, no permission.
     """
+    if regions is not None:
+        regions = Regions(*(each.detach().cpu().contiguous() for each in (regions.windows, regions.chosen)))
     pixels = Pixels(
-        images.detach().cpu().contiguous(), labels.detach().cpu().contiguous(), space, factor, learned_rate
+        images.detach().cpu().contiguous(),
+        labels.detach().cpu().contiguous(),
+        space,
+        factor,
+        learned_rate,
+        regions,
     )
     path = Path(root) / PIXELS
     wrong = _fault(pixels)
@@ -126,12 +159,16 @@ def read_pixels(root: str | Path) -> Pixels:
         with safe_open(path, framework="pt") as file:
             facts = file.metadata() or {}
             images, labels = file.get_tensor("images"), file.get_tensor("labels")
+            regions = None
+            if {"windows", "regions"} & set(file.keys()):
+                regions = Regions(file.get_tensor("windows"), file.get_tensor("regions"))
         pixels = Pixels(
             images,
             labels,
             space=facts["space"],
             factor=json.loads(facts.get("factor", "1")),
             learned_rate=json.loads(facts.get("learned_rate", "null")),
+            regions=regions,
         )
     except (
         SafetensorError,
@@ -167,8 +204,33 @@ def _fault(pixels: Pixels) -> str:
         isinstance(rate, bool) or not isinstance(rate, (int, float)) or not math.isfinite(rate)
     ):
         return f"learned_rate must be a finite number, got {str(rate)[:40]}"
+    if pixels.regions is not None and (wrong := _fault_of_regions(pixels.regions, pixels)):
+        return wrong
     bad = int((~torch.isfinite(images)).sum())
     return f"images hold NaN or infinity in {bad} of {images.numel()} places" if bad else ""
+
+
+def _fault_of_regions(regions: Regions, pixels: Pixels) -> str:
+    """What is wrong with the regions of otherwise sound pixels."""
+    windows, chosen, (height, width) = regions.windows, regions.chosen, pixels.images.shape[2:]
+    if pixels.factor != 1:
+        return f"images of factor {pixels.factor} have tiles, and regions beside them"
+    if windows.dtype != torch.int64 or windows.ndim != 2 or windows.shape[1] != 4 or not len(windows):
+        return f"windows must be int64 [K, 4], got {_described(windows)}"
+    x0, y0, x1, y1 = windows.unbind(1)
+    inside = (x0 >= 0) & (y0 >= 0) & (x1 <= width) & (y1 <= height) & (x1 > x0) & (y1 > y0)
+    if not bool(inside.all()):
+        return f"windows must lie in {width}x{height}, got {windows[~inside][0].tolist()}"
+    if (
+        chosen.dtype != torch.int64
+        or chosen.ndim != 2
+        or len(chosen) != len(pixels.images)
+        or not chosen.numel()
+    ):
+        return f"regions must be int64 [{len(pixels.images)}, P], got {_described(chosen)}"
+    if bool((chosen < 0).any() | (chosen >= len(windows)).any()):
+        return f"regions must lie in 0..{len(windows) - 1}, got {int(chosen.min())}..{int(chosen.max())}"
+    return ""
 
 
 def _described(tensor: Tensor) -> str:
@@ -178,7 +240,10 @@ def _described(tensor: Tensor) -> str:
 def _serialized(pixels: Pixels) -> bytes:
     """The file's bytes. The format's own writer puts several metadata entries in an order that changes."""
     # Integers first, as that writer does: eight-byte numbers lie at multiples of eight.
-    tensors = {"labels": ("I64", pixels.labels), "images": ("F32", pixels.images)}
+    tensors = {"labels": ("I64", pixels.labels)}
+    if pixels.regions is not None:
+        tensors |= {"regions": ("I64", pixels.regions.chosen), "windows": ("I64", pixels.regions.windows)}
+    tensors["images"] = ("F32", pixels.images)
     facts = {
         "factor": json.dumps(pixels.factor),
         "learned_rate": json.dumps(None if pixels.learned_rate is None else float(pixels.learned_rate)),

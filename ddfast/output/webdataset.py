@@ -110,6 +110,8 @@ def _files(opened: DistilledSet, index: int) -> Iterator[tuple[str, bytes]]:
     if pixels is not None:
         record |= {"space": pixels.space, "factor": pixels.factor, "learned_rate": pixels.learned_rate}
         record |= {"mean": opened.mean, "std": opened.std}
+        if pixels.regions is not None:
+            record["regions"] = pixels.regions.boxes()[index].tolist()
     yield f"{key}{path.suffix}", image
     yield f"{key}.cls", str(row["label"]).encode()
     yield f"{key}.json", json.dumps(record, ensure_ascii=False, allow_nan=False).encode()

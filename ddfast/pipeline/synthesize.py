@@ -203,11 +203,15 @@ def _write(run: Run, method: Synthesis, groups: Sequence[Group], judge: Judge | 
         labels += [label for label in group.classes for _ in range(len(pixels[-1]) // len(group.classes))]
         rows += [{"group": float(group.number), **row} for row in state.curve]
     images, names = _class_by_class(torch.cat(pixels), labels)
-    write_pixels(run.out, images, names, space=method.space, factor=run.plan["factor"])
+    found = method.regions(images, lambda: _pool_of(run, groups), run.context)
+    regions = None if found is None else found[0]
+    write_pixels(run.out, images, names, space=method.space, factor=run.plan["factor"], regions=regions)
     write_curve(run.out, rows, method.measures)
     _write_images(run, method, images, names)
     _write_before(run, method, groups)
     run.plan["counts"] = {"images": len(names), "sources": len(run.pool())}
+    if found is not None:
+        run.plan["regions"] = {"chosen_by": found[1]}
     if judge is not None:
         run.plan["accuracy"] = judge.after_rounding(_finished(run, groups[0]))
     run.save()

@@ -20,6 +20,7 @@ from ddfast.report.contents import Fact, number
 from ddfast.report.curves import Line, line_chart, line_of
 from ddfast.report.folder import Folder
 from ddfast.report.pictures import data_uri
+from ddfast.report.regions import regions_picture
 
 _SHOWN = 6  # images of a class before and after
 _CELL = 128  # longest side in pixels of a large image in a page
@@ -61,6 +62,17 @@ def facts(folder: Folder) -> list[Fact]:
         found.append(Fact("CMI λ", f"{chosen['cmi']:g}", _proxies(plan, chosen)))
     elif chosen.get("cmi_ratio"):
         found.append(Fact("CMI's first gradient", f"{chosen['cmi_ratio']:g}", "of the loss's"))
+    if chosen.get("cfc"):
+        found.append(Fact("CFC weight", f"{chosen['cfc']:g}", "features of classes kept apart"))
+    if folder.pixels is not None and folder.pixels.regions is not None:
+        held = folder.pixels.regions
+        found.append(
+            Fact(
+                "Regions",
+                str(held.chosen.shape[1]),
+                f"of {len(held.windows)} beside each image, for students",
+            )
+        )
     if plan.get("teacher"):
         top1 = plan["teacher"].get("top1")
         found.append(
@@ -183,6 +195,44 @@ def pairs_note(folder: Folder, shown: Sequence[ClassPair]) -> str:
     return " ".join(filter(None, said))
 
 
+@dataclass(frozen=True)
+class ClassRegions:
+    """The images of one class with their regions outlined: data URIs."""
+
+    name: str
+    images: list[str]
+
+
+def regions(folder: Folder) -> list[ClassRegions]:
+    """The first images of the shown classes with the regions that students see; none where they see none."""
+    held = None if folder.pixels is None else folder.pixels.regions
+    if held is None or folder.pixels is None:
+        return []
+    places_of: dict[int, list[int]] = defaultdict(list)
+    for place, label in enumerate(folder.pixels.labels.tolist()):
+        places_of[label].append(place)
+    found = []
+    for label in mosaic_labels(len(folder.class_names)):
+        rows = zip(folder.rows_of(label)[:_SHOWN], places_of[label], strict=False)
+        drawn = [
+            data_uri(regions_picture(folder.image(row), held.windows[held.chosen[place]], side=_CELL))
+            for row, place in rows
+        ]
+        if drawn:
+            found.append(ClassRegions(folder.class_names[label], drawn))
+    return found
+
+
+def regions_note(folder: Folder) -> str:
+    """What chose the regions, and what becomes of them."""
+    said = folder.manifest.get("regions")
+    by = f" Chosen by {said['chosen_by']}." if isinstance(said, dict) and said.get("chosen_by") else ""
+    return (
+        "Each outlined region is enlarged to a whole image and joins the image in training; a colour for each size."
+        + by
+    )
+
+
 # The curve ---------------------------------------------------------------------------------------------------
 
 
@@ -246,6 +296,7 @@ def figures(folder: Folder) -> list[Figure]:
             [
                 line("of the information" if sampled else "of the loss", column("gradient_norm")),
                 line("of λ · CMI", column("cmi_gradient_norm")),
+                line("of CFC, weighted", column("cfc_gradient_norm")),
             ],
             "Euclidean norms.",
             False,
@@ -255,6 +306,12 @@ def figures(folder: Folder) -> list[Figure]:
             [line("share", _share, 100)],
             "Norm of CMI's part over the sum of both norms.",
             True,
+        ),
+        (
+            "CFC",
+            [line("CFC", column("cfc"))],
+            "Category-wise feature contrastive loss, summed over classes, before it is weighted.",
+            False,
         ),
         (
             "Pixel variance",

@@ -114,6 +114,8 @@ def _write_made(folder: Folder, pixels: Pixels, title: str | None) -> Path:
         after_word=after,
         images=max((len(pair.after) for pair in shown), default=1),
         pairs_note=made.pairs_note(folder, shown),
+        regions=made.regions(folder),
+        regions_note=made.regions_note(folder),
         figures=made.figures(folder),
         curve_note=made.curve_note(folder),
         rounding=made.rounding(folder, pixels),

@@ -13,6 +13,7 @@ from ddfast.output.evaluations import EVALUATIONS, evaluations_of_set
 from ddfast.report.contents import Fact
 from ddfast.wording import plural
 
+_REGIONS = {"chosen": "Images and their chosen regions. ", "all": "Images and all of their regions. "}
 _LABELS = {"online": "labelled online by a teacher", "stored": "stored soft labels", "hard": "hard labels"}
 
 
@@ -61,7 +62,7 @@ def _table(held: Sequence[Mapping[str, Any]]) -> StudentTable:
     return StudentTable(
         title=f"{first['arch']}{options}: protocol {first['protocol']}, {_LABELS[first['labels']]}",
         note=f"{plural(first['epochs'], 'epoch')} of batch {first['batch_size']}, {plural(first['steps'], 'step')}. "
-        f"Recipe {first['recipe']}; bytes of {bytes_of}.",
+        f"{_REGIONS.get(first.get('regions', ''), '')}Recipe {first['recipe']}; bytes of {bytes_of}.",
         rows=[_row(one) for one in held],
     )
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ddfast.data.tiles import enlarged_tiles
 from ddfast.errors import UsageError
 from ddfast.models.teacher import Teacher
+from ddfast.ops import crop_resize
 from ddfast.output.pixels import to_bytes, to_unit
 from ddfast.training.augmentation import normalize
 
@@ -27,6 +28,8 @@ class DistilledImages:
         mean: per-channel mean for pixels in [0, 1].
         std: per-channel standard deviation for pixels in [0, 1].
         factor: tiles a side in every image.
+        boxes: int64 [N, P, 4] in pixels, x0, y0, x1, y1: regions of each image that students see beside it, enlarged
+            to its size; None: the images alone. Only images of factor 1 have some.
         soft_labels: probabilities [N, factor^2, C] of every tile, row-major, or None: they come from a
             teacher.
         temperature: T of the softmax that made them.
@@ -41,6 +44,7 @@ class DistilledImages:
     factor: int = 1
     soft_labels: Tensor | None = None
     temperature: float = 20.0
+    boxes: Tensor | None = None
 
     @property
     def num_classes(self) -> int:
@@ -63,7 +67,12 @@ class DistilledImages:
         return max(len(self.labels) // self.num_classes, 1)
 
     def decoded(self) -> DistilledImages:
-        """The set of its tiles, each enlarged to a whole image (bilinear): IDC's decoding. Labels follow."""
+        """The set of its tiles, each enlarged to a whole image (bilinear): IDC's decoding. Labels follow.
+
+        Of images that have regions beside them: each image, then its regions, enlarged (UDD).
+        """
+        if self.boxes is not None:
+            return self._with_regions(self.boxes)
         if self.factor == 1:
             return self
         grey = (
@@ -82,6 +91,18 @@ class DistilledImages:
             soft_labels=None if soft is None else soft.reshape(-1, 1, soft.shape[-1]),
         )
 
+    def _with_regions(self, boxes: Tensor) -> DistilledImages:
+        large = crop_resize(self.images, boxes.to(self.images.device), self.image_size)
+        each = 1 + boxes.shape[1]
+        soft = self.soft_labels
+        return replace(
+            self,
+            images=torch.cat([self.images[:, None], large], dim=1).flatten(0, 1),
+            labels=self.labels.repeat_interleave(each),
+            boxes=None,
+            soft_labels=None if soft is None else soft.repeat_interleave(each, dim=0),
+        )
+
     def normalized_like(self, teacher: Teacher) -> DistilledImages:
         """The same set with the mean and deviation of its teacher: teacher and student must share them."""
         ours, theirs = (self.mean, self.std), (teacher.mean, teacher.std)
@@ -95,12 +116,13 @@ class DistilledImages:
     def rounded(self) -> DistilledImages:
         """The same set in 8 bits, as its pictures are.
 
-        Tiles are enlarged in float from the rounded images, so that rounding is all that differs.
+        Tiles and regions are enlarged in float from the rounded images, so that rounding is all that differs.
         """
         if not self.is_float:
             return self
         images = to_bytes(self.images, self.mean, self.std, "normalized")
-        return replace(self, images=images if self.factor == 1 else normalize(images, self.mean, self.std))
+        whole = self.factor == 1 and self.boxes is None
+        return replace(self, images=images if whole else normalize(images, self.mean, self.std))
 
     def checked(self) -> DistilledImages:
         """Self, after a look at shapes and values.
@@ -129,6 +151,12 @@ class DistilledImages:
             raise UsageError(f"labels must lie in 0..{classes - 1}, got {least}..{most}")
         if self.factor < 1 or self.image_size % self.factor:
             raise UsageError(f"factor must divide the image size {self.image_size}, got {self.factor}")
+        if self.boxes is not None and (
+            self.factor != 1 or self.boxes.ndim != 3 or self.boxes.shape[::2] != (count, 4)
+        ):
+            raise UsageError(
+                f"boxes must be [{count}, P, 4] of images of factor 1, got {list(self.boxes.shape)} and {self.factor}"
+            )
         if self.soft_labels is not None:
             wanted = (count, self.factor**2, classes)
             if tuple(self.soft_labels.shape) != wanted:

@@ -6,7 +6,7 @@ import copy
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,7 @@ from ddfast.training.preflight import check_reading, drawn_places, images_to_try
 from ddfast.training.protocol import PROTOCOLS, Protocol, protocol_named
 from ddfast.training.recipe import data_digests, recipe_hash
 from ddfast.training.student import train_student
-from ddfast.wording import argument, did_you_mean, plural
+from ddfast.wording import argument, did_you_mean, plural, setting
 
 if TYPE_CHECKING:
     from ddfast.data.sources import Source
@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 FLOAT32, EIGHT_BITS = "pixels, float32", "8 bits"
 """What students are trained on: pixels as they were optimised, or pictures."""
+
+REGIONS = ("none", "chosen", "all")
+"""Of an image's regions, those that students see beside it, where the set has some."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class EvaluationResult:
         steps: updates of a student's weights.
         recipe: 12 hex digits of the frozen recipe, see `ddfast.training.recipe`: results of different recipes are not
             to be compared.
+        regions: what students saw beside each image: "none", its "chosen" regions, or "all" candidates.
         digests: 12 hex digits each of the bytes of "images", "labels", "teacher" and "test"; the teacher's is None
             for hard labels and where it is not known.
 
@@ -82,6 +86,7 @@ class EvaluationResult:
     steps: int = 0
     recipe: str = ""
     digests: dict[str, str | None] = field(default_factory=dict)
+    regions: str = "none"
 
     @property
     def mean(self) -> float:
@@ -140,6 +145,7 @@ def evaluate(
     class_order: str | Path | Sequence[str] | Mapping[Any, Any] | None = None,
     preflight: bool = True,
     rounded: bool = False,
+    regions: str = "chosen",
     log_dir: str | Path | None = None,
     wandb: str | None = None,
 ) -> EvaluationResult:
@@ -169,6 +175,8 @@ def evaluate(
             warn of one that reads few.
         rounded: train on the 8-bit images of a set that has pixels in float32: what rounding costs. A set without
             pixels has no others.
+        regions: of a set whose images have some (UDD), what students see beside each: "none", the "chosen" ones, or
+            "all" candidates. Sets without regions have none to be chosen.
         log_dir: folder of `history.jsonl`, a line a student, and of TensorBoard's files where it is installed.
         wandb: project of Weights & Biases that gets the same numbers.
 
@@ -184,6 +192,7 @@ def evaluate(
     batch_size = None if batch_size is None else whole_number(batch_size, "batch_size", least=1)
     workers = None if workers is None else whole_number(workers, "workers", least=0)
     one_of(precision, "precision", PRECISIONS)
+    one_of(regions, "regions", REGIONS)
     where = resolve_device(device)
     arch_options = architecture_options(arch_options)
     arch = _matched_arch(distilled) if arch is None else arch
@@ -217,7 +226,8 @@ def evaluate(
     if teacher is None:
         check_labels(_has_soft_labels(opened), rules)
     source = None if isinstance(data, ImageSet) else source_of_test_split(data, opened)
-    images = read_distilled(opened, rounded=rounded)
+    images = read_distilled(opened, rounded=rounded, regions=regions)
+    seen = "none" if images.boxes is None else regions
     check_autoaugment(images, autoaugment)
     if isinstance(data, ImageSet):
         test = data
@@ -298,7 +308,9 @@ def evaluate(
             image_size=images.image_size,
             autoaugment=autoaugment,
             precision=precision,
+            regions=seen,
         ),
+        regions=seen,
         digests=data_digests(images, labels, _labelled_by(opened, teacher), test),
     )
 
@@ -312,23 +324,38 @@ def _labelled_by(opened: DistilledSet | DistilledImages, teacher: Teacher | None
 
 
 def read_distilled(
-    distilled: str | Path | DistilledSet | DistilledImages, *, rounded: bool = False
+    distilled: str | Path | DistilledSet | DistilledImages, *, rounded: bool = False, regions: str = "chosen"
 ) -> DistilledImages:
     """The whole distilled set as tensors; images that are in memory already as they are.
 
     Args:
         distilled: a folder, an opened one, or images.
         rounded: the 8-bit images of a set that has pixels in float32.
+        regions: one of `REGIONS`; images in memory keep theirs or lose them.
+
+    Raises:
+        UsageError: all regions, of a set that has none, or of images in memory, which hold the chosen ones alone.
     """
     if isinstance(distilled, DistilledImages):
+        if regions == "all":
+            raise UsageError(
+                f"{setting('regions', 'all')} needs the folder of a set: images in memory hold the chosen ones"
+            )
+        distilled = replace(distilled, boxes=None) if regions == "none" else distilled
         return distilled.rounded() if rounded else distilled
     opened = _opened(distilled)
     assert not isinstance(opened, DistilledImages)
     pixels, mean, std = opened.pixels, opened.mean, opened.std
+    held = None if pixels is None else pixels.regions
+    if regions == "all" and held is None:
+        raise UsageError(f"{opened.root} has no regions beside its images: leave {argument('regions')} out")
+    boxes = None if held is None or regions == "none" else held.boxes(regions)
     if pixels is None or rounded:
         images = torch.stack([opened[place][0] for place in range(len(opened))])
-        if pixels is not None and pixels.factor > 1:
-            images = normalize(images, mean, std)  # their tiles are enlarged in float, as those of pixels are
+        if pixels is not None and (pixels.factor > 1 or boxes is not None):
+            images = normalize(
+                images, mean, std
+            )  # their tiles and regions are enlarged in float, as those of pixels are
     else:
         images = pixels.images if pixels.space == "normalized" else normalize(pixels.images, mean, std)
     return DistilledImages(
@@ -340,6 +367,7 @@ def read_distilled(
         factor=opened.factor,
         soft_labels=opened.soft_labels,
         temperature=1.0 if opened.temperature is None else opened.temperature,
+        boxes=boxes,
     )
 
 

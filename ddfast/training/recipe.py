@@ -35,6 +35,7 @@ def recipe_hash(
     image_size: int,
     autoaugment: bool,
     precision: str,
+    regions: str = "none",
 ) -> str:
     """12 hex digits of the SHA-256 of all that a student's training is, but for its data and its seed.
 
@@ -48,6 +49,7 @@ def recipe_hash(
         image_size: side of the images in pixels.
         autoaugment: whether AutoAugment came first.
         precision: what it was computed in.
+        regions: that were seen beside each image: "none", "chosen" or "all".
     """
     rules = {**asdict(protocol), "labels": None}  # `labels` says more: where soft ones come from
     said = {
@@ -61,6 +63,7 @@ def recipe_hash(
         "image_size": image_size,
         "autoaugment": bool(autoaugment),
         "precision": precision,
+        **({} if regions == "none" else {"regions": regions}),
     }
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:_DIGITS]
 
@@ -82,7 +85,7 @@ def data_digests(
     """
     soft = images.soft_labels if labels == "stored" else None
     return {
-        "images": _digest(images.images),
+        "images": _digest(images.images, *(() if images.boxes is None else (images.boxes,))),
         "labels": _digest(images.labels, *(() if soft is None else (soft, torch.tensor(images.temperature)))),
         "teacher": None if labels == "hard" or teacher is None else teacher[:_DIGITS],
         "test": _digest(test.images, test.labels),

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ddfast.data.pool import ClassPool
 from ddfast.errors import DivergedError, UsageError
 from ddfast.methods.base import Context
+from ddfast.methods.matching.cfc import Contrast
 from ddfast.methods.matching.cmi import Regulariser
 from ddfast.methods.matching.initial import mosaics
 from ddfast.methods.matching.networks import Networks
@@ -84,6 +85,20 @@ class Matching(Synthesis):
         """Images [N * factor ** 2, 3, H, W] of pixels [N, 3, H, W], in the same space and order; differentiable."""
         return pixels
 
+    def formed(
+        self, number: int, network: nn.Module, images: Tensor, classes: Sequence[int], context: Context
+    ) -> Tensor:
+        """What a step takes of decoded images [C, n, 3, H, W]: these, and what is made of them, [C, m, 3, H, W].
+
+        Args:
+            number: of the step.
+            network: of the step.
+            images: normalised, class by class; they are differentiated through.
+            classes: their labels.
+            context: of the run.
+        """
+        return images
+
     def augmentation(
         self, size: tuple[int, int], draws: torch.Generator, rows: int = 1
     ) -> Callable[[Tensor], Tensor]:
@@ -116,7 +131,9 @@ class Matching(Synthesis):
             check_model(self.options.proxy_arch, image_size, what=f"{argument('proxy_arch')}: ")
 
     def check_pool(self, counts: Tensor, class_names: Sequence[str], ipc: int) -> None:
-        """Refuse a class that has fewer images than a step draws or the start takes, and CMI on single images."""
+        """Refuse a class that has fewer images than a step draws or the start takes, and a single class for CFC."""
+        if self.options.cfc and len(class_names) < 2:
+            raise UsageError(f"{argument('cfc')} tells classes apart, and there is one: set it to 0")
         batch, least = self.options.real_batch, int(counts.min())
         if few := short_of(batch, counts, class_names):
             raise UsageError(
@@ -171,8 +188,8 @@ class Matching(Synthesis):
         return int(self.options.iterations)
 
     def groups(self, classes: int, ipc: int) -> list[Group]:
-        """Consecutive classes, `class_batch` in a group; all in one where networks are trained between the steps."""
-        if self.joint:
+        """Consecutive classes, `class_batch` in a group; all in one where networks train or CFC compares them all."""
+        if self.joint or self.options.cfc:
             return [Group(0, tuple(range(classes)))]
         starts = range(0, classes, self.options.class_batch)
         return [
@@ -211,6 +228,7 @@ class Matching(Synthesis):
         network = self.networks.at(number, state, pool, context)
         pixels, velocity = self.bounded(number, state.pixels), state.tensors["momentum"]
         rate, classes = self.rate(number, context), torch.arange(len(group.classes))
+        contrast = Contrast(before) if self.options.cfc else None
         if self.steps_by_class:
             pixels, velocity = self._carried_on(pixels, velocity, classes, rate)
         # Networks that draw when they are called, dropout for example, draw the same after a kill.
@@ -218,9 +236,9 @@ class Matching(Synthesis):
             seeded(context.seed, "forward", group.number, number, device=context.device),
             autocast(context.precision, context.device),
         ):
-            loss, gradient = self._matched(number, network, group, pixels, pool, context)
-            measured = {"loss": loss, "gradient_norm": torch.linalg.vector_norm(gradient)}
-            cmi_gradient = self._regularise(number, group, pixels, context, measured)
+            measured: dict[str, Tensor] = {}
+            gradient = self._matched(number, network, group, pixels, pool, context, measured, contrast)
+            cmi_gradient = self._regularise(number, network, group, pixels, context, measured)
         # SGD with momentum as torch has it.
         if cmi_gradient is not None:
             gradient = gradient + cmi_gradient
@@ -233,6 +251,8 @@ class Matching(Synthesis):
             measured["pixel_variance"] = each.var(dim=1, correction=0).mean()
         row = self._checked(number, measured, torch.linalg.vector_norm(moved))
         state.tensors = {**before, "pixels": moved, "momentum": velocity}
+        if contrast is not None:
+            state.tensors |= contrast.moved()
         try:
             self.networks.advance(number, state, pool, context)
         except DivergedError:
@@ -258,23 +278,38 @@ class Matching(Synthesis):
         pixels: Tensor,
         pool: ClassPool,
         context: Context,
-    ) -> tuple[Tensor, Tensor]:
-        """The loss of a step and its gradient in the pixels, `class_batch` classes at a time, which bounds memory."""
+        measured: dict[str, Tensor],
+        contrast: Contrast | None,
+    ) -> Tensor:
+        """The gradient of a step in the pixels, `class_batch` classes at a time, which bounds memory.
+
+        The loss and the norm of its gradient join `measured`; those of the weighted contrast, which the gradient
+        includes, as well.
+        """
         loss = torch.zeros((), dtype=pixels.dtype, device=context.device)
-        gradients = []
+        gradients, contrasted = [], []
         pieces = pixels.detach().split(self.options.class_batch * (len(pixels) // len(group.classes)))
         for place, piece in enumerate(pieces):
             first = place * self.options.class_batch
             classes = group.classes[first : first + self.options.class_batch]
             piece.requires_grad_()
             labels = to_device(torch.tensor(classes), context.device)
-            real, synthetic = self._augmented(
-                number, classes, self._by_class(piece, classes, context), pool, context
-            )
+            formed = self.formed(number, network, self._by_class(piece, classes, context), classes, context)
+            real, synthetic = self._augmented(number, classes, formed, pool, context)
+            if contrast is not None:
+                with seeded(context.seed, "contrast", number, place, device=context.device):
+                    pulled = contrast.gradient(network, synthetic, labels, piece)
+                contrasted += [] if pulled is None else [pulled]
             found = self.loss(network, real, synthetic, labels)
             gradients.append(torch.autograd.grad(found, piece)[0])
             loss = loss + found.detach()
-        return loss, gradients[0] if len(gradients) == 1 else torch.cat(gradients)
+        gradient = gradients[0] if len(gradients) == 1 else torch.cat(gradients)
+        measured |= {"loss": loss, "gradient_norm": torch.linalg.vector_norm(gradient)}
+        if contrast is None or contrast.value is None:
+            return gradient
+        weighted = float(self.options.cfc) * torch.cat(contrasted)
+        measured |= {"cfc": contrast.value, "cfc_gradient_norm": torch.linalg.vector_norm(weighted)}
+        return gradient + weighted
 
     def decoded(self, pixels: Tensor, context: Context) -> Tensor:
         """Normalised images [N * factor ** 2, 3, H, W] of pixels [N, 3, H, W], class by class; differentiable."""
@@ -314,7 +349,13 @@ class Matching(Synthesis):
         return made[torch.randperm(len(made), generator=draws)[:most].to(made.device)]
 
     def _regularise(
-        self, number: int, group: Group, pixels: Tensor, context: Context, measured: dict[str, Tensor]
+        self,
+        number: int,
+        network: nn.Module,
+        group: Group,
+        pixels: Tensor,
+        context: Context,
+        measured: dict[str, Tensor],
     ) -> Tensor | None:
         """The gradient of lambda * CMI in the pixels where it acts in this step; what was measured joins `measured`."""
         acts = self.options.cmi > 0 and number % self.options.cmi_every == 0
@@ -322,6 +363,7 @@ class Matching(Synthesis):
             return None
         pixels = pixels.detach().requires_grad_()
         decoded = self._by_class(pixels, group.classes, context)
+        decoded = self.formed(number, network, decoded, group.classes, context)
         measured["cmi"], gradient = self._regulariser.value_and_gradient(
             decoded, self.proxy_number(number), context.seed, wanted=acts
         )
@@ -348,8 +390,9 @@ class Matching(Synthesis):
         row = dict(zip((*measured, "pixels"), found, strict=True))
         if bad := next((name for name, value in row.items() if not math.isfinite(value)), None):
             lower = f"{argument('lr_img')}, now {self.options.lr_img:g}"
-            if self.options.cmi:
-                lower += f", or {argument('cmi')}, now {self.options.cmi:g}"
+            for name in ("cmi", "cfc"):
+                if getattr(self.options, name):
+                    lower += f", or {argument(name)}, now {getattr(self.options, name):g}"
             raise DivergedError(
                 f"{_CALLED.get(bad, bad)} of {self.name} would no longer be finite at step {number} of {self.steps}: "
                 f"lower {lower}; what was made before that step is kept"
@@ -363,6 +406,8 @@ _CALLED = {
     "gradient_norm": "the loss's gradient",
     "cmi": "CMI",
     "cmi_gradient_norm": "CMI's gradient",
+    "cfc": "the contrastive loss",
+    "cfc_gradient_norm": "the contrastive loss's gradient",
     "pixel_variance": "the variance of the pixels",
     "pixels": "the pixels",
 }

@@ -30,6 +30,11 @@ class Regulariser:
     def __init__(self, proxies: Sequence[nn.Module]) -> None:
         self._proxies = [proxy.requires_grad_(False) for proxy in proxies]
 
+    @property
+    def proxies(self) -> Sequence[nn.Module]:
+        """The classifiers."""
+        return self._proxies
+
     @classmethod
     def load(cls, folder: str, arch: str | None, context: Context) -> Regulariser:
         """The proxies of a folder.

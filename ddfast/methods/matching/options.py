@@ -22,6 +22,15 @@ def begins_with(default: str) -> Any:
     )
 
 
+def weighs_contrast(default: float) -> Any:
+    """The option `cfc` with this default."""
+    return option(
+        default,
+        "weight of the category-wise feature contrastive loss (CFC), 0 for none; it takes all classes in one group",
+        stage="synthesize",
+    )
+
+
 def number_or_auto(value: Any, keyword: str) -> int | str:
     """A whole number of at least 1, or auto."""
     return whole_number_or(value, keyword, ("auto",))
@@ -64,6 +73,7 @@ class MatchingOptions:
     proxy_arch: str | None = option(
         None, "take only the proxies of this architecture; default all", stage="synthesize", type=str
     )
+    cfc: float = weighs_contrast(0.0)
     class_batch: int = option(10, "classes that are matched together, by one process", stage="synthesize")
 
     def __post_init__(self) -> None:
@@ -71,7 +81,8 @@ class MatchingOptions:
             self._set(name, whole_number(getattr(self, name), name, least=1))
         self._set("lr_img", positive_number(self.lr_img, "lr_img"))
         self._set("momentum", positive_number(self.momentum, "momentum", zero=True))
-        self._set("cmi", positive_number(self.cmi, "cmi", zero=True))
+        for name in ("cmi", "cfc"):
+            self._set(name, positive_number(getattr(self, name), name, zero=True))
         if self.momentum >= 1:
             raise UsageError(f"{argument('momentum')} must be below 1, got {self.momentum}")
         one_of(self.init, "init", INITIAL)

@@ -1,0 +1,72 @@
+"""The category-wise feature contrastive loss (CFC): features of a class near its own running mean, far from others.
+
+Wang, Zhang and Cheng, "UDD", Sec. 2.5. An option of every matching method, as the paper adds it to IDC as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddfast.methods.matching.objectives import class_means
+
+TEMPERATURE = 0.7
+DECAY = 0.5
+
+
+def contrastive_loss(
+    features: Tensor, means: Tensor, labels: Tensor, temperature: float = TEMPERATURE
+) -> Tensor:
+    """-log( exp(cos(f_c, F_c) / tau) / sum_{i != c} exp(cos(f_c, F_i) / tau) ) of each class c, float [C] (Eq. 7).
+
+    The sum leaves out c itself, as printed, so that the loss may be negative.
+
+    Args:
+        features: [C, D], the mean features f_c of some classes; differentiable.
+        means: [K, D], the running means F of all classes, K of 2 or more.
+        labels: int64 [C], the classes' rows of `means`.
+        temperature: tau.
+    """
+    cosines = F.normalize(features, dim=1) @ F.normalize(means, dim=1).T / temperature
+    own = F.one_hot(labels, len(means)).bool()
+    return torch.logsumexp(cosines.masked_fill(own, -torch.inf), dim=1) - cosines[own]
+
+
+class Contrast:
+    """The loss in one step, on running means of all classes that live in the state.
+
+    The loss takes the means as they were before the step, for every class; those of the first step are its own
+    features, and the loss acts from the second step on.
+    """
+
+    NAME: ClassVar[str] = "cfc.means"
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        """`tensors`: of the state before the step."""
+        self._means = tensors.get(self.NAME)
+        self._found: list[Tensor] = []
+        self.value: Tensor | None = None  # summed over the classes so far; None in the first step
+
+    def gradient(
+        self, network: nn.Module, synthetic: Tensor, labels: Tensor, pixels: Tensor
+    ) -> Tensor | None:
+        """Gradient in the pixels of the loss of some classes, of images [C, n, 3, H, W] that were made of them.
+
+        The graph that leads from the pixels to the images is left for the method's own loss.
+        """
+        features = class_means(network, synthetic)
+        self._found.append(features.detach())
+        if self._means is None:
+            return None
+        loss = contrastive_loss(features, self._means, labels).sum()
+        self.value = loss.detach() if self.value is None else self.value + loss.detach()
+        return torch.autograd.grad(loss, pixels, retain_graph=True)[0]
+
+    def moved(self) -> dict[str, Tensor]:
+        """F <- alpha F + (1 - alpha) f, once all classes were seen (Eq. 8)."""
+        found = torch.cat(self._found)
+        return {self.NAME: found if self._means is None else torch.lerp(found, self._means, DECAY)}

@@ -1,0 +1,337 @@
+"""UDD: gradient matching of images and those of their regions that a network hardly uses, enlarged.
+
+Wang, Zhang and Cheng, "UDD: Dataset Distillation via Mining Underutilized Regions", 2024. On the networks and the loop
+of IDC; the contrastive loss of its Sec. 2.5 is in `ddfast.methods.matching.cfc`. The authors gave out no code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddfast.arguments import one_of, positive_number, whole_number
+from ddfast.data.pool import ClassPool
+from ddfast.errors import UsageError
+from ddfast.methods.base import Context
+from ddfast.methods.matching.chooser import trained_on_real
+from ddfast.methods.matching.idc import IDC, IDCOptions
+from ddfast.methods.matching.objectives import MICRO_BATCH
+from ddfast.methods.matching.options import begins_with, number_or_auto, weighs_contrast
+from ddfast.models.maps import activation_maps, map_gradients
+from ddfast.ops import crop_resize
+from ddfast.ops.transfer import to_device
+from ddfast.output.pixels import Regions
+from ddfast.seeding import generator, seeded
+from ddfast.settings import option
+from ddfast.wording import argument
+
+POLICIES = ("jitter", "gradient", "activation", "vote")
+JITTERS = ("gaussian", "uniform", "salt_pepper")
+SIZES = "1/3,1/2,2/3"
+_HALVED = (
+    Fraction(6, 10),
+    Fraction(8, 10),
+    Fraction(9, 10),
+)  # 1200, 1600 and 1800 of 2000 iterations (App. A)
+
+
+def sizes_of(given: Any, keyword: str) -> str:
+    """Sides of windows as shares of an image's, ascending: `1/3,1/2,2/3` for what says the same.
+
+    Raises:
+        UsageError: no share of more than 0 and less than 1, or one twice.
+    """
+    parts = given.split(",") if isinstance(given, str) else given
+    try:
+        found = [Fraction(str(part).strip()).limit_denominator(1000) for part in parts]
+    except (TypeError, ValueError, ZeroDivisionError):
+        found = []
+    if not found or not all(0 < part < 1 for part in found) or len(set(found)) < len(found):
+        raise UsageError(
+            f"{argument(keyword)} must be different shares of a side between 0 and 1 with commas between, {SIZES} for "
+            f"example, got {given!r}"
+        )
+    return ",".join(map(str, sorted(found)))
+
+
+@dataclass(frozen=True)
+class UDDOptions(IDCOptions):
+    """Options of UDD."""
+
+    init: str = begins_with("real")
+    cfc: float = weighs_contrast(1.0)
+    policy: str = option(
+        "jitter",
+        "what tells that a region is used: how much noise changes the network's answer there; the gradient there; the "
+        "answer; the votes of all three",
+        stage="synthesize",
+        choices=POLICIES,
+    )
+    sizes: str = option(
+        SIZES,
+        "sides of the candidate regions, which lie in the four corners, as shares of the image's",
+        stage="synthesize",
+        metavar="SHARE[,SHARE...]",
+        check=sizes_of,
+    )
+    lowest: int | str = option(
+        "auto",
+        "regions of an image that are used least and join it, enlarged; auto: two thirds of the candidates",
+        stage="synthesize",
+        type=str,
+        metavar="N",
+        check=number_or_auto,
+    )
+    jitter: str = option(
+        "gaussian", "noise of the policies jitter and vote", stage="synthesize", choices=JITTERS
+    )
+    jitter_size: float = option(
+        0.1,
+        "its deviation in normalised pixels, or the share of pixels that salt_pepper turns black or white",
+        stage="synthesize",
+    )
+    jitters: int = option(2, "noisy copies of an image in a search", stage="synthesize")
+    chooser_steps: int = option(
+        1000,
+        "steps on real images of the network that chooses, at the end, the regions that students see; a teacher or "
+        "proxies that are given choose in its place",
+        stage="synthesize",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of(self.policy, "policy", POLICIES)
+        one_of(self.jitter, "jitter", JITTERS)
+        self._set("sizes", sizes_of(self.sizes, "sizes"))
+        self._set("lowest", number_or_auto(self.lowest, "lowest"))
+        for name in ("jitters", "chooser_steps"):
+            self._set(name, whole_number(getattr(self, name), name, least=1))
+        self._set("jitter_size", positive_number(self.jitter_size, "jitter_size"))
+        if self.jitter == "salt_pepper" and self.jitter_size > 1:
+            raise UsageError(
+                f"{argument('jitter_size')} of salt_pepper is a share of the pixels, got {self.jitter_size:g}"
+            )
+        if self.lowest != "auto" and not 1 <= int(self.lowest) <= self.candidates:
+            raise UsageError(
+                f"{argument('lowest')} must lie in 1..{self.candidates}, the corners of {argument('sizes')} "
+                f"{self.sizes}, got {self.lowest}"
+            )
+
+    @property
+    def candidates(self) -> int:
+        """Candidate regions of an image."""
+        return 4 * len(self.sizes.split(","))
+
+
+class UDD(IDC):
+    """Underutilised regions. The defaults are those of the paper on CIFAR-10, and IDC's where it says nothing."""
+
+    name = "udd"
+    summary = "gradient matching of images and their underutilised regions, enlarged (UDD, 2024)"
+    Options: ClassVar[type] = UDDOptions
+    uses_teacher: ClassVar[bool] = True
+    factor = 1
+    factors: ClassVar[tuple[int, ...]] = (1,)  # regions take the place of IDC's tiles
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "svhn": {"net_samples": 500},
+        "mnist": {"net_samples": 500},
+        "imagenet10": {"arch": "resnetap10", "distance": "magnitudes", "lr_img": 0.003, "flip": True},
+        # With the CMI regulariser, whose authors give no lambda for it: IDC's. Each needs `proxies`.
+        "cifar10_ipc10_cmi": {"cmi": 100.0},
+        "cifar10_ipc50_cmi": {"cmi": 50.0},
+    }
+
+    def resolved(self, factor: int, ipc: int) -> UDD:
+        """Fix how many regions join an image."""
+        options = self.options
+        if options.lowest != "auto":
+            return self
+        return UDD(dataclasses.replace(options, lowest=round(2 * options.candidates / 3)))
+
+    def check_ipc(self, ipc: int) -> None:
+        """Nothing: a single image has regions beside it, so that CMI acts."""
+
+    def rate(self, number: int, context: Context) -> float:
+        """IDC's learning rate, halved three times (App. A)."""
+        done = Fraction(number // int(self.options.inner_loop), int(self.options.iterations))
+        return super().rate(number, context) / 2 ** sum(done >= share for share in _HALVED)
+
+    def formed(
+        self, number: int, network: nn.Module, images: Tensor, classes: Sequence[int], context: Context
+    ) -> Tensor:
+        """S_c^train: the images, then those of their regions that are used least, enlarged (Sec. 2.3, 2.4)."""
+        flat, side = images.flatten(0, 1), images.shape[-1]
+        windows = corner_windows(side, self.options.sizes)
+        with seeded(context.seed, "search", number, device=context.device):
+            lowest = self.searched(network, flat.detach(), windows, number, classes, context)
+        boxes = to_device(windows, flat.device)[lowest]
+        regions = crop_resize(flat, boxes, side).unflatten(0, (len(classes), -1))
+        return torch.cat([images, regions.flatten(1, 2)], dim=1)
+
+    def _subsampled(self, made: Tensor, label: int, number: int, context: Context) -> Tensor:
+        """At most 128 of a class in a step: the images themselves, and as many regions as there is room for (UD-11)."""
+        most, images = int(self.synthetic_batch or len(made)), context.ipc
+        if len(made) <= most:
+            return made
+        draws = generator(context.seed, "subsample", label, number)
+        order = [
+            torch.randperm(images, generator=draws),
+            images + torch.randperm(len(made) - images, generator=draws),
+        ]
+        return made[to_device(torch.cat(order)[:most], made.device)]
+
+    @torch.no_grad()
+    def regions(self, images: Tensor, pool: Callable[[], ClassPool], context: Context) -> tuple[Regions, str]:
+        """The regions that students see (UD-6): chosen once, by a network that was trained on real images."""
+        self.open(context)
+        if context.teacher is not None:
+            network, said = (
+                context.teacher.model.to(context.device).eval(),
+                f"the teacher, a {context.teacher.arch}",
+            )
+        elif self._regulariser is not None:
+            network, said = self._regulariser.proxies[0], "the first of the proxies"
+        else:
+            network, said = trained_on_real(self.options.arch, self.options.chooser_steps, pool(), context)
+        windows, classes = corner_windows(context.image_size, self.options.sizes), range(context.classes)
+        decoded = self.decoded(to_device(images, context.device), context)
+        with seeded(context.seed, "search", self.steps, device=context.device):
+            chosen = self.searched(network, decoded, windows, self.steps, classes, context)
+        return Regions(windows, chosen.cpu()), f"{said}; policy {self.options.policy}"
+
+    def searched(
+        self,
+        network: nn.Module,
+        images: Tensor,
+        windows: Tensor,
+        number: int,
+        classes: Sequence[int],
+        context: Context,
+    ) -> Tensor:
+        """The places of each image's P regions with the lowest utilisation, ascending, int64 [C * n, P]."""
+        side, each = images.shape[-1], len(images) // len(classes)
+        labels = to_device(torch.tensor(classes).repeat_interleave(each), images.device)
+
+        def over(maps_of: Any, *rows: Tensor) -> Tensor:
+            """The regions' means of maps [B, h, w], as one product; the images go through in pieces."""
+            pieces = zip(*(tensor.split(MICRO_BATCH) for tensor in rows), strict=True)
+            return region_means(torch.cat([maps_of(network, *piece) for piece in pieces]), windows, side)
+
+        def by_activation() -> Tensor:
+            return over(activation_maps, images)
+
+        def by_gradient() -> Tensor:
+            return over(map_gradients, images, labels)
+
+        def by_jitter() -> Tensor:
+            """sigma_n = | Lambda_n - 1/M sum_m Lambda^_nm | (Eqs. 2 to 4), the means of the whole image's copies."""
+            copies = 1 + int(self.options.jitters)
+            noisy = torch.cat([images, *self._jittered(images, number, classes, context)])
+            own, *others = over(activation_maps, noisy).chunk(copies)
+            return (own - torch.stack(others).mean(dim=0)).abs()
+
+        count = int(self.options.lowest)
+        policy = {"activation": by_activation, "gradient": by_gradient, "jitter": by_jitter}
+        if self.options.policy == "vote":
+            return lowest_of(votes([found() for found in policy.values()], count), count)
+        return lowest_of(policy[self.options.policy](), count)
+
+    def _jittered(
+        self, images: Tensor, number: int, classes: Sequence[int], context: Context
+    ) -> list[Tensor]:
+        """M copies of the images with noise of their own (Eq. 2)."""
+        each = len(images) // len(classes)
+        shape = (int(self.options.jitters), each, *images.shape[1:])
+        drawn = [generator(context.seed, "jitter", label, number) for label in classes]
+        size = float(self.options.jitter_size)
+        if self.options.jitter == "salt_pepper":
+            mean, std = (torch.tensor(values).view(3, 1, 1) for values in (context.mean, context.std))
+            black, white = (
+                to_device(value, images.device).to(images) for value in (-mean / std, (1 - mean) / std)
+            )
+            uniform = _all_images(
+                [torch.rand(*shape[:2], 1, *shape[3:], generator=draws) for draws in drawn], images
+            )
+            salted = torch.where(uniform < size / 2, black, images)
+            return list(torch.where(uniform > 1 - size / 2, white, salted).unbind())
+        if self.options.jitter == "uniform":
+            noise = [(2 * torch.rand(shape, generator=draws) - 1) * 3**0.5 for draws in drawn]
+        else:
+            noise = [torch.randn(shape, generator=draws) for draws in drawn]
+        return list(torch.add(images, _all_images(noise, images), alpha=size).unbind())
+
+
+def _all_images(by_class: Sequence[Tensor], like: Tensor) -> Tensor:
+    """[M, C * n, ...] of the classes' [M, n, ...], as `like` is."""
+    return to_device(torch.cat(list(by_class), dim=1), like.device).to(like.dtype)
+
+
+# Regions -----------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=64)
+def corner_windows(side: int, sizes: str) -> Tensor:
+    """The candidate regions (Sec. 2.2): for each size a square in every corner, int64 [4 * sizes, 4].
+
+    Args:
+        side: of the images, in pixels.
+        sizes: shares of it, with commas between; a window's side is rounded to whole pixels (UD-5: 11, 16, 21 of 32).
+
+    Returns:
+        x0, y0, x1, y1 in pixels, x1 and y1 exclusive: top left, top right, bottom left, bottom right of the first size,
+        then those of the next.
+    """
+    found = []
+    for share in map(Fraction, sizes.split(",")):
+        size = min(max(int(share * side + Fraction(1, 2)), 1), side)
+        far = side - size
+        found += [(x, y, x + size, y + size) for y in (0, far) for x in (0, far)]
+    return torch.tensor(found)
+
+
+@functools.lru_cache(maxsize=64)
+def _window_matrix(windows: tuple[tuple[int, ...], ...], side: int, height: int, width: int) -> Tensor:
+    """Float64 [height * width, N]: a map times this is the mean in each window of the map enlarged to the image."""
+    places = height * width
+    unit = torch.eye(places, dtype=torch.float64).view(places, 1, height, width)
+    enlarged = F.interpolate(unit, size=(side, side), mode="bilinear", align_corners=False)[:, 0]
+    return torch.stack([enlarged[:, y0:y1, x0:x1].mean(dim=(1, 2)) for x0, y0, x1, y1 in windows], dim=1)
+
+
+def region_means(maps: Tensor, windows: Tensor, side: int) -> Tensor:
+    """Lambda_n: the mean of each map, enlarged bilinearly to the image, in each window: one product.
+
+    Args:
+        maps: float [B, h, w].
+        windows: int64 [N, 4] as `corner_windows` gives them, on the CPU.
+        side: of the images, in pixels.
+
+    Returns:
+        [B, N] in the dtype of `maps`.
+    """
+    key = tuple(tuple(window) for window in windows.tolist())
+    matrix = _window_matrix(key, side, maps.shape[1], maps.shape[2])
+    return maps.flatten(1) @ to_device(matrix.to(maps.dtype), maps.device)
+
+
+def votes(responses: Sequence[Tensor], count: int) -> Tensor:
+    """A utilisation [B, N] of several: low where many have a region among their `count` lowest.
+
+    Regions with as many votes are in the order of the sum of their ranks.
+    """
+    ranks = torch.stack([response.argsort(dim=1, stable=True).argsort(dim=1) for response in responses])
+    most = ranks.shape[-1] * len(responses)
+    return ranks.sum(dim=0) - (ranks < count).sum(dim=0) * most
+
+
+def lowest_of(response: Tensor, count: int) -> Tensor:
+    """Places of the `count` lowest of each row, ascending, int64 [B, count]; of equals the first ones."""
+    return response.argsort(dim=1, stable=True)[:, :count].sort(dim=1).values
