@@ -133,6 +133,19 @@ def _backward_fake(
     return grad_input, grad_weight, weight.new_empty(weight.shape[0]), weight.new_empty(weight.shape[0])
 
 
+def _curvature_fake(
+    grad_output: Tensor,
+    conv: Tensor,
+    mapped: Tensor,
+    norm_weight: Any,
+    norm_bias: Any,
+    mean: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    maps = (_empty_channels_last(conv, tuple(conv.shape)) for _ in range(2))
+    return *maps, _empty_channels_last(grad_output, tuple(grad_output.shape)), mean.new_empty(mean.shape)
+
+
 def _native_accepts(first: Tensor, *_: Any) -> bool:
     return first.dtype == torch.float32
 
@@ -286,6 +299,14 @@ define(
     reference=reference.convnet_block_backward,
     fake=_backward_fake,
     triton="convnet_block",
+    native_accepts=_native_accepts,
+)
+define(
+    "convnet_block_curvature",
+    "(Tensor grad_output, Tensor conv, Tensor mapped, Tensor? norm_weight, Tensor? norm_bias, Tensor mean, "
+    "Tensor rstd, Tensor? of_scale, Tensor? of_shift) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=reference.convnet_block_curvature,
+    fake=_curvature_fake,
     native_accepts=_native_accepts,
 )
 torch.library.register_autograd("ddfast::convnet_block", _gradient, setup_context=_save, lib=LIBRARY)

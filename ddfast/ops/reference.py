@@ -22,6 +22,7 @@ from ddfast.ops.reference_augment import siamese_augment_backward as siamese_aug
 from ddfast.ops.reference_convnet import channels_last_strides as channels_last_strides
 from ddfast.ops.reference_convnet import convnet_block as convnet_block
 from ddfast.ops.reference_convnet import convnet_block_backward as convnet_block_backward
+from ddfast.ops.reference_convnet import convnet_block_curvature as convnet_block_curvature
 from ddfast.ops.reference_convnet import convnet_block_gradients as convnet_block_gradients
 from ddfast.ops.reference_convnet import convnet_block_layers as convnet_block_layers
 from ddfast.ops.reference_convnet import convnet_block_second_gradients as convnet_block_second_gradients

@@ -161,13 +161,74 @@ def convnet_block_second_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients at grad_output, input, weight and norm_weight of <grads, what convnet_block_backward returns>.
 
-    With r = rstd, x the normalised convolution, E the mean over a plane and P f = f - E f - x E[x f], the backward
-    pass is d = r P a for a = norm_weight * dz. With v the convolution of the given gradients, u that of norm_weight and
-    h = u dz - r (v E[a x] + a E[v x]), the gradient at the convolution is r (P h - x r E[v P a]).
+    Convolutions around `convnet_block_curvature`: the given gradients are mapped as the input is, and what comes of the
+    full-size maps goes back to the input and to the weight.
     """
     of_input, of_weight, of_scale, of_shift = grads
+    mapped = torch.zeros_like(conv)
+    if of_input is not None:
+        mapped = functional.conv2d(of_input, weight, padding=1)
+    if of_weight is not None:
+        other = functional.conv2d(input, of_weight, padding=1)
+        mapped = other if of_input is None else mapped + other
+    of_conv, at_conv, at_grad_output, at_scale = torch.ops.ddfast.convnet_block_curvature(
+        grad_output, conv, mapped, norm_weight, norm_bias, mean, rstd, of_scale, of_shift
+    )
+    found: list[Tensor | None] = [at_grad_output if needs[0] else None, None, None, None]
+    shape = ((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
+    backward = torch.ops.aten.convolution_backward
+    if needs[1] or needs[2]:
+        mask = (needs[1], needs[2], False)
+        found[1:3] = backward(at_conv, input, weight, None, *shape, mask)[:2]
+        mask = (needs[1] and of_weight is not None, needs[2] and of_input is not None, False)
+        more = backward(
+            of_conv,
+            input if of_input is None else of_input,
+            weight if of_weight is None else of_weight,
+            None,
+            *shape,
+            mask,
+        )
+        found[1:3] = [
+            one + other if also else one for one, other, also in zip(found[1:3], more, mask, strict=False)
+        ]
+    if needs[3]:
+        found[3] = at_scale.sum(0).to(weight.dtype)
+    return found[0], found[1], found[2], found[3]
+
+
+def convnet_block_curvature(
+    grad_output: Tensor,
+    conv: Tensor,
+    mapped: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    of_scale: Tensor | None,
+    of_shift: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the second derivative of convnet_block takes from the full-size maps.
+
+    With r = rstd, x the normalised convolution, E the mean over a plane and P f = f - E f - x E[x f], the backward
+    pass is d = r P a for a = norm_weight * dz. With v the mapped gradients, u that of norm_weight and
+    h = u dz - r (v E[a x] + a E[v x]), the gradient at the convolution is r (P h - x r E[v P a]).
+
+    Args:
+        grad_output: [B, O, H // 2, W // 2], the gradient at the block's output.
+        conv: [B, O, H, W], the convolution.
+        mapped: [B, O, H, W], v.
+        norm_weight, norm_bias: [O] or None.
+        mean, rstd: [B, O], of the planes of `conv`, in the dtype of sums.
+        of_scale, of_shift: [O] or None, the gradients of those of norm_weight and norm_bias.
+
+    Returns:
+        d and the gradient at the convolution, as `conv`; the gradient at grad_output, as that; the gradient at
+        norm_weight by image, [B, O] in the dtype of sums.
+    """
     dtype, scale = mean.dtype, rstd[..., None, None]
-    height, width = input.shape[2:]
+    height, width = conv.shape[2:]
+    mapped = mapped.to(dtype)
 
     def average(planes: Tensor) -> Tensor:
         return planes.mean((2, 3), keepdim=True)
@@ -182,13 +243,7 @@ def convnet_block_second_gradients(
     dz = functional.pad(spread, (0, width % 2, 0, height % 2)) * passed
     inner = _affine(dz, norm_weight, None)
     projected = project(inner)
-    of_conv = (scale * projected).to(input.dtype)
-
-    mapped = torch.zeros_like(normalized)
-    if of_input is not None:
-        mapped = mapped + functional.conv2d(of_input, weight, padding=1)
-    if of_weight is not None:
-        mapped = mapped + functional.conv2d(input, of_weight, padding=1)
+    of_conv = (scale * projected).to(conv.dtype)
     at_inner = scale * project(mapped)
     at_normalized = -scale * (mapped * average(inner * normalized) + inner * average(mapped * normalized))
     at_dz = _affine(at_inner, norm_weight, None)
@@ -198,29 +253,13 @@ def convnet_block_second_gradients(
     if of_shift is not None:
         at_dz = at_dz + of_shift.to(dtype)[:, None, None]
     at_conv = scale * (project(at_normalized) - normalized * scale * average(mapped * projected))
-    found: list[Tensor | None] = [None, None, None, None]
-    if needs[0]:
-        found[0] = functional.avg_pool2d(at_dz * passed, 2).to(grad_output.dtype)
-    shape = ((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
-    backward = torch.ops.aten.convolution_backward
-    if needs[1] or needs[2]:
-        mask = (needs[1], needs[2], False)
-        found[1:3] = backward(at_conv.to(input.dtype), input, weight, None, *shape, mask)[:2]
-        mask = (needs[1] and of_weight is not None, needs[2] and of_input is not None, False)
-        more = backward(
-            of_conv,
-            input if of_input is None else of_input,
-            weight if of_weight is None else of_weight,
-            None,
-            *shape,
-            mask,
-        )
-        found[1:3] = [
-            one + other if also else one for one, other, also in zip(found[1:3], more, mask, strict=False)
-        ]
-    if needs[3]:
-        found[3] = (dz * at_inner).sum((0, 2, 3)).to(weight.dtype)
-    return found[0], found[1], found[2], found[3]
+    at_grad_output = functional.avg_pool2d(at_dz * passed, 2).to(grad_output.dtype)
+    return (
+        _in_channels_last(of_conv),
+        _in_channels_last(at_conv.to(conv.dtype)),
+        _in_channels_last(at_grad_output),
+        (dz * at_inner).sum((2, 3)),
+    )
 
 
 def _instance_norm(conv: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -422,3 +422,25 @@ def test_narrower_bodies(body, lanes):
         text=True,
     )
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-1000:]
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize(
+    "shape", [(3, 7, 6, 5), (2, 32, 16, 16), (1, 16, 2, 2), (0, 4, 4, 4), (1, 5, 20, 37)]
+)
+def test_what_a_second_derivative_takes_from_the_maps_is_the_references(shape, given):
+    batch, outputs, height, width = shape
+    draws = torch.Generator().manual_seed(1)
+    conv, mapped = (torch.randn(shape, generator=draws) for _ in range(2))
+    grad = torch.randn(batch, outputs, height // 2, width // 2, generator=draws)
+    mean, rstd = conv.mean((2, 3)), (conv.var((2, 3), correction=0) + 1e-5).rsqrt()
+    vectors = [torch.randn(outputs, generator=draws) if given else None for _ in range(4)]
+    arguments = (grad, conv, mapped, *vectors[:2], mean, rstd, *vectors[2:])
+    exact = reference.convnet_block_curvature(*(t if t is None else t.double() for t in arguments))
+    plain = reference.convnet_block_curvature(*arguments)
+    found = torch.ops.ddfast.convnet_block_curvature(*arguments)
+    for ours, theirs, right in zip(found, plain, exact, strict=True):
+        assert ours.shape == right.shape
+        error, allowed = (ours - right).norm(), 2 * (theirs - right).norm()
+        assert error <= allowed + 1e-7 * right.norm()
+    torch.library.opcheck(torch.ops.ddfast.convnet_block_curvature.default, arguments)
