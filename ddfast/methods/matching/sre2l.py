@@ -26,7 +26,7 @@ from ddfast.methods.matching.cmi import Regulariser
 from ddfast.methods.synthesis import Group, State, Synthesis
 from ddfast.models.frozen import frozen
 from ddfast.models.registry import check_model
-from ddfast.ops.precision import autocast
+from ddfast.ops.precision import autocast, repeatable_convolutions
 from ddfast.ops.transfer import to_device
 from ddfast.seeding import generator, seeded
 from ddfast.settings import option
@@ -337,6 +337,7 @@ class SRe2L(Synthesis):
         pixels = state.pixels.detach().requires_grad_()
         # Networks that draw when they are called draw the same after a kill.
         with (
+            repeatable_convolutions(),
             seeded(context.seed, "forward", group.number, number, device=context.device),
             autocast(context.precision, context.device),
         ):
