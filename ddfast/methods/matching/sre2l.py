@@ -287,10 +287,15 @@ class SRe2L(Synthesis):
         least = min(len(group.classes) * group.each for group in groups)
         if least >= _STATISTICS_OF:
             return []
-        more = argument("batch") if self.options.batch < _STATISTICS_OF else argument("ipc")
+        if context.classes * context.ipc < _STATISTICS_OF:
+            more = argument("ipc") + (
+                f" and {argument('batch')}" if self.options.batch < _STATISTICS_OF else ""
+            )
+        else:
+            more = argument("class_images" if self.options.class_images else "batch")
         return [
             f"a batch has {plural(least, 'image')}, and BatchNorm statistics of fewer than {_STATISTICS_OF} are "
-            f"noisy: a higher {more} gives better ones"
+            f"noisy: a higher {more} would give better ones"
         ]
 
     # Steps --------------------------------------------------------------------------------------------------

@@ -506,10 +506,14 @@ def test_a_teacher_without_statistics_is_refused():
         (10, 4, 100, "40 images, .* a higher ipc"),
         (10, 50, 49, "30 images, .* a higher batch"),
         (10, 9, 100, None),
+        (10, 4, 49, "40 images, .* a higher ipc and batch would"),
+        (40, 10, 79, "40 images, .* a higher batch would"),
+        (10, 9, 101, "30 images, .* a higher class_images would"),
     ],
 )
 def test_small_batches_are_told_of(classes, ipc, batch, said):
-    notes = sre2l(batch=batch).notes(context_of(classes, ipc=ipc))
+    options = {"class_images": 3} if batch == 101 else {}
+    notes = sre2l(batch=batch, **options).notes(context_of(classes, ipc=ipc))
     assert len(notes) == (said is not None)
     if said is not None:
         assert re.search(said, notes[0])
