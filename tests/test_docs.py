@@ -164,6 +164,9 @@ def test_presets_that_are_named_exist():
     assert set(re.findall(r"`((?:cifar|svhn|tiny)\w+)`", text)) - {"cifar100"} <= set(
         get_method("dm").presets
     )
+    text = (ROOT / "docs" / "methods" / "sre2l.md").read_text("utf-8")
+    presets = text.partition("**Presets**")[2].partition("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", presets)) == set(get_method("sre2l").presets)
     assert "--preset paper" in (ROOT / "docs" / "methods" / "infoutil.md").read_text("utf-8")
 
 

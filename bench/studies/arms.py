@@ -191,7 +191,7 @@ class Distillation:
             "factor": int(factor),
         }
         if isinstance(method, Synthesis):
-            return cls._of_pixels(arm, ipc, setup, method, given, shared)
+            return cls._of_pixels(arm, ipc, setup, method, given, shared, label_teacher)
         scoring = {**shared, "teacher": teacher.sha256, "options": method.options_of_stage("score")}
         identity = {"score": scoring, "select": method.options_of_stage("select"), "ipc": ipc}
         if label_teacher is not None:
@@ -212,17 +212,30 @@ class Distillation:
         method: Synthesis,
         given: dict[str, Any],
         shared: dict[str, Any],
+        label_teacher: Path | None,
     ) -> Distillation:
-        """A method that makes pixels: no teacher, all images, and proxies by what is in their files."""
+        """A method that makes pixels: all images, a teacher where it asks one, proxies by what is in their files."""
         options = {**method.options_of_stage("synthesize"), **method.inputs()}
         chosen = {**shared, "images_per_class": None, "options": options}
         chosen["normalization"] = given.get("normalization", "auto")
-        identity = {"synthesize": chosen, "ipc": ipc}
+        teachers = {}
+        if method.requires_teacher():
+            teachers = {"teacher": setup.teacher}
+            if label_teacher is not None:
+                teachers["label_teacher"] = label_teacher
+        hashes = {role: teacher_at(path).sha256 for role, path in teachers.items()}
+        identity = {"synthesize": chosen, "ipc": ipc, **hashes}
         folder = setup.work / f"{arm.method}-ipc{ipc}-{digest(identity)}"
         settings = {
             name: value for name, value in given.items() if name not in ("factor", "images_per_class")
         }
-        arguments = {**settings, "data": setup.data, "ipc": ipc, "threads": torch.get_num_threads()}
+        arguments = {
+            **settings,
+            **teachers,
+            "data": setup.data,
+            "ipc": ipc,
+            "threads": torch.get_num_threads(),
+        }
         return cls(arm.name, arm.method, arguments, identity, folder)
 
     def make(self) -> Path:

@@ -61,7 +61,8 @@ def cell(result: dict[str, Any]) -> str:
 
 def student_rows(result: dict[str, Any]) -> list[list[Any]]:
     """A row of `STUDENT_COLUMNS` for each student of a result."""
-    options = json.dumps({**result["options"]["score"], **result["options"]["select"]}, sort_keys=True)
+    chosen = {name: value for of_stage in result["options"].values() for name, value in of_stage.items()}
+    options = json.dumps(chosen, sort_keys=True)
     common = [result["epochs"], result["batch_size"]]
     loss = f"{result['teacher_loss']:.4f}"
     return [

@@ -85,6 +85,21 @@ def float32_by_default() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+@contextmanager
+def repeatable_convolutions() -> Iterator[None]:
+    """Let cuDNN take those of its algorithms in a block that give the same bits every time, and always the same ones.
+
+    Its default for the gradient in a convolution's input may add in any order. On a CPU nothing changes.
+    """
+    backend = torch.backends.cudnn
+    before = backend.deterministic, backend.benchmark
+    backend.deterministic, backend.benchmark = True, False
+    try:
+        yield
+    finally:
+        backend.deterministic, backend.benchmark = before
+
+
 def cpu_multiplies_bfloat16() -> bool:
     """Whether this CPU has bfloat16 dot products in hardware (AVX-512 BF16 or AMX)."""
     return any(_bfloat16_units())

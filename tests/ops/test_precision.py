@@ -1,12 +1,13 @@
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 import torch
 
 from ddfast import ops
 from ddfast.ops import precision
-from ddfast.ops.precision import autocast, resolve_precision
+from ddfast.ops.precision import autocast, repeatable_convolutions, resolve_precision
 
 
 def product_dtype():
@@ -119,3 +120,17 @@ def test_an_op_computes_in_its_own_dtypes_under_autocast():
     plain = ops.grad_sq_norm_conv2d(input, grad, 3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(ops.grad_sq_norm_conv2d(input, grad, 3), plain)
+
+
+def test_repeatable_convolutions_are_asked_for_in_a_block_alone():
+    backend = torch.backends.cudnn
+    before = backend.deterministic, backend.benchmark
+    try:
+        for given in ((False, True), (True, False)):
+            backend.deterministic, backend.benchmark = given
+            with suppress(KeyboardInterrupt), repeatable_convolutions():
+                assert (backend.deterministic, backend.benchmark) == (True, False)
+                raise KeyboardInterrupt
+            assert (backend.deterministic, backend.benchmark) == given
+    finally:
+        backend.deterministic, backend.benchmark = before

@@ -26,7 +26,7 @@ from ddfast.methods.matching.real import all_drawn, lower, normalised, short_of
 from ddfast.methods.synthesis import Group, State, Synthesis
 from ddfast.models.frozen import frozen
 from ddfast.models.registry import check_model
-from ddfast.ops.precision import autocast
+from ddfast.ops.precision import autocast, repeatable_convolutions
 from ddfast.ops.transfer import to_device
 from ddfast.seeding import generator, seeded
 from ddfast.settings import option
@@ -63,10 +63,15 @@ class SRe2LOptions:
     first_bn: float = option(
         10.0, "weight of the first layer among them; the others have 1", stage="synthesize"
     )
-    shift: int = option(4, "pixels that a step rolls the images by, at most", stage="synthesize")
+    shift: int = option(
+        4, "pixels that a step rolls the images down and right by, at most", stage="synthesize"
+    )
+    either_way: bool = option(
+        False, "roll them up and left as well, as for Tiny-ImageNet", stage="synthesize"
+    )
     crop: bool = option(
         False,
-        "let a step look at a random crop, enlarged and at times mirrored, as for Tiny-ImageNet",
+        "let a step look at a random crop, enlarged and at times mirrored, as for all sets above 32 px",
         stage="synthesize",
     )
     cmi: float = option(
@@ -155,6 +160,9 @@ class Batch(Group):
     each: int
 
 
+_TINY: dict[str, Any] = {"lr_img": 0.1, "bn_weight": 1.0, "crop": True, "either_way": True}
+
+
 class SRe2L(Synthesis):
     """Recovery from a teacher with BatchNorm, then its soft labels."""
 
@@ -170,8 +178,9 @@ class SRe2L(Synthesis):
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "cifar10": {},  # their code has no CIFAR-10; with 10 classes a batch has 10 images of each
         "cifar100": {},
-        "tiny_imagenet": {"iterations": 4000, "lr_img": 0.1, "bn_weight": 1.0, "crop": True},
-        "tiny_imagenet_1k": {"lr_img": 0.1, "bn_weight": 1.0, "crop": True},
+        "tiny_imagenet": {**_TINY, "iterations": 4000},
+        "tiny_imagenet_1k": _TINY,
+        "imagenet1k": {"iterations": 4000, "crop": True, "shift": 32},
     }
 
     def __init__(self, options: Any) -> None:
@@ -196,17 +205,18 @@ class SRe2L(Synthesis):
     def augmented(self, images: Tensor, draws: torch.Generator) -> Tensor:
         """What a step looks at: one draw for all images of a batch, as in the authors' code.
 
-        Images are rolled by 0 to `shift` px down and right. With `crop` a random crop is enlarged and mirrored or
-        not before, and they are rolled by up to `shift` px either way.
+        Images are rolled by 0 to `shift` px down and right, with `either_way` by -`shift` to `shift` px. With `crop` a
+        random crop is enlarged, and mirrored or not, before.
         """
         most = self.options.shift
-        if not self.options.crop:
-            down, right = torch.randint(most + 1, (2,), generator=draws).tolist()
-            return torch.roll(images, (down, right), (2, 3))
+        least = -most if self.options.either_way else 0
         height, width = images.shape[-2:]
-        left, top, end, bottom = random_resized_boxes(1, height, draws)[0].tolist()
-        mirrored = bool(torch.rand((), generator=draws) < 0.5)
-        down, right = torch.randint(-most, most + 1, (2,), generator=draws).tolist()
+        if self.options.crop:
+            left, top, end, bottom = random_resized_boxes(1, height, draws)[0].tolist()
+            mirrored = bool(torch.rand((), generator=draws) < 0.5)
+        down, right = torch.randint(least, most + 1, (2,), generator=draws).tolist()
+        if not self.options.crop:
+            return torch.roll(images, (down, right), (2, 3))
         rows = _resized(height, top, bottom).roll(down, 0)
         columns = _resized(width, left, end)
         columns = (columns.flip(0) if mirrored else columns).roll(right, 0)
@@ -278,10 +288,15 @@ class SRe2L(Synthesis):
         least = min(len(group.classes) * group.each for group in groups)
         if least >= _STATISTICS_OF:
             return []
-        more = argument("batch") if self.options.batch < _STATISTICS_OF else argument("ipc")
+        if context.classes * context.ipc < _STATISTICS_OF:
+            more = argument("ipc") + (
+                f" and {argument('batch')}" if self.options.batch < _STATISTICS_OF else ""
+            )
+        else:
+            more = argument("class_images" if self.options.class_images else "batch")
         return [
             f"a batch has {plural(least, 'image')}, and BatchNorm statistics of fewer than {_STATISTICS_OF} are "
-            f"noisy: a higher {more} gives better ones"
+            f"noisy: a higher {more} would give better ones"
         ]
 
     # Steps --------------------------------------------------------------------------------------------------
@@ -338,6 +353,7 @@ class SRe2L(Synthesis):
         pixels = state.pixels.detach().requires_grad_()
         # Networks that draw when they are called draw the same after a kill.
         with (
+            repeatable_convolutions(),
             seeded(context.seed, "forward", group.number, number, device=context.device),
             autocast(context.precision, context.device),
         ):

@@ -59,6 +59,30 @@ def test_compare_writes_a_row_a_student_and_keeps_what_is_finished(toy_folder, t
     assert "| spread |" in capsys.readouterr().out
 
 
+def test_an_arm_that_recovers_images_from_the_teacher(toy_folder, toy_teacher, tmp_path, capsys):
+    words = [
+        *("compare", "--data", toy_folder, "--teacher", toy_teacher, "--arch", "convnet3", "--width", 8),
+        *("--ipc", 2, "--epochs", 1, "--seeds", 1, "--images-per-class", 12, "--precision", "float32"),
+        *("--arm", "sre2l iterations=2 batch=6", "--arm", "rded"),
+        *("--work", tmp_path / "work", "--out", tmp_path / "table"),
+    ]
+    for labels in ("online", "stored"):
+        assert main([*map(str, words), "--labels", labels]) == 0
+        rows = list(csv.DictReader((tmp_path / "table.csv").open()))
+        assert [row["arm"] for row in rows] == ["sre2l iterations=2 batch=6", "rded"]
+    (folder,) = (tmp_path / "work").glob("sre2l-ipc2-*")  # both kinds of labels are of one set
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["images_per_class"] == "all"
+    other = set_of(
+        Arm.parse("sre2l"), 2, Setup(str(toy_folder), toy_teacher, tmp_path), Training("convnet3"), 0
+    )
+    early = toy_teacher.with_name("teacher-epoch2.safetensors")
+    assert (
+        set_of(Arm.parse("sre2l"), 2, Setup(str(toy_folder), early, tmp_path), Training("convnet3"), 0).folder
+        != other.folder
+    )
+
+
 def test_a_set_for_each_student_judged_on_what_was_not_scored(toy_folder, toy_teacher, tmp_path, capsys):
     words = [
         *("compare", "--data", toy_folder, "--teacher", toy_teacher, "--arch", "convnet3", "--width", 8),

@@ -253,10 +253,14 @@ def test_images_are_rolled_by_up_to_four_pixels_down_and_right():
         seen.add((down, right))
     assert seen == {(down, right) for down in range(5) for right in range(5)}
     assert torch.equal(sre2l(shift=0).augmented(images, generator(0)), images)
+    either = sre2l(shift=1, either_way=True)
+    seen = {float(either.augmented(images, generator(step))[0, 0, 4, 4]) for step in range(80)}
+    assert seen == {36.0 - 8 * down - right for down in (-1, 0, 1) for right in (-1, 0, 1)}
 
 
-def test_a_crop_is_torchvisions_then_mirrored_then_rolled():
-    method = sre2l(crop=True)
+@pytest.mark.parametrize("either_way", [True, False])
+def test_a_crop_is_torchvisions_then_mirrored_then_rolled(either_way):
+    method = sre2l(crop=True, either_way=either_way)
     images = torch.randn(4, 3, 16, 16, dtype=torch.float64)
     mirrors, rolls = set(), set()
     for step in range(40):
@@ -268,12 +272,12 @@ def test_a_crop_is_torchvisions_then_mirrored_then_rolled():
         )
         mirrored = bool(torch.rand((), generator=draws) < 0.5)
         wanted = wanted.flip(-1) if mirrored else wanted
-        offsets = torch.randint(-4, 5, (2,), generator=draws).tolist()
+        offsets = torch.randint(-4 if either_way else 0, 5, (2,), generator=draws).tolist()
         torch.testing.assert_close(found, wanted.roll(offsets, (2, 3)), rtol=0, atol=1e-6)
         mirrors.add(mirrored)
         rolls.update(offsets)
     assert mirrors == {True, False}
-    assert min(rolls) < 0 < max(rolls)
+    assert rolls == set(range(-4 if either_way else 0, 5))
 
 
 # Batches -----------------------------------------------------------------------------------------------------
@@ -436,13 +440,11 @@ def test_sre2l_is_registered_with_the_authors_numbers():
     assert method.stages == ("synthesize", "relabel")
     assert method.requires_teacher()
     tiny = SRe2L.from_options({}, "tiny_imagenet").options
-    assert (tiny.iterations, tiny.batch, tiny.lr_img, tiny.bn_weight, tiny.crop) == (
-        4000,
-        100,
-        0.1,
-        1.0,
-        True,
-    )
+    assert (tiny.iterations, tiny.batch, tiny.lr_img, tiny.bn_weight) == (4000, 100, 0.1, 1.0)
+    assert (tiny.crop, tiny.shift, tiny.either_way) == (True, 4, True)
+    large = SRe2L.from_options({}, "imagenet1k").options
+    assert (large.iterations, large.lr_img, large.bn_weight, large.crop) == (4000, 0.25, 0.01, True)
+    assert (large.shift, large.either_way) == (32, False)
     assert SRe2L.from_options({}, "tiny_imagenet_1k").options.iterations == 1000
     assert SRe2L.from_options({}, "cifar100").options == options == SRe2L.from_options({}, "cifar10").options
 
@@ -504,10 +506,14 @@ def test_a_teacher_without_statistics_is_refused():
         (10, 4, 100, "40 images, .* a higher ipc"),
         (10, 50, 49, "30 images, .* a higher batch"),
         (10, 9, 100, None),
+        (10, 4, 49, "40 images, .* a higher ipc and batch would"),
+        (40, 10, 79, "40 images, .* a higher batch would"),
+        (10, 9, 101, "30 images, .* a higher class_images would"),
     ],
 )
 def test_small_batches_are_told_of(classes, ipc, batch, said):
-    notes = sre2l(batch=batch).notes(context_of(classes, ipc=ipc))
+    options = {"class_images": 3} if batch == 101 else {}
+    notes = sre2l(batch=batch, **options).notes(context_of(classes, ipc=ipc))
     assert len(notes) == (said is not None)
     if said is not None:
         assert re.search(said, notes[0])
