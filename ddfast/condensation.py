@@ -16,6 +16,7 @@ The import at the end of `utils.py` serves its training loop (`epoch`) as well.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -147,8 +148,18 @@ def _far_in_angle(a: Tensor, b: Tensor) -> Tensor:
 
 def _set_seed(param: Any) -> None:
     if param.latestseed != -1:
-        torch.random.manual_seed(param.latestseed)
+        _seeding()(int(param.latestseed))
         param.latestseed += 1
+
+
+@functools.cache
+def _seeding() -> Callable[[int], Any]:
+    """What seeds torch's generators.
+
+    `manual_seed` notes the call stack for accelerators that may come, which takes a tenth of a millisecond and more:
+    longer than the op. Where there is none, the CPU's generator is all there is to seed.
+    """
+    return torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed
 
 
 def _drawn(param: Any, draw: Callable[[], Tensor]) -> Tensor:
