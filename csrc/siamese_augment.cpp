@@ -31,6 +31,8 @@ using torch::stable::Tensor;
 constexpr int64_t kColumns = 16;                // of a row of parameters
 constexpr int64_t kNumbersPerTask = 32 * 1024;  // the least work worth handing to another thread
 constexpr int64_t kLanes = 4;                   // channels that a warp takes at a time
+constexpr int64_t kRows = 2;                    // that the adjoint of a warp goes along at once
+constexpr int64_t kFew = 16;                    // numbers that a loop holds in registers
 constexpr int64_t kBlock = 256;                 // numbers that are added up in their own type before they join a double
 
 template <typename Element>
@@ -125,18 +127,17 @@ void shift(const T* x, const Size& size, int64_t down, int64_t across, T* out) {
 
 template <typename T>
 inline double total_of(const T* x, int64_t count) {
-  constexpr int64_t kSums = 16;
   double total = 0;
   for (int64_t begin = 0; begin < count; begin += kBlock) {
     const int64_t end = std::min(begin + kBlock, count);
-    T sums[kSums] = {};
+    T sums[kFew] = {};
     int64_t k = begin;
-    for (; k + kSums <= end; k += kSums) {
-      for (int64_t lane = 0; lane < kSums; ++lane) sums[lane] += x[k + lane];
+    for (; k + kFew <= end; k += kFew) {
+      for (int64_t lane = 0; lane < kFew; ++lane) sums[lane] += x[k + lane];
     }
     for (; k < end; ++k) sums[0] += x[k];
     double sum = 0;
-    for (int64_t lane = 0; lane < kSums; ++lane) sum += static_cast<double>(sums[lane]);
+    for (int64_t lane = 0; lane < kFew; ++lane) sum += static_cast<double>(sums[lane]);
     total += sum;
   }
   return total;
@@ -153,28 +154,26 @@ inline void colour_of(const T* x, const Size& size, T brightness, T saturation, 
     mean = static_cast<T>(total_of(x, size.numbers()) / static_cast<double>(size.numbers()) +
                           static_cast<double>(brightness));
   }
-  T grey[kBlock];
-  for (int64_t begin = 0; begin < area; begin += kBlock) {
-    const int64_t count = std::min(kBlock, area - begin);
-    for (int64_t k = 0; k < count; ++k) grey[k] = x[begin + k] + brightness;
+  // A few neighbours at a time, whose grey stays in registers.
+  const auto few = [&](int64_t begin, auto count) {
+    T grey[kFew];
+    for (int64_t k = 0; k < count; ++k) grey[k] = x[begin + k];
     for (int64_t channel = 1; channel < size.channels; ++channel) {
-      const T* plane = x + channel * area + begin;
-      for (int64_t k = 0; k < count; ++k) grey[k] += plane[k] + brightness;
+      for (int64_t k = 0; k < count; ++k) grey[k] += x[channel * area + begin + k];
     }
-    for (int64_t k = 0; k < count; ++k) grey[k] /= channels;
+    for (int64_t k = 0; k < count; ++k) grey[k] = grey[k] / channels + brightness;
     for (int64_t channel = 0; channel < size.channels; ++channel) {
-      const T* plane = x + channel * area + begin;
-      T* to = out + channel * area + begin;
-      if (contrast == 1) {
-        for (int64_t k = 0; k < count; ++k) to[k] = grey[k] + (plane[k] + brightness - grey[k]) * saturation;
-      } else {
-        for (int64_t k = 0; k < count; ++k) {
-          const T value = grey[k] + (plane[k] + brightness - grey[k]) * saturation;
-          to[k] = mean + (value - mean) * contrast;
-        }
+      const T* __restrict plane = x + channel * area + begin;
+      T* __restrict to = out + channel * area + begin;
+      for (int64_t k = 0; k < count; ++k) {
+        const T value = grey[k] + (plane[k] + brightness - grey[k]) * saturation;
+        to[k] = contrast == 1 ? value : mean + (value - mean) * contrast;
       }
     }
-  }
+  };
+  int64_t begin = 0;
+  for (; begin + kFew <= area; begin += kFew) few(begin, std::integral_constant<int64_t, kFew>());
+  few(begin, area - begin);
 }
 
 DDFAST_CLONES void colour(const float* x, const Size& size, float brightness, float saturation, float contrast,
@@ -216,16 +215,24 @@ template <typename T>
 struct Reads {
   std::vector<int32_t> at;
   std::vector<T> right, below;
+  std::vector<T> from_centre;  // of the columns
 };
 
-// Positions along one axis, in pixels: out[k] = slope * (k + 1/2 - count / 2) + offset, no further than where the frame
-// is zero.
+// One row of them: where it reads in pixels, no further than where the frame is zero, taken apart into whole and share.
 template <typename T>
-inline void positions(T slope, T offset, int64_t count, T most, T* out) {
-  const T centre = static_cast<T>(count) / 2 - T(0.5);
-  for (int64_t k = 0; k < count; ++k) {
-    const T value = slope * (static_cast<T>(k) - centre) + offset;
-    out[k] = value > T(-1) ? (value < most ? value : most) : T(-1);
+inline void row_of_reads(const T* __restrict from_centre, int32_t count, T x_slope, T x_offset, T y_slope, T y_offset,
+                         T wide, T high, int32_t pitch, int32_t* __restrict at, T* __restrict right,
+                         T* __restrict below) {
+  for (int32_t k = 0; k < count; ++k) {
+    T x = x_slope * from_centre[k] + x_offset, y = y_slope * from_centre[k] + y_offset;
+    x = x > T(-1) ? x : T(-1);
+    y = y > T(-1) ? y : T(-1);
+    x = x < wide ? x : wide;
+    y = y < high ? y : high;
+    const int32_t column = static_cast<int32_t>(x + 1), row = static_cast<int32_t>(y + 1);
+    right[k] = x - static_cast<T>(column - 1);
+    below[k] = y - static_cast<T>(row - 1);
+    at[k] = row * pitch + column;
   }
 }
 
@@ -236,31 +243,24 @@ inline void reads_of(const T* theta, const Size& size, int64_t pitch, Reads<T>& 
   reads.at.resize(size.area());
   reads.right.resize(size.area());
   reads.below.resize(size.area());
+  reads.from_centre.resize(width);
+  for (int64_t k = 0; k < width; ++k) reads.from_centre[k] = static_cast<T>(k) + T(0.5) - wide / 2;
+  // theta speaks of positions from -1 to 1 along either side.
+  const T xy = theta[1] * (wide / high), x0 = theta[2] * wide / 2 + (wide / 2 - T(0.5));
+  const T yx = theta[3] * (high / wide), y0 = theta[5] * high / 2 + (high / 2 - T(0.5));
   for (int64_t i = 0; i < height; ++i) {
-    const T from_centre = static_cast<T>(i) + T(0.5) - high / 2;
-    int32_t* at = reads.at.data() + i * width;
-    T* right = reads.right.data() + i * width;
-    T* below = reads.below.data() + i * width;
-    // theta speaks of positions from -1 to 1 along either side.
-    positions(theta[0], theta[1] * (wide / high) * from_centre + (theta[2] * wide / 2 + (wide / 2 - T(0.5))), width,
-              wide, right);
-    positions(theta[3] * (high / wide), theta[4] * from_centre + (theta[5] * high / 2 + (high / 2 - T(0.5))), width,
-              high, below);
-    const int32_t pitch32 = static_cast<int32_t>(pitch);
-    for (int64_t k = 0; k < width; ++k) {
-      const int32_t x = static_cast<int32_t>(right[k] + 1), y = static_cast<int32_t>(below[k] + 1);
-      right[k] -= static_cast<T>(x - 1);
-      below[k] -= static_cast<T>(y - 1);
-      at[k] = y * pitch32 + x;
-    }
+    const T down = static_cast<T>(i) + T(0.5) - high / 2;
+    row_of_reads(reads.from_centre.data(), static_cast<int32_t>(width), theta[0], xy * down + x0, yx,
+                 theta[4] * down + y0, wide, high, static_cast<int32_t>(pitch), reads.at.data() + i * width,
+                 reads.right.data() + i * width, reads.below.data() + i * width);
   }
 }
 
 // A row of pixels between planes and frame.
 template <typename T>
 inline void into_lanes(const T* const* planes, int64_t count, Pixel<T>* to) {
-  const T *a = planes[0], *b = planes[1], *c = planes[2], *d = planes[3];
-  T* out = reinterpret_cast<T*>(to);
+  const T *__restrict a = planes[0], *__restrict b = planes[1], *__restrict c = planes[2], *__restrict d = planes[3];
+  T* __restrict out = reinterpret_cast<T*>(to);
   for (int64_t k = 0; k < count; ++k) {
     out[4 * k] = a[k];
     out[4 * k + 1] = b[k];
@@ -270,29 +270,43 @@ inline void into_lanes(const T* const* planes, int64_t count, Pixel<T>* to) {
 }
 
 template <typename T>
-inline void out_of_lanes(const Pixel<T>* from, int64_t count, int64_t lanes, int64_t plane, T* out) {
-  const T* in = reinterpret_cast<const T*>(from);
-  for (int64_t lane = 0; lane < lanes; ++lane, out += plane) {
-    for (int64_t k = 0; k < count; ++k) out[k] = in[4 * k + lane];
+inline void out_of_lanes(const Pixel<T>* from, int64_t count, T* const* planes) {
+  T *__restrict a = planes[0], *__restrict b = planes[1], *__restrict c = planes[2], *__restrict d = planes[3];
+  const T* __restrict in = reinterpret_cast<const T*>(from);
+  for (int64_t k = 0; k < count; ++k) {
+    a[k] = in[4 * k];
+    b[k] = in[4 * k + 1];
+    c[k] = in[4 * k + 2];
+    d[k] = in[4 * k + 3];
   }
 }
 
 // Buffers of a warp; those of one thread.
 template <typename T>
 struct Warp {
-  explicit Warp(const Size& size) : size(size), zeros(size.width), line(size.width) { frame.fit(size); }
+  explicit Warp(const Size& size)
+      : size(size), zeros(size.width), unused(kLanes * size.width), line(kRows * size.width) {
+    frame.fit(size);
+  }
 
-  // The rows that `four` channels begin with, zeros for those that are not there.
-  void channels(const T* x, int64_t four, const T** planes) const {
+  // Where a row begins in each of `four` channels; zeros in place of those that are not there.
+  void row_of(const T* x, int64_t four, int64_t offset, const T** planes) const {
     for (int64_t lane = 0; lane < kLanes; ++lane) {
-      planes[lane] = lane < four ? x + lane * size.area() : zeros.data();
+      planes[lane] = lane < four ? x + lane * size.area() + offset : zeros.data();
+    }
+  }
+
+  // The same to write to; what belongs to no channel goes where nothing reads.
+  void row_of(T* x, int64_t four, int64_t offset, T** planes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      planes[lane] = lane < four ? x + lane * size.area() + offset : unused.data() + lane * size.width;
     }
   }
 
   Size size;
   Frame<T> frame;
   Reads<T> reads;
-  std::vector<T> zeros;
+  std::vector<T> zeros, unused;
   std::vector<Pixel<T>> line;
   const T* theta = nullptr;  // of `reads`
 };
@@ -311,8 +325,7 @@ inline void forward_of(Warp<T>& warp, const T* x, int64_t down, int64_t across, 
         continue;
       }
       const T* planes[kLanes];
-      warp.channels(x, four, planes);
-      for (int64_t lane = 0; lane < four; ++lane) planes[lane] += (i + down) * width + columns.begin + across;
+      warp.row_of(x, four, (i + down) * width + columns.begin + across, planes);
       std::fill(to, to + columns.begin, Pixel<T>{});
       into_lanes(planes, columns.end - columns.begin, to + columns.begin);
       std::fill(to + columns.end, to + width, Pixel<T>{});
@@ -322,11 +335,13 @@ inline void forward_of(Warp<T>& warp, const T* x, int64_t down, int64_t across, 
       const T *right = warp.reads.right.data() + i * width, *below = warp.reads.below.data() + i * width;
       for (int64_t k = 0; k < width; ++k) {
         const Pixel<T>*upper = warp.frame.pixels.data() + at[k], *lower = upper + pitch;
-        const T e = right[k], s = below[k], w = 1 - e, n = 1 - s;
-        warp.line[k].lanes = upper[0].lanes * (w * n) + upper[1].lanes * (e * n) + lower[0].lanes * (w * s) +
-                             lower[1].lanes * (e * s);
+        const auto above = upper[0].lanes + (upper[1].lanes - upper[0].lanes) * right[k];
+        const auto under = lower[0].lanes + (lower[1].lanes - lower[0].lanes) * right[k];
+        warp.line[k].lanes = above + (under - above) * below[k];
       }
-      out_of_lanes(warp.line.data(), width, four, area, out + i * width);
+      T* planes[kLanes];
+      warp.row_of(out, four, i * width, planes);
+      out_of_lanes(warp.line.data(), width, planes);
     }
   }
 }
@@ -339,21 +354,34 @@ inline void backward_of(Warp<T>& warp, const T* grad, int64_t down, int64_t acro
   for (int64_t first = 0; first < size.channels; first += kLanes, grad += kLanes * area, out += kLanes * area) {
     const int64_t four = std::min(kLanes, size.channels - first);
     std::fill(warp.frame.pixels.begin(), warp.frame.pixels.end(), Pixel<T>{});
-    for (int64_t i = 0; i < size.height; ++i) {
-      const T* planes[kLanes];
-      warp.channels(grad, four, planes);
-      for (int64_t lane = 0; lane < four; ++lane) planes[lane] += i * width;
-      into_lanes(planes, width, warp.line.data());
-      const int32_t* at = warp.reads.at.data() + i * width;
-      const T *right = warp.reads.right.data() + i * width, *below = warp.reads.below.data() + i * width;
-      for (int64_t k = 0; k < width; ++k) {
-        Pixel<T>*upper = warp.frame.pixels.data() + at[k], *lower = upper + pitch;
-        const T e = right[k], s = below[k], w = 1 - e, n = 1 - s;
-        const auto value = warp.line[k].lanes;
-        upper[0].lanes += value * (w * n);
-        upper[1].lanes += value * (e * n);
-        lower[0].lanes += value * (w * s);
-        lower[1].lanes += value * (e * s);
+    // Neighbours in a row add to the same pixels, one waiting for the other; rows far apart do not.
+    const int64_t apart = (size.height + kRows - 1) / kRows;
+    for (int64_t i = 0; i < apart; ++i) {
+      int64_t count = 0;
+      for (int64_t row = i; row < size.height; row += apart, ++count) {
+        const T* planes[kLanes];
+        warp.row_of(grad, four, row * width, planes);
+        into_lanes(planes, width, warp.line.data() + count * width);
+      }
+      const auto add = [&](int64_t row, int64_t k) {
+        const int64_t place = (i + row * apart) * width + k;
+        const auto value = warp.line[row * width + k].lanes;
+        const auto under = value * warp.reads.below[place], above = value - under;
+        const auto above_right = above * warp.reads.right[place], under_right = under * warp.reads.right[place];
+        Pixel<T>*upper = warp.frame.pixels.data() + warp.reads.at[place], *lower = upper + pitch;
+        upper[0].lanes += above - above_right;
+        upper[1].lanes += above_right;
+        lower[0].lanes += under - under_right;
+        lower[1].lanes += under_right;
+      };
+      if (count == kRows) {
+        for (int64_t k = 0; k < width; ++k) {
+          for (int64_t row = 0; row < kRows; ++row) add(row, k);
+        }
+      } else {
+        for (int64_t row = 0; row < count; ++row) {
+          for (int64_t k = 0; k < width; ++k) add(row, k);
+        }
       }
     }
     for (int64_t i = 0; i < size.height; ++i) {
@@ -365,8 +393,9 @@ inline void backward_of(Warp<T>& warp, const T* grad, int64_t down, int64_t acro
         if (there) std::fill(plane + columns.end, plane + width, T(0));
       }
       if (there) {
-        out_of_lanes(warp.frame.row(i - down) + columns.begin - across, columns.end - columns.begin, four, area,
-                     to + columns.begin);
+        T* planes[kLanes];
+        warp.row_of(out, four, i * width + columns.begin, planes);
+        out_of_lanes(warp.frame.row(i - down) + columns.begin - across, columns.end - columns.begin, planes);
       }
     }
   }

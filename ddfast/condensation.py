@@ -2,18 +2,21 @@
 
 `DiffAugment`, `ParamDiffAug` and `match_loss` have the names, arguments, draws and numbers of those in `utils.py` of
 github.com/VICO-UoE/DatasetCondensation (Zhao, Mopuri & Bilen, ICLR 2021; Zhao & Bilen, ICML 2021 and WACV 2023). Its
-`main.py` and `main_DM.py`, and codes that were made from them, run faster to the same losses when they take them from
-here:
+`main.py` and `main_DM.py`, and codes that were made from them, run faster to the same losses with two lines changed:
+the import, which takes these from here in place of `utils`,
 
-    from utils import get_loops, get_dataset, get_network, get_eval_pool, evaluate_synset, get_daparam, ...
-    from ddfast.condensation import DiffAugment, ParamDiffAug, match_loss
+    from ddfast.condensation import DiffAugment, ParamDiffAug, match_loss, fuse
 
-The second line alone, put at the end of `utils.py`, serves its training loop (`epoch`) as well. `fuse` makes their
-ConvNets faster besides, in one line more: `net = ddfast.fuse(net)` behind `get_network`.
+and the network of a step, whose blocks are computed by one op each:
+
+    net = fuse(get_network(args.model, channel, num_classes, im_size).to(args.device))
+
+The import at the end of `utils.py` serves its training loop (`epoch`) as well.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,9 +24,10 @@ import torch
 from torch import Tensor
 
 from ddfast.errors import UsageError
+from ddfast.models import fuse
 from ddfast.ops import augment_parameters, siamese_augment
 
-__all__ = ["DiffAugment", "ParamDiffAug", "match_loss"]
+__all__ = ["DiffAugment", "ParamDiffAug", "fuse", "match_loss"]
 
 _PLACES = {"flip": 0, "color": 1, "crop": 2, "scale": 3, "rotate": 3, "cutout": 4}  # in one call of the op
 
@@ -144,8 +148,18 @@ def _far_in_angle(a: Tensor, b: Tensor) -> Tensor:
 
 def _set_seed(param: Any) -> None:
     if param.latestseed != -1:
-        torch.random.manual_seed(param.latestseed)
+        _seeding()(int(param.latestseed))
         param.latestseed += 1
+
+
+@functools.cache
+def _seeding() -> Callable[[int], Any]:
+    """What seeds torch's generators.
+
+    `manual_seed` notes the call stack for accelerators that may come, which takes a tenth of a millisecond and more:
+    longer than the op. Where there is none, the CPU's generator is all there is to seed.
+    """
+    return torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed
 
 
 def _drawn(param: Any, draw: Callable[[], Tensor]) -> Tensor:

@@ -3,7 +3,7 @@
 python examples/condensation.py photos --ipc 10 --iterations 100
 
 A loop that already calls the reference repository's functions of these names takes them from `ddfast.condensation`
-instead of from `utils`, and fuses its network: that is all.
+in place of `utils`, and its network goes through `fuse`: two lines.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 import ddfast
-from ddfast.condensation import DiffAugment, ParamDiffAug, match_loss
+from ddfast.condensation import DiffAugment, ParamDiffAug, fuse, match_loss
 
 STRATEGY = "color_crop_cutout_flip_scale_rotate"
 
@@ -35,7 +35,7 @@ def main() -> None:
     optimizer = torch.optim.SGD([made], lr=0.1, momentum=0.5)
     for step in range(args.iterations):
         torch.manual_seed(step)
-        net = ddfast.fuse(ddfast.create_model("convnet3_in", len(real_images), args.size))
+        net = fuse(ddfast.create_model("convnet3_in", len(real_images), args.size))
         loss = torch.tensor(0.0)
         for label, of_class in enumerate(real_images):
             real = of_class[torch.randperm(len(of_class))[: args.real_batch]]
