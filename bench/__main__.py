@@ -23,17 +23,8 @@ from ddfast.errors import UsageError
 from ddfast.files import atomic_write_text
 
 SPEED_MODULES = (
-    *(
-        "attribution",
-        "norms",
-        "convnet",
-        "augmentation",
-        "matching",
-        "recovery",
-        "op_cases",
-        "score_pass",
-        "host_time",
-    ),
+    *("attribution", "norms", "convnet", "augmentation", "matching", "recovery", "diffusion"),
+    *("op_cases", "score_pass", "host_time"),
 )
 
 

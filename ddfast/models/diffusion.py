@@ -242,7 +242,10 @@ def find_prior(spec: str | Path) -> Path:
         what = "is a file, not a folder" if path.exists() else "is no folder"
         raise UsageError(f"the prior {spec} {what}: give one of {advice}, or a diffusers pipeline's")
     from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
 
+    spoken = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # what goes wrong is told below, in a line
     try:
         return Path(DiffusionPipeline.download(str(spec)))
     except Exception as error:  # whatever a network, a hub or a cache may raise
@@ -250,6 +253,8 @@ def find_prior(spec: str | Path) -> Path:
             f"the prior {spec} is no folder, and cannot be fetched by that name ({one_line(error)}): give the folder "
             "of one that is here"
         ) from error
+    finally:
+        logging.set_verbosity(spoken)
 
 
 def load_prior(spec: str | Path) -> Prior:

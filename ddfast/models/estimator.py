@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ddfast.arguments import path_of
 from ddfast.errors import UsageError, one_line, shown
@@ -78,6 +79,34 @@ def _network(arch: str, image_size: int, options: dict[str, Any]) -> nn.Module:
     return network
 
 
+class Softplus(nn.Softplus):
+    """log(1 + exp(beta x)) / beta; float32 on a CPU without the slow log1p of PyTorch's, to 1e-6 of the same."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As `nn.Softplus`."""
+        if input.dtype != torch.float32 or input.device.type != "cpu":
+            return super().forward(input)
+        found: Tensor = _Softplus.apply(input, self.beta)
+        return found
+
+
+class _Softplus(torch.autograd.Function):
+    """-log(sigmoid(-beta x)) / beta, in one buffer; x itself where that is all that float32 tells."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, beta: float) -> Tensor:
+        ctx.save_for_backward(input)
+        ctx.beta = beta
+        found = (input * -beta).sigmoid_().clamp_min_(1e-30).log_().mul_(-1 / beta)
+        return torch.maximum(found, input, out=found)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (input,) = ctx.saved_tensors
+        return (input * ctx.beta).sigmoid_().mul_(grad), None
+
+
 def smoothed(encoder: Encoder) -> Encoder:
     """A copy, which shares the parameters, with Softplus of sharpness 3 for every ReLU: smooth in the images."""
     shared: dict[int, Any] = {id(each): each for each in [*encoder.parameters(), *encoder.buffers()]}
@@ -85,7 +114,7 @@ def smoothed(encoder: Encoder) -> Encoder:
     for module in list(smooth.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, (nn.ReLU, nn.ReLU6)):
-                setattr(module, name, nn.Softplus(beta=SOFTPLUS))
+                setattr(module, name, Softplus(beta=SOFTPLUS))
     return smooth
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ddfast.errors import UsageError
-from ddfast.models.estimator import Encoder, Estimator, estimator_identity, load_estimator, smoothed
+from ddfast.models.estimator import Encoder, Estimator, Softplus, estimator_identity, load_estimator, smoothed
 from ddfast.models.registry import create_model, features
 from ddfast.seeding import seeded
 from tests.methods.diffusion.conftest import CLASSES, save_estimator
@@ -47,6 +47,19 @@ def test_softplus_stands_for_every_relu_and_shares_the_weights():
     assert sharp
     assert set(sharp) == {3.0}
     assert [id(value) for value in smooth.parameters()] == [id(value) for value in encoder.parameters()]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_our_softplus_is_pytorchs(layout):
+    values = torch.cat([torch.linspace(-60, 60, 4003), torch.tensor([-1e30, -200.0, 0.0, 200.0, 1e30])])
+    values = values.view(1, 3, -1, 4).contiguous(memory_format=layout)
+    ours, theirs = values.clone().requires_grad_(), values.clone().double().requires_grad_()
+    found, wanted = Softplus(beta=3.0)(ours), nn.functional.softplus(theirs, 3.0, threshold=600)
+    torch.testing.assert_close(found.detach().double(), wanted.detach(), rtol=2e-7, atol=5e-8)
+    weights = torch.randn_like(values)
+    (pulled,) = torch.autograd.grad((found * weights).sum(), ours)
+    torch.testing.assert_close(pulled, torch.sigmoid(3 * values) * weights, rtol=1e-5, atol=1e-7)
+    assert torch.equal(ours.detach(), values)
 
 
 def test_reading_is_smooth_in_the_images():

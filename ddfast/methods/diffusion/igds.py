@@ -89,7 +89,7 @@ class IGDSOptions:
     )
     literal: bool = option(
         False,
-        "read the information from the noisy images, as the paper's Algorithm 1 has it, not from the denoised ones",
+        "read the information from the noisy images, not from the denoised ones",
         stage="synthesize",
     )
     unguided: bool = option(
