@@ -206,6 +206,26 @@ def test_a_set_without_regions_keeps_its_recipe_and_has_none_to_give(undisturbed
         ddfast.evaluate(data, toy_folder, regions="some", **options)
 
 
+def test_random_images_it_is_compared_with_show_their_regions_in_the_same_places(
+    undisturbed, toy_folder, tmp_path
+):
+    found = ddfast.compare(
+        undisturbed,
+        toy_folder,
+        coreset="none",
+        protocol="dc",
+        seeds=2,
+        epochs=1,
+        out=tmp_path / "c",
+        quiet=True,
+    )
+    (table,) = found.tables
+    results = [row.results["hard"] for row in table.rows]
+    assert len(results) == 2
+    assert {one.regions for one in results} == {"chosen"}
+    assert len({one.recipe for one in results}) == len({one.steps for one in results}) == 1
+
+
 # Storage -----------------------------------------------------------------------------------------------------
 
 WINDOWS = torch.tensor([[0, 0, 4, 4], [4, 4, 8, 8]])
