@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ddfast.arguments import architecture_options, one_of, output_folder, path_of
 from ddfast.data import open_source
@@ -62,9 +64,16 @@ class _Given:
 
     @property
     def size(self) -> tuple[int, ...]:
-        """What decides the steps of a student: images, their side, and tiles that optimised images decode to."""
+        """What decides the steps of a student: images, their side, and the tiles or regions that they stand for."""
         tiles = self.opened.factor if self.opened.pixels is not None else 1
-        return len(self.opened), self.opened.image_size, self.opened.factor, tiles
+        regions = 0 if self.boxes is None else self.boxes.shape[1]
+        return len(self.opened), self.opened.image_size, self.opened.factor, tiles, regions
+
+    @property
+    def boxes(self) -> Tensor | None:
+        """The regions that students see beside the images, int64 [N, P, 4]; None for none."""
+        held = None if self.opened.pixels is None else self.opened.pixels.regions
+        return None if held is None else held.boxes()
 
     @property
     def labelled_by(self) -> str | None:
@@ -163,7 +172,7 @@ def compare(
         if size not in tests:
             tests[size] = read_test_set(tested, size, workers=workers, quiet=quiet)
         students = {"arch": arch, "arch_options": options} if arch is not None else _students(group, options)
-        trial = _Trial(rules, tests[size], {**settings, **students}, group[0].size[3] > 1)
+        trial = _Trial(rules, tests[size], {**settings, **students}, group[0].size[3] > 1, group[0].boxes)
         baselines = _Baselines(source, data, out, coreset, device, workers, quiet, notes)
         tables.append(_table(group, trial, baselines, where, precision))
     found = Comparison(tables, list(dict.fromkeys(notes)), out)
@@ -283,12 +292,17 @@ def _students(group: Sequence[_Given], options: Mapping[str, Any]) -> dict[str, 
 
 @dataclass(frozen=True)
 class _Trial:
-    """How students of a table are trained; `decoded`: on the tiles of every image, as those of optimised ones are."""
+    """How students of a table are trained.
+
+    `decoded`: on the tiles of every image, as those of optimised ones are. `boxes`: of the first set's images, where
+    they have regions; images that were drawn or chosen show theirs in the same places.
+    """
 
     rules: Protocol
     test: ImageSet
     settings: Mapping[str, Any]
     decoded: bool
+    boxes: Tensor | None = None
 
     def results(self, opened: DistilledSet, columns: Iterable[str]) -> dict[str, EvaluationResult]:
         """The accuracies of students of a set, by column."""
@@ -299,6 +313,9 @@ class _Trial:
             images: Any = opened
             if self.decoded and opened.pixels is None:
                 images = read_distilled(opened).decoded()
+            if self.boxes is not None and opened.pixels is None:
+                held = read_distilled(opened)
+                images = replace(held, boxes=self.boxes[torch.arange(len(held.labels)) % len(self.boxes)])
             rules = replace(self.rules, labels=column)
             say(f"{opened.root}: {column} labels", quiet=bool(self.settings["quiet"]))
             result = evaluate(images, self.test, protocol=rules, **self.settings)

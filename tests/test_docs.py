@@ -101,7 +101,7 @@ def test_every_command_parses(page, capsys):
 def test_commands_are_found():
     assert len(commands(ROOT / "README.md")) >= 8
     assert sum(len(commands(page)) for page in PAGES) >= 40
-    for method in ("infoutil", "rded", "coresets", "dm", "sre2l", "igds"):
+    for method in ("infoutil", "rded", "coresets", "dm", "udd", "sre2l", "igds"):
         assert commands(ROOT / "docs" / "methods" / f"{method}.md")
 
 
@@ -135,6 +135,7 @@ def test_every_benchmark_that_is_named_exists(page):
         ("dm", ["dm"]),
         ("sre2l", ["sre2l"]),
         ("igds", ["igds"]),
+        ("udd", ["udd"]),
     ],
 )
 def test_tables_of_options_tell_the_defaults(page, methods):

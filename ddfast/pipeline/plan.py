@@ -32,7 +32,7 @@ SHARD_SOURCES = 256  # sources in one score shard, the unit of commit and of wor
 # as many: its host's work is that of a micro-batch, not of a source.
 MICRO_BATCH = {"cpu": 16, "cuda": 128}
 # What may change between the start of a run and its resumption without changing the result.
-_RESULTS = ("complete", "counts", "quarantined", "prepared", "mixed_machines", "accuracy")
+_RESULTS = ("complete", "counts", "quarantined", "prepared", "mixed_machines", "accuracy", "regions")
 _ARITHMETIC = {
     **dict.fromkeys(("micro_batch", "forward_batch", "shard_sources", "threads"), int),
     **dict.fromkeys(("max_pixels", "max_file_bytes"), int),

@@ -265,6 +265,9 @@ def figures(folder: Folder) -> list[Figure]:
         return lambda row: row.get(name)
 
     sampled = is_sampled(folder)
+    of_loss = line("of the information" if sampled else "of the loss", column("gradient_norm"))
+    of_cmi = line("of λ · CMI", column("cmi_gradient_norm"))
+    of_cfc = line("of CFC, weighted", column("cfc_gradient_norm"))
     wanted: list[tuple[str, list[Line | None], str, bool]] = [
         ("Loss", [] if sampled else [line("loss", column("loss"))], "", False),
         (
@@ -293,11 +296,13 @@ def figures(folder: Folder) -> list[Figure]:
         ),
         (
             "Gradient in the samples" if sampled else "Gradient in the pixels",
-            [
-                line("of the information" if sampled else "of the loss", column("gradient_norm")),
-                line("of λ · CMI", column("cmi_gradient_norm")),
-                line("of CFC, weighted", column("cfc_gradient_norm")),
-            ],
+            [of_loss, of_cmi] if of_cmi is not None or of_cfc is None else [],
+            "Euclidean norms.",
+            False,
+        ),
+        (
+            "Gradient in the pixels, and CFC's",
+            [of_loss, of_cfc] if of_cfc is not None else [],
             "Euclidean norms.",
             False,
         ),

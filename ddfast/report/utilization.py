@@ -274,14 +274,12 @@ def _picture(
 
     heat = drawn(lambda place: Image.fromarray(diverging(maps[place].numpy() / limit)))
     boxed = drawn(lambda place: regions_picture(images[place], windows[lowest[place]], side=_CELL))
-    regions = (
-        "regions that students see" if opened.pixels and opened.pixels.regions else "least active regions"
-    )
+    title = "regions" if opened.pixels is not None and opened.pixels.regions is not None else "least active"
     return paired_mosaic_picture(
         [
             ("images", [images[place] for place in places], labels),
             ("activation", heat, labels),
-            (regions, boxed, labels),
+            (title, boxed, labels),
         ],
         opened.class_names,
         side=_CELL,

@@ -118,8 +118,10 @@ def train_student(
     size, classes = distilled.image_size, distilled.num_classes
     if epochs < 1:
         raise UsageError(f"epochs must be at least 1, got {epochs}")
-    if distilled.is_float:
-        distilled = distilled.decoded()  # an optimised image stands for its tiles, whatever the protocol
+    if distilled.is_float or distilled.boxes is not None:
+        distilled = (
+            distilled.decoded()
+        )  # an optimised image stands for its tiles or regions, whatever the protocol
     if batch_size is None:
         batch_size = rules.batch_size_for(distilled.ipc, classes, size, arch, teacher_arch)
     if rules.decode:

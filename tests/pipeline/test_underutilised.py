@@ -18,7 +18,6 @@ from ddfast.cli import main
 from ddfast.errors import UsageError
 from ddfast.methods.matching.udd import UDD, corner_windows
 from ddfast.output.pixels import Regions, read_pixels, write_pixels
-from ddfast.pipeline import synthesize
 from ddfast.training.evaluation import read_distilled
 from tests.conftest import digests
 
@@ -81,15 +80,23 @@ def test_kill_9_and_resume_give_the_same_bytes(undisturbed, toy_folder, tmp_path
     assert digests(out) == digests(undisturbed)
 
 
+@pytest.mark.parametrize(
+    "place", ["ddfast.pipeline.synthesize.write_pixels", "ddfast.distillation.write_report"]
+)
 def test_a_run_that_stops_behind_its_last_step_chooses_the_same(
-    undisturbed, toy_folder, tmp_path, monkeypatch
+    place, undisturbed, toy_folder, tmp_path, monkeypatch
 ):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patched:
-        patched.setattr(synthesize, "write_pixels", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(place, stop)
         with pytest.raises(KeyboardInterrupt):
             distil(toy_folder, tmp_path / "out")
     torch.rand(7)
     distil(toy_folder, tmp_path / "out", resume=True)
+    assert digests(tmp_path / "out") == digests(undisturbed)
+    distil(toy_folder, tmp_path / "out", resume=True)  # a finished one stays
     assert digests(tmp_path / "out") == digests(undisturbed)
 
 
@@ -197,6 +204,26 @@ def test_a_set_without_regions_keeps_its_recipe_and_has_none_to_give(undisturbed
         ddfast.evaluate(data, toy_folder, regions="all", **options)
     with pytest.raises(UsageError, match="regions must be one of none, chosen, all"):
         ddfast.evaluate(data, toy_folder, regions="some", **options)
+
+
+def test_random_images_it_is_compared_with_show_their_regions_in_the_same_places(
+    undisturbed, toy_folder, tmp_path
+):
+    found = ddfast.compare(
+        undisturbed,
+        toy_folder,
+        coreset="none",
+        protocol="dc",
+        seeds=2,
+        epochs=1,
+        out=tmp_path / "c",
+        quiet=True,
+    )
+    (table,) = found.tables
+    results = [row.results["hard"] for row in table.rows]
+    assert len(results) == 2
+    assert {one.regions for one in results} == {"chosen"}
+    assert len({one.recipe for one in results}) == len({one.steps for one in results}) == 1
 
 
 # Storage -----------------------------------------------------------------------------------------------------

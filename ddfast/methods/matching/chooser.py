@@ -50,5 +50,7 @@ def trained_on_real(arch: str, steps: int, pool: ClassPool, context: Context) ->
                 seen += len(targets)
     if not torch.isfinite(loss):
         raise DivergedError(f"the network that chooses regions diverged after {plural(steps, 'step')}")
-    read = f"it read {100 * right.item() / seen:.0f}% of its last {seen:,} images"
-    return network.requires_grad_(False).eval(), f"a {arch} after {steps:,} steps on real images; {read}"
+    read = f"it read {100 * right.item() / seen:.0f}% of its last {seen:,} training images"
+    return network.requires_grad_(
+        False
+    ).eval(), f"a {arch} after {plural(steps, 'step')} on real images; {read}"

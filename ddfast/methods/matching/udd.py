@@ -142,7 +142,6 @@ class UDD(IDC):
     factors: ClassVar[tuple[int, ...]] = (1,)  # regions take the place of IDC's tiles
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "svhn": {"net_samples": 500},
-        "mnist": {"net_samples": 500},
         "imagenet10": {"arch": "resnetap10", "distance": "magnitudes", "lr_img": 0.003, "flip": True},
         # With the CMI regulariser, whose authors give no lambda for it: IDC's. Each needs `proxies`.
         "cifar10_ipc10_cmi": {"cmi": 100.0},
@@ -225,6 +224,7 @@ class UDD(IDC):
             pieces = zip(*(tensor.split(MICRO_BATCH) for tensor in rows), strict=True)
             return region_means(torch.cat([maps_of(network, *piece) for piece in pieces]), windows, side)
 
+        @functools.cache
         def by_activation() -> Tensor:
             return over(activation_maps, images)
 
@@ -232,14 +232,16 @@ class UDD(IDC):
             return over(map_gradients, images, labels)
 
         def by_jitter() -> Tensor:
-            """sigma_n = | Lambda_n - 1/M sum_m Lambda^_nm | (Eqs. 2 to 4), the means of the whole image's copies."""
-            copies = 1 + int(self.options.jitters)
-            noisy = torch.cat([images, *self._jittered(images, number, classes, context)])
-            own, *others = over(activation_maps, noisy).chunk(copies)
-            return (own - torch.stack(others).mean(dim=0)).abs()
+            """sigma_n = | Lambda_n - 1/M sum_m Lambda^_nm | (Eqs. 2 to 4), with noise on the whole image."""
+            copies = over(activation_maps, torch.cat(self._jittered(images, number, classes, context)))
+            return (by_activation() - copies.unflatten(0, (-1, len(images))).mean(dim=0)).abs()
 
         count = int(self.options.lowest)
-        policy = {"activation": by_activation, "gradient": by_gradient, "jitter": by_jitter}
+        policy: dict[str, Callable[[], Tensor]] = {
+            "activation": by_activation,
+            "gradient": by_gradient,
+            "jitter": by_jitter,
+        }
         if self.options.policy == "vote":
             return lowest_of(votes([found() for found in policy.values()], count), count)
         return lowest_of(policy[self.options.policy](), count)
