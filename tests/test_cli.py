@@ -341,8 +341,8 @@ REFUSED = {
         "--teacher TEACHER --class-order nowhere": "class order nowhere cannot be read",
         "--teacher WEIGHTS.pt": "is a bare state dict: give its architecture as --teacher-arch\n",
         "--distilled FILE": "is a file; wanted the output folder",
-        "--resume": "--resume is an option of ddfast train-teacher, ddfast distill, ddfast score and ddfast "
-        "train-proxies",
+        "--resume": "--resume is an option of ddfast train-teacher, ddfast distill, ddfast score, ddfast "
+        "train-proxies and ddfast train-experts",
         "--protocol dc --teacher TEACHER": "trains on hard labels",
     },
     "distill rded --data DATA --teacher TEACHER --ipc 1 --out OUT": {

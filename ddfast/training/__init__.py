@@ -2,6 +2,7 @@
 
 from ddfast.training.distilled_images import DistilledImages
 from ddfast.training.evaluation import EvaluationResult, evaluate
+from ddfast.training.experts import Experts, experts_identity, load_experts, train_experts
 from ddfast.training.image_sets import ImageSet, read_test_set, read_training_set
 from ddfast.training.protocol import PROTOCOLS, Protocol
 from ddfast.training.proxies import Proxies, load_proxies, proxies_identity, train_proxies
@@ -13,17 +14,21 @@ __all__ = [
     "PROTOCOLS",
     "DistilledImages",
     "EvaluationResult",
+    "Experts",
     "ImageSet",
     "Protocol",
     "Proxies",
     "StudentResult",
     "TeacherConfig",
     "evaluate",
+    "experts_identity",
     "fit_teacher",
+    "load_experts",
     "load_proxies",
     "proxies_identity",
     "read_test_set",
     "read_training_set",
+    "train_experts",
     "train_proxies",
     "train_student",
     "train_teacher",

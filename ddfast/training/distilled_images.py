@@ -31,6 +31,7 @@ class DistilledImages:
         soft_labels: probabilities [N, factor^2, C] of every tile, row-major, or None: they come from a
             teacher.
         temperature: T of the softmax that made them.
+        learned_rate: learning rate that was optimised with the images, None where none was.
 
     """
 
@@ -42,6 +43,7 @@ class DistilledImages:
     factor: int = 1
     soft_labels: Tensor | None = None
     temperature: float = 20.0
+    learned_rate: float | None = None
 
     @property
     def num_classes(self) -> int:

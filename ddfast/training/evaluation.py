@@ -340,6 +340,7 @@ def read_distilled(
         factor=opened.factor,
         soft_labels=opened.soft_labels,
         temperature=1.0 if opened.temperature is None else opened.temperature,
+        learned_rate=None if pixels is None else pixels.learned_rate,
     )
 
 
