@@ -11,6 +11,7 @@ __all__ = ["Method", "get_method", "list_methods"]
 
 def _registry() -> dict[str, type[Method]]:
     from ddfast.methods.matching.dm import DM
+    from ddfast.methods.matching.mtt import MTT
     from ddfast.methods.selection.forgetting import Forgetting
     from ddfast.methods.selection.herding import Herding
     from ddfast.methods.selection.infoutil import InfoUtil
@@ -19,7 +20,7 @@ def _registry() -> dict[str, type[Method]]:
     from ddfast.methods.selection.random import Random, RandomHard
     from ddfast.methods.selection.rded import RDED
 
-    listed = (InfoUtil, RDED, Random, Herding, KCenter, KMeans, Forgetting, DM)
+    listed = (InfoUtil, RDED, Random, Herding, KCenter, KMeans, Forgetting, DM, MTT)
     return {method.name: method for method in (*listed, RandomHard)}
 
 

@@ -120,6 +120,10 @@ class Synthesis(Method):
             )
         return super().tiles_per_side(str(self.factor), image_size)
 
+    def learned_rate(self, state: State) -> float | None:
+        """The learning rate of students that was optimised with the images, None where none was."""
+        return None
+
     def images(self, state: State) -> Tensor:
         """What students train on, float32 [N, 3, H, W]."""
         return state.pixels

@@ -83,6 +83,7 @@ class Judge:
             mean=run.plan["mean"],
             std=run.plan["std"],
             factor=run.plan["factor"],
+            learned_rate=self._method.learned_rate(state),
         )
         result = evaluate(
             distilled,

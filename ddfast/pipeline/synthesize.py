@@ -181,13 +181,15 @@ def _write(run: Run, method: Synthesis, groups: Sequence[Group], judge: Judge | 
     pixels: list[Tensor] = []
     labels: list[int] = []
     rows: list[dict[str, float]] = []
+    rate = None
     for group in groups:
         state = _finished(run, group)
+        rate = method.learned_rate(state)
         pixels.append(method.images(state).detach().float().cpu())
         labels += [label for label in group.classes for _ in range(len(pixels[-1]) // len(group.classes))]
         rows += [{"group": float(group.number), **row} for row in state.curve]
     images, names = torch.cat(pixels), torch.tensor(labels)
-    write_pixels(run.out, images, names, space=method.space, factor=run.plan["factor"])
+    write_pixels(run.out, images, names, space=method.space, factor=run.plan["factor"], learned_rate=rate)
     write_curve(run.out, rows)
     _write_images(run, method, images, names)
     _write_before(run, method, groups)

@@ -69,15 +69,18 @@ class Matching(Synthesis):
         """Normalised images [N * factor ** 2, 3, H, W] of pixels [N, 3, H, W], class by class; differentiable."""
         return pixels
 
-    def augmentation(self, size: tuple[int, int], draws: torch.Generator) -> Callable[[Tensor], Tensor]:
+    def augmentation(
+        self, size: tuple[int, int], draws: torch.Generator, rows: int = 1
+    ) -> Callable[[Tensor], Tensor]:
         """What the real and the synthetic images of a class go through in a step: DSA with one operation for all.
 
         Args:
             size: (height, width) in pixels.
             draws: of the class and the step.
+            rows: images that get parameters of their own; 1 for one set that all images share.
         """
         operations = DSA if self.options.flip else tuple(name for name in DSA if name != "flip")
-        return draw_one(operations, 1, size, draws)
+        return draw_one(operations, rows, size, draws)
 
     def check(self, image_size: int | None) -> None:
         """Refuse an architecture that does not exist, or does not take images of that size."""

@@ -1,4 +1,8 @@
-"""Options that all matching methods share."""
+"""Options that matching methods share.
+
+They stand in pieces, because a method takes the pieces that mean something to it. The fields of a dataclass come from
+its last base to its first.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +17,22 @@ from ddfast.wording import argument
 
 
 @dataclass(frozen=True)
-class MatchingOptions:
-    """Options of every matching method."""
-
+class _Compared:
     arch: str = option(
         "convnet3_in",
         "architecture of the networks that images are compared on, one that ddfast train-teacher --help lists",
         stage="synthesize",
     )
     iterations: int = option(20000, "steps of the pixels", stage="synthesize")
+
+
+@dataclass(frozen=True)
+class _OfReal:
     real_batch: int = option(256, "real images of a class in a step", stage="synthesize")
+
+
+@dataclass(frozen=True)
+class _OfPixels:
     init: str = option(
         "real",
         "images to begin with: real ones, normal noise, or each a mix of 2 x 2 real ones at half size",
@@ -54,11 +64,11 @@ class MatchingOptions:
     proxy_arch: str | None = option(
         None, "take only the proxies of this architecture; default all", stage="synthesize", type=str
     )
-    class_batch: int = option(10, "classes that are matched together, by one process", stage="synthesize")
 
     def __post_init__(self) -> None:
         for name in ("iterations", "real_batch", "cmi_every", "class_batch"):
-            self._set(name, whole_number(getattr(self, name), name, least=1))
+            if hasattr(self, name):
+                self._set(name, whole_number(getattr(self, name), name, least=1))
         self._set("lr_img", positive_number(self.lr_img, "lr_img"))
         self._set("momentum", positive_number(self.momentum, "momentum", zero=True))
         self._set("cmi", positive_number(self.cmi, "cmi", zero=True))
@@ -83,3 +93,18 @@ class MatchingOptions:
                 raise UsageError(
                     f"{argument(name)} is of no use without {argument(needed)}: give that as well, or leave it out"
                 )
+
+
+@dataclass(frozen=True)
+class _OfClasses:
+    class_batch: int = option(10, "classes that are matched together, by one process", stage="synthesize")
+
+
+@dataclass(frozen=True)
+class PixelOptions(_OfPixels, _Compared):
+    """Options of every method that optimises pixels on networks."""
+
+
+@dataclass(frozen=True)
+class MatchingOptions(_OfClasses, _OfPixels, _OfReal, _Compared):
+    """Options of every method that matches real images and synthetic ones, class by class."""
