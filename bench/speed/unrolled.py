@@ -163,12 +163,19 @@ def unrolled_gradient(settings: Settings) -> Iterator[Measurable]:
     minutes=1,
 )
 def directional(settings: Settings) -> Iterator[Measurable]:
-    """In the weights and the images, of ConvNet-3 with InstanceNorm on 50 images: what a step of the way back takes."""
+    """In the weights and the images, of ConvNet-3 with InstanceNorm on 50 images: what a step of the way back takes.
+
+    PyTorch's GroupNorm has no forward mode for its backward pass, so for the peer the norm is made of plain operations.
+    """
     count, width = settings.size((50, 128), quick=(4, 16), gpu=(100, 128))
     model = _convnet(width, torch.float32).to(settings.device)
     start, goal = _ends(model)
     ((images, labels),) = _batches(1, count, settings.device)
     direction = [goal[name] - start[name] for name in start]
+    plain = _convnet(width, torch.float32).to(settings.device)
+    plain.blocks = nn.Sequential(  # type: ignore[assignment]
+        *(_PlainNorm(each) if isinstance(each, nn.GroupNorm) else each for each in plain.blocks)
+    )
 
     def reverse(network: nn.Module) -> Sequence[Tensor]:
         leaves = [weight.clone().requires_grad_() for weight in start.values()]
@@ -187,7 +194,7 @@ def directional(settings: Settings) -> Iterator[Measurable]:
             ]
             leaf = images.clone().requires_grad_()
             loss = functional.cross_entropy(
-                functional_call(model, dict(zip(start, leaves, strict=True)), (leaf,)), labels
+                functional_call(plain, dict(zip(start, leaves, strict=True)), (leaf,)), labels
             )
             found = torch.autograd.grad(loss, [*leaves, leaf])
             return [forward_ad.unpack_dual(each).tangent for each in found]
@@ -204,9 +211,10 @@ def directional(settings: Settings) -> Iterator[Measurable]:
         f"ConvNet-3, weights and {count} images of {SIDE} px",
         ours=[
             Contender("reverse over reverse", lambda: reverse(model)),
+            Contender("reverse over reverse, norm of plain operations", lambda: reverse(plain)),
             Contender("reverse over reverse, fused blocks", lambda: reverse(fused)),
         ],
-        peer=Contender("forward over reverse", forward),
+        peer=Contender("forward over reverse, norm of plain operations", forward),
         gate=gate,
         unit="derivatives",
         rounds=5,
@@ -214,8 +222,24 @@ def directional(settings: Settings) -> Iterator[Measurable]:
     )
 
 
+class _PlainNorm(nn.Module):
+    """InstanceNorm in operations that have a forward mode of their own and of their backward pass."""
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        self.weight, self.bias, self._eps = norm.weight, norm.bias, norm.eps
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """[B, C, H, W], each map normalised."""
+        centred = maps - maps.mean(dim=(2, 3), keepdim=True)
+        scaled = centred * (centred.square().mean(dim=(2, 3), keepdim=True) + self._eps).rsqrt()
+        return scaled * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
+
+
 class _Held:
     """An expert in memory: the student's start and its goal."""
+
+    whitening = None
 
     def __init__(self, start: Weights, goal: Weights) -> None:
         self._ends = (start, goal)

@@ -183,6 +183,11 @@ def add_train_experts(commands: Any) -> None:
         help="random changes of the images: dsa takes one of six for a batch, dsa-no-flip leaves out mirroring, which "
         "digits do not bear",
     )
+    parser.add_argument(
+        "--zca",
+        action="store_true",
+        help="whiten the images in place of a normalisation; runs with these experts take --normalization none",
+    )
     parser.set_defaults(parser=parser, run=_train_experts)
 
 
@@ -253,7 +258,11 @@ def _train_proxies(arguments: argparse.Namespace) -> None:
 def _train_experts(arguments: argparse.Namespace) -> None:
     from ddfast.training.experts import train_experts
 
-    print(train_experts(arguments.data, augment=arguments.augment, **_network_settings(arguments)))
+    print(
+        train_experts(
+            arguments.data, augment=arguments.augment, zca=arguments.zca, **_network_settings(arguments)
+        )
+    )
 
 
 def add_evaluate(commands: Any) -> None:

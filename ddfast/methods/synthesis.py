@@ -13,6 +13,7 @@ from ddfast.data.pool import ClassPool
 from ddfast.errors import UsageError
 from ddfast.methods.base import Context, Method
 from ddfast.output.pixels import CURVE as CURVE  # the names of a state's curve
+from ddfast.output.whitening import Whitening
 from ddfast.wording import argument
 
 
@@ -122,6 +123,10 @@ class Synthesis(Method):
 
     def learned_rate(self, state: State) -> float | None:
         """The learning rate of students that was optimised with the images, None where none was."""
+        return None
+
+    def whitening(self, context: Context) -> Whitening | None:
+        """The transform that the images are whitened by, which stays with the set; None where they are not."""
         return None
 
     def images(self, state: State) -> Tensor:

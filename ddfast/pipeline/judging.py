@@ -67,12 +67,15 @@ class Judge:
         run, method = self._run, self._method
         pixels = method.images(state).detach().float().cpu()
         rounded = to_bytes(pixels, run.plan["mean"], run.plan["std"], method.space)
+        whitened = method.whitening(run.context) is not None
         return {
             "float32": self._judged(pixels, state, "the pixels").as_dict(),
-            "8 bits": self._judged(rounded, state, "the same in 8 bits").as_dict(),
+            "8 bits": self._judged(
+                pixels if whitened else rounded, state, "the same in 8 bits", rounded=whitened
+            ).as_dict(),
         }
 
-    def _judged(self, images: Tensor, state: State, what: str) -> EvaluationResult:
+    def _judged(self, images: Tensor, state: State, what: str, *, rounded: bool = False) -> EvaluationResult:
         run = self._run
         each = len(images) // len(state.group.classes)
         labels = [label for label in state.group.classes for _ in range(each)]
@@ -84,6 +87,7 @@ class Judge:
             std=run.plan["std"],
             factor=run.plan["factor"],
             learned_rate=self._method.learned_rate(state),
+            whitening=self._method.whitening(run.context),
         )
         result = evaluate(
             distilled,
@@ -93,6 +97,7 @@ class Judge:
             protocol=PROTOCOL,
             device=run.device.type,
             quiet=True,
+            rounded=rounded,
         )
         say(f"{what}: test top-1 {result.mean:.2f}", quiet=run.quiet)
         return result

@@ -191,6 +191,8 @@ def _write(run: Run, method: Synthesis, groups: Sequence[Group], judge: Judge | 
     images, names = torch.cat(pixels), torch.tensor(labels)
     write_pixels(run.out, images, names, space=method.space, factor=run.plan["factor"], learned_rate=rate)
     write_curve(run.out, rows)
+    if (whitening := method.whitening(run.context)) is not None:
+        whitening.write(run.out)
     _write_images(run, method, images, names)
     _write_before(run, method, groups)
     run.plan["counts"] = {"images": len(names), "sources": len(run.pool())}
@@ -212,11 +214,20 @@ def _write_images(run: Run, method: Synthesis, pixels: Tensor, labels: Tensor) -
     rows: list[dict[str, Any]] = []
     with Progress("write", len(labels), "images", quiet=run.quiet) as progress:
         for place, label, index in _numbered(labels):
-            image = to_bytes(pixels[place : place + 1], run.plan["mean"], run.plan["std"], method.space)[0]
+            image = _pictured(run, method, pixels[place : place + 1])[0]
             write_image(run.out / image_path(label, classes[label], index, format), image)
             rows.append(metadata_row(label, classes[label], index, (), format))
             progress.advance()
     write_metadata(run.out, rows)
+
+
+def _pictured(run: Run, method: Synthesis, pixels: Tensor) -> Tensor:
+    """Images in 8 bits."""
+    mean, std = run.plan["mean"], run.plan["std"]
+    whitening = method.whitening(run.context)
+    if whitening is not None:
+        return to_bytes(whitening.undone(pixels), mean, std, "unit")
+    return to_bytes(pixels, mean, std, method.space)
 
 
 def _numbered(labels: Tensor) -> Iterator[tuple[int, int, int]]:
@@ -240,5 +251,5 @@ def _write_before(run: Run, method: Synthesis, groups: Sequence[Group]) -> None:
             if label in shown:
                 images.append(begun[place * each : (place + 1) * each])
                 labels += [label] * each
-    before = to_bytes(torch.cat(images), run.plan["mean"], run.plan["std"], method.space)
+    before = _pictured(run, method, torch.cat(images))
     write_before(run.out, before, labels, run.source.class_names)

@@ -17,14 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddfast.arguments import positive_number
+from ddfast.arguments import path_of, positive_number
 from ddfast.errors import UsageError, one_line
 from ddfast.files import atomic_write_bytes
 from ddfast.isolation import isolated
 from ddfast.models.normalization import AUTO, Normalization
 from ddfast.models.registry import COMMON_IMAGE, check_model, create_model
 from ddfast.models.teacher import load_teacher
+from ddfast.output.whitening import WHITENING, Whitening, read_whitening
 from ddfast.state import read_tensors, serialize_tensors
+from ddfast.training.image_sets import ImageSet, StreamedSet, whitened
 from ddfast.training.network_folder import (
     Kind,
     Network,
@@ -32,12 +34,15 @@ from ddfast.training.network_folder import (
     check_fits,
     files_of,
     identity_of_file,
+    is_work,
     mean_top1,
     table_text,
     train_networks,
 )
 from ddfast.training.teacher_config import TeacherConfig
 from ddfast.wording import argument, plural, setting
+
+_WHITENED = ", whitened by ZCA"  # in what a file says of its data
 
 EXPERT = Kind("expert", "experts", "ddfast-experts-1")
 
@@ -81,6 +86,7 @@ def train_experts(
     weight_decay: float = 0.0,
     batch_size: int = 256,
     augment: str = "dsa",
+    zca: bool = False,
     seed: int = 0,
     resume: bool = False,
     device: str = "auto",
@@ -108,6 +114,8 @@ def train_experts(
         weight_decay: on every parameter.
         batch_size: images a step.
         augment: as in `TeacherConfig`; "dsa-no-flip" for digits.
+        zca: whiten the images in place of a normalisation (`ddfast.output.whitening`). The transform is fitted on the
+            training images, stands in the folder as `zca.safetensors`, and goes with the sets that are made by it.
         seed: each network's own seed is derived from it and its number.
         resume: continue a killed run from its last whole epoch; starts where there is nothing to continue, returns at
             once where all are trained, and trains further ones where `count` has grown.
@@ -121,6 +129,12 @@ def train_experts(
             `resume` a run of other settings.
     """
     check_steps_alone(arch)
+    if zca:
+        if normalization not in ("auto", "none"):
+            raise UsageError(
+                f"{argument('zca')} takes the place of a normalisation: leave {argument('normalization')} out"
+            )
+        normalization = "none"
     config = TeacherConfig(
         arch=arch,
         epochs=epochs,
@@ -147,7 +161,8 @@ def train_experts(
         device=device,
         workers=workers,
         quiet=quiet,
-        recorder=_Trajectories,
+        recorder=lambda folder: _Trajectories(folder, zca=zca),
+        noted=_WHITENED if zca else "",
     )
     return Experts(folder, config.arch, networks)
 
@@ -178,8 +193,27 @@ def check_steps_alone(arch: str) -> None:
 class _Trajectories(Recorder):
     """Keeps the weights after every epoch, a file for each while a network is trained, then one file for all."""
 
-    def __init__(self, out: Path) -> None:
-        self._out = out
+    def __init__(self, out: Path, *, zca: bool) -> None:
+        self._out, self._zca = out, zca
+
+    def seen(self, train: ImageSet | StreamedSet, test: ImageSet | None) -> tuple[Any, ImageSet | None]:
+        """See `Recorder`: whitened, where that is asked for, by the transform that the folder holds from then on."""
+        if not any(is_work(EXPERT, entry.name) for entry in self._out.iterdir()):
+            (self._out / WHITENING).unlink(
+                missing_ok=True
+            )  # of a run that ended before its first whole epoch
+        if not self._zca:
+            return train, test
+        if not isinstance(train, ImageSet):
+            raise UsageError(
+                f"whitening is fitted on images that fit in memory: give fewer {argument('images_per_class')} or a "
+                f"smaller {argument('image_size')}, or leave out {argument('zca')}"
+            )
+        whitening = read_whitening(self._out)
+        if whitening is None:
+            whitening = Whitening.fit(train.images)
+            whitening.write(self._out)
+        return whitened(train, whitening), None if test is None else whitened(test, whitening)
 
     def after(self, number: int) -> Callable[[int, nn.Module], None]:
         """See `Recorder`."""
@@ -220,12 +254,13 @@ class Trajectories:
 
     Attributes:
         epochs: that every one of them was trained for.
+        whitening: of the images that they were trained on, None where they were normalised.
     """
 
-    def __init__(self, paths: Sequence[Path], epochs: int) -> None:
+    def __init__(self, paths: Sequence[Path], epochs: int, whitening: Whitening | None = None) -> None:
         from safetensors import safe_open
 
-        self.epochs = epochs
+        self.epochs, self.whitening = epochs, whitening
         self._files = [safe_open(path, framework="pt") for path in paths]
 
     def __len__(self) -> int:
@@ -264,8 +299,20 @@ def load_experts(
             trained for fewer epochs.
     """
     paths, least = [], None
-    for path in files_of(EXPERT, folder):
+    files = files_of(EXPERT, folder)
+    whitening = read_whitening(files[0].parent)
+    if whitening is not None and (any(mean) or any(value != 1 for value in std)):
+        raise UsageError(
+            f"the experts in {folder} were trained on whitened images: give {setting('normalization', 'none')}"
+        )
+    for path in files:
         expert = load_teacher(path)
+        if str(expert.facts.get("training", {}).get("data", "")).endswith(_WHITENED) != (
+            whitening is not None
+        ):
+            raise UsageError(
+                f"{path.parent / WHITENING} does not belong to {path.name}: train the experts anew"
+            )
         check_fits(EXPERT, path, expert, class_names, image_size, (mean, std), arch)
         trajectory = path.with_name(trajectory_file(EXPERT.number(path.name) or 0))
         found = _epochs_in(trajectory, expert.model)
@@ -277,14 +324,15 @@ def load_experts(
             )
         paths.append(trajectory)
         least = found if least is None else min(least, found)
-    return Trajectories(paths, least or 0)
+    return Trajectories(paths, least or 0, whitening)
 
 
 def experts_identity(folder: str | Path) -> list[dict[str, Any]]:
     """What a manifest says of the experts of a folder, in the order of their numbers.
 
     Returns:
-        As `proxies_identity`, and "trajectory", the SHA-256 of the weights after every epoch.
+        As `proxies_identity`, and "trajectory", the SHA-256 of the weights after every epoch; behind them "file" and
+        "sha256" of the whitening, where there is one.
 
     Raises:
         UsageError: no such folder, no experts in it, or a damaged one.
@@ -295,6 +343,8 @@ def experts_identity(folder: str | Path) -> list[dict[str, Any]]:
         _epochs_in(trajectory, None)
         digest = hashlib.sha256(trajectory.read_bytes()).hexdigest()
         found.append({**identity_of_file(path), "trajectory": digest})
+    if (whitening := path_of(folder, "experts") / WHITENING).is_file():
+        found.append({"file": WHITENING, "sha256": hashlib.sha256(whitening.read_bytes()).hexdigest()})
     return found
 
 

@@ -105,6 +105,10 @@ class Network:
 class Recorder:
     """Sees the networks of a folder as they are trained; this one keeps nothing beside the networks."""
 
+    def seen(self, train: ImageSet | StreamedSet, test: ImageSet | None) -> tuple[Any, ImageSet | None]:
+        """The images as the networks are to see them, before they are normalised."""
+        return train, test
+
     def after(self, number: int) -> Callable[[int, nn.Module], None] | None:
         """What is told of the epochs of a network, from 0 for its start: see `fit_teacher`."""
         return None
@@ -191,6 +195,7 @@ def train_networks(
     workers: int | None,
     quiet: bool,
     recorder: Callable[[Path], Recorder] = lambda out: Recorder(),
+    noted: str = "",
 ) -> tuple[Path, list[Network]]:
     """Train the networks of a folder that are missing in it, on images that are decoded once.
 
@@ -199,6 +204,7 @@ def train_networks(
         data: an image folder, archive, named set, or images in memory, as `ddfast.data.open_source` takes it.
         config: of every network but for its seed and, where `image_size` is None, its image size.
         recorder: of the folder, makes what sees the networks as they are trained.
+        noted: what the networks' images are besides the data's, for the check of a resumed run.
         count, out, images_per_class, image_size, resume, device, workers, quiet: as `train_proxies`.
 
     Returns:
@@ -230,7 +236,7 @@ def train_networks(
     check_model(config.arch, config.image_size, **config.arch_options)
     places, drawn_from = _places(source, images_per_class, config.seed, quiet)
     settings = {
-        **identity_of(config, source.fingerprint()),
+        **identity_of(config, source.fingerprint() + noted),
         "images_per_class": None if places is None else images_per_class,
     }
     arithmetic: dict[str, Any] = {
@@ -242,7 +248,7 @@ def train_networks(
         check_identity(out / kind.table, held["settings"], settings)
         arithmetic = continued(out / kind.table, held, arithmetic)
     config = replace(config, precision=arithmetic["arithmetic"])
-    fingerprint = source.fingerprint() + drawn_from
+    fingerprint = source.fingerprint() + drawn_from + noted
 
     @functools.cache
     def decoded() -> tuple[ImageSet | StreamedSet, ImageSet | None]:
@@ -258,7 +264,8 @@ def train_networks(
         train = read_training_set(source, config.image_size, samples=samples, workers=workers, quiet=quiet)
         if where.type == "cpu":
             warn_of_crowding(neighbours, torch.get_num_threads(), "OMP_NUM_THREADS={}".format, quiet=quiet)
-        return train, test
+        with on_threads(arithmetic["threads"]):
+            return records.seen(train, test)
 
     make_folder(out)
     sweep_temporary(out)
@@ -323,7 +330,7 @@ def _held(kind: Kind, out: Path, count: int, resume: bool) -> dict[str, Any] | N
         held = None
     if not isinstance(held, dict) or held.get("format") != kind.format:
         raise UsageError(f"{path} is no table of {kind.nouns}, or damaged: choose another {argument('out')}")
-    if not resume and not any(_is_work(kind, entry.name) for entry in out.iterdir()):
+    if not resume and not any(is_work(kind, entry.name) for entry in out.iterdir()):
         return None  # a run that ended before its first whole epoch: nothing is lost
     done = plural(len(held[kind.nouns]), f"trained {kind.noun}", f"trained {kind.nouns}")
     if not resume:
@@ -338,7 +345,7 @@ def _held(kind: Kind, out: Path, count: int, resume: bool) -> dict[str, Any] | N
     return held
 
 
-def _is_work(kind: Kind, name: str) -> bool:
+def is_work(kind: Kind, name: str) -> bool:
     """Whether a file is a network, or the state of one on its way."""
     return kind.number(name) is not None or (name.startswith(f"{kind.noun}-") and name.endswith(".state"))
 

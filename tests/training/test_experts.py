@@ -13,6 +13,7 @@ from ddfast.errors import UsageError
 from ddfast.files import temporary_path
 from ddfast.models import create_model, load_teacher
 from ddfast.models.normalization import normalization
+from ddfast.output.whitening import Whitening, read_whitening
 from ddfast.seeding import derived_seed, generator, seeded
 from ddfast.training import experts_identity, load_experts, train_experts
 from ddfast.training.augmentation import normalize
@@ -108,7 +109,7 @@ class Killed(BaseException):
 def test_killed_at_any_write_it_resumes_to_the_same_bytes(trained, stripes, tmp_path, monkeypatch, writes):
     out, kills = tmp_path / "e", 0
     replace = os.replace
-    while True:
+    while kills < 40:
         renamed = [0]
 
         def dying(source, target, renamed=renamed):
@@ -126,6 +127,55 @@ def test_killed_at_any_write_it_resumes_to_the_same_bytes(trained, stripes, tmp_
             kills += 1
     assert kills > 3
     assert contents(out) == contents(trained.folder)
+
+
+@pytest.mark.parametrize("writes", [4, 5])
+def test_whitened_experts_survive_a_kill(stripes, tmp_path, monkeypatch, writes):
+    settings = {**TINY, "zca": True, "images_per_class": 6}
+    whole = train_experts(stripes, out=tmp_path / "whole", **settings)
+    out, replace, kills = tmp_path / "e", os.replace, 0
+    while kills < 40:
+        left = [writes]
+
+        def dying(source, target, left=left):
+            if not left[0]:
+                raise Killed
+            left[0] -= 1
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", dying)
+        try:
+            train_experts(stripes, out=out, resume=True, **settings)
+            break
+        except Killed:
+            kills += 1
+    monkeypatch.undo()
+    assert kills > 3
+    assert contents(out) == contents(whole.folder)
+    whitening = read_whitening(out)
+    assert load_experts(out, **{**RUN, "mean": (0, 0, 0), "std": (1, 1, 1)}).whitening is not None
+    assert whitening.mean.shape == (3, SIZE, SIZE)
+    assert [row["file"] for row in experts_identity(out)][2:] == ["zca.safetensors"]
+    with pytest.raises(UsageError, match="trained on whitened images: give normalization='none'"):
+        load_experts(out, **RUN)
+    (out / "zca.safetensors").unlink()
+    with pytest.raises(UsageError, match="does not belong to expert-00000"):
+        load_experts(out, **{**RUN, "mean": (0, 0, 0), "std": (1, 1, 1)})
+
+
+def test_whitening_takes_the_place_of_a_normalisation(stripes, trained, tmp_path):
+    with pytest.raises(UsageError, match="zca takes the place of a normalisation"):
+        train_experts(stripes, out=tmp_path / "e", normalization="cifar10", zca=True, **TINY)
+    with pytest.raises(UsageError, match="another"):
+        train_experts(stripes, out=trained.folder, resume=True, zca=True, **TINY)
+    # What a run of other images left before its first epoch is not taken for this run's.
+    (tmp_path / "e").mkdir()
+    Whitening.fit(torch.randint(0, 256, (9, 3, SIZE, SIZE)).byte()).write(tmp_path / "e")
+    (tmp_path / "e" / "experts.json").write_text((trained.folder / "experts.json").read_text())
+    settings = {**TINY, "count": 1, "epochs": 1, "zca": True}
+    train_experts(stripes, out=tmp_path / "e", **settings)
+    train_experts(stripes, out=tmp_path / "f", **settings)
+    assert contents(tmp_path / "e") == contents(tmp_path / "f")
 
 
 def test_more_can_be_added_and_a_lost_trajectory_is_told(trained, stripes, tmp_path):

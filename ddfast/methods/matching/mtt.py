@@ -31,6 +31,7 @@ from ddfast.models.fusing import fuse
 from ddfast.models.registry import create_model
 from ddfast.ops.precision import autocast
 from ddfast.ops.transfer import to_device
+from ddfast.output.whitening import Whitening
 from ddfast.seeding import generator, seeded
 from ddfast.settings import option
 from ddfast.training.experts import Trajectories, check_steps_alone, experts_identity, load_experts
@@ -245,19 +246,18 @@ class MTT(Matching):
 
         All images are gone through in a random order, `batch_syn` in a step, before an order is drawn anew.
         """
-        images = self.decode(pixels)
-        labels = torch.tensor(group.classes).repeat_interleave(len(images) // len(group.classes))
-        size, count = (images.shape[-2], images.shape[-1]), self.options.batch_syn or len(images)
+        labels = torch.tensor(group.classes).repeat_interleave(len(pixels) // len(group.classes))
+        size, count = (pixels.shape[-2], pixels.shape[-1]), self.options.batch_syn or len(pixels)
         orders = generator(context.seed, "order", number)
         waiting: list[Tensor] = []
         batches = []
         for step in range(self.options.syn_steps):
-            waiting = waiting or list(torch.randperm(len(images), generator=orders).split(count))
+            waiting = waiting or list(torch.randperm(len(pixels), generator=orders).split(count))
             places = waiting.pop(0)
             draws = generator(context.seed, "augment", number, step)
-            chosen = images[to_device(places, images.device)]
+            chosen = pixels[to_device(places, pixels.device)]
             augment = self.augmentation(size, draws, len(places))
-            batches.append((augment(chosen), to_device(labels[places], images.device)))
+            batches.append((augment(chosen), to_device(labels[places], pixels.device)))
         return batches
 
     def _scaled_cmi(
@@ -284,6 +284,23 @@ class MTT(Matching):
                 f"the learning rate of the students would become {rate:.3g} at step {number} of {self.steps}: lower "
                 f"{argument('lr_lr')}, now {self.options.lr_lr:g}; what was made before that step is kept"
             )
+
+    def decode(self, pixels: Tensor) -> Tensor:
+        """What CMI looks at: pictures, where the pixels are whitened, as its proxies know them."""
+        whitening = self._experts.whitening if self._experts is not None else None
+        return pixels if whitening is None else whitening.undone(pixels)
+
+    def whitening(self, context: Context) -> Whitening | None:
+        """That of the experts' images."""
+        self.open(context)
+        assert self._experts is not None
+        return self._experts.whitening
+
+    def _initial(self, label: int, pool: ClassPool, context: Context) -> Tensor:
+        """Real images whitened as the experts' were; noise is white as it is."""
+        begun = super()._initial(label, pool, context)
+        whitening = self.whitening(context)
+        return begun if whitening is None or self.options.init == "noise" else whitening(begun)
 
     def learned_rate(self, state: State) -> float:
         """The students' learning rate that goes with the images."""

@@ -14,8 +14,10 @@ from ddfast.errors import DivergedError, UsageError
 from ddfast.methods.matching.mtt import MTT
 from ddfast.models import create_model
 from ddfast.output.pixels import read_curve, read_pixels
+from ddfast.output.whitening import Whitening, read_whitening
 from ddfast.pipeline import synthesize
 from ddfast.seeding import generator
+from ddfast.training import evaluation as evaluation_module
 from ddfast.training import student as student_module
 from ddfast.training import train_experts
 from ddfast.training.differentiable import DSA, draw_one
@@ -70,6 +72,8 @@ def undisturbed(tmp_path_factory, toy_folder, experts):
 
 class Held:
     """Experts in memory: random weights, in float64."""
+
+    whitening = None
 
     def __init__(self, network, epochs):
         draws = torch.Generator().manual_seed(7)
@@ -316,6 +320,65 @@ def test_the_learned_rate_belongs_to_the_digest_of_the_images(undisturbed):
         for rate in (None, 0.1, 0.2)
     }
     assert len(found) == 3
+
+
+@pytest.fixture(scope="module")
+def whitened_experts(tmp_path_factory, toy_folder):
+    settings = {"image_size": 16, "images_per_class": 8, "lr": 0.02, "quiet": True, "zca": True}
+    return train_experts(
+        toy_folder, count=1, epochs=1, out=tmp_path_factory.mktemp("mtt") / "zca", **settings
+    ).folder
+
+
+def test_whitening_goes_with_the_set(toy_folder, whitened_experts, proxies, tmp_path, monkeypatch):
+    settings = {"normalization": "none", "max_start_epoch": 1, "iterations": 1}
+    out = distil(toy_folder, whitened_experts, tmp_path / "still", lr_img=1e-30, **settings)
+    held = (whitened_experts / "zca.safetensors").read_bytes()
+    assert (out / "zca.safetensors").read_bytes() == held
+    pixels, whitening = read_pixels(out), read_whitening(out)
+    # What it begins with are real images, whitened; its pictures are those images.
+    shown = whitening.undone(pixels.images) * 255
+    torch.testing.assert_close(shown, shown.round(), atol=2e-2, rtol=0)
+    opened = ddfast.DistilledSet(out)
+    pictures = torch.stack([opened[place][0] for place in range(6)])
+    assert torch.equal(pictures, shown.round().clamp(0, 255).to(torch.uint8))
+
+    seen = []
+    original = evaluation_module.train_student
+
+    def watched(images, test, **how):
+        seen.append((images.images, test.images))
+        return original(images, test, **how)
+
+    monkeypatch.setattr(evaluation_module, "train_student", watched)
+    for rounded in (False, True):
+        ddfast.evaluate(out, toy_folder, protocol="dsa", epochs=1, seeds=1, quiet=True, rounded=rounded)
+    assert torch.equal(seen[0][0], pixels.images)
+    torch.testing.assert_close(seen[1][0], whitening(pictures), atol=1e-5, rtol=1e-5)
+    for _, test in seen:
+        assert test.dtype == torch.float32
+        back = whitening.undone(test) * 255
+        torch.testing.assert_close(back, back.round(), atol=2e-2, rtol=0)
+    with pytest.raises(UsageError, match="trained on whitened images: give normalization='none'"):
+        distil(toy_folder, whitened_experts, tmp_path / "out", max_start_epoch=1)
+
+
+def test_cmi_sees_whitened_pixels_as_pictures(pool):
+    method, context, state, _ = prepared(pool, cmi=0.2, proxies="in memory")
+    draws = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (30, 3, 16, 16), generator=draws).byte()
+    method._experts.whitening = Whitening.fit(images)
+    state.tensors["pixels"] = method._experts.whitening(images[:6].double() / 255)
+    looked = []
+
+    class Looking(Constant):
+        def value_and_gradient(self, images, step, seed, *, wanted=True):
+            looked.append(images.detach())
+            return super().value_and_gradient(images, step, seed, wanted=wanted)
+
+    method._regulariser = Looking()
+    method.step(0, state, pool, context)
+    torch.testing.assert_close(looked[0].flatten(0, 1), images[:6].double() / 255, atol=1e-4, rtol=0)
 
 
 def test_the_command(toy_folder, experts, tmp_path, capsys):
