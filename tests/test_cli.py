@@ -426,7 +426,7 @@ REFUSED = {
     "": {"--verison": "did you mean --version?", "distil": "did you mean distill?"},
     "distill": {
         "infoutill": "unknown method 'infoutill'; known methods: infoutil, rded, random, herding, k_center, "
-        "k_means, forgetting, dm; did you mean infoutil?",
+        "k_means, forgetting, dm, mtt; did you mean infoutil?",
         "--n-samples 64": "--n-samples is an option of infoutil: name it",
         "rded --n-samples 64": "--n-samples is an option of infoutil, not of rded",
     },

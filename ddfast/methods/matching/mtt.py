@@ -226,15 +226,15 @@ class MTT(Matching):
 
     def _drawn(self, number: int, context: Context) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Weights of an expert after the epoch that the student begins at, and M epochs later."""
-        assert self._experts is not None
+        experts = self._trajectories(context)
         draws = generator(context.seed, "expert", number)
-        expert = int(torch.randint(len(self._experts), (), generator=draws))
+        expert = int(torch.randint(len(experts), (), generator=draws))
         epoch = int(torch.randint(self.options.max_start_epoch, (), generator=draws))
         start, goal = (
             {name: to_device(weight, context.device) for name, weight in weights.items()}
             for weights in (
-                self._experts.weights(expert, epoch),
-                self._experts.weights(expert, epoch + self.options.expert_epochs),
+                experts.weights(expert, epoch),
+                experts.weights(expert, epoch + self.options.expert_epochs),
             )
         )
         return start, goal
@@ -292,9 +292,7 @@ class MTT(Matching):
 
     def whitening(self, context: Context) -> Whitening | None:
         """That of the experts' images."""
-        self.open(context)
-        assert self._experts is not None
-        return self._experts.whitening
+        return self._trajectories(context).whitening
 
     def _initial(self, label: int, pool: ClassPool, context: Context) -> Tensor:
         """Real images whitened as the experts' were; noise is white as it is."""
@@ -329,6 +327,9 @@ class MTT(Matching):
     def open(self, context: Context) -> None:
         """Load the experts and the proxies, once in a process."""
         super().open(context)
+        self._trajectories(context)
+
+    def _trajectories(self, context: Context) -> Trajectories:
         if self._experts is None:
             self._experts = load_experts(
                 self._folder(),
@@ -339,6 +340,7 @@ class MTT(Matching):
                 arch=self.options.arch,
                 epochs=self.options.max_start_epoch - 1 + self.options.expert_epochs,
             )
+        return self._experts
 
     def inputs(self) -> dict[str, Any]:
         """The experts' files, and the proxies'."""
