@@ -1,5 +1,6 @@
 """MTT: a whole step against its formula written down once more, runs that survive a kill, and what is refused."""
 
+import functools
 import json
 import math
 
@@ -15,7 +16,7 @@ from ddfast.methods.matching.mtt import MTT
 from ddfast.models import create_model
 from ddfast.output.pixels import read_curve, read_pixels
 from ddfast.output.whitening import Whitening, read_whitening
-from ddfast.pipeline import synthesize
+from ddfast.pipeline import judging, synthesize
 from ddfast.seeding import generator
 from ddfast.training import evaluation as evaluation_module
 from ddfast.training import student as student_module
@@ -361,6 +362,23 @@ def test_whitening_goes_with_the_set(toy_folder, whitened_experts, proxies, tmp_
         torch.testing.assert_close(back, back.round(), atol=2e-2, rtol=0)
     with pytest.raises(UsageError, match="trained on whitened images: give normalization='none'"):
         distil(toy_folder, whitened_experts, tmp_path / "out", max_start_epoch=1)
+
+
+def test_students_are_judged_on_the_way(toy_folder, whitened_experts, tmp_path, monkeypatch):
+    quick = functools.partial(ddfast.evaluate, epochs=1)
+    monkeypatch.setattr(judging, "evaluate", quick)
+    settings = {"normalization": "none", "max_start_epoch": 1, "iterations": 2, "evaluate_every": 1}
+    out = distil(toy_folder, whitened_experts, tmp_path / "out", **settings)
+    assert all(row["accuracy"] is not None for row in read_curve(out))
+    told = json.loads((out / "manifest.json").read_text())["accuracy"]
+    assert told["float32"]["images"] == "pixels, float32"
+    assert told["8 bits"]["images"] == "8 bits"
+    # What the folder gives students is what was judged.
+    again = ddfast.evaluate(out, toy_folder, protocol="dsa", epochs=1, seeds=[0], quiet=True)
+    assert again.top1 == told["float32"]["top1"]
+    assert again.digests["images"] == told["float32"]["digests"]["images"]
+    rounded = ddfast.evaluate(out, toy_folder, protocol="dsa", epochs=1, seeds=[0], quiet=True, rounded=True)
+    assert rounded.digests["images"] == told["8 bits"]["digests"]["images"]
 
 
 def test_cmi_sees_whitened_pixels_as_pictures(pool):
