@@ -23,7 +23,7 @@ from ddfast.errors import UsageError
 from ddfast.files import atomic_write_text
 
 SPEED_MODULES = (
-    *("attribution", "norms", "convnet", "augmentation", "matching", "recovery", "diffusion"),
+    *("attribution", "norms", "convnet", "augmentation", "matching", "unrolled", "recovery", "diffusion"),
     *("op_cases", "score_pass", "host_time"),
 )
 

@@ -92,7 +92,7 @@ def _after_interruption(arguments: argparse.Namespace) -> str:
         if (Path(arguments.out) / "manifest.json").is_file():
             return "the same command with --resume continues"
         return "nothing has been written yet"
-    if command in ("train-proxies", "train-prior", "train-estimator"):
+    if command in ("train-proxies", "train-experts", "train-prior", "train-estimator"):
         return "the same command with --resume continues"
     if command == "train-teacher":
         if Path(arguments.out).with_suffix(".state").is_file():
@@ -121,6 +121,7 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     distill.add_distill(commands, argv)
     distill.add_stages(commands, argv)
     train.add_train_proxies(commands)
+    train.add_train_experts(commands)
     diffusion.add_train_prior(commands)
     diffusion.add_train_estimator(commands)
     train.add_evaluate(commands)

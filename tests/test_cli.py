@@ -342,7 +342,7 @@ REFUSED = {
         "--teacher WEIGHTS.pt": "is a bare state dict: give its architecture as --teacher-arch\n",
         "--distilled FILE": "is a file; wanted the output folder",
         "--resume": "--resume is an option of ddfast train-teacher, ddfast distill, ddfast score, ddfast "
-        "train-proxies, ddfast train-prior and ddfast train-estimator",
+        "train-proxies, ddfast train-experts, ddfast train-prior and ddfast train-estimator",
         "--protocol dc --teacher TEACHER": "trains on hard labels",
     },
     "distill rded --data DATA --teacher TEACHER --ipc 1 --out OUT": {

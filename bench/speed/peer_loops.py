@@ -1,20 +1,24 @@
 """The loops of the reference repositories, run as they stand: their own code, an iteration at a time.
 
 Nothing of theirs is in this repository. `DDFAST_PEERS` names a folder with checkouts of
-github.com/VICO-UoE/DatasetCondensation, github.com/ndhg1213/CMIDD and github.com/VILA-Lab/SRe2L, named
-`DatasetCondensation`, `CMIDD` and `SRe2L`. The body of the loop over iterations is taken out of `main_DM.py`, or
-`recover_cifar.py`, by its syntax tree and run in a namespace that holds what they set up before it; what a gate must
-know (which images, which augmentation, which weights) is put there in place of their own draws.
+github.com/VICO-UoE/DatasetCondensation, github.com/ndhg1213/CMIDD, github.com/VILA-Lab/SRe2L and
+github.com/GeorgeCazenavette/mtt-distillation, each named as its repository. The body of the loop over iterations is
+taken out of `main_DM.py`, `recover_cifar.py` or `distill.py` by its syntax tree and run in a namespace that holds what
+they set up before it; what a gate must know (which images, which augmentation, which weights) is put there in place of
+their own draws.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
+import importlib.util
+import io
 import os
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -165,13 +169,85 @@ class RecoveryLoop:
         return found
 
 
+class TrajectoryLoop:
+    """The loop of MTT's `distill.py` over synthetic images and an expert that are given.
+
+    Attributes:
+        names: its namespace: `image_syn`, `syn_lr`, `DiffAugment`, ...
+    """
+
+    def __init__(
+        self, start: Tensor, ipc: int, trajectory: Sequence[Sequence[Tensor]], rate: float, **settings: Any
+    ) -> None:
+        """Set up as their `main` does.
+
+        Args:
+            start: [classes * ipc, 3, H, W], what the synthetic images begin with, class by class.
+            ipc: images per class.
+            trajectory: an expert's parameters after every epoch, in their network's order; students begin at the first.
+            rate: learning rate of the students.
+            **settings: their arguments `syn_steps`, `expert_epochs` and `no_aug`, and others to put in their place.
+
+        Raises:
+            Unavailable: there is no checkout.
+        """
+        folder = _checkout("mtt-distillation", "distill.py")
+        with _importable(folder):
+            try:
+                utils = importlib.import_module("utils")
+                reparametrised = importlib.import_module("reparam_module").ReparamModule
+            except ModuleNotFoundError as error:
+                raise Unavailable(f"mtt-distillation needs {error.name}: pip install {error.name}") from error
+        self._code = _loop_body(folder / "distill.py")
+        classes, device = len(start) // ipc, start.device
+        image_syn = start.clone().requires_grad_(True)
+        syn_lr = torch.tensor(rate, dtype=start.dtype, device=device).requires_grad_(True)
+        given = {
+            "model": "ConvNet",
+            "device": str(device),
+            "ipc": ipc,
+            "batch_syn": classes * ipc,
+            "dsa": True,
+            "dsa_strategy": STRATEGY,
+            "dsa_param": utils.ParamDiffAug(),
+            "no_aug": False,
+            "distributed": False,
+            "load_all": True,
+            "max_start_epoch": 1,
+            "texture": False,
+            "zca": False,
+        }
+        self.names: dict[str, Any] = {
+            **{name: value for name, value in vars(utils).items() if not name.startswith("__")},
+            "args": types.SimpleNamespace(**{**given, **settings}),
+            "wandb": types.SimpleNamespace(log=lambda *_, **__: None),
+            "ReparamModule": reparametrised,
+            "nn": torch.nn,
+            "np": np,
+            "torch": torch,
+            "eval_it_pool": (),
+            "num_classes": classes,
+            "channel": 3,
+            "im_size": tuple(start.shape[-2:]),
+            "image_syn": image_syn,
+            "label_syn": torch.arange(classes, device=device).repeat_interleave(ipc),
+            "syn_lr": syn_lr,
+            "optimizer_img": torch.optim.SGD([image_syn], lr=1e-9, momentum=0.5),
+            "optimizer_lr": torch.optim.SGD([syn_lr], lr=1e-9, momentum=0.5),
+            "criterion": torch.nn.CrossEntropyLoss(),
+            "buffer": [trajectory],
+        }
+
+    def step(self) -> None:
+        """One iteration of theirs. The gradients stay in `image_syn` and `syn_lr`."""
+        with contextlib.redirect_stdout(io.StringIO()):
+            exec(self._code, self.names)
+
+
 def _checkout(repository: str, file: str = "main_DM.py") -> Path:
     root = os.environ.get(PEERS)
     if root is None:
-        raise Unavailable(
-            f"{PEERS} names no folder with checkouts of VICO-UoE/DatasetCondensation, ndhg1213/CMIDD and "
-            "VILA-Lab/SRe2L"
-        )
+        raise Unavailable(f"{PEERS} names no folder with a checkout of {repository}")
     found = sorted(path for path in Path(root).glob(f"*{repository}/**/{file}"))
     if not found:
         raise Unavailable(f"{PEERS} ({root}) holds no checkout of {repository}")
@@ -181,7 +257,7 @@ def _checkout(repository: str, file: str = "main_DM.py") -> Path:
 @contextmanager
 def _importable(folder: Path) -> Iterator[None]:
     """Their modules by their plain names, for the length of the block: two repositories have a `utils` each."""
-    names = ("utils", "networks", "pretrain", "recover_cifar")
+    names = ("utils", "networks", "pretrain", "recover_cifar", "reparam_module")
 
     def forget() -> None:
         for name in [n for n in sys.modules if n.partition(".")[0] in names]:
@@ -192,6 +268,10 @@ def _importable(folder: Path) -> Iterator[None]:
     moved = types.ModuleType("scipy.ndimage.interpolation")
     moved.rotate = None  # type: ignore[attr-defined]
     sys.modules.setdefault("scipy.ndimage.interpolation", moved)
+    if (
+        "kornia" not in sys.modules and importlib.util.find_spec("kornia") is None
+    ):  # for whitening, not called either
+        sys.modules.setdefault("kornia", types.ModuleType("kornia"))
     sys.path[:0] = [str(folder), str(folder.parent)]
     try:
         yield

@@ -30,6 +30,10 @@ EXAMPLES: dict[str, tuple[str, str]] = {
         "ddfast train-proxies --data photos --out proxies",
         "ddfast train-proxies --data cifar10:data --arch resnet18_in --count 4 --epochs 10 --out proxies --resume",
     ),
+    "train-experts": (
+        "ddfast train-experts --data photos --epochs 20 --out experts",
+        "ddfast train-experts --data cifar10:data --count 20 --images-per-class 500 --out experts --resume",
+    ),
     "train-prior": (
         "ddfast train-prior --data photos --image-size 32 --epochs 100 --out prior",
         "ddfast train-prior --data cifar10:data --epochs 50 --width 64 --out prior --resume",
@@ -74,6 +78,10 @@ _OF_METHOD = {
     "k_means": ("--restarts 3", "--unit-length --images-per-class all"),
     "forgetting": ("--epochs 20", "--arch convnet3 --lr 0.05"),
     "udd": ("--iterations 20", "--policy vote --cfc 0"),
+    "mtt": (
+        "--experts experts --iterations 1000",
+        "--experts experts --unroll truncated:10 --expert-epochs 1 --max-start-epoch 5",
+    ),
     "dm": ("--iterations 2000", "--cmi 2000 --proxies proxies"),
     "sre2l": ("--iterations 500", "--cmi-ratio 0.2"),
     "igds": (

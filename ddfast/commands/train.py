@@ -1,4 +1,4 @@
-"""`ddfast train-teacher`, `train-proxies` and `evaluate`."""
+"""`ddfast train-teacher`, `train-proxies`, `train-experts` and `evaluate`."""
 
 from __future__ import annotations
 
@@ -105,9 +105,9 @@ def add_train_teacher(commands: Any) -> None:
     parser.add_argument(
         "--augment",
         default=None,
-        metavar="{crop-flip,rrc-flip,flip,none}",
+        metavar="{crop-flip,rrc-flip,flip,dsa,dsa-no-flip,none}",
         help="random changes of the images: crop-flip shifts by up to 4 px and mirrors, rrc-flip cuts and enlarges and "
-        "mirrors; default crop-flip up to 64 px, rrc-flip above",
+        "mirrors, dsa takes one of six for a batch; default crop-flip up to 64 px, rrc-flip above",
     )
     _add_width(parser)
     parser.add_argument(
@@ -166,15 +166,44 @@ def add_train_proxies(commands: Any) -> None:
     parser = commands.add_parser(
         "train-proxies", help="train the networks that measure conditional mutual information (--cmi)"
     )
+    _add_networks(parser, "proxies", arch="resnet18_in", epochs=20, momentum="0.9", weight_decay="0.001")
+    parser.set_defaults(parser=parser, run=_train_proxies)
+
+
+def add_train_experts(commands: Any) -> None:
+    """Add `ddfast train-experts`."""
+    parser = commands.add_parser(
+        "train-experts", help="train the networks whose weights, epoch by epoch, mtt follows (--experts)"
+    )
+    _add_networks(parser, "experts", arch="convnet3_in", epochs=50, momentum="0", weight_decay="0")
+    parser.add_argument(
+        "--augment",
+        default="dsa",
+        metavar="{dsa,dsa-no-flip,crop-flip,rrc-flip,flip,none}",
+        help="random changes of the images: dsa takes one of six for a batch, dsa-no-flip leaves out mirroring, which "
+        "digits do not bear",
+    )
+    parser.add_argument(
+        "--zca",
+        action="store_true",
+        help="whiten the images in place of a normalisation; runs with these experts take --normalization none",
+    )
+    parser.set_defaults(parser=parser, run=_train_experts)
+
+
+def _add_networks(
+    parser: argparse.ArgumentParser, nouns: str, *, arch: str, epochs: int, momentum: str, weight_decay: str
+) -> None:
+    """The flags of a folder of networks that are trained alike."""
     add_data(parser)
-    parser.add_argument("--arch", default="resnet18_in", metavar="NAME", help=_architectures())
+    parser.add_argument("--arch", default=arch, metavar="NAME", help=_architectures())
     parser.add_argument(
         "--count", type=whole, default=10, metavar="N", help="number of networks, each of its own weights"
     )
     parser.add_argument(
-        "--epochs", type=whole, default=20, metavar="N", help="passes over the training split"
+        "--epochs", type=whole, default=epochs, metavar="N", help="passes over the training split"
     )
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder of the proxies")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help=f"folder of the {nouns}")
     parser.add_argument(
         "--images-per-class",
         type=whole,
@@ -185,8 +214,8 @@ def add_train_proxies(commands: Any) -> None:
     _add_image_size(parser)
     for flag, kind, metavar, help in (
         ("--lr", number, "X", "learning rate of SGD, constant; default 0.01"),
-        ("--momentum", number, "X", "momentum of SGD, in [0, 1); default 0.9"),
-        ("--weight-decay", number, "X", "weight decay, on every parameter; default 0.001"),
+        ("--momentum", number, "X", f"momentum of SGD, in [0, 1); default {momentum}"),
+        ("--weight-decay", number, "X", f"weight decay, on every parameter; default {weight_decay}"),
         ("--batch-size", whole, "N", "images a step; default 256"),
         (
             "--normalization",
@@ -209,18 +238,31 @@ def add_train_proxies(commands: Any) -> None:
     parser.add_argument("--resume", action="store_true", help="continue from the last finished epoch")
     add_device(parser)
     add_config(parser)
-    parser.set_defaults(parser=parser, run=_train_proxies)
+
+
+def _network_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The flags of `_add_networks` that are given, as keyword arguments."""
+    names = (
+        *("arch", "count", "epochs", "out", "images_per_class", "image_size", "lr", "batch_size", "seed"),
+        *("momentum", "weight_decay", "normalization", "precision", "resume", "device", "workers", "quiet"),
+    )
+    return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
 
 
 def _train_proxies(arguments: argparse.Namespace) -> None:
     from ddfast.training.proxies import train_proxies
 
-    names = (
-        *("arch", "count", "epochs", "out", "images_per_class", "image_size", "lr", "batch_size", "seed"),
-        *("momentum", "weight_decay", "normalization", "precision", "resume", "device", "workers", "quiet"),
+    print(train_proxies(arguments.data, **_network_settings(arguments)))
+
+
+def _train_experts(arguments: argparse.Namespace) -> None:
+    from ddfast.training.experts import train_experts
+
+    print(
+        train_experts(
+            arguments.data, augment=arguments.augment, zca=arguments.zca, **_network_settings(arguments)
+        )
     )
-    settings = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
-    print(train_proxies(arguments.data, **settings))
 
 
 def add_evaluate(commands: Any) -> None:

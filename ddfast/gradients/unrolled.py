@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ddfast.gradients.directional import along, differentiable_gradients, inner
 from ddfast.gradients.preservation import untouched, without_inference_tensors
@@ -112,10 +113,13 @@ def unrolled_gradient(
     training = _Training(model, tuple(params), loss)
     start, batches, rate = _checked(model, params, batches, lr, momentum, weight_decay)
     mode, steps_back = parsed_unroll(unroll, len(batches))
+    if not isinstance(memory_budget, numbers.Real) or memory_budget < 0:
+        raise ValueError(f"memory_budget must be a number of bytes, at least 0, got {memory_budget!r}")
     budget = _Budget(int(memory_budget))
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
+        sdpa_kernel(SDPBackend.MATH),  # no other attention can be differentiated twice
         without_inference_tensors(model),
         untouched(model, parameters=True),
     ):

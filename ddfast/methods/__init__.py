@@ -16,6 +16,7 @@ def _registry() -> dict[str, type[Method]]:
     from ddfast.methods.matching.dsa import DSA
     from ddfast.methods.matching.idc import IDC
     from ddfast.methods.matching.idm import IDM
+    from ddfast.methods.matching.mtt import MTT
     from ddfast.methods.matching.sre2l import SRe2L
     from ddfast.methods.matching.udd import UDD
     from ddfast.methods.selection.forgetting import Forgetting
@@ -26,7 +27,7 @@ def _registry() -> dict[str, type[Method]]:
     from ddfast.methods.selection.random import Random, RandomHard
     from ddfast.methods.selection.rded import RDED
 
-    matching = (DM, DC, DSA, IDC, IDM, UDD, SRe2L)
+    matching = (DM, DC, DSA, IDC, IDM, UDD, MTT, SRe2L)
     listed = (InfoUtil, RDED, Random, Herding, KCenter, KMeans, Forgetting, *matching, IGDS)
     return {method.name: method for method in (*listed, RandomHard)}
 

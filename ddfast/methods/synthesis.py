@@ -14,6 +14,7 @@ from ddfast.errors import UsageError
 from ddfast.methods.base import Context, Method
 from ddfast.output.pixels import CURVE as CURVE  # the names of a state's curve
 from ddfast.output.pixels import Regions
+from ddfast.output.whitening import Whitening
 from ddfast.wording import argument
 
 
@@ -143,6 +144,14 @@ class Synthesis(Method):
             raise UsageError(f"{argument('factor')} of {self.name} is {may}, got {factor}: leave it out")
         chosen = str(known[0]) if factor == "auto" else factor
         return int(chosen) if self.pads else super().tiles_per_side(chosen, image_size)
+
+    def learned_rate(self, state: State) -> float | None:
+        """The learning rate of students that was optimised with the images, None where none was."""
+        return None
+
+    def whitening(self, context: Context) -> Whitening | None:
+        """The transform that the images are whitened by, which stays with the set; None where they are not."""
+        return None
 
     def images(self, state: State) -> Tensor:
         """What students train on, float32 [N, 3, H, W]."""

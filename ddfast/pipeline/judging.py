@@ -74,12 +74,15 @@ class Judge:
         run, method = self._run, self._method
         pixels = method.images(state).detach().float().cpu()
         rounded = to_bytes(pixels, run.plan["mean"], run.plan["std"], method.space)
+        whitened = method.whitening(run.context) is not None
         return {
             "float32": self._judged(pixels, state, "the pixels").as_dict(),
-            "8 bits": self._judged(rounded, state, "the same in 8 bits").as_dict(),
+            "8 bits": self._judged(
+                pixels if whitened else rounded, state, "the same in 8 bits", rounded=whitened
+            ).as_dict(),
         }
 
-    def _judged(self, images: Tensor, state: State, what: str) -> EvaluationResult:
+    def _judged(self, images: Tensor, state: State, what: str, *, rounded: bool = False) -> EvaluationResult:
         run = self._run
         each = len(images) // len(state.group.classes)
         labels = [label for label in state.group.classes for _ in range(each)]
@@ -92,6 +95,8 @@ class Judge:
             mean=run.plan["mean"],
             std=run.plan["std"],
             factor=run.plan["factor"],
+            learned_rate=self._method.learned_rate(state),
+            whitening=self._method.whitening(run.context),
         )
         arch, options = self._method.judged_on(run.context)
         result = evaluate(
@@ -104,6 +109,7 @@ class Judge:
             protocol=self._method.protocol,
             device=run.device.type,
             quiet=True,
+            rounded=rounded,
         )
         say(f"{what}: test top-1 {result.mean:.2f}", quiet=run.quiet)
         return result

@@ -197,16 +197,21 @@ def _write(run: Run, method: Synthesis, groups: Sequence[Group], judge: Judge | 
     pixels: list[Tensor] = []
     labels: list[int] = []
     rows: list[dict[str, float]] = []
+    rate = None
     for group in groups:
         state = _finished(run, group)
+        rate = method.learned_rate(state)
         pixels.append(method.images(state).detach().float().cpu())
         labels += [label for label in group.classes for _ in range(len(pixels[-1]) // len(group.classes))]
         rows += [{"group": float(group.number), **row} for row in state.curve]
     images, names = _class_by_class(torch.cat(pixels), labels)
     found = method.regions(images, lambda: _pool_of(run, groups), run.context)
     regions = None if found is None else found[0]
-    write_pixels(run.out, images, names, space=method.space, factor=run.plan["factor"], regions=regions)
+    shape = {"space": method.space, "factor": run.plan["factor"]}
+    write_pixels(run.out, images, names, **shape, learned_rate=rate, regions=regions)
     write_curve(run.out, rows, method.measures)
+    if (whitening := method.whitening(run.context)) is not None:
+        whitening.write(run.out)
     _write_images(run, method, images, names)
     _write_before(run, method, groups)
     run.plan["counts"] = {"images": len(names), "sources": len(run.pool())}
@@ -236,11 +241,20 @@ def _write_images(run: Run, method: Synthesis, pixels: Tensor, labels: Tensor) -
     rows: list[dict[str, Any]] = []
     with Progress("write", len(labels), "images", quiet=run.quiet) as progress:
         for place, label, index in _numbered(labels):
-            image = to_bytes(pixels[place : place + 1], run.plan["mean"], run.plan["std"], method.space)[0]
+            image = _pictured(run, method, pixels[place : place + 1])[0]
             write_image(run.out / image_path(label, classes[label], index, format), image)
             rows.append(metadata_row(label, classes[label], index, (), format))
             progress.advance()
     write_metadata(run.out, rows)
+
+
+def _pictured(run: Run, method: Synthesis, pixels: Tensor) -> Tensor:
+    """Images in 8 bits."""
+    mean, std = run.plan["mean"], run.plan["std"]
+    whitening = method.whitening(run.context)
+    if whitening is not None:
+        return to_bytes(whitening.undone(pixels), mean, std, "unit")
+    return to_bytes(pixels, mean, std, method.space)
 
 
 def _numbered(labels: Tensor) -> Iterator[tuple[int, int, int]]:
@@ -268,5 +282,4 @@ def _write_before(run: Run, method: Synthesis, groups: Sequence[Group]) -> None:
                 images.append(begun[place * each : (place + 1) * each])
                 labels += [label] * each
     ordered, names = _class_by_class(torch.cat(images), labels)
-    before = to_bytes(ordered, run.plan["mean"], run.plan["std"], method.space)
-    write_before(run.out, before, names.tolist(), run.source.class_names)
+    write_before(run.out, _pictured(run, method, ordered), names.tolist(), run.source.class_names)

@@ -3,6 +3,7 @@
 from ddfast.training.distilled_images import DistilledImages
 from ddfast.training.estimator import EstimatorConfig, train_estimator
 from ddfast.training.evaluation import EvaluationResult, evaluate
+from ddfast.training.experts import Experts, experts_identity, load_experts, train_experts
 from ddfast.training.image_sets import ImageSet, read_test_set, read_training_set
 from ddfast.training.prior import PriorConfig, train_prior
 from ddfast.training.protocol import PROTOCOLS, Protocol
@@ -16,6 +17,7 @@ __all__ = [
     "DistilledImages",
     "EstimatorConfig",
     "EvaluationResult",
+    "Experts",
     "ImageSet",
     "PriorConfig",
     "Protocol",
@@ -23,12 +25,15 @@ __all__ = [
     "StudentResult",
     "TeacherConfig",
     "evaluate",
+    "experts_identity",
     "fit_teacher",
+    "load_experts",
     "load_proxies",
     "proxies_identity",
     "read_test_set",
     "read_training_set",
     "train_estimator",
+    "train_experts",
     "train_prior",
     "train_proxies",
     "train_student",

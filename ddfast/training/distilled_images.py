@@ -13,6 +13,7 @@ from ddfast.errors import UsageError
 from ddfast.models.teacher import Teacher
 from ddfast.ops import crop_resize
 from ddfast.output.pixels import to_bytes, to_unit
+from ddfast.output.whitening import Whitening
 from ddfast.training.augmentation import normalize
 
 
@@ -33,6 +34,9 @@ class DistilledImages:
         soft_labels: probabilities [N, factor^2, C] of every tile, row-major, or None: they come from a
             teacher.
         temperature: T of the softmax that made them.
+        learned_rate: learning rate that was optimised with the images, None where none was.
+        whitening: that the images, float32, have gone through in place of a normalisation, and that test images go
+            through; None where they are normalised.
 
     """
 
@@ -45,6 +49,8 @@ class DistilledImages:
     soft_labels: Tensor | None = None
     temperature: float = 20.0
     boxes: Tensor | None = None
+    learned_rate: float | None = None
+    whitening: Whitening | None = None
 
     @property
     def num_classes(self) -> int:
@@ -105,6 +111,8 @@ class DistilledImages:
 
     def normalized_like(self, teacher: Teacher) -> DistilledImages:
         """The same set with the mean and deviation of its teacher: teacher and student must share them."""
+        if self.whitening is not None:
+            raise UsageError("the set is whitened, which no teacher is: leave the teacher out")
         ours, theirs = (self.mean, self.std), (teacher.mean, teacher.std)
         if not self.is_float or all(list(a) == list(b) for a, b in zip(ours, theirs, strict=True)):
             return replace(self, mean=teacher.mean, std=teacher.std)
@@ -120,6 +128,9 @@ class DistilledImages:
         """
         if not self.is_float:
             return self
+        if self.whitening is not None:
+            shown = to_bytes(self.whitening.undone(self.images), self.mean, self.std, "unit")
+            return replace(self, images=self.whitening(shown))
         images = to_bytes(self.images, self.mean, self.std, "normalized")
         whole = self.factor == 1 and self.boxes is None
         return replace(self, images=images if whole else normalize(images, self.mean, self.std))

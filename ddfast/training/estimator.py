@@ -62,7 +62,7 @@ from ddfast.training.device import memory_layout, resolve_device
 from ddfast.training.differentiable import draw
 from ddfast.training.fitting import Fitting, cosine, part
 from ddfast.training.image_sets import ImageSet, StreamedSet, native_size, read_test_set, read_training_set
-from ddfast.training.proxies import _places
+from ddfast.training.network_folder import training_places
 from ddfast.training.teacher import check_identity
 from ddfast.wording import argument, plural, setting
 
@@ -254,7 +254,7 @@ def train_estimator(
     start = (
         None if started is None else _start_from(encoder, started, config.arch, path_of(weights, "weights"))
     )
-    places, drawn_from = _places(source, images_per_class, config.seed, quiet)
+    places, drawn_from = training_places(source, images_per_class, config.seed, quiet)
     identity = json.loads(
         json.dumps(
             {

@@ -21,12 +21,13 @@ from ddfast.models.class_order import read_class_order
 from ddfast.models.registry import check_model
 from ddfast.models.teacher import Teacher, load_teacher, with_class_order, with_outputs_in
 from ddfast.ops.precision import PRECISIONS
+from ddfast.output.whitening import read_whitening
 from ddfast.progress import Outlook, say, ways_of_machine
 from ddfast.ranks import usable_cores
 from ddfast.training.augmentation import normalize
 from ddfast.training.device import resolve_device
 from ddfast.training.distilled_images import DistilledImages
-from ddfast.training.image_sets import ImageSet, read_test_set
+from ddfast.training.image_sets import ImageSet, read_test_set, whitened
 from ddfast.training.mixing import check_autoaugment, check_labels
 from ddfast.training.preflight import check_reading, drawn_places, images_to_try, read_images, try_teacher
 from ddfast.training.protocol import PROTOCOLS, Protocol, protocol_named
@@ -239,6 +240,7 @@ def evaluate(
         _try_on_test(teacher, test, images, where, quiet)
     if where.type == "cpu":
         warn_of_crowding(neighbours, torch.get_num_threads(), "OMP_NUM_THREADS={}".format, quiet=quiet)
+    tested = test if images.whitening is None else whitened(test, images.whitening)
     students = []
     own = ways_of_machine(where.type, torch.get_num_threads(), usable_cores(), "OMP_NUM_THREADS={}".format)
     several = [f"fewer {argument('seeds')}"] if len(chosen) > 1 else []
@@ -249,7 +251,7 @@ def evaluate(
         for seed in chosen:
             student = train_student(
                 images,
-                test,
+                tested,
                 arch=arch,
                 arch_options=arch_options,
                 teacher=teacher,
@@ -350,7 +352,12 @@ def read_distilled(
     if regions == "all" and held is None:
         raise UsageError(f"{opened.root} has no regions beside its images: leave {argument('regions')} out")
     boxes = None if held is None or regions == "none" else held.boxes(regions)
-    if pixels is None or rounded:
+    whitening = None if pixels is None else read_whitening(opened.root)
+    if whitening is not None and pixels is not None and not rounded:
+        images = pixels.images
+    elif whitening is not None:
+        images = whitening(torch.stack([opened[place][0] for place in range(len(opened))]))
+    elif pixels is None or rounded:
         images = torch.stack([opened[place][0] for place in range(len(opened))])
         if pixels is not None and (pixels.factor > 1 or boxes is not None):
             images = normalize(
@@ -368,6 +375,8 @@ def read_distilled(
         soft_labels=opened.soft_labels,
         temperature=1.0 if opened.temperature is None else opened.temperature,
         boxes=boxes,
+        learned_rate=None if pixels is None else pixels.learned_rate,
+        whitening=whitening,
     )
 
 

@@ -21,6 +21,7 @@ from ddfast.wording import plural
 if TYPE_CHECKING:
     from ddfast.data.samples import Sample
     from ddfast.data.sources import Source
+    from ddfast.output.whitening import Whitening
 EVALUATION_BATCH = 500
 
 
@@ -29,7 +30,7 @@ class ImageSet:
     """Decoded images of one split.
 
     Attributes:
-        images: uint8 [N, 3, S, S].
+        images: uint8 [N, 3, S, S], or whitened, float32.
         labels: int64 [N].
         bad: keys of the files that could not be decoded and are not among the N.
 
@@ -50,6 +51,12 @@ class ImageSet:
     def on(self, device: torch.device) -> ImageSet:
         """The same set in the memory of `device`."""
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+
+def whitened(images: ImageSet, whitening: Whitening) -> ImageSet:
+    """A set as what trains on whitened images sees it: float32, not to be normalised, some at a time for the memory."""
+    pieces = [whitening(piece) for piece in images.images.split(EVALUATION_BATCH)]
+    return replace(images, images=torch.cat(pieces))
 
 
 class StreamedSet:

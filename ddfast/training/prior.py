@@ -40,7 +40,7 @@ from ddfast.training.course import Course, held_arithmetic
 from ddfast.training.device import resolve_device
 from ddfast.training.fitting import Fitting, cosine
 from ddfast.training.image_sets import native_size, read_training_set
-from ddfast.training.proxies import _places
+from ddfast.training.network_folder import training_places
 from ddfast.training.teacher import check_identity
 from ddfast.wording import argument, plural, setting
 
@@ -181,7 +181,7 @@ def train_prior(
     for note in source.notes():
         say(note, quiet=quiet)
     config = replace(tried, image_size=native_size(source) if image_size is None else tried.image_size)
-    places, drawn_from = _places(source, images_per_class, config.seed, quiet)
+    places, drawn_from = training_places(source, images_per_class, config.seed, quiet)
     identity = json.loads(
         json.dumps(
             {

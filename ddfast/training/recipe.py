@@ -85,11 +85,19 @@ def data_digests(
     """
     soft = images.soft_labels if labels == "stored" else None
     return {
-        "images": _digest(images.images, *(() if images.boxes is None else (images.boxes,))),
+        "images": _digest(
+            images.images, *(() if images.boxes is None else (images.boxes,)), *_learned(images)
+        ),
         "labels": _digest(images.labels, *(() if soft is None else (soft, torch.tensor(images.temperature)))),
         "teacher": None if labels == "hard" or teacher is None else teacher[:_DIGITS],
         "test": _digest(test.images, test.labels),
     }
+
+
+def _learned(images: DistilledImages) -> tuple[Tensor, ...]:
+    """The learning rate that came with the images, which belongs to them."""
+    rate = images.learned_rate
+    return () if rate is None else (torch.tensor(rate, dtype=torch.float64),)
 
 
 def _digest(*tensors: Tensor) -> str:

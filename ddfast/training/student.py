@@ -30,6 +30,8 @@ from ddfast.training.image_sets import ImageSet, measure_accuracy
 from ddfast.training.mixing import StudentAugmentation, _hard_labels, _online_labels, _stored_labels
 from ddfast.training.protocol import Protocol, protocol_named
 
+_LEARNED = "dsa"  # the protocol of MTT, whose students take the learning rate that came with their images
+
 
 @dataclass(frozen=True)
 class StudentResult:
@@ -84,7 +86,8 @@ def train_student(
     """Train one student from new weights and test it.
 
     Args:
-        distilled: the set to learn from. Optimised images are decoded to their tiles under every protocol.
+        distilled: the set to learn from. Optimised images are decoded to their tiles under every protocol. A learning
+            rate that was optimised with them takes the place of that of the protocol `dsa`.
         test: the real test split, images of the same size.
         arch: name for `create_model`.
         arch_options: its keyword arguments, `{"width": 32}` for example.
@@ -135,6 +138,8 @@ def train_student(
     if rules.statistics_twice:
         count_batches_twice(student)
     lr = rules.lr_for(arch, teacher_arch, classes, size)
+    if rules.name == _LEARNED and distilled.learned_rate is not None:
+        lr = distilled.learned_rate
     fitting = Fitting(student, lambda model: rules.make_optimizer(model, lr), where, precision)
     augmentation = StudentAugmentation(distilled, rules, seed=seed, autoaugment=autoaugment, device=where)
     if rules.labels == "hard":

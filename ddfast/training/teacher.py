@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,7 @@ from ddfast.training.augmentation import (
     resize_boxes,
 )
 from ddfast.training.device import resolve_device
+from ddfast.training.differentiable import DSA, draw_one
 from ddfast.training.fitting import Fitting, cosine, finite_loss
 from ddfast.training.image_sets import (
     ImageSet,
@@ -55,6 +56,9 @@ from ddfast.wording import argument, did_you_mean, plural, setting
 
 STATE_FORMAT = "ddfast-training-state-1"
 STATE_KEY = "ddfast_training_state"
+
+# Augmentations of normalised images: one operation for a batch, parameters for each image.
+DIFFERENTIABLE = {"dsa": DSA, "dsa-no-flip": tuple(name for name in DSA if name != "flip")}
 
 
 @isolated()
@@ -174,11 +178,14 @@ def fit_teacher(
     quiet: bool = False,
     outlook: Outlook | None = None,
     history: History | None = None,
+    after_epoch: Callable[[int, nn.Module], None] | None = None,
 ) -> Teacher:
     """`train_teacher` on decoded sets: training images of `config.stored_size`, test images of `image_size`.
 
     `data_fingerprint` names the data in the file and in the check of a resumed run. Without `watch` the accuracy is
     measured only where a file is written. `outlook` is that of several trainings; `history` is told of every epoch.
+    `after_epoch` is called with 0 and the new network, and with the number of every epoch and the network after it,
+    before anything says that the epoch is done; a run that was killed calls it for the epochs that it trains again.
     Errors as `train_teacher`.
     """
     config = config.resolved()
@@ -258,6 +265,8 @@ def fit_teacher(
         quiet=quiet,
     )
     outlook = outlook or Outlook(config.epochs - epochs_done, _ways(config, where, arithmetic["threads"]))
+    if after_epoch is not None and not epochs_done:
+        after_epoch(0, fitting.model)
     with on_threads(arithmetic["threads"]):
         for epoch in range(epochs_done + 1, config.epochs + 1):
             start = time.perf_counter()
@@ -271,6 +280,8 @@ def fit_teacher(
             if history is not None:
                 history.note("epoch", epoch, loss=loss, top1=top1, images_per_second=round(rate, 1))
             say(f"epoch {epoch}/{config.epochs}: loss {loss:.4f}{reached}, {rate:.0f} images/s", quiet=quiet)
+            if after_epoch is not None:
+                after_epoch(epoch, fitting.model)
             if epoch in checkpoint_epochs:
                 write(_checkpoint_path(out, epoch), epoch)
             if epoch < config.epochs:
@@ -325,7 +336,11 @@ def _train_epoch(
         for images, labels in train.batches(order, config.batch_size):
             if len(labels) == 1:  # BatchNorm has no statistics of one value
                 continue
-            yield normalize(_augment(images, config, draws).to(device), *config.mean_std), labels.to(device)
+            inputs = normalize(_augment(images, config, draws).to(device), *config.mean_std)
+            if config.augment in DIFFERENTIABLE:
+                size = (inputs.shape[-2], inputs.shape[-1])
+                inputs = draw_one(DIFFERENTIABLE[config.augment], len(inputs), size, draws)(inputs)
+            yield inputs, labels.to(device)
             sizes.append(len(labels))
             progress.advance(len(labels))
 

@@ -13,7 +13,7 @@ from ddfast.wording import argument, did_you_mean
 
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("cosine", "constant")
-AUGMENTATIONS = ("crop-flip", "rrc-flip", "flip", "none")
+AUGMENTATIONS = ("crop-flip", "rrc-flip", "flip", "dsa", "dsa-no-flip", "none")
 SMALL_IMAGE = 64  # pixels: up to here crop-flip, above it rrc-flip
 
 
@@ -35,7 +35,8 @@ class TeacherConfig:
         seed: of the initial weights, the order of the images and the augmentation.
         precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 where it is faster.
         augment: "crop-flip" (black padding of 4 px, random crop, mirror), "rrc-flip" (RandomResizedCrop of
-            scale (0.08, 1), mirror), "flip" or "none". None: crop-flip up to 64 px, rrc-flip above.
+            scale (0.08, 1), mirror), "flip", "dsa" (of the matching methods: one of six operations for a batch),
+            "dsa-no-flip" (without its mirror) or "none". None: crop-flip up to 64 px, rrc-flip above.
         normalization: name or (mean, std).
 
     """

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ddfast
@@ -32,6 +33,19 @@ def mlp(dtype=torch.float64):
         nn.Linear(5, CLASSES),
     )
     return nn.Sequential(*layers).to(dtype)
+
+
+class Attending(nn.Module):
+    """Attention over the rows of an image."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(24, 2, batch_first=True)
+        self.head = nn.Linear(24, CLASSES)
+
+    def forward(self, images):
+        rows = images.transpose(1, 2).flatten(2)
+        return self.head(self.attention(rows, rows, rows, need_weights=False)[0].mean(dim=1))
 
 
 NETWORKS = {"convnet": convnet, "mlp": mlp}
@@ -265,6 +279,23 @@ def test_another_loss_and_integer_inputs():
     assert_equal(found, wanted)
 
 
+def test_attention_is_differentiated_twice():
+    torch.manual_seed(0)
+    model = Attending().double()
+    found = both_in_plain_attention(model, batches_of(3))
+    assert_equal(*found)
+
+
+def both_in_plain_attention(model, batches):
+    """`both`, whose definition could not go through a fused attention either."""
+    with sdpa_kernel(SDPBackend.MATH):
+        wanted = both(model, batches, momentum=0.5)[1]
+    torch.manual_seed(1)
+    params = start_of(model)
+    objective = distance_to({name: torch.randn_like(weight) for name, weight in params.items()})
+    return ddfast.unrolled_gradient(model, params, batches, objective, lr=0.05, momentum=0.5), wanted
+
+
 def test_an_objective_of_few_weights_or_of_none():
     model, batches = mlp(), batches_of(3)
     params = start_of(model)
@@ -454,6 +485,7 @@ GOOD = {
         ({"unroll": "truncated"}, "exact, truncated:K with K of at least 1, or detached, got 'truncated'"),
         ({"unroll": "truncated:0"}, "exact, truncated:K"),
         ({"unroll": "all"}, "exact, truncated:K"),
+        ({"memory_budget": "much"}, "memory_budget must be a number of bytes"),
         ({"batches": [torch.zeros(2, 3)]}, r"batches\[0\] must be a pair of tensors"),
         ({"batches": [(torch.zeros(2, 3, 8, 8), torch.zeros(3).long())]}, "2 images and 3 targets"),
         ({"objective": lambda weights: weights["1.weight"]}, "objective must return a scalar tensor"),

@@ -15,7 +15,7 @@ from ddfast.models.fusing import FusedSequential
 from ddfast.models.normalization import normalization
 from ddfast.seeding import derived_seed
 from ddfast.training import fit_teacher, load_proxies, proxies_identity, train_proxies
-from ddfast.training import proxies as module
+from ddfast.training import network_folder as module
 from ddfast.training import teacher as teacher_module
 from ddfast.training.augmentation import normalize
 from ddfast.training.image_sets import read_training_set

@@ -1,4 +1,8 @@
-"""Options that all matching methods share."""
+"""Options that matching methods share.
+
+They stand in pieces, because a method takes the pieces that mean something to it. The fields of a dataclass come from
+its last base to its first.
+"""
 
 from __future__ import annotations
 
@@ -37,16 +41,22 @@ def number_or_auto(value: Any, keyword: str) -> int | str:
 
 
 @dataclass(frozen=True)
-class MatchingOptions:
-    """Options of every matching method."""
-
+class _Compared:
     arch: str = option(
         "convnet3_in",
         "architecture of the networks that images are compared on, one that ddfast train-teacher --help lists",
         stage="synthesize",
     )
     iterations: int = option(20000, "steps of the pixels", stage="synthesize")
+
+
+@dataclass(frozen=True)
+class _OfReal:
     real_batch: int = option(256, "real images of a class in a step", stage="synthesize")
+
+
+@dataclass(frozen=True)
+class _OfPixels:
     init: str = begins_with("real")
     lr_img: float = option(1.0, "learning rate of the pixels", stage="synthesize")
     momentum: float = option(0.5, "momentum of the pixels", stage="synthesize")
@@ -73,16 +83,16 @@ class MatchingOptions:
     proxy_arch: str | None = option(
         None, "take only the proxies of this architecture; default all", stage="synthesize", type=str
     )
-    cfc: float = weighs_contrast(0.0)
-    class_batch: int = option(10, "classes that are matched together, by one process", stage="synthesize")
 
     def __post_init__(self) -> None:
         for name in ("iterations", "real_batch", "cmi_every", "class_batch"):
-            self._set(name, whole_number(getattr(self, name), name, least=1))
+            if hasattr(self, name):
+                self._set(name, whole_number(getattr(self, name), name, least=1))
         self._set("lr_img", positive_number(self.lr_img, "lr_img"))
         self._set("momentum", positive_number(self.momentum, "momentum", zero=True))
         for name in ("cmi", "cfc"):
-            self._set(name, positive_number(getattr(self, name), name, zero=True))
+            if hasattr(self, name):
+                self._set(name, positive_number(getattr(self, name), name, zero=True))
         if self.momentum >= 1:
             raise UsageError(f"{argument('momentum')} must be below 1, got {self.momentum}")
         one_of(self.init, "init", INITIAL)
@@ -104,3 +114,19 @@ class MatchingOptions:
                 raise UsageError(
                     f"{argument(name)} is of no use without {argument(needed)}: give that as well, or leave it out"
                 )
+
+
+@dataclass(frozen=True)
+class _OfClasses:
+    cfc: float = weighs_contrast(0.0)
+    class_batch: int = option(10, "classes that are matched together, by one process", stage="synthesize")
+
+
+@dataclass(frozen=True)
+class PixelOptions(_OfPixels, _Compared):
+    """Options of every method that optimises pixels on networks."""
+
+
+@dataclass(frozen=True)
+class MatchingOptions(_OfClasses, _OfPixels, _OfReal, _Compared):
+    """Options of every method that matches real images and synthetic ones, class by class."""
