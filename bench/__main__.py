@@ -22,7 +22,16 @@ from bench.speed.results import RESULTS, plot, read_csv, rows_of, summary, write
 from ddfast.errors import UsageError
 from ddfast.files import atomic_write_text
 
-SPEED_MODULES = ("attribution", "norms", "convnet", "matching", "op_cases", "score_pass", "host_time")
+SPEED_MODULES = (
+    "attribution",
+    "norms",
+    "convnet",
+    "matching",
+    "matching_in_training",
+    "op_cases",
+    "score_pass",
+    "host_time",
+)
 
 
 def load_entries() -> dict[str, Entry]:
