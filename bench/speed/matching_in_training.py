@@ -47,8 +47,8 @@ _SIZE = (SIDE, SIDE)
 # Of the gates: classes (IDC counts the best five), images per class, real images of a class in a step, steps.
 _CLASSES, _IPC, _REAL, _STEPS = 5, 2, 6, 2
 # In float64 on PyTorch's own layers, which shows that the methods are the same, and in float32 on the fused ones: there
-# a ReLU whose input is within rounding of zero may flip. That changes a gradient by a thousandth, and training carries it
-# on.
+# a ReLU whose input is within rounding of zero may flip. That changes a gradient by a thousandth, and training carries
+# it on.
 _ALLOWED = {torch.float64: 1e-9, torch.float32: 5e-2}
 
 
