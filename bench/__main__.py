@@ -23,8 +23,8 @@ from ddfast.errors import UsageError
 from ddfast.files import atomic_write_text
 
 SPEED_MODULES = (
-    *("attribution", "norms", "convnet", "augmentation", "matching", "unrolled", "recovery", "diffusion"),
-    *("op_cases", "score_pass", "host_time"),
+    *("attribution", "norms", "convnet", "augmentation", "matching", "matching_in_training", "unrolled"),
+    *("recovery", "diffusion", "op_cases", "score_pass", "host_time"),
 )
 
 

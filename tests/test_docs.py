@@ -2,7 +2,9 @@
 
 import dataclasses
 import re
+import runpy
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -101,13 +103,13 @@ def test_every_command_parses(page, capsys):
 def test_commands_are_found():
     assert len(commands(ROOT / "README.md")) >= 8
     assert sum(len(commands(page)) for page in PAGES) >= 40
-    for method in ("infoutil", "rded", "coresets", "dm", "udd", "sre2l", "igds"):
+    for method in ("infoutil", "rded", "coresets", "dm", "dsa", "idc", "idm", "udd", "mtt", "sre2l", "igds"):
         assert commands(ROOT / "docs" / "methods" / f"{method}.md")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_every_flag_that_is_named_exists(page):
-    known = {"--own-sets", "--held-out", "--no-build-isolation"}  # of the studies, and of pip
+    known = {"--own-sets", "--held-out", "--option", "--no-build-isolation"}  # of the studies, and of pip
     for method in list_methods():
         for parser in commands_of(build_parser(["distill", method])).values():
             known |= set(parser._option_string_actions)
@@ -136,6 +138,9 @@ def test_every_benchmark_that_is_named_exists(page):
         ("sre2l", ["sre2l"]),
         ("igds", ["igds"]),
         ("udd", ["udd"]),
+        ("dsa", ["dsa", "dc"]),
+        ("idc", ["idc"]),
+        ("idm", ["idm"]),
     ],
 )
 def test_tables_of_options_tell_the_defaults(page, methods):
@@ -169,6 +174,39 @@ def test_presets_that_are_named_exist():
     presets = text.partition("**Presets**")[2].partition("\n\n")[0]
     assert set(re.findall(r"`(\w+)`", presets)) == set(get_method("sre2l").presets)
     assert "--preset paper" in (ROOT / "docs" / "methods" / "infoutil.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize(("page", "methods"), [("dsa", ["dc", "dsa"]), ("idc", ["idc"]), ("idm", ["idm"])])
+def test_presets_of_the_methods_in_training_are_told(page, methods):
+    """Every preset with a name that the page tells, and those with CMI with their weights."""
+    text = (ROOT / "docs" / "methods" / f"{page}.md").read_text("utf-8").partition("**Presets**")[2]
+    text = " ".join(text.partition("\n## ")[0].split()).replace(
+        "the same for `cifar100`", "`cifar100_ipc1`, `cifar100_ipc10`, `cifar100_ipc50`"
+    )
+    presets = {name: preset for method in methods for name, preset in get_method(method).presets.items()}
+    assert set(re.findall(r"`([a-z]+\d*(?:_\w+)?)`", text)) - set(methods) == set(presets)
+    weights = dict(re.findall(r"`(\w+_cmi)` \((?:weight )?(\d+)\)", text))
+    assert weights == {name: f"{preset['cmi']:.0f}" for name, preset in presets.items() if "cmi" in preset}
+
+
+@pytest.mark.parametrize(
+    ("example", "words"),
+    [
+        ("dm", "--iterations 1"),
+        ("dsa", "--iterations 1 --inner-loop 1"),
+        ("dsa", "--method dc --iterations 1 --inner-loop 1"),
+        ("idc", "--iterations 1 --inner-loop 2 --net-samples 8"),
+    ],
+)
+def test_examples_run(example, words, workplace, monkeypatch, tmp_path, capsys):
+    path = ROOT / "examples" / f"{example}.py"
+    assert len(path.read_text("utf-8").splitlines()) < 40
+    shared = ["photos", "--ipc", "2", "--real-batch", "8", "--epochs", "1", "--out", str(tmp_path / "out")]
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr(sys, "argv", [str(path), *shared, *words.split()])
+    runpy.run_path(str(path), run_name="__main__")
+    assert capsys.readouterr().out
+    assert len(ddfast.DistilledSet(tmp_path / "out")) == 6
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)

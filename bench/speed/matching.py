@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import ddfast
 from bench.speed.measuring import synchronise
-from bench.speed.peer_loops import PeerLoop
+from bench.speed.peer_loops import PeerLoop, dm_loop
 from bench.speed.registry import (
     Check,
     Contender,
@@ -35,18 +35,23 @@ CLASSES, SIDE = 10, 32
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 
-class _Images:
+class Images:
     """A pool of rendered images in memory, `each` of every class; see `ClassPool`."""
 
-    def __init__(self, each: int) -> None:
+    def __init__(self, each: int, classes: int = CLASSES) -> None:
         draws = torch.Generator().manual_seed(0)
-        self.images = torch.randint(0, 256, (CLASSES, each, 3, SIDE, SIDE), generator=draws).byte()
-        self.labels = torch.arange(CLASSES).repeat_interleave(each)
-        self.classes = CLASSES
+        self.images = torch.randint(0, 256, (classes, each, 3, SIDE, SIDE), generator=draws).byte()
+        self.labels = torch.arange(classes).repeat_interleave(each)
+        self.classes = classes
 
     def draw(self, label: int, count: int, draws: torch.Generator) -> Tensor:
         """The first `count` of a shuffle of the class."""
         return self.images[label][torch.randperm(self.images.shape[1], generator=draws)[:count]]
+
+    def batches(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """See `Pool`."""
+        for places in order.split(batch_size):
+            yield places, self.images.flatten(0, 1)[places], self.labels[places]
 
 
 @speed_entry(
@@ -111,7 +116,7 @@ def dm_real_side(settings: Settings) -> Iterator[Measurable]:
 
 def _against_peer(settings: Settings, repository: str, proxy: nn.Module | None) -> Iterator[Contest]:
     each, real, ipc = settings.size((512, 256, 10), quick=(8, 4, 2), gpu=(5000, 256, 10))
-    pool = _Images(each)
+    pool = Images(each)
     method, context = _ours(settings, ipc, real, proxy)
     start = method.begin(method.groups(CLASSES, ipc)[0], pool, context)
     peer = _peer(repository, pool, start.pixels, ipc, real, settings.device)
@@ -146,35 +151,40 @@ def _ours(settings: Settings, ipc: int, real: int, proxy: nn.Module | None) -> t
     assert isinstance(method, DM)
     if proxy is not None:
         method._regulariser = Regulariser([proxy.eval()])
-    context = Context(
+    return method, context_of(settings.device, ipc, CLASSES)
+
+
+def context_of(device: torch.device, ipc: int, classes: int) -> Context:
+    """Of a run on images of 32 px."""
+    return Context(
         teacher=None,
         image_size=SIDE,
         factor=1,
         seed=0,
         precision="float32",
         forward_batch=128,
-        device=settings.device,
+        device=device,
         ipc=ipc,
-        class_names=tuple(map(str, range(CLASSES))),
+        class_names=tuple(map(str, range(classes))),
         mean=MEAN,
         std=STD,
     )
-    return method, context
 
 
-def _normalised(images: Tensor, device: torch.device) -> Tensor:
+def normalised(images: Tensor, device: torch.device) -> Tensor:
+    """(x / 255 - mean) / std of uint8 images [..., 3, H, W]."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     return ((images.float() / 255 - mean) / std).to(device)
 
 
 def _peer(
-    repository: str, pool: _Images, start: Tensor, ipc: int, real: int, device: torch.device
+    repository: str, pool: Images, start: Tensor, ipc: int, real: int, device: torch.device
 ) -> PeerLoop:
-    images = _normalised(pool.images.flatten(0, 1), device)
-    return PeerLoop(repository, images, pool.labels, start, ipc, real)
+    images = normalised(pool.images.flatten(0, 1), device)
+    return dm_loop(repository, images, pool.labels, start, ipc, real)
 
 
-def _same_step(method: DM, start: State, pool: _Images, context: Context, peer: PeerLoop) -> list[Check]:
+def _same_step(method: DM, start: State, pool: Images, context: Context, peer: PeerLoop) -> list[Check]:
     """One iteration of both on the same images, augmentations and weights: the pixels after it."""
     state = State(start.group, {name: tensor.clone() for name, tensor in start.tensors.items()})
     method.step(0, state, pool, context)
@@ -183,7 +193,7 @@ def _same_step(method: DM, start: State, pool: _Images, context: Context, peer: 
     def get_images(label: int, count: int) -> Tensor:
         now[:] = [label]
         drawn = pool.draw(label, count, generator(context.seed, "real", label, 0))
-        return _normalised(drawn, context.device)
+        return normalised(drawn, context.device)
 
     def augment(images: Tensor, *_: object, **__: object) -> Tensor:
         return method.augmentation((SIDE, SIDE), generator(context.seed, "augment", now[0], 0))(images)
@@ -193,7 +203,7 @@ def _same_step(method: DM, start: State, pool: _Images, context: Context, peer: 
     def get_network(name: str, *arguments: object) -> nn.Module:
         network = made(name, *arguments)
         if name == "ConvNet":
-            _copy_in_order(method.networks.at(0, state, pool, context), network)
+            copy_in_order(method.networks.at(0, state, pool, context), network)
         return network
 
     peer.names |= {"get_images": get_images, "DiffAugment": augment, "get_network": get_network}
@@ -204,7 +214,8 @@ def _same_step(method: DM, start: State, pool: _Images, context: Context, peer: 
 
 
 @torch.no_grad()
-def _copy_in_order(source: nn.Module, target: nn.Module) -> None:
+def copy_in_order(source: nn.Module, target: nn.Module) -> None:
+    """Parameters of one network into those of another that has them in the same order."""
     for theirs, ours in zip(target.parameters(), source.parameters(), strict=True):
         theirs.copy_(ours)
 
@@ -218,7 +229,7 @@ def _proxies_on_disk(peer: PeerLoop, proxy: nn.Module | None) -> Iterator[None]:
     before = Path.cwd()
     with tempfile.TemporaryDirectory() as root:
         theirs = peer.names["get_network"]("ResNet18", 3, CLASSES, (SIDE, SIDE))
-        _copy_in_order(proxy, theirs)
+        copy_in_order(proxy, theirs)
         (Path(root) / "CIFAR10_pre_res").mkdir()
         (Path(root) / "run").mkdir()
         torch.save(theirs.state_dict(), Path(root) / "CIFAR10_pre_res" / "0.pt")

@@ -12,7 +12,7 @@ from torch import nn
 
 import ddfast
 from bench.speed.measuring import synchronise
-from bench.speed.peer_loops import RecoveryLoop
+from bench.speed.peer_runs import RecoveryLoop
 from bench.speed.registry import (
     Check,
     Contender,

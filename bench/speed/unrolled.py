@@ -14,7 +14,7 @@ from torch.nn import functional
 
 import ddfast
 from bench.speed.measuring import synchronise
-from bench.speed.peer_loops import TrajectoryLoop
+from bench.speed.peer_runs import TrajectoryLoop
 from bench.speed.registry import (
     Check,
     Contender,

@@ -179,9 +179,10 @@ class Distillation:
         options = {key: value for key, value in given.items() if key not in _OF_DISTILL}
         factor = given["factor"] if given["factor"] != "auto" else (1 if teacher.image_size <= 64 else 2)
         try:
-            method = (
-                get_method(arm.method).from_options(options, given.get("preset")).resolved(int(factor), ipc)
-            )
+            method = get_method(arm.method).from_options(options, given.get("preset"))
+            if isinstance(method, Synthesis):  # the tiles of its images are its own affair
+                factor = method.tiles_per_side(str(arm.settings.get("factor", "auto")), teacher.image_size)
+            method = method.resolved(int(factor), ipc)
         except UsageError as error:
             raise UsageError(f"arm {arm.name!r}: {error}") from error
         shared = {
@@ -226,9 +227,8 @@ class Distillation:
         hashes = {role: teacher_at(path).sha256 for role, path in teachers.items()}
         identity = {"synthesize": chosen, "ipc": ipc, **hashes}
         folder = setup.work / f"{arm.method}-ipc{ipc}-{digest(identity)}"
-        settings = {
-            name: value for name, value in given.items() if name not in ("factor", "images_per_class")
-        }
+        left_out = {"images_per_class"} | ({"factor"} - set(arm.settings))
+        settings = {name: value for name, value in given.items() if name not in left_out}
         arguments = {
             **settings,
             **teachers,

@@ -1,13 +1,14 @@
-"""DM with and without the CMI regulariser, random images and herding beside them: accuracy, and CMI's own values.
+"""A matching method with and without CMI, random images and herding beside them: accuracy, and CMI's own values.
 
-    python -m bench.studies cmi --data cifar10-jpeg.zip --teacher teacher.safetensors --proxies PROXIES --ipc 1,10,50 \
-        --iterations 300 --real-batch 64 --cmi-every 5 --cmi 8000,50:2000 --sets 3,50:1 --students 3,50:1
+    python -m bench.studies cmi --method dm --data cifar10-jpeg.zip --teacher teacher.safetensors --proxies PROXIES \
+        --ipc 1,10,50 --iterations 300 --real-batch 64 --cmi-every 5 --cmi 8000,50:2000 --sets 3,50:1 --students 3,50:1
 
-All arms have the same images to choose from, the same labels (the classes, no soft ones), students, seeds and epochs.
-DM and DM + CMI of one set share every draw: images to begin with, real batches, augmentations, networks. So the paired
-delta, set by set, is what the regulariser does. The paper ("Going Beyond Feature Similarity: Effective Dataset
-Distillation based on Class-aware Conditional Mutual Information") has 20,000 iterations of 256 real images a class.
-Writes `<out>.csv`, a row a student, and `<out>.md`. What is finished is kept in `--work`.
+All arms have the same images to choose from, the same labels (the classes, no soft ones), students, seeds and epochs,
+and the protocol that the method's authors evaluate by. The method and the method + CMI of one set share every draw:
+images to begin with, real batches, augmentations, networks. So the paired delta, set by set, is what the regulariser
+does. The paper is "Going Beyond Feature Similarity: Effective Dataset Distillation based on Class-aware Conditional
+Mutual Information". Writes `<out>.csv`, a row a student, and `<out>.md`. What is finished is kept in `--work`, and what
+several methods have in common, random images and herding, is there once for a protocol.
 """
 
 from __future__ import annotations
@@ -29,44 +30,134 @@ from bench.studies.arguments import study_parser, told
 from bench.studies.arms import Arm, Setup, Training, at_ipc, by_ipc, set_of, train_students
 from bench.studies.compare import integers, made_with, teacher_fact
 from ddfast.files import atomic_write_text, make_folder
+from ddfast.methods import get_method
 from ddfast.models.registry import features
-from ddfast.output.pixels import read_curve, read_pixels
+from ddfast.output.pixels import read_curve
 from ddfast.progress import duration
 from ddfast.training import load_proxies
+from ddfast.training.evaluation import read_distilled
 from ddfast.training.proxies import proxies_identity
 
-TITLE = "DM with the CMI regulariser (CMI, Tables 1 and 10)"
-ARMS = ("random", "herding", "DM", "DM + CMI")
-# Table 1 and Table 9 of its predecessors: CIFAR-10, ConvNet-3, top-1 in percent at IPC 1, 10, 50.
-PAPER: dict[str, dict[int, float]] = {
+TITLE = "A matching method with the CMI regulariser (CMI, Tables 1, 5 and 10)"
+# Arms that choose images in place of making them, by the method's name: any protocol with hard labels suits them.
+CHOSEN = {"random": "random", "herding": "herding", "RDED": "rded", "InfoUtil": "infoutil"}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A method of the study.
+
+    Attributes:
+        name: as it stands in the tables.
+        protocol: that its authors evaluate by.
+        cmi: lambda by IPC, as `by_ipc` reads it; for IDM the middle of what the paper says to be as good.
+        budget: what the paper spends, in words.
+        paper, paper_with_cmi: top-1 in percent by IPC, without and with CMI: CIFAR-10, ConvNet-3 (CMI's Tables 1 and
+            2, the methods' own repositories).
+    """
+
+    name: str
+    protocol: str
+    cmi: Mapping[int, int]
+    budget: str
+    paper: Mapping[int, float]
+    paper_with_cmi: Mapping[int, float]
+
+    @property
+    def with_cmi(self) -> str:
+        """The name of the arm with the regulariser."""
+        return f"{self.name} + CMI"
+
+
+SUBJECTS = {
+    "dm": Subject(
+        "DM",
+        "dsa",
+        {0: 8000, 50: 2000},
+        "20,000 iterations of 256 real images a class",
+        {10: 48.9, 50: 63.0},
+        {10: 52.9, 50: 65.8},
+    ),
+    "dc": Subject(
+        "DC",
+        "dc",
+        {0: 50000, 50: 10000},
+        "1,000 networks, 256 real images a class",
+        {1: 28.3, 10: 44.9, 50: 53.9},
+        {},
+    ),
+    "dsa": Subject(
+        "DSA",
+        "dsa",
+        {0: 50000, 50: 10000},
+        "1,000 networks, 256 real images a class",
+        {1: 28.8, 10: 52.1, 50: 60.6},
+        {10: 54.7, 50: 66.1},
+    ),
+    "idc": Subject(
+        "IDC",
+        "idc",
+        {0: 100, 50: 50},
+        "2,000 networks of 100 steps, 64 real images a class",
+        {1: 50.6, 10: 67.5, 50: 74.5},
+        {1: 51.6, 10: 70.0, 50: 76.6},
+    ),
+    "idm": Subject(
+        "IDM",
+        "dsa",
+        {0: 1000},
+        "20,000 iterations of 256 real images a class",
+        {1: 45.6, 10: 58.6, 50: 67.5},
+        {1: 47.5, 10: 62.2, 50: 71.3},
+    ),
+}
+# CIFAR-10, ConvNet-3, top-1 in percent at IPC 1, 10, 50 (CMI, Table 1, and InfoUtil, Table 9).
+PAPER_CHOSEN: dict[str, dict[int, float]] = {
     "random": {1: 14.4, 10: 26.0, 50: 43.4},
     "herding": {1: 21.5, 10: 31.6, 50: 40.4},
-    "DM": {10: 48.9, 50: 63.0},
-    "DM + CMI": {10: 52.9, 50: 65.8},
 }
-# Table 10, CIFAR-10, IPC 10: CMI at the start, at the end of DM, at the end of DM + CMI, and the accuracy of the last.
+# Table 5, CIFAR-10, IPC 10: students of other architectures.
+PAPER_CROSS: dict[tuple[str, str], float] = {
+    ("IDM", "alexnet_in"): 44.6,
+    ("IDM", "vgg11_in"): 47.8,
+    ("IDM", "resnet18_in"): 44.6,
+    ("IDM + CMI", "alexnet_in"): 54.0,
+    ("IDM + CMI", "vgg11_in"): 57.0,
+    ("IDM + CMI", "resnet18_in"): 53.7,
+    ("IDC", "alexnet_in"): 63.5,
+    ("IDC", "vgg11_in"): 64.4,
+    ("IDC", "resnet18_in"): 61.2,
+    ("IDC + CMI", "alexnet_in"): 64.4,
+    ("IDC + CMI", "vgg11_in"): 67.4,
+    ("IDC + CMI", "resnet18_in"): 66.0,
+}
+# Tables 10 and 11, CIFAR-10, IPC 10: CMI at the start, at the end of the method alone, and with the regulariser.
 PAPER_CMI = {
-    "ConvNet": (0.1045, 0.0866, 0.0326, 51.2),
-    "ResNet-18": (0.0016, 0.0066, 0.0004, 52.9),
+    ("DM", "ConvNet"): (0.1045, 0.0866, 0.0326),
+    ("DM", "ResNet-18"): (0.0016, 0.0066, 0.0004),
+    ("DSA", "ConvNet"): (0.1045, 0.0825, 0.0455),
+    ("DSA", "ResNet-18"): (0.0016, 0.0051, 0.0004),
 }
 
 
 @dataclass(frozen=True)
 class Found:
-    """The students of one arm at one IPC.
+    """The students of one architecture on one arm at one IPC.
 
     Attributes:
-        arm: one of `ARMS`.
+        arm: its name.
         ipc: images per class.
+        student: architecture of the students.
         sets: for each set the results of its students, as `train_students` puts them together.
-        seconds: of the distillation, mean over the sets.
+        seconds: of each set's distillation.
         start, end: CMI in nats of the images that a set began with and of those it ended with; see `_cmi_of`.
     """
 
     arm: str
     ipc: int
+    student: str
     sets: Sequence[Mapping[str, Any]]
-    seconds: float
+    seconds: Sequence[float]
     start: float | None = None
     end: float | None = None
 
@@ -79,25 +170,54 @@ class Found:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Options of the study."""
     parser = study_parser("cmi", __doc__)
+    parser.add_argument("--method", default="dm", choices=tuple(SUBJECTS), help="default dm")
     parser.add_argument("--proxies", type=Path, required=True, help="folder of ddfast train-proxies")
-    parser.add_argument("--arch", default="convnet3_in", help="of the matched networks and of the students")
+    parser.add_argument("--arch", default="convnet3_in", help="of the matched networks")
+    parser.add_argument(
+        "--student", action="append", default=[], help="of the students, may be repeated; default --arch"
+    )
     parser.add_argument("--normalization", default="auto", help="of the matched pixels, that of the proxies")
-    parser.add_argument("--arms", default=",".join(ARMS), help="only some of them, comma between")
+    parser.add_argument(
+        "--arms",
+        default="",
+        help="only some of random, herding, RDED, InfoUtil, the method's and that with + CMI, comma between;\n"
+        "default all but RDED and InfoUtil",
+    )
     parser.add_argument("--ipc", type=integers, default=[1, 10, 50])
-    parser.add_argument("--iterations", type=by_ipc, default={0: 20000}, help="20000, or by IPC: 300,50:100")
-    parser.add_argument("--real-batch", type=int, default=256, help="real images a class and step")
-    parser.add_argument("--cmi", type=by_ipc, default={0: 8000, 50: 2000}, help="lambda; by IPC as above")
+    parser.add_argument(
+        "--iterations", type=by_ipc, default={}, help="default the method's; by IPC: 300,50:100"
+    )
+    parser.add_argument("--real-batch", type=int, default=None, help="real images a class and step")
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="another option of the method, as inner_loop=20; may be repeated",
+    )
+    parser.add_argument(
+        "--cmi", type=by_ipc, default={}, help="lambda, default the authors'; by IPC as above"
+    )
     parser.add_argument("--cmi-every", type=int, default=1)
     parser.add_argument("--sets", type=by_ipc, default={0: 3}, help="distilled sets an arm; by IPC as above")
     parser.add_argument("--students", type=by_ipc, default={0: 3}, help="students a set; by IPC as above")
-    parser.add_argument("--epochs", type=by_ipc, default={}, help="of students; default the protocol's 1000")
+    parser.add_argument("--epochs", type=by_ipc, default={}, help="of students; default the protocol's")
+    parser.add_argument("--protocol", default=None, help="of students; default the method's")
     arguments = parser.parse_args(argv)
     if len(arguments.teacher) != 1:
         parser.error("herding chooses by a teacher's features: give one --teacher")
-    arguments.arms = [arm.strip() for arm in arguments.arms.split(",")]
-    if unknown := [arm for arm in arguments.arms if arm not in ARMS]:
-        parser.error(f"unknown arms {', '.join(unknown)}; known: {', '.join(ARMS)}")
+    subject = SUBJECTS[arguments.method]
+    known = (*CHOSEN, subject.name, subject.with_cmi)
+    usual = ",".join(name for name in known if name not in ("RDED", "InfoUtil"))
+    arguments.arms = [arm.strip() for arm in (arguments.arms or usual).split(",")]
+    if unknown := [arm for arm in arguments.arms if arm not in known]:
+        parser.error(f"unknown arms {', '.join(unknown)}; known: {', '.join(known)}")
+    if wrong := [text for text in arguments.option if "=" not in text]:
+        parser.error(f"--option takes KEY=VALUE, got {wrong[0]}")
     arguments.images_per_class = arguments.images_per_class or 300
+    arguments.student = arguments.student or [arguments.arch]
+    arguments.cmi = arguments.cmi or subject.cmi
+    arguments.protocol = arguments.protocol or subject.protocol
     return arguments
 
 
@@ -105,36 +225,39 @@ def main(argv: Sequence[str]) -> int:
     """Run the study; the page is written anew after every arm."""
     arguments = parse(argv)
     found: list[Found] = []
+    factor = get_method(arguments.method).factor
     for ipc in arguments.ipc:
         for arm in arguments.arms:
-            if arm == "DM + CMI" and ipc == 1:
+            if arm.endswith("+ CMI") and ipc * factor**2 == 1:
                 continue  # the mean of a single image is the image: CMI is 0
-            found.append(_trained(arm, ipc, arguments))
-            page = _write(found, arguments, argv)
+            for student in arguments.student:
+                found.append(_trained(arm, ipc, student, arguments))
+                page = _write(found, arguments, argv)
     print(page)
     return 0
 
 
 def _arm(name: str, ipc: int, seed: int, arguments: argparse.Namespace) -> Arm:
-    if not name.startswith("DM"):
-        return Arm(name, name, {"seed": seed})
+    if name in CHOSEN:
+        return Arm(name, CHOSEN[name], {"seed": seed})
     settings: dict[str, Any] = {
         "seed": seed,
         "arch": arguments.arch,
         "normalization": arguments.normalization,
-        "iterations": at_ipc(arguments.iterations, ipc),
-        "real_batch": arguments.real_batch,
         "proxies": str(arguments.proxies),  # without a weight CMI is measured and does not act
     }
-    if name == "DM + CMI":
+    given = {"iterations": at_ipc(arguments.iterations, ipc), "real_batch": arguments.real_batch}
+    settings |= {key: value for key, value in given.items() if value is not None}
+    settings |= Arm.parse(" ".join((arguments.method, *arguments.option))).settings
+    if name.endswith("+ CMI"):
         settings |= {
             "cmi": float(at_ipc(arguments.cmi, ipc) or 0),
             "cmi_every": arguments.cmi_every,
         }
-    return Arm(f"{name}, set {seed}", "dm", settings)
+    return Arm(f"{name}, set {seed}", arguments.method, settings)
 
 
-def _trained(name: str, ipc: int, arguments: argparse.Namespace) -> Found:
+def _trained(name: str, ipc: int, student: str, arguments: argparse.Namespace) -> Found:
     """The sets of an arm and their students."""
     setup = Setup(
         arguments.data,
@@ -145,7 +268,11 @@ def _trained(name: str, ipc: int, arguments: argparse.Namespace) -> Found:
         "float32",
     )
     training = Training(
-        arguments.arch, labels="hard", protocol="dsa", epochs=at_ipc(arguments.epochs, ipc), last_only=True
+        student,
+        labels="hard",
+        protocol=arguments.protocol,
+        epochs=at_ipc(arguments.epochs, ipc),
+        last_only=True,
     )
     sets, seconds, starts, ends = [], [], [], []
     for seed in range(at_ipc(arguments.sets, ipc) or 1):
@@ -154,125 +281,157 @@ def _trained(name: str, ipc: int, arguments: argparse.Namespace) -> Found:
         result = train_students(arm, ipc, setup, training, students)
         sets.append(result)
         seconds.append(sum(result["seconds"].values()))
-        if name.startswith("DM"):
+        if name not in CHOSEN:
             folder = set_of(arm, ipc, setup, training, 0).folder
             ends.append(_cmi_of(folder, arguments.proxies))
             starts += [row["cmi"] for row in read_curve(folder)[:1] if row.get("cmi") is not None]
     mean = statistics.mean
     return Found(
-        name, ipc, sets, mean(seconds), mean(starts) if starts else None, mean(ends) if ends else None
+        name,
+        ipc,
+        student,
+        sets,
+        seconds,
+        mean(starts) if starts else None,
+        mean(ends) if ends else None,
     )
 
 
 @torch.no_grad()
 def _cmi_of(folder: Path, proxies: Path) -> float:
-    """CMI of a set's images, mean over all proxies, in nats."""
-    pixels = read_pixels(folder)
-    distilled = ddfast.DistilledSet(folder)
+    """CMI of a set's images, decoded, mean over all proxies, in nats."""
+    images = read_distilled(folder).decoded()
     networks = load_proxies(
         proxies,
-        class_names=distilled.class_names,
-        image_size=distilled.image_size,
-        mean=distilled.mean,
-        std=distilled.std,
+        class_names=images.class_names,
+        image_size=images.image_size,
+        mean=images.mean,
+        std=images.std,
     )
     return statistics.mean(
-        float(ddfast.cmi(features(network, pixels.images), pixels.labels)) for network in networks
+        float(ddfast.cmi(features(network, images.images), images.labels)) for network in networks
     )
 
 
 def _write(found: Sequence[Found], arguments: argparse.Namespace, argv: Sequence[str]) -> str:
-    out = arguments.out or facts.RESULTS / "paper" / f"cmi_{Path(arguments.data).stem}_{arguments.arch}"
+    name = "cmi" if arguments.method == "dm" else f"cmi_{arguments.method}"
+    out = arguments.out or facts.RESULTS / "paper" / f"{name}_{Path(arguments.data).stem}_{arguments.arch}"
     make_folder(out.parent)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("arm", "ipc", "set", "seed", "epochs", "top1", "commits"))
+    writer.writerow(COLUMNS)
     for each in found:
-        for number, result in enumerate(each.sets):
+        for number, (result, seconds) in enumerate(zip(each.sets, each.seconds, strict=True)):
+            of_set = (each.arm, each.ipc, each.student, arguments.protocol, number)
             for seed, top1 in zip(result["seeds"], result["top1"], strict=True):
-                writer.writerow(
-                    (
-                        each.arm,
-                        each.ipc,
-                        number,
-                        seed,
-                        result["epochs"],
-                        f"{top1:.2f}",
-                        " ".join(result["commits"]),
-                    )
-                )
+                made = (result["epochs"], f"{top1:.2f}", f"{seconds:.1f}", " ".join(result["commits"]))
+                writer.writerow((*of_set, seed, *made))
     atomic_write_text(out.with_suffix(".csv"), text.getvalue())
     page = _page(found, arguments, argv)
     atomic_write_text(out.with_suffix(".md"), page)
     return page
 
 
+COLUMNS = ("arm", "ipc", "student", "protocol", "set", "seed", "epochs", "top1", "seconds", "commits")
+
+
 def _page(found: Sequence[Found], arguments: argparse.Namespace, argv: Sequence[str]) -> str:
+    subject = SUBJECTS[arguments.method]
+    lines = [
+        f"# {TITLE.replace('A matching method', subject.name)}",
+        "",
+        told("cmi", argv),
+        f"Test top-1 in percent after the last epoch, hard labels, protocol {arguments.protocol}: mean over sets and "
+        "students ± deviation over the sets' means (one set: over its students). In brackets the paper's.",
+        "",
+    ]
+    for student in arguments.student:
+        of_student = [each for each in found if each.student == student]
+        if len(arguments.student) > 1:
+            lines += [f"## Students {student}", ""]
+        lines += [*_table(of_student, subject, arguments), ""]
+    first = [each for each in found if each.student == arguments.student[0]]
+    lines += [*_cmi_table(first, subject, arguments), "", *_budget(found, subject, arguments), ""]
+    return "\n".join(lines)
+
+
+def _table(found: Sequence[Found], subject: Subject, arguments: argparse.Namespace) -> list[str]:
+    """Arms down, IPCs across, and what CMI adds."""
     ipcs = list(dict.fromkeys(each.ipc for each in found))
     at = {(each.arm, each.ipc): each for each in found}
     lines = [
-        f"# {TITLE}",
-        "",
-        told("cmi", argv),
-        "Test top-1 in percent after the last epoch, hard labels, protocol dsa: mean over sets and students ± "
-        "deviation over the sets' means (one set: over its students). In brackets the paper's.",
-        "",
         "| method | " + " | ".join(f"IPC {ipc}" for ipc in ipcs) + " |",
         "| --- |" + " --- |" * len(ipcs),
     ]
     for arm in arguments.arms:
-        cells = [_cell(at[arm, ipc]) if (arm, ipc) in at else "" for ipc in ipcs]
+        cells = [_cell(at[arm, ipc], subject, arguments) if (arm, ipc) in at else "" for ipc in ipcs]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     deltas = [
-        _delta(at["DM", ipc], at["DM + CMI", ipc])
+        _delta(at[subject.name, ipc], at[subject.with_cmi, ipc], subject, arguments)
         for ipc in ipcs
-        if ("DM", ipc) in at and ("DM + CMI", ipc) in at
+        if (subject.name, ipc) in at and (subject.with_cmi, ipc) in at
     ]
     if deltas:
         lines += ["", "What CMI adds, set by set with the same draws in both arms:", "", *deltas]
-    lines += ["", *_cmi_table(found, arguments), "", *_budget(found, arguments), ""]
-    return "\n".join(lines)
+    return lines
 
 
-def _cell(each: Found) -> str:
+def _paper(arm: str, ipc: int, student: str, subject: Subject, arguments: argparse.Namespace) -> float | None:
+    """The paper's top-1 on CIFAR-10; None where it has none."""
+    if "cifar10" not in Path(arguments.data).stem.lower().replace("-", "").replace("cifar100", ""):
+        return None
+    if student != arguments.arch:
+        return PAPER_CROSS.get((arm, student)) if ipc == 10 else None
+    known = {
+        **PAPER_CHOSEN,
+        subject.name: subject.paper,
+        subject.with_cmi: subject.paper_with_cmi,
+    }
+    return known.get(arm, {}).get(ipc) if arguments.arch == "convnet3_in" else None
+
+
+def _cell(each: Found, subject: Subject, arguments: argparse.Namespace) -> str:
     means = each.means
     spread = means if len(means) > 1 else each.sets[0]["top1"]
     deviation = f" ± {statistics.stdev(spread):.1f}" if len(spread) > 1 else ""
-    paper = PAPER[each.arm].get(each.ipc)
+    paper = _paper(each.arm, each.ipc, each.student, subject, arguments)
     return f"{statistics.mean(means):.1f}{deviation}" + ("" if paper is None else f" ({paper})")
 
 
-def _delta(base: Found, with_cmi: Found) -> str:
+def _delta(base: Found, with_cmi: Found, subject: Subject, arguments: argparse.Namespace) -> str:
     """One line: the gain of every set, their mean and deviation, and the paper's."""
     gains = [ours - theirs for ours, theirs in zip(with_cmi.means, base.means, strict=True)]
     text = f"- IPC {base.ipc}: {statistics.mean(gains):+.2f}"
     if len(gains) > 1:
         each = ", ".join(f"{gain:+.2f}" for gain in gains)
         text += f" ± {statistics.stdev(gains):.2f} over {len(gains)} sets ({each})"
-    theirs, ours = PAPER["DM"].get(base.ipc), PAPER["DM + CMI"].get(base.ipc)
+    theirs, ours = (
+        _paper(found.arm, found.ipc, found.student, subject, arguments) for found in (base, with_cmi)
+    )
     return text if theirs is None or ours is None else f"{text}; the paper {ours - theirs:+.1f}"
 
 
-def _cmi_table(found: Sequence[Found], arguments: argparse.Namespace) -> list[str]:
-    """CMI's values beside the paper's Table 10."""
+def _cmi_table(found: Sequence[Found], subject: Subject, arguments: argparse.Namespace) -> list[str]:
+    """CMI's values beside those of the paper's Tables 10 and 11."""
     lines = [
         "CMI in nats. At the start: on the proxy that the first step draws; at the end: mean over all proxies.",
         "",
-        "| proxy | IPC | start | end of DM | end of DM + CMI |",
+        f"| proxy | IPC | start | end of {subject.name} | end of {subject.with_cmi} |",
         "| --- | --- | --- | --- | --- |",
     ]
     arch = proxies_identity(arguments.proxies)[0]["arch"]
     for ipc in dict.fromkeys(each.ipc for each in found):
         base, ours = (
             next((each for each in found if (each.arm, each.ipc) == (arm, ipc)), None)
-            for arm in ("DM", "DM + CMI")
+            for arm in (subject.name, subject.with_cmi)
         )
         if base is not None and ours is not None:
             lines.append(
                 f"| {arch} | {ipc} | {_number(ours.start)} | {_number(base.end)} | {_number(ours.end)} |"
             )
-    for proxy, (start, plain, end, _) in PAPER_CMI.items():
-        lines.append(f"| {proxy}, the paper | 10 | {start} | {plain} | {end} |")
+    for (method, proxy), (start, plain, end) in PAPER_CMI.items():
+        if method == subject.name:
+            lines.append(f"| {proxy}, the paper | 10 | {start} | {plain} | {end} |")
     return lines
 
 
@@ -280,27 +439,34 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def _budget(found: Sequence[Found], arguments: argparse.Namespace) -> list[str]:
+def _budget(found: Sequence[Found], subject: Subject, arguments: argparse.Namespace) -> list[str]:
     """How the numbers were made, a line each."""
     proxies = proxies_identity(arguments.proxies)
     reads = [proxy["top1"] for proxy in proxies if proxy["top1"] is not None]
+    told_of = list({(each.arm, each.ipc): each for each in found}.values())
     seconds = ", ".join(
-        f"IPC {each.ipc} {duration(each.seconds)}" for each in found if each.arm.startswith("DM")
+        f"{each.arm} at IPC {each.ipc} {duration(statistics.mean(each.seconds))}" for each in told_of
     )
     results = [result for each in found for result in each.sets]
     ipcs = list(dict.fromkeys(each.ipc for each in found))
-    lines = [f"{at_ipc(arguments.iterations, ipc)} iterations at IPC {ipc}" for ipc in ipcs]
-    weights = ", ".join(f"{at_ipc(arguments.cmi, ipc):g} at IPC {ipc}" for ipc in ipcs if ipc > 1)
+    usual = get_method(arguments.method).from_options({}).options
+    counts = [
+        f"{at_ipc(arguments.iterations, ipc) or usual.iterations} iterations at IPC {ipc}" for ipc in ipcs
+    ]
+    batch = arguments.real_batch or usual.real_batch
+    weights = ", ".join(f"{at_ipc(arguments.cmi, ipc):g} at IPC {ipc}" for ipc in ipcs)
     return [
-        f"- {', '.join(lines)} (the paper 20,000), {arguments.real_batch} real images a class (256)",
+        f"- {', '.join(counts)}, {batch} real images a class"
+        + (f", {', '.join(arguments.option)}" if arguments.option else "")
+        + f" (the paper: {subject.budget})",
         f"- lambda {weights or 'none'}, CMI every {arguments.cmi_every} iterations, {len(proxies)} proxies "
         f"{proxies[0]['arch']}, test top-1 "
         + (f"{min(reads):.1f} to {max(reads):.1f}" if reads else "not measured"),
         *(
-            [f"- herding by the features of {teacher_fact(arguments.teacher[0])}"]
-            if "herding" in arguments.arms
+            [f"- chosen by {teacher_fact(arguments.teacher[0])}"]
+            if {"herding", "RDED", "InfoUtil"} & set(arguments.arms)
             else []
         ),
-        f"- seconds of the distillations of DM and DM + CMI: {seconds}",
+        f"- a set's distillation takes, without the training of proxies and teacher: {seconds}",
         f"- students: {results[0]['epochs']} epochs; {made_with(results, 'float32')}",
     ]

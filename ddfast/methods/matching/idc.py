@@ -86,6 +86,7 @@ class IDC(Matching):
     cmi_reduction: ClassVar[str] = "class"
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "svhn": {"net_samples": 500},
+        "fashion_mnist": {"distance": "magnitudes", "lr_img": 1e-4, "net_samples": 500},
         "tiny_imagenet": {"arch": "convnet4_in", "net_samples": 1000},
         "imagenet10": {"arch": "resnetap10", "distance": "magnitudes", "lr_img": 0.003, "flip": True},
         # With the CMI regulariser; lambda is that of its authors' code. Each needs `proxies`.

@@ -1,14 +1,17 @@
-"""The study of DM with the CMI regulariser, at a size that measures nothing."""
+"""The study of the matching methods with the CMI regulariser, and of what they cost, at sizes that measure nothing."""
 
 import csv
 
-from bench.studies import arms, cmi
+import pytest
+
+from bench.studies import against_time, arms, cmi
+from ddfast.errors import UsageError
 from ddfast.training import train_proxies
 
 
-def test_it_trains_every_arm_once_and_pairs_the_deltas(
-    toy_folder, toy_teacher, tmp_path, monkeypatch, capsys
-):
+@pytest.fixture
+def words(toy_folder, toy_teacher, tmp_path):
+    """Arguments that all runs here share."""
     train_proxies(
         toy_folder,
         out=tmp_path / "proxies",
@@ -19,25 +22,116 @@ def test_it_trains_every_arm_once_and_pairs_the_deltas(
         image_size=16,
         quiet=True,
     )
-    words = [
+    return [
         *("--data", str(toy_folder), "--teacher", str(toy_teacher), "--proxies", str(tmp_path / "proxies")),
-        *("--ipc", "1,2", "--iterations", "2", "--real-batch", "8", "--cmi", "10", "--sets", "2,1:1"),
-        *("--students", "1", "--epochs", "1", "--images-per-class", "20"),
-        *("--work", str(tmp_path / "work"), "--out", str(tmp_path / "page")),
+        *("--real-batch", "8", "--cmi", "10", "--students", "1", "--epochs", "1", "--images-per-class", "20"),
+        *("--work", str(tmp_path / "work")),
     ]
+
+
+def rows_of(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_it_trains_every_arm_once_and_pairs_the_deltas(words, tmp_path, monkeypatch, capsys):
+    words += ["--ipc", "1,2", "--iterations", "2", "--sets", "2,1:1", "--out", str(tmp_path / "page")]
     assert cmi.main(words) == 0
-    with (tmp_path / "page.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    counted = {(row["arm"], row["ipc"]): 0 for row in rows}
-    for row in rows:
-        counted[row["arm"], row["ipc"]] += 1
+    counted = {}
+    for row in rows_of(tmp_path / "page.csv"):
+        counted[row["arm"], row["ipc"]] = counted.get((row["arm"], row["ipc"]), 0) + 1
     assert counted == {
         **dict.fromkeys([("random", "1"), ("herding", "1"), ("DM", "1")], 1),
-        **dict.fromkeys([(arm, "2") for arm in cmi.ARMS], 2),
+        **dict.fromkeys([(arm, "2") for arm in ("random", "herding", "DM", "DM + CMI")], 2),
     }
     page = (tmp_path / "page.md").read_text()
     assert "over 2 sets (" in page
     assert "| convnet3_in | 2 | " in page
+    assert "(48.9)" not in page  # the paper's are of CIFAR-10
     monkeypatch.setattr(arms, "evaluate", lambda *_, **__: 1 / 0)  # everything is kept
     assert cmi.main(words) == 0
     assert (tmp_path / "page.md").read_text() == page
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "protocol"),
+    [
+        ("dc", ["outer_loop=2", "inner_loop=1"], "dc"),
+        ("dsa", ["outer_loop=2", "inner_loop=1"], "dsa"),
+        ("idc", ["inner_loop=2", "net_samples=8", "net_batch=8"], "idc"),
+        ("idm", ["net_steps=1", "net_batch=8"], "dsa"),
+    ],
+)
+def test_each_method_runs_by_its_own_protocol(words, tmp_path, method, options, protocol):
+    name = method.upper()
+    words += ["--method", method, "--ipc", "2", "--iterations", "1", "--sets", "1"]
+    words += [word for option in options for word in ("--option", option)]
+    words += ["--arms", f"random,{name},{name} + CMI", "--out", str(tmp_path / "page")]
+    assert cmi.main(words) == 0
+    rows = rows_of(tmp_path / "page.csv")
+    assert [row["arm"] for row in rows] == ["random", name, f"{name} + CMI"]
+    assert {row["protocol"] for row in rows} == {protocol}
+    assert all(float(row["seconds"]) > 0 for row in rows)
+    assert all(option in (tmp_path / "page.md").read_text() for option in options)
+
+
+def test_students_of_other_architectures_share_the_sets(words, tmp_path):
+    words += [
+        "--ipc",
+        "2",
+        "--iterations",
+        "1",
+        "--sets",
+        "1",
+        "--arms",
+        "DM",
+        "--out",
+        str(tmp_path / "page"),
+    ]
+    words += ["--student", "convnet3_in", "--student", "convnet4_in"]
+    assert cmi.main(words) == 0
+    rows = rows_of(tmp_path / "page.csv")
+    assert [row["student"] for row in rows] == ["convnet3_in", "convnet4_in"]
+    assert len([path for path in (tmp_path / "work").glob("dm-*") if path.is_dir()]) == 1
+    assert "## Students convnet4_in" in (tmp_path / "page.md").read_text()
+
+
+def test_the_papers_numbers_stand_beside_those_of_cifar10(words):
+    given = cmi.parse(["--method", "idc", *words, "--data", "x/cifar10-jpeg.zip"])
+    subject = cmi.SUBJECTS["idc"]
+    told = [cmi._paper(arm, 10, "convnet3_in", subject, given) for arm in ("random", "IDC", "IDC + CMI")]
+    assert told == [26.0, 67.5, 70.0]
+    assert cmi._paper("IDC + CMI", 10, "resnet18_in", subject, given) == 66.0
+    other = cmi.parse(["--method", "idc", *words, "--data", "cifar100"])
+    assert cmi._paper("IDC", 10, "convnet3_in", subject, other) is None
+
+
+def test_the_cost_is_drawn_from_the_results_of_several_methods(tmp_path, capsys):
+    head = ",".join(cmi.COLUMNS)
+    first, second = tmp_path / "cmi_dm.csv", tmp_path / "cmi_idc.csv"
+    rows = [
+        "random,10,c,dsa,0,0,9,30.0,2.0,x",
+        "DM,10,c,dsa,0,0,9,40.0,100.0,x",
+        "DM,10,c,dsa,0,1,9,42.0,100.0,x",
+    ]
+    rows += ["DM,10,c,dsa,1,0,9,44.0,200.0,x"]
+    first.write_text("\n".join([head, *rows, ""]))
+    second.write_text(
+        "\n".join([head, "random,10,c,idc,0,0,9,32.0,2.0,x", "IDC,10,c,idc,0,0,9,60.0,900.0,x", ""])
+    )
+    words = [str(first), str(second), "--add", "IDC=100", "--out", str(tmp_path / "cost")]
+    assert against_time.main(words) == 0
+    found = {(row["arm"], row["protocol"]): row for row in rows_of(tmp_path / "cost.csv")}
+    assert (found["DM", "dsa"]["seconds"], found["DM", "dsa"]["top1"]) == ("150.0", "42.50")
+    assert found["DM", "dsa"]["deviation"] == "2.12"  # of 41 and 44
+    assert found["IDC", "idc"]["seconds"] == "1000.0"
+    assert len(found) == 4
+    assert (tmp_path / "cost.png").stat().st_size > 5_000
+    assert "| IDC | 10 | c | idc | 16m40s | 60.0 ± 0.0 |" in (tmp_path / "cost.md").read_text()
+
+
+def test_the_cost_refuses_results_without_seconds(tmp_path):
+    old = tmp_path / "old.csv"
+    old.write_text("arm,ipc,set,seed,epochs,top1,commits\n")
+    with pytest.raises(UsageError, match="has no column student"):
+        against_time.read([old], {})
