@@ -24,7 +24,9 @@ def add_attribute(commands: Any) -> None:
         metavar="PATH",
         help="an image file, a folder of images, or a labelled set",
     )
-    add_teacher(parser, required=True, help="teacher file, .pt state dict, or torchvision:NAME")
+    add_teacher(
+        parser, required=True, help="teacher file, .pt state dict, torchvision:NAME, timm:NAME or hf:NAME"
+    )
     parser.add_argument("--out", required=True, metavar="FOLDER", help="output folder, a new one")
     parser.add_argument(
         "--grid", type=whole, default=4, metavar="N", help="cells per side, which share the score"
@@ -164,6 +166,15 @@ def add_export(commands: Any) -> None:
         metavar="N",
         help="images in each file but the last",
     )
+    parser.add_argument(
+        "--push-to-hub",
+        default=None,
+        metavar="OWNER/NAME",
+        help="of huggingface: also push it to the Hub under this name, as who is logged in there; default none",
+    )
+    parser.add_argument(
+        "--private", action="store_true", help="of --push-to-hub: a set that is new on the Hub is yours alone"
+    )
     parser.set_defaults(parser=parser, run=_export)
 
 
@@ -172,8 +183,19 @@ def _export(arguments: argparse.Namespace) -> None:
         from ddfast.output.huggingface import export_huggingface
 
         whole_number(arguments.images_per_shard, "images_per_shard", least=1)
-        print(export_huggingface(arguments.folder, arguments.out, images_per_file=arguments.images_per_shard))
+        print(
+            export_huggingface(
+                arguments.folder,
+                arguments.out,
+                images_per_file=arguments.images_per_shard,
+                push_to_hub=arguments.push_to_hub,
+                private=arguments.private,
+            )
+        )
         return
+    for keyword in ("push_to_hub", "private"):
+        if getattr(arguments, keyword):
+            raise UsageError(f"{argument(keyword)} is of --to huggingface: give that as well")
     from ddfast.output.webdataset import export_webdataset
 
     paths = export_webdataset(arguments.folder, arguments.out, images_per_shard=arguments.images_per_shard)

@@ -239,4 +239,4 @@ def _write_before(run: Run, method: Synthesis, groups: Sequence[Group]) -> None:
                 images.append(begun[place * each : (place + 1) * each])
                 labels += [label] * each
     before = to_bytes(torch.cat(images), run.plan["mean"], run.plan["std"], method.space)
-    write_before(run.out, before, labels, run.source.class_names)
+    write_before(run.out, before, labels, run.plan.get("display_names") or run.source.class_names)
