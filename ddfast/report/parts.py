@@ -95,7 +95,7 @@ def source_cards(
                 "boxes": boxes,
                 "heat": heat,
                 "tile": data_uri(to_picture(one.tile), _CELL[0]),
-                "measured": one.measured,
+                "measured": [(name, value) for name, value in one.measured if name != word or score is None],
                 "labels": [(n, share, n == one.class_name) for n, share in one.labels],
             }
         )

@@ -109,7 +109,7 @@ class Verdict:
 
 
 _BASELINES = ("random", "random_hard")
-_COMPARE = "ddfast compare FOLDER --data DATA"
+_COMPARE = "ddfast compare FOLDER --data DATA && ddfast report FOLDER"
 
 
 def verdict(root: Path, method: str) -> Verdict:
