@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ def add_attribute(commands: Any) -> None:
 
 def _attribute(arguments: argparse.Namespace) -> None:
     from ddfast.models import load_teacher
+    from ddfast.models.published import published
     from ddfast.report.attribute import attribute_images
 
     spec = arguments.teacher
@@ -83,9 +85,10 @@ def _attribute(arguments: argparse.Namespace) -> None:
                     f"{spec} does not name its classes, and neither does {argument('data')} ({error}): say them with "
                     f"{argument('class_order')}"
                 ) from error
-        return load_teacher(
+        teacher = load_teacher(
             spec, arch=arguments.teacher_arch, normalization=said_normalization(arguments), **said
         )
+        return teacher if published(spec) is None else _named_as(teacher, arguments.data)
 
     count = attribute_images(
         arguments.data,
@@ -102,6 +105,18 @@ def _attribute(arguments: argparse.Namespace) -> None:
         quiet=arguments.quiet,
     )
     print(f"{plural(count, 'heatmap')} in {arguments.out}")
+
+
+def _named_as(teacher: Any, data: str) -> Any:
+    """A published teacher with the names of as many classes of labelled data, where it does not know them."""
+    try:
+        names = list(class_names_of(data))
+    except UsageError:  # images without labels
+        return teacher
+    known = set(names) <= set(teacher.class_names)
+    if known or len(names) != len(teacher.class_names):
+        return teacher
+    return dataclasses.replace(teacher, class_names=names)
 
 
 def add_report(commands: Any) -> None:

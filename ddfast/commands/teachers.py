@@ -125,6 +125,8 @@ def _load_teacher(
     others = published(spec) is not None
     if bare or (arguments.teacher_arch is not None and not others):
         said |= {"arch": arguments.teacher_arch, "normalization": said_normalization(arguments)}
+    if others:
+        said["normalization"] = said_normalization(arguments)
     if bare or others or class_order is not None:
         said["class_names"], size = classes_and_size()
         said |= {"image_size": size} if bare else {}

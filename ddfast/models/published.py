@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from ddfast.errors import UsageError, one_line
-from ddfast.models.normalization import three
+from ddfast.models.normalization import Normalization, three
 from ddfast.models.registry import described_input
-from ddfast.wording import plural
+from ddfast.wording import argument, plural
 
 KINDS = ("torchvision", "timm", "hf")
 """What a name may begin with, before a colon."""
@@ -75,12 +75,15 @@ def published(spec: object) -> tuple[str, str] | None:
     return None
 
 
-def load_published(spec: object, image_size: int | None = None) -> Published:
+def load_published(
+    spec: object, image_size: int | None = None, normalization: Normalization | None = None
+) -> Published:
     """A published classifier in its own order of classes.
 
     Args:
         spec: of which `published` knows the kind.
         image_size: the side in pixels that is expected of it; None: its own.
+        normalization: (mean, deviation) of its images where its publisher does not say them; None: they must be said.
 
     Raises:
         UsageError: in one line: no such model, weights that cannot be fetched, a library that is not installed, a model
@@ -90,7 +93,7 @@ def load_published(spec: object, image_size: int | None = None) -> Published:
     if not name:
         raise UsageError(f"{kind}: wants a name behind the colon, as {kind}:{_EXAMPLES[kind]}")
     with torch.random.fork_rng(devices=[]):  # initial weights are overwritten; keep the caller's generator
-        found = _LOADERS[kind](name)
+        found = _huggingface(name, normalization) if kind == "hf" else _LOADERS[kind](name)
     if image_size is not None and image_size != found.image_size:
         raise UsageError(f"{spec} reads {found.image_size} px, got image_size {image_size}")
     return found
@@ -181,7 +184,7 @@ def _timm_classes(config: dict[str, Any], classes: int) -> list[str]:
     return [str(label) for label in range(classes)]
 
 
-def _huggingface(name: str) -> Published:
+def _huggingface(name: str, normalization: Normalization | None = None) -> Published:
     """An image classifier by its name on the Hub, or by its folder."""
     folder = Path(name).expanduser()
     if name.startswith((".", "/", "~")) and not folder.is_dir():
@@ -213,10 +216,14 @@ def _huggingface(name: str) -> Published:
         if lacking:
             more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
             raise _Unfit(f"its weights lack {lacking[0]}{more}, so it is no trained classifier")
+        if folder.is_dir() and not (folder / "preprocessor_config.json").is_file():
+            return model, None
         return model, transformers.AutoImageProcessor.from_pretrained(name)
 
     model, processor = _fetched(f"hf:{name}", load, "its folder as hf:FOLDER", expected=refused)
-    size, mean, std, turned = _reading(processor, name)
+    size, mean, std, turned = (
+        _said(model.config, normalization, name) if processor is None else _reading(processor, name)
+    )
     labels = {int(place): str(label) for place, label in (model.config.id2label or {}).items()}
     classes = int(model.config.num_labels)
     names = [labels.get(place, str(place)) for place in range(classes)]
@@ -242,6 +249,19 @@ class HuggingFaceLogits(nn.Module):
         """Images [B, 3, S, S] in red, green, blue -> logits [B, C]."""
         found: Tensor = self.model(pixel_values=images.flip(1) if self.turned else images).logits
         return found
+
+
+def _said(
+    config: Any, normalization: Normalization | None, name: str
+) -> tuple[int, tuple[float, float, float], tuple[float, float, float], bool]:
+    """The same as `_reading` of a model without a processor, by what the caller says and its configuration."""
+    size = getattr(config, "image_size", None)
+    if normalization is None or not isinstance(size, int):
+        lacking = argument("normalization") if normalization is None else "an image_size in its config.json"
+        raise UsageError(
+            f"hf:{name} has no preprocessor_config.json, which says how it reads pixels: give {lacking} as well"
+        )
+    return size, *normalization, False
 
 
 def _reading(
@@ -352,11 +372,7 @@ def _fetched(
         ) from error
 
 
-_LOADERS: dict[str, Callable[[str], Published]] = {
-    "torchvision": _torchvision,
-    "timm": _timm,
-    "hf": _huggingface,
-}
+_LOADERS: dict[str, Callable[[str], Published]] = {"torchvision": _torchvision, "timm": _timm}
 
 
 def places_of(theirs: Sequence[str], ours: Sequence[str], spec: object) -> list[int]:

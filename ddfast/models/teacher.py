@@ -174,8 +174,8 @@ def load_teacher(
             (`state_dict`, `model`, ...) are looked through; or published weights, `torchvision:NAME`, `timm:NAME`,
             or `hf:NAME` of an image classifier on Hugging Face's Hub or of a folder in its layout.
         arch: architecture of a state dict. For a file of ours it may only repeat what the file says.
-        normalization: name or (mean, std) for a state dict; None: what timm or torchvision say of weights of
-            `timm:NAME` or `torchvision:NAME`, ImageNet's for any other.
+        normalization: name or (mean, std) for a state dict, and for a published model that does not say it; None: what
+            timm or torchvision say of weights of `timm:NAME` or `torchvision:NAME`, ImageNet's for any other file.
         class_names: classes in the order of the outputs, needed by a state dict. Published weights bring their own:
             where they are known by these names, the outputs of `class_names` are taken in this order; as many other
             names replace them.
@@ -194,7 +194,7 @@ def load_teacher(
         output_places(order, class_names)
     names = class_names if order is None else order
     if published(spec) is not None:
-        teacher = _of_others(spec, names, image_size, in_order=order is not None)
+        teacher = _of_others(spec, names, image_size, normalization, in_order=order is not None)
     else:
         path = Path(spec)
         if not path.is_file():
@@ -476,10 +476,16 @@ def _normalization(given: NormalizationChoice) -> Normalization:
 
 
 def _of_others(
-    spec: str | Path, class_names: Sequence[str] | None, image_size: int | None, *, in_order: bool
+    spec: str | Path,
+    class_names: Sequence[str] | None,
+    image_size: int | None,
+    normalization: NormalizationChoice | None,
+    *,
+    in_order: bool,
 ) -> Teacher:
     """A teacher that others have published; `in_order`: the names are said to be those of its outputs, one by one."""
-    found = load_published(spec, image_size)
+    said = None if normalization is None else _normalization(normalization)
+    found = load_published(spec, image_size, said)
     model, theirs = _ready(found.model), found.class_names
     names = theirs if class_names is None else list(class_names)
     if in_order and len(names) != len(theirs):

@@ -182,7 +182,9 @@ def load_again(spec: str | Path | None, plan: dict[str, Any], role: str) -> Teac
             f"the run was started with a teacher that has no file: give its file as {argument(role)}"
         )
     said: dict[str, Any] = {}
-    if not is_named(spec) and published(spec) is None:
+    if published(spec) is not None:
+        said = {"normalization": (plan["mean"], plan["std"])}
+    elif not is_named(spec):
         said = {
             "arch": plan[role]["arch"],
             "normalization": (plan["mean"], plan["std"]),

@@ -46,6 +46,7 @@ class _Classifier(nn.Module):
         if "id2label" not in config:
             raise ValueError(f"Unrecognized model in {name}.")
         model = cls(list(config["id2label"].values()))
+        model.config.image_size = config.get("image_size")
         held = load_file(Path(name) / "model.safetensors")
         told = model.load_state_dict(held, strict=False)
         return model.eval(), {"missing_keys": set(told.missing_keys), "mismatched_keys": set()}

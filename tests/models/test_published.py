@@ -251,6 +251,21 @@ def test_mean_and_deviation_of_blue_green_and_red_are_turned():
     assert found_std == pytest.approx(STD[::-1], abs=1e-5)
 
 
+def test_a_folder_without_a_processor_is_read_as_the_caller_says(tmp_path):
+    model = make_classifier(tmp_path / "net", CLASSES)
+    (tmp_path / "net" / "preprocessor_config.json").unlink()
+    assert refused(tmp_path / "net").endswith(
+        "has no preprocessor_config.json, which says how it reads pixels: give normalization as well"
+    )
+    assert "give an image_size in its config.json" in refused(tmp_path / "net", normalization="cifar10")
+    config = json.loads((tmp_path / "net" / "config.json").read_text())
+    (tmp_path / "net" / "config.json").write_text(json.dumps({**config, "image_size": 24}))
+    teacher = load_teacher(tmp_path / "net", normalization="cifar10")
+    assert (teacher.image_size, teacher.mean) == (24, (0.4914, 0.4822, 0.4465))
+    wanted = model(pixel_values=images(24)).logits
+    torch.testing.assert_close(teacher.model(images(24)), wanted, atol=1e-6, rtol=1e-6)
+
+
 class Odd:
     """A processor that does what no mean and deviation does."""
 
