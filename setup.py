@@ -1,11 +1,11 @@
 """Packaging: the `kernels/` folder is installed as `ddfast.kernels`, and `csrc/*.cpp` becomes `ddfast._C`.
 
 `ddfast._C` uses only LibTorch's stable ABI (of torch 2.10) and Python's limited API (of 3.10), so that one
-binary serves every later torch and Python. torch is not a build requirement; `DDFAST_BUILD_EXT` decides:
+binary serves every later torch and Python. `DDFAST_BUILD_EXT` decides whether it is built:
 
 - `auto` (default): build the extension where torch can be imported and a C++ compiler is found, else a pure
   wheel, with one line that says why. Build isolation hides torch; `--no-build-isolation` shows it.
-- `1`: build the extension or fail.
+- `1`: build the extension or fail. An isolated build then fetches torch for its headers, see `build_backend.py`.
 - `0`: a pure wheel. Every op then runs its PyTorch reference on the CPU.
 """
 
@@ -42,7 +42,10 @@ COMPILER_FLAGS += ["-ffp-contract=off"]
 def missing_requirement() -> str | None:
     """What keeps this environment from building the extension, or None."""
     if importlib.util.find_spec("torch") is None:
-        return "torch cannot be imported (under build isolation it never can: use --no-build-isolation)"
+        return (
+            "torch cannot be imported (DDFAST_BUILD_EXT=1 lets pip fetch it for the build; "
+            "--no-build-isolation shows yours)"
+        )
     compiler = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")[0]
     if shutil.which(compiler) is None:
         return f"there is no C++ compiler {compiler!r} (set CXX)"

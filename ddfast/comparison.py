@@ -25,6 +25,7 @@ from ddfast.distillation import distill
 from ddfast.errors import DDFastError, UsageError
 from ddfast.files import atomic_write_text, make_folder
 from ddfast.isolation import isolated
+from ddfast.models.published import published
 from ddfast.models.registry import check_model, list_models
 from ddfast.models.teacher import Teacher, load_teacher
 from ddfast.output.distilled import DistilledSet
@@ -232,8 +233,13 @@ def _teachers(
     if (
         given is not None and main is None and labels is None
     ):  # a set that asked none: it only chooses the coreset
-        found["teacher"] = given if isinstance(given, Teacher) else load_teacher(str(given))
+        found["teacher"] = given if isinstance(given, Teacher) else _chooses(given, opened)
     return found["teacher"], found["label_teacher"]
+
+
+def _chooses(given: str | Path, opened: DistilledSet) -> Teacher:
+    """A teacher that a set knows nothing of; published ones call the classes as the set does."""
+    return load_teacher(str(given), class_names=None if published(given) is None else opened.class_names)
 
 
 def _facts(root: Path) -> dict[str, Any]:
@@ -372,6 +378,8 @@ class _Baselines:
                 said["label_teacher"] = labeller
                 marks.append(labeller.sha256[:6])
             said["label_top_k"] = plan.get("label_top_k") or "all"
+        if plan.get("display_names"):
+            said["class_names"] = dict(zip(plan["class_names"], plan["display_names"], strict=True))
         parts = [method, f"ipc{plan['ipc']}", f"{opened.image_size}px", f"{opened.factor}tiles"]
         name = "-".join([*parts, f"pool{pool}", f"seed{plan.get('seed', 0)}", *marks])
         return DistilledSet(

@@ -143,7 +143,8 @@ class Settings:
 
     data: Any = option(
         help="folder with train/ and val/ or test/, a .zip or .tar shards of that layout, Parquet files, an .npz, "
-        "CIFAR's or MNIST's own files, or a torchvision set (NAME, or NAME:FOLDER where its files lie)",
+        "CIFAR's or MNIST's own files, a torchvision set (NAME, or NAME:FOLDER where its files lie), or hf:NAME of "
+        "Hugging Face's Hub",
         metavar="PATH",
         check=data_of,
         python="folder, archive or set by name, or images in memory: (images, labels), a torch or Hugging Face "
@@ -151,11 +152,12 @@ class Settings:
     )
     teacher: Any = option(
         None,
-        "teacher file, .pt state dict, or torchvision:NAME",
+        "teacher file, .pt state dict, or published weights: torchvision:NAME, timm:NAME, hf:NAME",
         metavar="FILE",
         wants=("teacher",),
-        python="teacher file, `torchvision:NAME`, a loaded `Teacher` that knows its file, or a function without "
-        "arguments that loads one once the other settings are checked. Methods that choose crops need one, and sre2l",
+        python="teacher file, `torchvision:NAME`, `timm:NAME`, `hf:NAME`, a loaded `Teacher` that knows its file, or a "
+        "function without arguments that loads one once the other settings are checked. Methods that choose crops need "
+        "one, and sre2l",
     )
     ipc: int = option(help="images per class, a whole number", type=int, check=_whole(1), manifest="ipc")
     out: Any = option(
@@ -282,6 +284,14 @@ class Settings:
         metavar="FILE",
         wants=("relabel",),
         python="the same of the label teacher; None: `class_order` too where its file does not name its classes",
+    )
+    class_names: Any = option(
+        None,
+        "names to show for classes whose own are WordNet ids or the like: a class and its name a line, one name a "
+        "line, or JSON; the folder names stay the keys; default the data's own",
+        metavar="FILE",
+        python="names to show for classes whose own are WordNet ids or the like: {class: name}, names in the order of "
+        "the classes, or a text or JSON file of them. The data's own stay the keys",
     )
     normalization: Any = option(
         "auto",

@@ -1,9 +1,9 @@
 """The loops of the reference repositories, run as they stand: their own code, an iteration at a time.
 
-Nothing of theirs is in this repository. `DDFAST_PEERS` names a folder with checkouts of those in `REPOSITORIES`, each in
-a folder whose name ends in the repository's. A loop over iterations is taken out of its file by the syntax tree and run
-in a namespace that holds what their `main` sets up before it; what a gate must know (which images, which augmentation,
-which weights) is put there in place of their own draws.
+Nothing of theirs is in this repository. `DDFAST_PEERS` names a folder with checkouts of those in `REPOSITORIES`, each
+in a folder whose name ends in the repository's. A loop over iterations is taken out of its file by the syntax tree and
+run in a namespace that holds what their `main` sets up before it; what a gate must know (which images, which
+augmentation, which weights) is put there in place of their own draws.
 """
 
 from __future__ import annotations

@@ -276,6 +276,10 @@ def _of_manifest(path: Path, plan: dict[str, Any], given: Sequence[str]) -> dict
         flags["teacher-arch"] = plan["teacher"]["arch"]
     if bare or plan["teacher"] is None:
         flags["normalization"] = "/".join(",".join(map(repr, plan[name])) for name in ("mean", "std"))
+    if plan.get("display_names") and (names := facts.get("class_names")) is not None:
+        flags["class-names"] = names
+    elif plan.get("display_names") and not list(_values_of("--class-names", given)):
+        raise UsageError(f"the classes of {path} were shown by the names of --class-names: give it as well")
     for role, flag in (("teacher", "--class-order"), ("label_teacher", "--label-class-order")):
         said = plan[role] and plan[role].get("class_order")
         same = role == "label_teacher" and plan[role] == plan["teacher"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ def add_attribute(commands: Any) -> None:
         metavar="PATH",
         help="an image file, a folder of images, or a labelled set",
     )
-    add_teacher(parser, required=True, help="teacher file, .pt state dict, or torchvision:NAME")
+    add_teacher(
+        parser, required=True, help="teacher file, .pt state dict, torchvision:NAME, timm:NAME or hf:NAME"
+    )
     parser.add_argument("--out", required=True, metavar="FOLDER", help="output folder, a new one")
     parser.add_argument(
         "--grid", type=whole, default=4, metavar="N", help="cells per side, which share the score"
@@ -63,6 +66,7 @@ def add_attribute(commands: Any) -> None:
 
 def _attribute(arguments: argparse.Namespace) -> None:
     from ddfast.models import load_teacher
+    from ddfast.models.published import published
     from ddfast.report.attribute import attribute_images
 
     spec = arguments.teacher
@@ -81,9 +85,10 @@ def _attribute(arguments: argparse.Namespace) -> None:
                     f"{spec} does not name its classes, and neither does {argument('data')} ({error}): say them with "
                     f"{argument('class_order')}"
                 ) from error
-        return load_teacher(
+        teacher = load_teacher(
             spec, arch=arguments.teacher_arch, normalization=said_normalization(arguments), **said
         )
+        return teacher if published(spec) is None else _named_as(teacher, arguments.data)
 
     count = attribute_images(
         arguments.data,
@@ -100,6 +105,18 @@ def _attribute(arguments: argparse.Namespace) -> None:
         quiet=arguments.quiet,
     )
     print(f"{plural(count, 'heatmap')} in {arguments.out}")
+
+
+def _named_as(teacher: Any, data: str) -> Any:
+    """A published teacher with the names of as many classes of labelled data, where it does not know them."""
+    try:
+        names = list(class_names_of(data))
+    except UsageError:  # images without labels
+        return teacher
+    known = set(names) <= set(teacher.class_names)
+    if known or len(names) != len(teacher.class_names):
+        return teacher
+    return dataclasses.replace(teacher, class_names=names)
 
 
 def add_report(commands: Any) -> None:
@@ -164,6 +181,15 @@ def add_export(commands: Any) -> None:
         metavar="N",
         help="images in each file but the last",
     )
+    parser.add_argument(
+        "--push-to-hub",
+        default=None,
+        metavar="OWNER/NAME",
+        help="of huggingface: also push it to the Hub under this name, as who is logged in there; default none",
+    )
+    parser.add_argument(
+        "--private", action="store_true", help="of --push-to-hub: a set that is new on the Hub is yours alone"
+    )
     parser.set_defaults(parser=parser, run=_export)
 
 
@@ -172,8 +198,19 @@ def _export(arguments: argparse.Namespace) -> None:
         from ddfast.output.huggingface import export_huggingface
 
         whole_number(arguments.images_per_shard, "images_per_shard", least=1)
-        print(export_huggingface(arguments.folder, arguments.out, images_per_file=arguments.images_per_shard))
+        print(
+            export_huggingface(
+                arguments.folder,
+                arguments.out,
+                images_per_file=arguments.images_per_shard,
+                push_to_hub=arguments.push_to_hub,
+                private=arguments.private,
+            )
+        )
         return
+    for keyword in ("push_to_hub", "private"):
+        if getattr(arguments, keyword):
+            raise UsageError(f"{argument(keyword)} is of --to huggingface: give that as well")
     from ddfast.output.webdataset import export_webdataset
 
     paths = export_webdataset(arguments.folder, arguments.out, images_per_shard=arguments.images_per_shard)

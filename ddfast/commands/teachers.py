@@ -1,9 +1,8 @@
-"""Teachers as a command line names them: a file, a state dict with what must be said of it, or torchvision's."""
+"""Teachers as a command line names them: a file, a state dict with what must be said of it, or published weights."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,8 +30,8 @@ def add_architecture(parser: argparse.ArgumentParser, **said: Any) -> None:
     arguments: dict[str, Any] = {
         "default": None,
         "metavar": "NAME",
-        "help": "architecture of a weights-only .pt state dict, one that ddfast train-teacher --help lists; default "
-        "what the teacher file says",
+        "help": "architecture of a weights-only state dict, one that ddfast train-teacher --help lists, "
+        "torchvision:NAME or timm:NAME; default what the teacher file says",
     }
     parser.add_argument("--teacher-arch", **{**arguments, **said})
 
@@ -55,7 +54,7 @@ def teacher_choice(
 
     Args:
         arguments: of the command.
-        spec: teacher file, state dict, or torchvision:NAME.
+        spec: teacher file, state dict, or published weights.
         classes_and_size: what gives the classes of the data and the image size, for a file that does not name them.
         class_order: file of the order of its outputs.
         role: "teacher" or "label_teacher".
@@ -84,7 +83,7 @@ def check_teacher(
     """Refuse a teacher that is not there, and what is said of it that cannot be; arguments as `teacher_choice`."""
     from ddfast.models.class_order import read_class_order
     from ddfast.models.normalization import normalization
-    from ddfast.models.registry import check_model
+    from ddfast.models.registry import check_model, described_input
     from ddfast.models.teacher import is_state_dict
     from ddfast.pipeline.teachers import check_teacher_choice
 
@@ -99,11 +98,13 @@ def check_teacher(
     if arguments.teacher_arch is not None:
         check_model(arguments.teacher_arch, what=f"{argument('teacher_arch')}: ")
     if is_state_dict(spec):
+        described = arguments.teacher_arch is not None and described_input(arguments.teacher_arch) is not None
         wanted = {"teacher_arch": "its architecture", "image_size": "its image size"}
         missing = [
             f"{what} as {argument(keyword)}"
             for keyword, what in wanted.items()
             if getattr(arguments, keyword, "of the data") is None
+            and not (keyword == "image_size" and described)
         ]
         if missing:
             raise UsageError(f"{spec} is a bare state dict: give {' and '.join(missing)}")
@@ -117,18 +118,16 @@ def _load_teacher(
 ) -> Any:
     """A teacher by its file; where that does not name its classes, they and their order are those of the data."""
     from ddfast.models import load_teacher
+    from ddfast.models.published import published
 
-    if spec.startswith("torchvision:") and class_order is None:
-        teacher, names = load_teacher(spec), list(classes_and_size()[0])
-        # torchvision names its classes in words; a data set of as many folders is taken to be in the same
-        # order.
-        same_number = len(names) == len(teacher.class_names)
-        return dataclasses.replace(teacher, class_names=names) if same_number else teacher
     said: dict[str, Any] = {"class_order": class_order}
     bare = is_bare(arguments, spec)
-    if bare or (arguments.teacher_arch is not None and not spec.startswith("torchvision:")):
+    others = published(spec) is not None
+    if bare or (arguments.teacher_arch is not None and not others):
         said |= {"arch": arguments.teacher_arch, "normalization": said_normalization(arguments)}
-    if bare or class_order is not None:
+    if others:
+        said["normalization"] = said_normalization(arguments)
+    if bare or others or class_order is not None:
         said["class_names"], size = classes_and_size()
         said |= {"image_size": size} if bare else {}
     return load_teacher(spec, **said)
@@ -136,9 +135,10 @@ def _load_teacher(
 
 def is_bare(arguments: argparse.Namespace, spec: str) -> bool:
     """Whether a teacher file holds weights alone."""
+    from ddfast.models.published import published
     from ddfast.models.teacher import is_named, is_state_dict
 
-    if arguments.teacher_arch is None or spec.startswith("torchvision:"):
+    if arguments.teacher_arch is None or published(spec) is not None:
         return is_state_dict(spec)
     return not is_named(spec)
 

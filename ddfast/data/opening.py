@@ -33,6 +33,7 @@ def open_source(data: Any, split: str = "train") -> Source:
             - an `.npz` of plain arrays: x_train, y_train, x_test and y_test, or images and labels;
             - Parquet files of the Hub's image layout: a `.parquet`, a folder of them, or `data/*.parquet`, with a
               column of images {bytes, path} and one of labels;
+            - a set of Hugging Face's Hub, `hf:OWNER/NAME` or `hf:OWNER/NAME:CONFIGURATION`, fetched once;
             - a folder of CIFAR's own files, `cifar-10-batches-py` or `cifar-100-python`, or of IDX files,
               `train-images-idx3-ubyte.gz` and the like;
             - images in memory: (images, labels) as tensors, arrays or lists, a torch `Dataset` of (image, label), or a
@@ -62,6 +63,10 @@ def open_source(data: Any, split: str = "train") -> Source:
     name = os.fspath(data)
     if isinstance(name, str) and name.startswith(IN_MEMORY):
         raise UsageError(f"the images were held {name}: give the data again")
+    if isinstance(name, str) and name.startswith("hf:"):
+        from ddfast.data.hub import open_hub
+
+        return open_hub(name, split)
     path = Path(name).expanduser()
     try:
         if name and os.path.isdir(path):  # "" would be the current folder

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ddfast.wording import did_you_mean
 
@@ -18,6 +18,16 @@ NORMALIZATIONS: dict[str, Normalization] = {
     "tinyimagenet": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
+
+
+def three(values: Iterable[float]) -> tuple[float, float, float]:
+    """One number a channel as plain floats.
+
+    Raises:
+        ValueError: another number of them.
+    """
+    red, green, blue = values
+    return float(red), float(green), float(blue)
 
 
 AUTO = "imagenet"

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddfast.errors import UsageError
+from ddfast.errors import UsageError, one_line
 from ddfast.models.condensation import alexnet_in, resnet18_in, resnetap10, vgg11_in
 from ddfast.models.convnet import DEPTHS, ConvNet
+from ddfast.models.normalization import three
 from ddfast.models.resnet import resnet, small_resnet
 from ddfast.ops.precision import float32_by_default
 from ddfast.wording import argument, did_you_mean
@@ -49,7 +50,18 @@ def _torchvision(num_classes: int, image_size: int | None, *, variant: str) -> n
     return getattr(torchvision.models, variant)(weights=None, num_classes=num_classes)
 
 
-def _timm(name: str, num_classes: int, **options: Any) -> nn.Module:
+def _any_torchvision(name: str, num_classes: int, image_size: int | None) -> nn.Module:
+    """A classifier that torchvision builds by this name."""
+    import torchvision
+
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        raise ValueError(f"torchvision has no classifier {name!r}{did_you_mean(name, known)}")
+    sized = {"image_size": image_size} if name.startswith("vit_") and image_size is not None else {}
+    return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **sized)
+
+
+def _timm(name: str, num_classes: int, image_size: int | None, **options: Any) -> nn.Module:
     try:
         import timm
     except ImportError as error:
@@ -61,7 +73,51 @@ def _timm(name: str, num_classes: int, **options: Any) -> nn.Module:
         raise ValueError(
             f"timm has no model {name!r}{'; did you mean ' + ', '.join(near) + '?' if near else ''}"
         )
-    return timm.create_model(name, pretrained=False, num_classes=num_classes, **options)
+    config = _timm_config(name)
+    if config is not None and config.fixed_input_size and image_size not in (None, config.input_size[-1]):
+        options = {"img_size": image_size, **options}
+    try:
+        return timm.create_model(name, pretrained=False, num_classes=num_classes, **options)
+    except AssertionError as error:
+        raise ValueError(f"timm:{name} cannot be built for {image_size} px: {one_line(error)}") from error
+
+
+def _timm_config(name: str) -> Any:
+    """What timm says of a model's weights and images; None where it says nothing.
+
+    Raises:
+        ValueError: it has no weights of that tag.
+    """
+    import timm
+
+    try:
+        return timm.get_pretrained_cfg(name, allow_unregistered=True)
+    except RuntimeError as error:
+        raise ValueError(f"timm: {one_line(error)}") from error
+
+
+def described_input(name: str) -> tuple[int, tuple[float, float, float], tuple[float, float, float]] | None:
+    """(side in pixels, mean, deviation) of the images that published weights of `timm:NAME` or `torchvision:NAME` read.
+
+    None for any other architecture, and where its library says nothing or is not installed.
+    """
+    if name.startswith("torchvision:"):
+        import torchvision
+
+        plain = name.removeprefix("torchvision:")
+        if plain not in torchvision.models.list_models(module=torchvision.models):
+            return None
+        transform = torchvision.models.get_model_weights(plain).DEFAULT.transforms()
+        return int(transform.crop_size[0]), three(transform.mean), three(transform.std)
+    if name.startswith("timm:"):
+        try:
+            config = _timm_config(name.removeprefix("timm:"))
+        except (ImportError, ValueError):
+            return None
+        if config is None or config.input_size[0] != 3 or config.input_size[1] != config.input_size[2]:
+            return None
+        return int(config.input_size[1]), three(config.mean), three(config.std)
+    return None
 
 
 _BUILDERS: dict[str, Builder] = {
@@ -84,7 +140,7 @@ _BUILDERS: dict[str, Builder] = {
 
 
 def list_models() -> list[str]:
-    """Names that `create_model` takes, sorted; `timm:NAME` is taken as well where timm is installed."""
+    """Names that `create_model` takes, sorted; `torchvision:NAME`, and `timm:NAME` where timm is installed, as well."""
     return sorted(_BUILDERS)
 
 
@@ -95,10 +151,10 @@ def create_model(name: str, num_classes: int, image_size: int | None = None, **o
     Weights are drawn from torch's global generator, in train mode, float32.
 
     Args:
-        name: one of `list_models()`, or `timm:NAME`.
+        name: one of `list_models()`, or any classifier of torchvision or timm as `torchvision:NAME` or `timm:NAME`.
         num_classes: number of outputs, at least 1.
-        image_size: side S in pixels; ConvNets and the nets of `ddfast.models.condensation` need it, the others
-            only check it.
+        image_size: side S in pixels; ConvNets and the nets of `ddfast.models.condensation` need it, transformers of
+            torchvision and timm are built for it, the others only check it.
         options: `width` (channels, default 128) of the ConvNets; timm's own arguments for `timm:NAME`.
 
     Raises:
@@ -108,10 +164,14 @@ def create_model(name: str, num_classes: int, image_size: int | None = None, **o
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
     if name.startswith("timm:"):
-        return _timm(name.removeprefix("timm:"), num_classes, **options)
+        return _timm(name.removeprefix("timm:"), num_classes, image_size, **options)
+    if name.startswith("torchvision:"):
+        return _any_torchvision(name.removeprefix("torchvision:"), num_classes, image_size, **options)
     if name not in _BUILDERS:
         near = did_you_mean(name, _BUILDERS)
-        raise ValueError(f"unknown model {name!r}; known: {', '.join(list_models())}, timm:NAME{near}")
+        raise ValueError(
+            f"unknown model {name!r}; known: {', '.join(list_models())}, torchvision:NAME, timm:NAME{near}"
+        )
     builder = _BUILDERS[name]
     fixed = builder.keywords if isinstance(builder, functools.partial) else {}
     allowed = set(inspect.signature(builder).parameters) - {"num_classes", "image_size", *fixed}
@@ -138,7 +198,7 @@ def check_model(name: str, image_size: int | None = None, *, what: str = "", **o
         if not isinstance(name, str):
             raise ValueError(f"the architecture must be a name, got {name!r}")
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            create_model(name, 2, image_size or COMMON_IMAGE, **options)
+            create_model(name, 2, image_size or (None if ":" in name else COMMON_IMAGE), **options)
     except (ValueError, TypeError) as error:
         raise UsageError(what + str(error).replace("image_size", argument("image_size"))) from error
     except (RuntimeError, NotImplementedError):

@@ -2,8 +2,8 @@
 
 A `.safetensors` file of ours holds the state dict and one metadata entry, `ddfast_teacher`: JSON with the
 architecture and its options, class names in the order of the outputs, image size, mean, std, and facts such
-as the test accuracy. The bytes depend on nothing but these. Weights-only `.pt` state dicts and torchvision's
-published weights load as well.
+as the test accuracy. The bytes depend on nothing but these. Weights-only state dicts load as well, and what
+torchvision, timm and Hugging Face's Hub publish.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from ddfast.errors import UsageError
 from ddfast.files import atomic_write_bytes
 from ddfast.models.checkpoint import find_weights
 from ddfast.models.class_order import output_places, read_class_order
-from ddfast.models.normalization import Normalization
+from ddfast.models.normalization import Normalization, three
 from ddfast.models.normalization import normalization as resolve_normalization
-from ddfast.models.registry import create_model
+from ddfast.models.published import NAMED, load_published, places_of, published
+from ddfast.models.registry import create_model, described_input
 from ddfast.state import _looks_pickled, read_tensors, serialize_tensors
 from ddfast.wording import argument, on_command_line, plural
 
@@ -52,12 +53,12 @@ class Teacher:
         image_size: side S in pixels.
         mean: per-channel mean of pixels in [0, 1].
         std: per-channel standard deviation of pixels in [0, 1].
-        sha256: hex digest of the file (of the weights, for torchvision's).
+        sha256: hex digest of the file (of the weights, for those that others have published).
         top1: test accuracy in percent, or None where it was not measured.
         epoch: epochs it was trained for, or None where unknown.
         arch_options: keyword arguments of `create_model`.
         facts: further metadata of the file, such as the training configuration.
-        path: what it was loaded from, a file or `torchvision:NAME`; None where it was made in memory.
+        path: what it was loaded from, a file, or a name such as `timm:NAME`; None where it was made in memory.
         class_order: the order of the outputs in the file where `class_order=` said it; None where the file does.
 
     """
@@ -170,13 +171,15 @@ def load_teacher(
     Args:
         spec: a `.safetensors` file of ours; a state dict or checkpoint of PyTorch (`.pt`, `.pth`, `.ckpt`, `.bin`;
             tensors and plain values only), whose wrappers (`module.`, `_orig_mod.`, ...) and containers
-            (`state_dict`, `model`, ...) are looked through; or `torchvision:NAME`, whose published weights
-            torchvision downloads.
+            (`state_dict`, `model`, ...) are looked through; or published weights, `torchvision:NAME`, `timm:NAME`,
+            or `hf:NAME` of an image classifier on Hugging Face's Hub or of a folder in its layout.
         arch: architecture of a state dict. For a file of ours it may only repeat what the file says.
-        normalization: name or (mean, std) for a state dict; ImageNet's where None.
-        class_names: classes in the order of the outputs, needed by a state dict. `torchvision:NAME`
-            brings its own, which `class_names` replaces.
-        image_size: side in pixels, needed by a state dict.
+        normalization: name or (mean, std) for a state dict, and for a published model that does not say it; None: what
+            timm or torchvision say of weights of `timm:NAME` or `torchvision:NAME`, ImageNet's for any other file.
+        class_names: classes in the order of the outputs, needed by a state dict. Published weights bring their own:
+            where they are known by these names, the outputs of `class_names` are taken in this order; as many other
+            names replace them.
+        image_size: side in pixels, needed by a state dict of any architecture but timm's and torchvision's.
         class_order: the classes in the order of the file's outputs, or a file of them (see `read_class_order`).
             The outputs of the model are then put into the order of `class_names`; without `class_names` they stay
             as they are and get these names.
@@ -190,15 +193,13 @@ def load_teacher(
     if order is not None and class_names is not None:
         output_places(order, class_names)
     names = class_names if order is None else order
-    text = str(spec)
-    if text.startswith("torchvision:"):
-        teacher = _load_torchvision(text.removeprefix("torchvision:"), names, image_size)
+    if published(spec) is not None:
+        teacher = _of_others(spec, names, image_size, normalization, in_order=order is not None)
     else:
         path = Path(spec)
         if not path.is_file():
             raise UsageError(
-                f"no teacher file {path}: give a .safetensors file of train-teacher, a .pt state dict "
-                "or torchvision:NAME"
+                f"no teacher file {path}: give a .safetensors file of train-teacher, a .pt state dict, {NAMED}"
             )
         data = path.read_bytes()
         if is_state_dict(path):
@@ -215,15 +216,14 @@ def load_teacher(
 
 def is_state_dict(spec: str | Path) -> bool:
     """Whether a teacher is a state dict by the ending of its name, which needs its architecture and classes said."""
-    text = str(spec)
-    return not text.startswith("torchvision:") and text.lower().endswith(STATE_DICT_ENDINGS)
+    return published(spec) is None and str(spec).lower().endswith(STATE_DICT_ENDINGS)
 
 
 def is_named(given: str | Path | Teacher) -> bool:
     """Whether a teacher says itself which class each of its outputs is."""
     if isinstance(given, Teacher):
         return True
-    if is_state_dict(given) or str(given).startswith("torchvision:"):
+    if is_state_dict(given) or published(given) is not None:
         return False
     return read_header(Path(given)) is not None
 
@@ -291,7 +291,7 @@ def _with_permuted_outputs(model: nn.Module, places: Tensor, image_size: int) ->
 
 
 class PermutedOutputs(nn.Module):
-    """A model whose output i is output `places[i]` of `model`."""
+    """A model whose output i is output `places[i]` of `model`, for all of its outputs or some."""
 
     places: Tensor
 
@@ -359,8 +359,8 @@ def _load_safetensors(
             arch=facts.pop("arch"),
             class_names=list(facts.pop("class_names")),
             image_size=int(facts.pop("image_size")),
-            mean=_three(facts.pop("mean")),
-            std=_three(facts.pop("std")),
+            mean=three(facts.pop("mean")),
+            std=three(facts.pop("std")),
             sha256=hashlib.sha256(data).hexdigest(),
             top1=facts.pop("top1", None),
             epoch=facts.pop("epoch", None),
@@ -403,11 +403,12 @@ def _load_state_dict(
     class_names: Sequence[str] | None,
     image_size: int | None,
 ) -> Teacher:
-    if arch is None or class_names is None or image_size is None:
+    size = image_size if image_size is not None or arch is None else described_input(arch)
+    if arch is None or class_names is None or size is None:
         given = {
             f"the architecture ({_arch_argument()})": arch,
             "class_names": class_names,
-            argument("image_size"): image_size,
+            argument("image_size"): size,
         }
         missing = " and ".join(name for name, value in given.items() if value is None)
         raise UsageError(f"{path} is a bare state dict: it needs {missing} as well")
@@ -441,7 +442,11 @@ def _from_weights(
     class_names: Sequence[str] | None,
     image_size: int | None,
 ) -> Teacher:
-    """A teacher from a file that holds weights and nothing about them."""
+    """A teacher from a file that holds weights and nothing about them; what a library says of its own serves."""
+    said = described_input(arch)
+    if said is not None:
+        image_size = said[0] if image_size is None else image_size
+        normalization = said[1:] if normalization is None else normalization
     if class_names is None or image_size is None:
         missing = "class_names" if class_names is None else argument("image_size")
         raise UsageError(f"{path} holds weights alone: it needs {missing} as well")
@@ -470,36 +475,36 @@ def _normalization(given: NormalizationChoice) -> Normalization:
         raise UsageError(str(error)) from error
 
 
-def _load_torchvision(name: str, class_names: Sequence[str] | None, image_size: int | None) -> Teacher:
-    import torchvision
-
-    try:
-        weights = torchvision.models.get_model_weights(name).DEFAULT
-    except ValueError as error:
-        raise UsageError(f"torchvision has no model {name!r}; torchvision:resnet18 is one") from error
-    transform = weights.transforms()
-    if image_size is not None and image_size != transform.crop_size[0]:
-        raise UsageError(f"torchvision:{name} reads {transform.crop_size[0]} px, got image_size {image_size}")
-    categories = list(weights.meta["categories"])
-    if class_names is not None and len(class_names) != len(categories):
-        raise UsageError(
-            f"torchvision:{name} has {plural(len(categories), 'class')}, the data has {len(class_names)}"
-        )
-    try:
-        model = torchvision.models.get_model(name, weights=weights)
-    except OSError as error:
-        raise UsageError(f"the weights of torchvision:{name} could not be downloaded: {error}") from error
-    metrics = weights.meta.get("_metrics", {}).get("ImageNet-1K", {})
+def _of_others(
+    spec: str | Path,
+    class_names: Sequence[str] | None,
+    image_size: int | None,
+    normalization: NormalizationChoice | None,
+    *,
+    in_order: bool,
+) -> Teacher:
+    """A teacher that others have published; `in_order`: the names are said to be those of its outputs, one by one."""
+    said = None if normalization is None else _normalization(normalization)
+    found = load_published(spec, image_size, said)
+    model, theirs = _ready(found.model), found.class_names
+    names = theirs if class_names is None else list(class_names)
+    if in_order and len(names) != len(theirs):
+        raise UsageError(f"the class order names {plural(len(names), 'class')}, {spec} has {len(theirs)}")
+    places = torch.tensor(range(len(theirs)) if in_order else places_of(theirs, names, spec))
+    if len(places) < len(theirs):
+        model = PermutedOutputs(model, places).eval()
+    else:
+        model = _with_permuted_outputs(model, places, found.image_size)
     return Teacher(
-        model=_ready(model),
-        arch=name,
-        class_names=list(class_names) if class_names is not None else categories,
-        image_size=transform.crop_size[0],
-        mean=_three(transform.mean),
-        std=_three(transform.std),
-        sha256=hashlib.sha256(serialize_tensors(model.state_dict(), {})).hexdigest(),
-        top1=metrics.get("acc@1"),
-        path=f"torchvision:{name}",
+        model=model,
+        arch=found.arch,
+        class_names=names,
+        image_size=found.image_size,
+        mean=found.mean,
+        std=found.std,
+        sha256=hashlib.sha256(serialize_tensors(found.model.state_dict(), {})).hexdigest(),
+        top1=found.top1,
+        path=str(spec),
     )
 
 
@@ -534,8 +539,3 @@ def _fit(
 
 def _ready(model: nn.Module) -> nn.Module:
     return model.float().eval()
-
-
-def _three(values: Sequence[float]) -> tuple[float, float, float]:
-    first, second, third = values
-    return float(first), float(second), float(third)

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from ddfast.errors import UsageError
+from ddfast.progress import say
 
 LIBRARY = torch.library.Library("ddfast", "DEF")
 
@@ -64,6 +65,31 @@ def native_status() -> tuple[bool, str]:
     except (ImportError, OSError) as error:
         return False, f"the extension ddfast._C does not load: {str(error).splitlines()[0]}"
     return True, "C++ extension"
+
+
+_SAID: set[str] = set()  # what this process was told once
+
+
+def say_slow_ops(device: torch.device, *, quiet: bool = False) -> None:
+    """Say in one line that ops run in plain PyTorch where C++ could run; once a process, at its first long run.
+
+    Who switched the C++ bodies off with DDFAST_NATIVE=0 knows, and is told nothing.
+
+    Args:
+        device: of the run; beside a GPU the ops are Triton's.
+        quiet: print nothing.
+    """
+    loaded, reason = native_status()
+    if (
+        quiet
+        or loaded
+        or device.type != "cpu"
+        or os.environ.get("DDFAST_NATIVE", "1") == "0"
+        or reason in _SAID
+    ):
+        return
+    _SAID.add(reason)
+    say(f"ops run in plain PyTorch, several times slower than in C++: {reason}; ddfast env tells more")
 
 
 @functools.cache

@@ -265,6 +265,7 @@ class DistilledSet(Dataset[tuple[Any, int, Tensor]]):
         manifest: `manifest.json` as a dict.
         rows: `train/metadata.jsonl` as dicts.
         class_names, classes: in label order.
+        display_names: the names that people read, in label order; the same where none were given.
         labels: int64 [N].
         targets: the same as a list, as torchvision's datasets have it.
         class_to_idx: label of each class name.
@@ -297,6 +298,7 @@ class DistilledSet(Dataset[tuple[Any, int, Tensor]]):
         self.float = bool(float)
         self.manifest = _read_manifest(self.root)
         self.class_names = [str(name) for name in _wanted(self.manifest, "class_names", list, self.root)]
+        self.display_names = _display_names(self.manifest, self.class_names, self.root)
         self.image_size = int(_wanted(self.manifest, "image_size", int, self.root))
         self.mean = _three(self.manifest, "mean", self.root)
         self.std = _three(self.manifest, "std", self.root)
@@ -386,7 +388,9 @@ class DistilledSet(Dataset[tuple[Any, int, Tensor]]):
         rows = mosaic_rows([self.targets[place] for place in kept])
         places = [kept[place] for row in rows for place in row]
         labels = [self.targets[place] for place in places]
-        return png_bytes(mosaic_picture([self._decoded(place) for place in places], labels, self.class_names))
+        return png_bytes(
+            mosaic_picture([self._decoded(place) for place in places], labels, self.display_names)
+        )
 
     @property
     def soft_labels(self) -> Tensor | None:
@@ -511,6 +515,16 @@ def _wanted(manifest: dict[str, Any], key: str, kind: type, root: Path) -> Any:
     if not isinstance(value, kind):
         raise UsageError(f"{root / MANIFEST} has no usable {key!r}: distil it again")
     return value
+
+
+def _display_names(manifest: dict[str, Any], class_names: list[str], root: Path) -> list[str]:
+    """Names to show, those of the classes where the manifest has no others."""
+    found = manifest.get("display_names")
+    if found is None:
+        return class_names
+    if not isinstance(found, list) or len(found) != len(class_names):
+        raise UsageError(f"{root / MANIFEST} has no usable 'display_names': distil it again")
+    return [str(name) for name in found]
 
 
 def _three(manifest: dict[str, Any], key: str, root: Path) -> list[float]:

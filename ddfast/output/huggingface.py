@@ -13,7 +13,9 @@ features stand in the metadata of the Parquet files, so `datasets` is not needed
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,27 +37,44 @@ _SHOWN_CLASSES = 100
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 
 
-def export_huggingface(root: str | Path, out: str | Path, *, images_per_file: int = IMAGES_PER_FILE) -> Path:
+def export_huggingface(
+    root: str | Path,
+    out: str | Path,
+    *,
+    images_per_file: int = IMAGES_PER_FILE,
+    push_to_hub: str | None = None,
+    private: bool = False,
+) -> Path:
     """Write a finished distilled set as a folder that `datasets.load_dataset` opens with readable labels.
 
     Args:
         root: the output folder of `ddfast distill`.
         out: the folder to write, which must not hold anything yet. It appears whole or not at all.
         images_per_file: rows in each Parquet file but the last.
+        push_to_hub: name on the Hub, OWNER/NAME, that the library `datasets` then pushes the folder to, with the card;
+            None: nothing leaves this machine. Who you are there says `hf auth login` or HF_TOKEN.
+        private: whether a set that is new on the Hub is yours alone.
 
     Returns:
         `out`. Its columns: `image` (`Image`), `label` (`ClassLabel` in the set's order), `label_name`, and where the
         set has soft labels `soft_label`, float32 [C], the mean over the tiles.
 
     Raises:
-        UsageError: no finished set in `root`, a folder that holds something, an image that cannot be read, or no space.
+        UsageError: no finished set in `root`, a folder that holds something, an image that cannot be read, no space, or
+            a Hub that takes nothing; the folder then stands.
     """
+    if push_to_hub is not None:
+        _check_pushes(push_to_hub)
+    elif private:
+        raise UsageError(
+            f"{argument('private')} describes a set on the Hub: give {argument('push_to_hub')} as well"
+        )
     per_file = whole_number(images_per_file, "images_per_file", least=1)
     out = output_folder(out)
     opened = DistilledSet(path_of(root, "root"))
     if out.exists() and any(out.iterdir()):
         raise UsageError(f"{out} is not empty: delete what it holds or choose another {argument('out')}")
-    names = label_names(opened.class_names)
+    names = label_names(opened.display_names)
     files = max(1, -(-len(opened) // per_file))
     with atomic_folder(out) as folder:
         (folder / "data").mkdir()
@@ -67,7 +86,58 @@ def export_huggingface(root: str | Path, out: str | Path, *, images_per_file: in
             if (opened.root / name).is_file():
                 shutil.copyfile(opened.root / name, folder / name)
         atomic_write_text(folder / "README.md", card(opened))
+    if push_to_hub is not None:
+        push(out, push_to_hub, private=private)
     return out
+
+
+def _check_pushes(name: str) -> None:
+    """Refuse what cannot be pushed before anything is written."""
+    parts = name.split("/") if isinstance(name, str) else []
+    if not 1 <= len(parts) <= 2 or not all(re.fullmatch(r"[\w.-]+", part) for part in parts):
+        raise UsageError(f"{argument('push_to_hub')} must be OWNER/NAME, got {name!r}")
+    try:
+        import datasets  # noqa: F401
+    except ImportError as error:
+        raise UsageError(
+            f"{argument('push_to_hub')} needs the package datasets: pip install datasets"
+        ) from error
+
+
+def push(folder: str | Path, name: str, *, private: bool = False) -> None:
+    """Push a folder that `export_huggingface` wrote to the Hub: its rows through `datasets`, then card and labels.
+
+    Args:
+        folder: the exported folder.
+        name: OWNER/NAME.
+        private: whether a set that is new there is yours alone.
+
+    Raises:
+        UsageError: `datasets` is not installed, no such folder, or the Hub refuses it or cannot be reached.
+    """
+    _check_pushes(name)
+    import datasets
+    import huggingface_hub
+
+    folder = Path(folder)
+    files = sorted(str(path) for path in (folder / "data").glob("train-*.parquet"))
+    if not files:
+        raise UsageError(
+            f"{folder} holds no data/train-*.parquet: make it with ddfast export --to huggingface"
+        )
+    try:
+        with tempfile.TemporaryDirectory() as cache:
+            datasets.Dataset.from_parquet(files, split="train", cache_dir=cache).push_to_hub(
+                name, private=private
+            )
+        huggingface_hub.HfApi().upload_folder(
+            repo_id=name, repo_type="dataset", folder_path=str(folder), ignore_patterns=["data/*"]
+        )
+    except Exception as error:  # the library, and each transport below it, has errors of its own
+        raise UsageError(
+            f"{folder} is written, but could not be pushed to {name}: {one_line(error)}; log in with hf auth login, "
+            f"then hf upload {name} {folder} --repo-type dataset"
+        ) from error
 
 
 def label_names(class_names: Sequence[str]) -> list[str]:
@@ -111,7 +181,7 @@ def _write_rows(path: Path, opened: DistilledSet, places: range, names: Sequence
             columns: dict[str, list[Any]] = {
                 "image": [_image(opened, row["file_name"]) for row in rows],
                 "label": [row["label"] for row in rows],
-                "label_name": [opened.class_names[row["label"]] for row in rows],
+                "label_name": [opened.display_names[row["label"]] for row in rows],
             }
             if opened.stored is not None:
                 dense = opened.stored.dense(slice(group.start, group.stop)).mean(dim=1)
@@ -155,7 +225,7 @@ def card(opened: DistilledSet) -> str:
         extras.append(
             f"The images were optimised in float32: `{PIXELS}` holds them ({opened.pixels.space} pixels), unrounded."
         )
-    shown = [" ".join(name.split()).replace("|", "\\|") for name in opened.class_names[:_SHOWN_CLASSES]]
+    shown = [" ".join(name.split()).replace("|", "\\|") for name in opened.display_names[:_SHOWN_CLASSES]]
     more = len(opened.class_names) - len(shown)
     lines = [
         "---",

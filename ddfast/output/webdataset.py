@@ -2,7 +2,7 @@
 
     00000012.png               the image, its bytes unchanged (.jpg where the set is JPEG)
     00000012.cls               the label, a decimal number
-    00000012.json              label, label_name, temperature, tiles
+    00000012.json              label, label_name, temperature, tiles; display_name where people read another name
     00000012.soft_label.npy    fp16 [tiles, C], or the top k [tiles, k]
     00000012.classes.npy       int32 [tiles, k], the classes of the top k, where only those are stored
     00000012.pixels.npy        float32 [3, S, S], what students train on, where the images were optimised
@@ -106,6 +106,8 @@ def _files(opened: DistilledSet, index: int) -> Iterator[tuple[str, bytes]]:
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({one_line(error)}): distil it again") from error
     record = {**{name: row[name] for name in row if name != "file_name"}, "temperature": opened.temperature}
+    if opened.display_names != opened.class_names:
+        record["display_name"] = opened.display_names[row["label"]]
     pixels = opened.pixels
     if pixels is not None:
         record |= {"space": pixels.space, "factor": pixels.factor, "learned_rate": pixels.learned_rate}

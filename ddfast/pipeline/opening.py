@@ -15,6 +15,7 @@ from ddfast.arguments import data_of, positive_number, whole_number, whole_numbe
 from ddfast.crowding import Neighbours, warn_of_crowding
 from ddfast.data.loaders import resolve_loader
 from ddfast.data.opening import open_source
+from ddfast.data.shown_names import check_shown_names, read_shown_names
 from ddfast.data.sources import IN_MEMORY, described
 from ddfast.errors import BadImage, UsageError
 from ddfast.files import make_folder, sweep_temporary
@@ -22,6 +23,7 @@ from ddfast.history import History, check_history
 from ddfast.methods import get_method
 from ddfast.methods.base import Method
 from ddfast.methods.synthesis import Synthesis
+from ddfast.ops._dispatch import say_slow_ops
 from ddfast.output.distilled import PREPARED, SCORES, SELECTION
 from ddfast.pipeline.counting import check_counts, check_pool
 from ddfast.pipeline.judging import check_judged
@@ -351,6 +353,8 @@ def open_run(method: str, settings: Settings, options: Mapping[str, Any] | None 
         if checked.scores is not None and read_plan(checked.scores) is None:
             raise UsageError(f"{argument('scores')} {checked.scores} holds no ddfast run")
         check_teachers(checked, known)
+        if checked.class_names is not None:
+            check_shown_names(checked.class_names)
         return known, checked
 
     def plan_run() -> Run:
@@ -393,6 +397,9 @@ def open_run(method: str, settings: Settings, options: Mapping[str, Any] | None 
             device=device,
             normalization=normalization_of(settings),
             max_pixels=pixel_limit_of(before),
+            shown_names=None
+            if settings.class_names is None
+            else read_shown_names(settings.class_names, source.class_names),
         )
         run = Run(
             out=settings.out,
@@ -411,6 +418,11 @@ def open_run(method: str, settings: Settings, options: Mapping[str, Any] | None 
                 **host_facts(),
                 "command": command_line(),
                 "data": described(settings.data),
+                **(
+                    {"class_names": str(settings.class_names)}
+                    if isinstance(settings.class_names, str | Path)
+                    else {}
+                ),
                 "teacher": None if teacher is None else teacher.path,
                 "label_teacher": None
                 if settings.label_teacher is None or label_teacher is None
@@ -444,6 +456,7 @@ def open_run(method: str, settings: Settings, options: Mapping[str, Any] | None 
     own = run.method.notes(run.context) if isinstance(run.method, Synthesis) else []
     for note in [*source.notes(), *own]:
         say(note, quiet=run.quiet or run.complete)
+    say_slow_ops(run.device, quiet=run.quiet or run.complete)
     _warn_of_crowding(run, neighbours)
     return run
 

@@ -56,6 +56,7 @@ def make_plan(
     device: torch.device,
     normalization: Normalization,
     max_pixels: int,
+    shown_names: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """The manifest of a run before its first result.
 
@@ -68,6 +69,7 @@ def make_plan(
         device: of the run.
         normalization: (mean, std) of the pixels where no teacher says it.
         max_pixels: above which an image is quarantined.
+        shown_names: of the classes, where they are not their own.
     """
     mean, std = normalization if teacher is None else (teacher.mean, teacher.std)
     size = int(settings.image_size or 0)
@@ -86,6 +88,7 @@ def make_plan(
         "images_per_class": None,
         "format": None,
         "class_names": source.class_names,
+        **({} if shown_names is None else {"display_names": list(shown_names)}),
         "mean": list(mean),
         "std": list(std),
         "teacher": None if teacher is None else _identity(teacher),

@@ -282,4 +282,5 @@ def _write_before(run: Run, method: Synthesis, groups: Sequence[Group]) -> None:
                 images.append(begun[place * each : (place + 1) * each])
                 labels += [label] * each
     ordered, names = _class_by_class(torch.cat(images), labels)
-    write_before(run.out, _pictured(run, method, ordered), names.tolist(), run.source.class_names)
+    shown_names = run.plan.get("display_names") or run.source.class_names
+    write_before(run.out, _pictured(run, method, ordered), names.tolist(), shown_names)

@@ -18,6 +18,7 @@ from ddfast.models import Teacher, load_teacher
 from ddfast.models.class_order import read_class_order
 from ddfast.models.normalization import Normalization
 from ddfast.models.normalization import normalization as resolve_normalization
+from ddfast.models.published import NAMED, published
 from ddfast.models.teacher import is_named, with_class_order, with_outputs_in
 from ddfast.settings import Settings
 from ddfast.wording import argument, plural
@@ -38,7 +39,7 @@ def check_teachers(settings: Settings, method: type[Method]) -> None:
     if settings.teacher is None and method.requires_teacher():
         raise UsageError(
             f"{argument('teacher')} must be a path, got None: {method.name} needs one, a .safetensors file of "
-            "train-teacher, a .pt state dict or torchvision:NAME"
+            f"train-teacher, a .pt state dict, {NAMED}"
         )
     for given, role in ((settings.teacher, "teacher"), (settings.label_teacher, "label_teacher")):
         if given is not None:
@@ -126,7 +127,7 @@ def _teacher(given: TeacherChoice, class_names: Sequence[str], class_order: Clas
     if callable(given):
         given = given()
     if not isinstance(given, Teacher):
-        names = None if class_order is None else class_names
+        names = None if class_order is None and published(given) is None else class_names
         return load_teacher(str(given), class_order=class_order, class_names=names)
     held = dataclasses.replace(given, model=copy.deepcopy(given.model).float().eval())
     if class_order is not None:
@@ -162,15 +163,16 @@ def check_teacher_choice(given: TeacherChoice | None, role: str) -> None:
             f"{argument(role)} must be a ddfast Teacher, which knows classes and normalisation, got the bare module "
             f"{type(given).__name__}: write it with ddfast.models.save_teacher"
         )
-    if isinstance(given, Teacher) or callable(given) or str(given).startswith("torchvision:"):
+    if isinstance(given, Teacher) or callable(given) or published(given) is not None:
         return
     path = path_of(given, role)
     if path.is_dir():
-        raise UsageError(f"{argument(role)} {path} is a folder: give a .safetensors file of train-teacher")
+        raise UsageError(
+            f"{argument(role)} {path} is a folder without a config.json: give a .safetensors file of train-teacher"
+        )
     if not path.is_file():
         raise UsageError(
-            f"no teacher file {path}: give a .safetensors file of train-teacher, a .pt state dict "
-            "or torchvision:NAME"
+            f"no teacher file {path}: give a .safetensors file of train-teacher, a .pt state dict, {NAMED}"
         )
 
 
@@ -193,7 +195,9 @@ def load_again(spec: str | Path | None, plan: dict[str, Any], role: str) -> Teac
             f"the run was started with a teacher that has no file: give its file as {argument(role)}"
         )
     said: dict[str, Any] = {}
-    if not is_named(spec) and not str(spec).startswith("torchvision:"):
+    if published(spec) is not None:
+        said = {"normalization": (plan["mean"], plan["std"])}
+    elif not is_named(spec):
         said = {
             "arch": plan[role]["arch"],
             "normalization": (plan["mean"], plan["std"]),

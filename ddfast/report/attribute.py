@@ -27,6 +27,7 @@ from ddfast.files import atomic_folder, atomic_write_bytes, atomic_write_text, m
 from ddfast.isolation import isolated
 from ddfast.models import Teacher, load_teacher
 from ddfast.models.teacher import checked_logits
+from ddfast.ops._dispatch import say_slow_ops
 from ddfast.output.mosaic import spread
 from ddfast.progress import Progress, say
 from ddfast.report.charts import boxes_over, heat_over
@@ -159,6 +160,7 @@ def attribute_images(
     source = _open(data)
     targets = None if isinstance(source, LooseFiles) else _teacher_labels(source, teacher)
     samples = [source.samples[place] for place in spread(len(source.samples), limit)]
+    say_slow_ops(where, quiet=quiet)
     teacher.model.to(where)
     found: list[Attributed] = []
     waiting: list[tuple[Sample, Tensor]] = []

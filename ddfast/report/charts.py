@@ -1,5 +1,6 @@
 """Charts as inline SVG: they take their colours and fonts from the page, so they follow its theme.
 
+Places along a chart are percents of its width, all else is in pixels: text has the same size in every window.
 Every function returns markup that is safe to place in a page: all text in it is escaped here.
 """
 
@@ -40,30 +41,28 @@ def histogram(values: ArrayLike, kept: ArrayLike, title: str) -> Markup:
         edges = np.geomspace(low, high, _BINS + 1)
     else:
         edges = np.linspace(low, high if high > low else low + 1, _BINS + 1)
-    width, height, left, bottom = 720.0, 190.0, 8.0, 30.0
-    step = (width - 2 * left) / _BINS
+    height, bottom = 190, 30
+    step = 100 / _BINS
     shares = [_shares(numbers, edges) for numbers in (everything, chosen)]
     tallest = max(float(share.max()) for share in shares)
-    parts = [
-        f'<line class="axis" x1="{left}" x2="{width - left}" y1="{height - bottom}" y2="{height - bottom}"/>'
-    ]
-    for share, kind, inset in ((shares[0], "all", 0.5), (shares[1], "kept", step * 0.22)):
+    base = height - bottom
+    parts = [f'<line class="axis" x1="0" x2="100%" y1="{base}" y2="{base}"/>']
+    for share, kind, inset in ((shares[0], "all", 0.02 * step), (shares[1], "kept", 0.22 * step)):
         for index, value in enumerate(share):
-            tall = (height - bottom - 8) * float(value) / tallest
+            tall = (base - 8) * float(value) / tallest
             if tall > 0:
                 parts.append(
-                    f'<rect class="{kind}" x="{left + index * step + inset:.1f}" y="{height - bottom - tall:.1f}" '
-                    f'width="{step - 2 * inset:.1f}" height="{tall:.1f}" rx="1.5"/>'
+                    f'<rect class="{kind}" x="{index * step + inset:.2f}%" y="{base - tall:.1f}" '
+                    f'width="{step - 2 * inset:.2f}%" height="{tall:.1f}" rx="1.5"/>'
                 )
     for index in range(0, _BINS + 1, _BINS // 4):
         anchor = "start" if index == 0 else "end" if index == _BINS else "middle"
-        x = left + index * step
         parts.append(
-            f'<text x="{x:.1f}" y="{height - bottom + 18}" text-anchor="{anchor}">{number(edges[index])}</text>'
+            f'<text x="{index * step:g}%" y="{base + 20}" text-anchor="{anchor}">{number(edges[index])}</text>'
         )
     label = f"{title}, logarithmic axis" if logarithmic else title
     return Markup(
-        f'<svg class="chart" viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="Histogram: {escape(label)}">'
+        f'<svg class="chart" height="{height}" role="img" aria-label="Histogram: {escape(label)}">'
         + "".join(parts)
         + f'</svg><p class="axis-title">{escape(label)}</p>'
     )
@@ -105,50 +104,48 @@ def bars(rows: Sequence[Bar], reference: tuple[str, float] | None = None) -> Mar
         rows: from top to bottom.
         reference: name and value of a dashed line, the teacher's accuracy for example.
     """
-    width, edge, row, top = 720.0, 8.0, 62.0, 26.0 if reference is not None else 6.0
+    row, top = 64, 28 if reference is not None else 6
     height = top + row * len(rows) + 26
 
-    def x(value: float) -> float:
-        return edge + (width - 2 * edge) * min(max(value, 0), 100) / 100
+    def x(value: float) -> str:
+        return f"{min(max(value, 0), 100):.2f}%"
 
     base = height - 26
     parts = []
     for tick in (0, 25, 50, 75, 100):
         anchor = "start" if tick == 0 else "end" if tick == 100 else "middle"
         parts.append(
-            f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{top}" y2="{base}"/>'
-            f'<text class="tick" x="{x(tick):.1f}" y="{base + 20}" text-anchor="{anchor}">{tick}%</text>'
+            f'<line class="grid" x1="{tick}%" x2="{tick}%" y1="{top}" y2="{base}"/>'
+            f'<text class="tick" x="{tick}%" y="{base + 20}" text-anchor="{anchor}">{tick}%</text>'
         )
     for index, bar in enumerate(rows):
-        line, middle = top + row * index + 19, top + row * index + 40
+        line, middle = top + row * index + 20, top + row * index + 42
         kind = "bar strong" if bar.strong else "bar"
         deviation = f'<tspan class="deviation"> ± {bar.std:.1f}</tspan>' if len(bar.values) > 1 else ""
         parts.append(
-            f'<text class="name" x="{x(0) + 6}" y="{line}">{escape(bar.name)}'
+            f'<text class="name" x="6" y="{line}">{escape(bar.name)}'
             f'<tspan class="value" dx="12">{bar.mean:.1f}%{deviation}</tspan></text>'
-            f'<rect class="{kind}" x="{x(0)}" y="{middle - 12}" width="{x(bar.mean) - x(0):.1f}" height="24" rx="4"/>'
+            f'<rect class="{kind}" x="0" y="{middle - 12}" width="{x(bar.mean)}" height="24" rx="4"/>'
         )
         if bar.std:
             a, b = x(bar.mean - bar.std), x(bar.mean + bar.std)
             parts.append(
-                f'<path class="whisker" d="M{a:.1f} {middle:.1f}H{b:.1f}M{a:.1f} {middle - 5:.1f}v10'
-                f'M{b:.1f} {middle - 5:.1f}v10"/>'
+                f'<g class="whisker"><line x1="{a}" x2="{b}" y1="{middle}" y2="{middle}"/>'
+                f'<line x1="{a}" x2="{a}" y1="{middle - 5}" y2="{middle + 5}"/>'
+                f'<line x1="{b}" x2="{b}" y1="{middle - 5}" y2="{middle + 5}"/></g>'
             )
-        parts += [
-            f'<circle class="seed" cx="{x(value):.1f}" cy="{middle:.1f}" r="3"/>' for value in bar.values
-        ]
+        parts += [f'<circle class="seed" cx="{x(value)}" cy="{middle}" r="3"/>' for value in bar.values]
     if reference is not None:
         place = x(reference[1])
+        left = reference[1] < 50  # where there is more room beside the line
         parts.append(
-            f'<line class="reference" x1="{place:.1f}" x2="{place:.1f}" y1="{top - 6}" y2="{base}"/>'
-        )
-        parts.append(
-            f'<text class="tick" x="{place - 5:.1f}" y="{top - 9}" text-anchor="end">'
-            f"{escape(reference[0])} {reference[1]:.1f}%</text>"
+            f'<line class="reference" x1="{place}" x2="{place}" y1="{top - 8}" y2="{base}"/>'
+            f'<text class="tick" x="{place}" dx="{5 if left else -5}" y="{top - 11}" '
+            f'text-anchor="{"start" if left else "end"}">{escape(reference[0])} {reference[1]:.1f}%</text>'
         )
     said = "; ".join(f"{bar.name} {bar.mean:.1f} ± {bar.std:.1f} percent" for bar in rows)
     return Markup(
-        f'<svg class="chart bars" viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escape(said)}">'
+        f'<svg class="chart bars" height="{height}" role="img" aria-label="{escape(said)}">'
         + "".join(parts)
         + "</svg>"
     )

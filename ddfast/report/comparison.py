@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddfast.files import atomic_write_bytes, atomic_write_text, make_folder
+from ddfast.output.mosaic import PIXELATED_UP_TO
 from ddfast.report import contents, samples
 from ddfast.report.charts import Bar, bars
 from ddfast.report.contents import Fact
@@ -98,10 +99,14 @@ def write_comparison(
     mosaics, pictured = [], []
     for arm, folder in zip(arms, folders, strict=True):
         shown, _ = contents.shown_images(folder)
-        mosaics.append({"name": arm.name, "note": _accuracy(arm), "rows": mosaic_images(folder, shown)})
+        mosaics.append(
+            {"name": arm.name, "note": f"top-1 {_accuracy(arm)}", "rows": mosaic_images(folder, shown)}
+        )
         pictured.append(shown)
     explained = samples.explain(main, source, samples.chosen_samples(main))
-    cards = source_cards(explained, main.image_size, truth or {})
+    column = contents.score_column(main) if main.pixels is None else None
+    ranked_by = None if column is None else column.name
+    cards = source_cards(explained, main.image_size, truth or {}, ranked_by)
     page = render(
         "comparison.html",
         eyebrow="ddfast · comparison",
@@ -111,13 +116,14 @@ def write_comparison(
         bars=bars([Bar(c.name, c.top1, strong=i == 0) for i, c in enumerate(arms)], reference),
         bars_note=bars_note,
         mosaics=mosaics,
+        pixelated=main.image_size <= PIXELATED_UP_TO,
         mosaic_note=layout_note(main),
         cards=cards,
         any_heat=any(card["heat"] for card in cards),
         any_boxes=any(card["boxes"] for card in cards),
         any_truth=bool(truth) and any(card["boxes"] for card in cards),
         gallery_title=f"How {arms[0].name} chose",
-        gallery_note=gallery_note(main, cards),
+        gallery_note=gallery_note(main, cards, ranked_by),
         columns_of_table=["top-1, mean ± deviation", "seeds", "images", "kept crops that cover the object"],
         table=[
             {

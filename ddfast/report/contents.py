@@ -84,7 +84,7 @@ def _accuracy(teacher: dict[str, Any]) -> str:
 
 def settings(folder: Folder) -> list[tuple[str, str]]:
     """Every setting of the manifest as (dotted name, value), without the lists shown elsewhere."""
-    hidden = {"class_names", "counts", "quarantined", "complete", "accuracy"}
+    hidden = {"class_names", "display_names", "counts", "quarantined", "complete", "accuracy"}
     found: list[tuple[str, str]] = []
 
     def walk(name: str, value: Any) -> None:

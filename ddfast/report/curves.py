@@ -81,7 +81,9 @@ def line_chart(lines: Sequence[Line], said: str, *, percent: bool = False) -> Ma
         said: what the chart shows, for who cannot see it.
         percent: values are percents, and are written so.
     """
-    width, height, left, right, top, bottom = 520.0, 210.0, 54.0, 12.0, 10.0, 26.0
+    height, top, bottom = 220, 10, 28
+    left, right = 14.0, 98.5  # percents of the width: beside the line stand its numbers
+    tall = height - top - bottom
     values = np.concatenate([np.concatenate((line.low, line.high)) for line in lines])
     low, high = float(values.min()), float(values.max())
     logarithmic = low > 0 and high / low > _WIDE
@@ -89,40 +91,56 @@ def line_chart(lines: Sequence[Line], said: str, *, percent: bool = False) -> Ma
     low, high = min(low, ticks[0]), max(high, ticks[-1])
     first, last = min(line.first for line in lines), max(line.last for line in lines)
 
+    def along(step: float) -> float:
+        return (step - first) / (last - first) if last > first else 0.5
+
     def x(step: float) -> float:
-        share = (step - first) / (last - first) if last > first else 0.5
-        return left + (width - left - right) * share
+        return left + (right - left) * along(step)
+
+    def up(value: float) -> float:
+        return math.log(value / low) / math.log(high / low) if logarithmic else (value - low) / (high - low)
 
     def y(value: float) -> float:
-        share = math.log(value / low) / math.log(high / low) if logarithmic else (value - low) / (high - low)
-        return top + (height - top - bottom) * (1 - share)
+        return top + tall * (1 - up(value))
 
     parts = []
     for tick, name in zip(ticks, _written(ticks, percent), strict=True):
         parts.append(
-            f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>'
-            f'<text class="tick" x="{left - 8}" y="{y(tick) + 3.5:.1f}" text-anchor="end">'
+            f'<line class="grid" x1="{left}%" x2="{right}%" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>'
+            f'<text class="tick" x="{left}%" dx="-8" y="{y(tick) + 4.5:.1f}" text-anchor="end">'
             f"{name}</text>"
         )
     for tick in _steps(first, last):
-        anchor = "end" if x(tick) > width - right - 14 else "middle"
+        anchor = "end" if along(tick) > 0.96 else "middle"
         parts.append(
-            f'<text class="tick" x="{x(tick):.1f}" y="{height - 8}" text-anchor="{anchor}">{tick:,.0f}</text>'
+            f'<text class="tick" x="{x(tick):.2f}%" y="{height - 7}" text-anchor="{anchor}">{tick:,.0f}</text>'
         )
+    # Paths know no percents: they are drawn in a field of 1000 by 1000 that is stretched over the chart.
+    drawn, dots = [], []
     for index, line in reversed(list(enumerate(lines))):
         kind = "strong" if index == 0 else "weak"
-        points = [(x(step), y(value)) for step, value in zip(line.steps, line.mean, strict=True)]
+        points = [(1000 * along(s), 1000 * (1 - up(v))) for s, v in zip(line.steps, line.mean, strict=True)]
         if line.groups > 1:
-            edge = [(x(s), y(v)) for s, v in zip(line.steps, line.high, strict=True)]
-            edge += [(x(s), y(v)) for s, v in zip(line.steps[::-1], line.low[::-1], strict=True)]
-            parts.append(f'<path class="band {kind}" d="{_path(edge)}Z"/>')
-        parts.append(f'<path class="line {kind}" d="{_path(points)}"/>')
+            edge = [(1000 * along(s), 1000 * (1 - up(v))) for s, v in zip(line.steps, line.high, strict=True)]
+            edge += [
+                (1000 * along(s), 1000 * (1 - up(v)))
+                for s, v in zip(line.steps[::-1], line.low[::-1], strict=True)
+            ]
+            drawn.append(f'<path class="band {kind}" d="{_path(edge)}Z"/>')
+        drawn.append(f'<path class="line {kind}" d="{_path(points)}"/>')
         if len(points) <= _DOTS:
-            parts += [f'<circle class="point {kind}" cx="{a:.1f}" cy="{b:.1f}" r="2.75"/>' for a, b in points]
+            dots += [
+                f'<circle class="point {kind}" cx="{x(s):.2f}%" cy="{y(v):.1f}" r="2.75"/>'
+                for s, v in zip(line.steps, line.mean, strict=True)
+            ]
+    field = (
+        f'<svg x="{left}%" y="{top}" width="{right - left}%" height="{tall}" viewBox="0 0 1000 1000" '
+        f'preserveAspectRatio="none" overflow="visible">{"".join(drawn)}</svg>'
+    )
     scale = ", logarithmic axis" if logarithmic else ""
     return Markup(
-        f'<svg class="chart lines" viewBox="0 0 {width:.0f} {height:.0f}" role="img" '
-        f'aria-label="{escape(said)} over steps{scale}">{"".join(parts)}</svg>'
+        f'<svg class="chart lines" height="{height}" role="img" '
+        f'aria-label="{escape(said)} over steps{scale}">{"".join(parts)}{field}{"".join(dots)}</svg>'
     )
 
 

@@ -68,8 +68,8 @@ class Folder:
 
     @property
     def class_names(self) -> list[str]:
-        """In label order."""
-        return [str(name) for name in self.manifest["class_names"]]
+        """As people read them, in label order."""
+        return [str(name) for name in self.manifest.get("display_names") or self.manifest["class_names"]]
 
     @property
     def factor(self) -> int:

@@ -19,11 +19,12 @@ from ddfast.report.charts import Bar, bars
 from ddfast.report.contents import Fact, number
 from ddfast.report.curves import Line, line_chart, line_of
 from ddfast.report.folder import Folder
+from ddfast.report.parts import cell_side
 from ddfast.report.pictures import data_uri
 from ddfast.report.regions import regions_picture
 
+_REGIONS_SIDE = 128  # pixels of an image whose regions are drawn
 _SHOWN = 6  # images of a class before and after
-_CELL = 128  # longest side in pixels of a large image in a page
 _LEVEL = 1 / 255
 _NOISE = 1e-3  # grey levels; float32 leaves [0, 1] by less than that without meaning it
 
@@ -146,6 +147,10 @@ class ClassPair:
 def pairs(folder: Folder) -> list[ClassPair]:
     """The first images of the classes that the mosaics show; without `before.png` the later ones alone."""
     begun = read_mosaic(folder.root / BEFORE)
+    most = max(
+        (len(folder.rows_of(label)[:_SHOWN]) for label in mosaic_labels(len(folder.class_names))), default=1
+    )
+    side = cell_side(most * (2 if begun else 1))
     found = []
     for label in mosaic_labels(len(folder.class_names)):
         places = folder.rows_of(label)[:_SHOWN]
@@ -153,15 +158,11 @@ def pairs(folder: Folder) -> list[ClassPair]:
             found.append(
                 ClassPair(
                     folder.class_names[label],
-                    [_uri(image) for image in begun.get(label, [])[:_SHOWN]],
-                    [_uri(folder.image(place)) for place in places],
+                    [data_uri(to_picture(image), side) for image in begun.get(label, [])[:_SHOWN]],
+                    [data_uri(to_picture(folder.image(place)), side) for place in places],
                 )
             )
     return found
-
-
-def _uri(image: Any) -> str:
-    return data_uri(to_picture(image), _CELL)
 
 
 def pairs_note(folder: Folder, shown: Sequence[ClassPair]) -> str:
@@ -215,7 +216,7 @@ def regions(folder: Folder) -> list[ClassRegions]:
     for label in mosaic_labels(len(folder.class_names)):
         rows = zip(folder.rows_of(label)[:_SHOWN], places_of[label], strict=False)
         drawn = [
-            data_uri(regions_picture(folder.image(row), held.windows[held.chosen[place]], side=_CELL))
+            data_uri(regions_picture(folder.image(row), held.windows[held.chosen[place]], side=_REGIONS_SIDE))
             for row, place in rows
         ]
         if drawn:
@@ -349,7 +350,7 @@ def _figure(title: str, lines: list[Line], note: str, percent: bool) -> Figure:
     start, end = (number(float(value)) + unit for value in (first.mean[0], first.mean[-1]))
     return Figure(
         title=title,
-        change=f"{start} → {end}" if len(first.mean) > 1 else end,
+        change=f"from {start} to {end}" if len(first.mean) > 1 else end,
         chart=line_chart(lines, title, percent=percent),
         legend=[line.name for line in lines] if len(lines) > 1 else [],
         note=note,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddfast.files import atomic_write_bytes, atomic_write_text
-from ddfast.output.mosaic import mosaic_labels, write_mosaic
+from ddfast.output.mosaic import PIXELATED_UP_TO, mosaic_labels, write_mosaic
 from ddfast.report import contents, made, samples, students
 from ddfast.report.charts import histogram
 from ddfast.report.folder import Folder, read_folder, shown_labels
@@ -56,8 +56,10 @@ def write_report(run_dir: str | Path, *, source: Source | None = None, title: st
         [folder.rows[place]["label"] for place in places],
         folder.class_names,
     )
-    cards = source_cards(samples.explain(folder, source, samples.chosen_samples(folder)), folder.image_size)
     column = contents.score_column(folder)
+    ranked_by = None if column is None else column.name
+    explained = samples.explain(folder, source, samples.chosen_samples(folder))
+    cards = source_cards(explained, folder.image_size, ranked_by=ranked_by)
     classes = contents.class_rows(folder)
     plan = folder.manifest
     quarantined = (plan.get("quarantined") or {}).get("files", [])
@@ -65,7 +67,9 @@ def write_report(run_dir: str | Path, *, source: Source | None = None, title: st
         "report.html",
         title=title or _heading(folder),
         lead=_lead(folder),
-        facts=[*students.student_facts(folder.root), *contents.facts(folder)],
+        verdict=students.verdict(folder.root, str(plan["method"])),
+        facts=contents.facts(folder),
+        pixelated=folder.image_size <= PIXELATED_UP_TO,
         students=students.student_tables(folder.root),
         student_columns=students.COLUMNS,
         mosaic=mosaic_images(folder, shown),
@@ -73,7 +77,7 @@ def write_report(run_dir: str | Path, *, source: Source | None = None, title: st
         cards=cards,
         any_heat=any(card["heat"] for card in cards),
         any_boxes=any(card["boxes"] for card in cards),
-        gallery_note=gallery_note(folder, cards, column.name if column is not None else None),
+        gallery_note=gallery_note(folder, cards, ranked_by),
         histogram=histogram(column.values, column.kept, column.name)
         if column is not None and column.values.size
         else None,
@@ -104,7 +108,9 @@ def _write_made(folder: Folder, pixels: Pixels, title: str | None) -> Path:
         "made.html",
         title=title or _made_heading(folder),
         lead=_lead(folder),
-        facts=[*students.student_facts(folder.root), *made.facts(folder)],
+        verdict=students.verdict(folder.root, str(folder.manifest["method"])),
+        facts=made.facts(folder),
+        pixelated=folder.image_size <= PIXELATED_UP_TO,
         students=students.student_tables(folder.root),
         student_columns=students.COLUMNS,
         pairs=shown,

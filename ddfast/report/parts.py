@@ -20,7 +20,8 @@ from ddfast.version import __version__
 
 REPORT = "report.html"
 MOSAIC = "mosaic.png"
-_CELL = 128  # longest side in pixels of a large distilled image in a page
+_WIDE = 1400  # pixels of a page in a wide window, which a row of images shares
+_CELL = (128, 320)  # least and most pixels a side that a large distilled image is stored with
 _RAMP_STOPS = 17
 
 
@@ -39,25 +40,40 @@ def gallery_note(folder: Folder, cards: Sequence[Mapping[str, Any]], ranked_by: 
     if all(card["boxes"] is None for card in cards) and cards:
         return f"{said} Sources are not shown: {cards[0]['reason']}."
     if ranked_by is not None and ranked_by != "score":
-        said += f" The number beside the class is what it was ranked by: {ranked_by}."
+        said += f" Beside the class stands what it was ranked by: {ranked_by}."
     if folder.soft_labels is not None:
-        said += f" The bars are the tile's soft label at T = {folder.soft_labels.temperature:g}."
+        said += (
+            f" The bars are the tile's soft label at T = {folder.soft_labels.temperature:g}, the teacher's largest "
+            "probabilities, all on one scale from 0 to 1."
+        )
     return said
+
+
+def cell_side(images: int) -> int:
+    """Longest side in pixels that is stored of an image of which so many share a row."""
+    least, most = _CELL
+    return min(max(_WIDE // max(images, 1), least), most)
 
 
 def mosaic_images(folder: Folder, shown: Sequence[tuple[str, list[int]]]) -> list[tuple[str, list[str]]]:
     """Rows of (class name, data URIs) from rows of (class name, places in `folder.rows`)."""
 
+    side = cell_side(max((len(places) for _, places in shown), default=1))
+
     def uri(place: int) -> str:
-        return data_uri(to_picture(folder.image(place)), _CELL)
+        return data_uri(to_picture(folder.image(place)), side)
 
     return [(name, [uri(place) for place in places]) for name, places in shown]
 
 
 def source_cards(
-    explained: Sequence[Explained], size: int, truth: Mapping[str, Sequence[float]] | None = None
+    explained: Sequence[Explained],
+    size: int,
+    truth: Mapping[str, Sequence[float]] | None = None,
+    ranked_by: str | None = None,
 ) -> list[dict[str, Any]]:
-    """What the template shows of each sampled source."""
+    """What the template shows of each sampled source; `ranked_by` says what its score is, as `ScoreColumn.name`."""
+    word = (ranked_by or "score").split(",")[0].removesuffix(" of the teacher's loss")
     cards = []
     for one in explained:
         boxes = heat = None
@@ -66,18 +82,21 @@ def source_cards(
             boxes = boxes_over(uri, size, one.boxes, one.chosen, (truth or {}).get(one.selected.key))
             if one.phi is not None:
                 heat = heat_over(uri, size, one.phi, None if one.chosen is None else one.boxes[one.chosen])
-        largest = max((share for _, share in one.labels), default=1.0)
+        score = one.selected.score
+        if score is not None and word == "teacher's loss":  # it ranks by its negative
+            score = abs(score)
         cards.append(
             {
                 "title": one.class_name,
-                "score": None if one.selected.score is None else number(one.selected.score),
+                "score": None if score is None else number(score),
+                "score_name": word,
                 "file": one.selected.key,
                 "reason": one.reason,
                 "boxes": boxes,
                 "heat": heat,
-                "tile": data_uri(to_picture(one.tile), _CELL),
-                "measured": one.measured,
-                "labels": [(n, share, 100 * share / largest, n == one.class_name) for n, share in one.labels],
+                "tile": data_uri(to_picture(one.tile), _CELL[0]),
+                "measured": [(name, value) for name, value in one.measured if name != word or score is None],
+                "labels": [(n, share, n == one.class_name) for n, share in one.labels],
             }
         )
     return cards

@@ -10,7 +10,6 @@ from typing import Any
 
 from ddfast.errors import UsageError
 from ddfast.output.evaluations import EVALUATIONS, evaluations_of_set
-from ddfast.report.contents import Fact
 from ddfast.wording import plural
 
 _REGIONS = {"chosen": "Images and their chosen regions. ", "all": "Images and all of their regions. "}
@@ -93,25 +92,71 @@ def _points(one: Mapping[str, Any]) -> str:
     return f"{better['points']:+.1f}{error}".replace("-", "\N{MINUS SIGN}")
 
 
-def student_facts(root: Path) -> list[Fact]:
-    """The answer to "better than random?" of the last comparison; without one how the last students did.
+@dataclass(frozen=True)
+class Verdict:
+    """The answer to "better than random?", and what it rests on.
+
+    Attributes:
+        answer: in a few words.
+        note: sentences below it.
+        command: what gives the answer, where there is none yet.
+        good: whether it is a yes.
+    """
+
+    answer: str
+    note: str
+    command: str = ""
+    good: bool = False
+
+
+_BASELINES = ("random", "random_hard")
+_COMPARE = "ddfast compare FOLDER --data DATA && ddfast report FOLDER"
+
+
+def verdict(root: Path, method: str) -> Verdict:
+    """What the last comparison says of the set; where there was none, how to find out.
 
     Raises:
         UsageError: `evaluations.json` is damaged.
     """
     held = evaluations_of_set(root)
     compared = [one for one in held if one.get("better_than_random")]
-    if not held:
-        return []
-    last = (compared or held)[-1]
     try:
-        top1 = _accuracy([float(value) for value in last["top1"]])
-        said = f"top-1 of {last['arch']}, {_LABELS[last['labels']]}"
         if compared:
-            return [Fact("Better than random", _points(last), f"percentage points: {top1} {said}")]
-        return [Fact("Students", top1, said)]
+            return _compared(compared[-1])
+        alone = _alone(held[-1]) if held else ""
     except _DAMAGED as error:
         raise _damaged(root, error) from error
+    if method in _BASELINES:
+        return Verdict("This is the random set", f"{alone}Others are measured by it:".strip(), _COMPARE)
+    return Verdict(
+        "Not measured yet",
+        f"{alone}Students of this set and of as many random images, trained by one recipe, give the answer:",
+        _COMPARE,
+    )
+
+
+def _alone(one: Mapping[str, Any]) -> str:
+    top1 = [float(value) for value in one["top1"]]
+    return f"Students reach {_accuracy(top1)} ({one['arch']}, {_LABELS[one['labels']]}), which alone says little. "
+
+
+def _compared(one: Mapping[str, Any]) -> Verdict:
+    points, error = float(one["better_than_random"]["points"]), float(one["better_than_random"]["error"])
+    top1 = [float(value) for value in one["top1"]]
+    several = len(top1) > 1
+    if abs(points) <= error:
+        answer = f"Not shown: {_points(one)} points"
+    else:
+        answer = f"{'Yes, by' if points > 0 else 'No, worse by'} {abs(points):.1f}"
+        answer += (f" ± {error:.1f}" if several else "") + " points"
+    spread = (
+        "± is the standard error of the difference."
+        if several
+        else "One student each: how far it would spread is not known."
+    )
+    how = f"top-1 of {one['arch']}, {_LABELS[one['labels']]}"
+    return Verdict(answer, f"Students reach {_accuracy(top1)} ({how}). {spread}", good=points > error)
 
 
 _DAMAGED = (KeyError, TypeError, ValueError, AttributeError)

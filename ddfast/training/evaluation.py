@@ -18,8 +18,10 @@ from ddfast.errors import UsageError
 from ddfast.history import History, check_history
 from ddfast.isolation import isolated
 from ddfast.models.class_order import read_class_order
+from ddfast.models.published import published
 from ddfast.models.registry import check_model
 from ddfast.models.teacher import Teacher, load_teacher, with_class_order, with_outputs_in
+from ddfast.ops._dispatch import say_slow_ops
 from ddfast.ops.precision import PRECISIONS
 from ddfast.output.whitening import read_whitening
 from ddfast.progress import Outlook, say, ways_of_machine
@@ -214,7 +216,7 @@ def evaluate(
         teacher = teacher()
     if teacher is not None and not isinstance(teacher, Teacher):
         teacher = path_of(teacher, "teacher") if not isinstance(teacher, str) else teacher
-        names = None if class_order is None else opened.class_names
+        names = None if class_order is None and published(teacher) is None else opened.class_names
         teacher = load_teacher(teacher, class_order=class_order, class_names=names)
     elif teacher is not None and class_order is not None:
         teacher = with_class_order(teacher, class_order, opened.class_names)
@@ -238,6 +240,7 @@ def evaluate(
         test = read_test_set(source, images.image_size, workers=workers, quiet=quiet)
     if teacher is not None and preflight:
         _try_on_test(teacher, test, images, where, quiet)
+    say_slow_ops(where, quiet=quiet)
     if where.type == "cpu":
         warn_of_crowding(neighbours, torch.get_num_threads(), "OMP_NUM_THREADS={}".format, quiet=quiet)
     tested = test if images.whitening is None else whitened(test, images.whitening)

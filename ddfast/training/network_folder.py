@@ -29,6 +29,7 @@ from ddfast.files import atomic_write_text, make_folder, sweep_temporary
 from ddfast.isolation import on_threads
 from ddfast.models.registry import check_model
 from ddfast.models.teacher import Teacher, load_teacher, read_header
+from ddfast.ops._dispatch import say_slow_ops
 from ddfast.ops.precision import compute_dtype
 from ddfast.progress import Outlook, say, ways_of_machine
 from ddfast.ranks import usable_cores
@@ -262,6 +263,7 @@ def train_networks(
             test = read_test_set(test_source, config.image_size, workers=workers, quiet=quiet)
         samples = None if places is None else source.samples.take(places)
         train = read_training_set(source, config.image_size, samples=samples, workers=workers, quiet=quiet)
+        say_slow_ops(where, quiet=quiet)
         if where.type == "cpu":
             warn_of_crowding(neighbours, torch.get_num_threads(), "OMP_NUM_THREADS={}".format, quiet=quiet)
         with on_threads(arithmetic["threads"]):

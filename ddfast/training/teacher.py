@@ -28,6 +28,7 @@ from ddfast.history import History, check_history
 from ddfast.isolation import isolated, on_threads
 from ddfast.models.registry import COMMON_IMAGE, check_model, create_model
 from ddfast.models.teacher import Teacher, load_teacher, read_header, teacher_bytes
+from ddfast.ops._dispatch import say_slow_ops
 from ddfast.ops.precision import compute_dtype
 from ddfast.progress import Outlook, Progress, say, ways_of_machine
 from ddfast.ranks import usable_cores
@@ -155,6 +156,7 @@ def train_teacher(
     else:
         test = read_test_set(test_source, config.image_size, workers=workers, quiet=quiet)
     train = read_training_set(source, config.stored_size, workers=workers, quiet=quiet)
+    say_slow_ops(where, quiet=quiet)
     if where.type == "cpu":
         warn_of_crowding(neighbours, torch.get_num_threads(), "OMP_NUM_THREADS={}".format, quiet=quiet)
     said = {**asdict(config), "data": str(data)}

@@ -61,9 +61,9 @@ class Page(HTMLParser):
         given = dict(attrs)
         if tag == "img":
             self.images.append(given)
-        elif tag == "svg":
+        elif tag == "svg" and "role" in given:
             self.labels.append(given.get("aria-label") or "")
-        elif tag not in ("meta", "br", "line", "rect", "path", "circle", "i"):
+        elif tag not in ("meta", "br", "line", "rect", "path", "circle", "i", "svg"):
             self._open.append(tag)
 
     def handle_endtag(self, tag):
@@ -97,6 +97,7 @@ def test_the_page_shows_before_after_curve_and_files(tmp_path):
     )
     page = page_of(tmp_path)
     assert page.headings == [
+        "Better than random?",
         "Before and after",
         "How it went",
         "What 8 bits cost",
@@ -144,7 +145,7 @@ def test_the_page_shows_before_after_curve_and_files(tmp_path):
             "Test accuracy",
         )
     ]
-    for change in ("10.0 → 6.00", "0.250 → 0.210", "25.0% → 25.0%", "30.0% → 34.0%"):
+    for change in ("from 10.0 to 6.00", "from 0.250 to 0.210", "from 25.0% to 25.0%", "from 30.0% to 34.0%"):
         assert change in page.text
     assert "means over 2 groups of classes" in page.text
 
@@ -152,7 +153,8 @@ def test_the_page_shows_before_after_curve_and_files(tmp_path):
 def test_what_is_not_there_leaves_no_empty_section(tmp_path):
     write_made(tmp_path, NAMES, before=False, curve=[], options={"synthesize": {}}, data=None)
     page = page_of(tmp_path)
-    assert page.headings == ["The distilled images", "What 8 bits cost", "Files, and how to open them"]
+    assert page.headings[0] == "Better than random?"
+    assert page.headings[1:] == ["The distilled images", "What 8 bits cost", "Files, and how to open them"]
     assert not page.labels
     assert len(page.images) == 6
     assert "6 images, made pixel by pixel" in page.text
