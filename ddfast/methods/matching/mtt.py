@@ -167,7 +167,8 @@ class MTT(Matching):
 
     def make_networks(self) -> Networks:
         """A student, whose weights each step hands in."""
-        return _Student(self.options.arch)
+        self._student = _Student(self.options.arch)
+        return self._student
 
     def loss(  # type: ignore[override]
         self, weights: dict[str, Tensor], start: dict[str, Tensor], goal: dict[str, Tensor]
@@ -192,7 +193,7 @@ class MTT(Matching):
         ):
             batches = self._batches(number, group, pixels, context)
             found = unrolled_gradient(
-                self.networks.at(number, state, context),
+                self._student.network(context),
                 start,
                 [(images.detach(), labels) for images, labels in batches],
                 lambda weights: self.loss(weights, start, goal),
@@ -383,8 +384,12 @@ class _Student(Networks):
         self._arch = arch
         self._built: tuple[Any, nn.Module] | None = None
 
-    def at(self, step: int, state: State, context: Context, *rest: Any) -> nn.Module:
-        """See `Networks`: in train mode."""
+    def at(self, step: int, state: State, *where: Any) -> nn.Module:
+        """See `Networks`."""
+        return self.network(where[-1])
+
+    def network(self, context: Context) -> nn.Module:
+        """The student on the context's device, in train mode."""
         kind = (context.classes, context.image_size, context.device)
         if self._built is None or self._built[0] != kind:
             with seeded("student"):
