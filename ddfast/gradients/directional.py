@@ -7,9 +7,10 @@ a distance D compares g with another gradient, v = dD/dg makes of it the gradien
     gradients = differentiable_gradients(loss, weights)
     found = along(gradients, direction, [*weights, images])
 
-Both passes run in reverse (a backward pass of the backward pass). Forward mode over reverse mode takes as many passes
-over the layers, nine convolutions of each, but computes the two tangents of every product apart, and has no rule for
-fused ops: `python -m bench directional` compares them.
+Both passes run in reverse (a backward pass of the backward pass). Forward mode over reverse mode takes as many products
+of every layer, nine, but computes the two tangents of each apart, has no rule for GroupNorm's backward pass nor for
+fused ops, and took 1.1 times as long on a ConvNet whose norm was made of operations that have one (1.7 times as long as
+this on PyTorch's norm; 50 images of 32 px, one thread): `python -m bench directional` compares them.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from ddfast.training.mixing import check_autoaugment, check_labels
 from ddfast.training.preflight import check_reading, drawn_places, images_to_try, read_images, try_teacher
 from ddfast.training.protocol import PROTOCOLS, Protocol, protocol_named
 from ddfast.training.recipe import data_digests, recipe_hash
-from ddfast.training.student import train_student
+from ddfast.training.student import takes_learned_rate, train_student
 from ddfast.wording import argument, did_you_mean, plural, setting
 
 if TYPE_CHECKING:
@@ -243,6 +243,8 @@ def evaluate(
     say_slow_ops(where, quiet=quiet)
     if where.type == "cpu":
         warn_of_crowding(neighbours, torch.get_num_threads(), "OMP_NUM_THREADS={}".format, quiet=quiet)
+    if takes_learned_rate(rules, images):
+        say(f"students learn at the rate that came with the images, {images.learned_rate:.4g}", quiet=quiet)
     tested = test if images.whitening is None else whitened(test, images.whitening)
     students = []
     own = ways_of_machine(where.type, torch.get_num_threads(), usable_cores(), "OMP_NUM_THREADS={}".format)

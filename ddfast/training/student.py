@@ -138,7 +138,8 @@ def train_student(
     if rules.statistics_twice:
         count_batches_twice(student)
     lr = rules.lr_for(arch, teacher_arch, classes, size)
-    if rules.name == _LEARNED and distilled.learned_rate is not None:
+    if takes_learned_rate(rules, distilled):
+        assert distilled.learned_rate is not None
         lr = distilled.learned_rate
     fitting = Fitting(student, lambda model: rules.make_optimizer(model, lr), where, precision)
     augmentation = StudentAugmentation(distilled, rules, seed=seed, autoaugment=autoaugment, device=where)
@@ -199,6 +200,11 @@ def train_student(
         batch_size=batch_size,
         steps=passes * steps_of_a_pass(len(distilled.labels), batch_size),
     )
+
+
+def takes_learned_rate(rules: Protocol, distilled: DistilledImages) -> bool:
+    """Whether students learn at a rate that was optimised with their images, in place of the protocol's."""
+    return rules.name == _LEARNED and distilled.learned_rate is not None
 
 
 def steps_of_a_pass(images: int, batch_size: int) -> int:

@@ -167,7 +167,8 @@ class MTT(Matching):
 
     def make_networks(self) -> Networks:
         """A student, whose weights each step hands in."""
-        return _Student(self.options.arch)
+        self._student = _Student(self.options.arch)
+        return self._student
 
     def loss(  # type: ignore[override]
         self, weights: dict[str, Tensor], start: dict[str, Tensor], goal: dict[str, Tensor]
@@ -184,7 +185,6 @@ class MTT(Matching):
         group = state.group
         state.tensors = {name: tensor.to(context.device) for name, tensor in state.tensors.items()}
         start, goal = self._drawn(number, context)
-        network = self.networks.at(number, state, pool, context)
         pixels = state.pixels.detach().requires_grad_()
         rate = state.tensors["learned_rate"]
         with (
@@ -193,7 +193,7 @@ class MTT(Matching):
         ):
             batches = self._batches(number, group, pixels, context)
             found = unrolled_gradient(
-                network,
+                self._student.network(context),
                 start,
                 [(images.detach(), labels) for images, labels in batches],
                 lambda weights: self.loss(weights, start, goal),
@@ -202,7 +202,9 @@ class MTT(Matching):
             )
             (gradient,) = torch.autograd.grad([images for images, _ in batches], pixels, found.images)
             measured = {"loss": found.value, "gradient_norm": torch.linalg.vector_norm(gradient)}
-            scale, cmi_gradient = self._scaled_cmi(number, network, state, pixels, context, measured)
+            scale, cmi_gradient = self._scaled_cmi(
+                number, self._student.network(context), state, pixels, context, measured
+            )
         if cmi_gradient is not None:
             gradient = gradient + cmi_gradient
         # SGD with momentum, of the pixels and of the students' learning rate. No bounds: pixels may leave the range.
@@ -391,7 +393,11 @@ class _Student(Networks):
         self._built: tuple[Any, nn.Module] | None = None
 
     def at(self, step: int, state: State, pool: ClassPool, context: Context) -> nn.Module:
-        """See `Networks`: in train mode."""
+        """See `Networks`."""
+        return self.network(context)
+
+    def network(self, context: Context) -> nn.Module:
+        """The student on the context's device, in train mode."""
         kind = (context.classes, context.image_size, context.device)
         if self._built is None or self._built[0] != kind:
             with seeded("student"):

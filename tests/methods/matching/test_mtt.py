@@ -112,7 +112,7 @@ def prepared(pool, **options):
         torch.manual_seed(0)
         network = create_model("convnet3_in", 3, 16, width=8).double()
     method._experts = Held(network, 4)
-    method.networks._built = ((context.classes, context.image_size, context.device), network.train())
+    method._student._built = ((context.classes, context.image_size, context.device), network.train())
     state = method.begin(method.groups(3, 2)[0], pool, context)
     state.tensors = {name: tensor.double() for name, tensor in state.tensors.items()}
     return method, context, state, network
