@@ -493,8 +493,8 @@ GOOD = {
         ({"loss": lambda outputs, targets: outputs.sum(dim=1)}, r"must be a scalar, got torch.float64 \[4\]"),
         ({"model": lambda images: images}, "model must be a torch module, got function"),
     ],
-    ids=str,
-)  # fmt: skip
+    ids=lambda given: next(iter(given)) if isinstance(given, dict) else None,
+)
 def test_bad_arguments_get_one_line(wrong, said):
     with pytest.raises((ValueError, TypeError), match=said) as refused:
         ddfast.unrolled_gradient(**{**GOOD, **wrong})

@@ -176,7 +176,7 @@ class UDD(IDC):
         return torch.cat([images, regions.flatten(1, 2)], dim=1)
 
     def _subsampled(self, made: Tensor, label: int, number: int, context: Context) -> Tensor:
-        """At most 128 of a class in a step: the images themselves, and as many regions as there is room for (UD-11)."""
+        """At most 128 of a class in a step: the images themselves, and as many regions as there is room for."""
         most, images = int(self.synthetic_batch or len(made)), context.ipc
         if len(made) <= most:
             return made
@@ -189,7 +189,7 @@ class UDD(IDC):
 
     @torch.no_grad()
     def regions(self, images: Tensor, pool: Callable[[], ClassPool], context: Context) -> tuple[Regions, str]:
-        """The regions that students see (UD-6): chosen once, by a network that was trained on real images."""
+        """The regions that students see: chosen once, by a network that was trained on real images."""
         self.open(context)
         if context.teacher is not None:
             network, said = (
@@ -285,7 +285,7 @@ def corner_windows(side: int, sizes: str) -> Tensor:
 
     Args:
         side: of the images, in pixels.
-        sizes: shares of it, with commas between; a window's side is rounded to whole pixels (UD-5: 11, 16, 21 of 32).
+        sizes: shares of it, with commas between; a window's side is rounded to whole pixels: 11, 16 and 21 of 32.
 
     Returns:
         x0, y0, x1, y1 in pixels, x1 and y1 exclusive: top left, top right, bottom left, bottom right of the first size,

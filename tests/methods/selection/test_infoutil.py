@@ -184,7 +184,7 @@ TABLE = Table(COLUMNS)
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        # The paper (IU-8, IU-15): highest norm in each image, then among the images.
+        # The paper: highest norm in each image, then among the images.
         ({"within": "max_norm", "rank_by": "grad_norm", "order": "high"}, [4, 0, 3]),
         ({"within": "max_norm", "rank_by": "grad_norm", "order": "low"}, [3, 0, 4]),
         # The default at one tile: clean crops, lowest loss.
