@@ -13,6 +13,7 @@ from ddfast.data.pool import ClassPool
 from ddfast.errors import UsageError
 from ddfast.methods.base import Context, Method
 from ddfast.output.pixels import CURVE as CURVE  # the names of a state's curve
+from ddfast.output.pixels import CURVE_OF_SOME as CURVE_OF_SOME
 from ddfast.output.whitening import Whitening
 from ddfast.wording import argument
 
@@ -38,7 +39,8 @@ class State:
         group: whose state it is.
         tensors: by name; "pixels" is among them, float32 [N, 3, H, W], the images of the group class by class.
         step: steps that are done.
-        curve: a row for every step that was noted, by the names of `CURVE`; what a row lacks was not measured.
+        curve: a row for every step that was noted, by the names of `CURVE` and `CURVE_OF_SOME`; what a row lacks was
+            not measured.
     """
 
     group: Group

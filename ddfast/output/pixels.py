@@ -42,6 +42,9 @@ CURVE = {
 }
 """Columns of curve.parquet behind `group` and `step`: what each one is."""
 
+CURVE_OF_SOME = {"learned_rate": "learning rate of students that is optimised with the images"}
+"""Columns behind those, of the methods that have them."""
+
 _AGAIN = "finish it with the same distill command and --resume"
 _KEYS = ("group", "step")
 
@@ -217,15 +220,18 @@ def _channels(values: Sequence[float], like: Tensor) -> Tensor:
 # Curve -------------------------------------------------------------------------------------------------------
 
 
-def curve_schema() -> pa.Schema:
-    """Columns of `curve.parquet`: group int32, step int64, then those of `CURVE`, float64, null where not measured."""
+def curve_schema(more: Sequence[str] = ()) -> pa.Schema:
+    """Columns of `curve.parquet`: group int32, step int64, then those of `CURVE`, float64, null where not measured.
+
+    `more`: names of `CURVE_OF_SOME`, behind them.
+    """
     import pyarrow as pa
 
     return pa.schema(
         [
             pa.field("group", pa.int32(), nullable=False),
             pa.field("step", pa.int64(), nullable=False),
-            *(pa.field(name, pa.float64()) for name in CURVE),
+            *(pa.field(name, pa.float64()) for name in (*CURVE, *more)),
         ]
     )
 
@@ -235,8 +241,8 @@ def write_curve(root: str | Path, rows: Iterable[Mapping[str, float | None]]) ->
 
     Args:
         root: the output folder.
-        rows: "group", "step" and what was measured there, by the names of `CURVE`. What a row lacks, or what is
-            None, NaN or infinite in it, becomes null.
+        rows: "group", "step" and what was measured there, by the names of `CURVE` and of `CURVE_OF_SOME`. What a row
+            lacks, or what is None, NaN or infinite in it, becomes null.
 
     Raises:
         ValueError: a row without group or step, an unknown name, or two rows of one step.
@@ -250,12 +256,13 @@ def write_curve(root: str | Path, rows: Iterable[Mapping[str, float | None]]) ->
     for row, following in itertools.pairwise(ordered):
         if _place(row) == _place(following):
             raise ValueError(f"the curve has step {row['step']} of group {row['group']} twice")
-    schema = curve_schema()
-    columns: dict[str, list[Any]] = {"group": [], "step": [], **{name: [] for name in CURVE}}
+    names = (*CURVE, *(name for name in CURVE_OF_SOME if any(name in row for row in ordered)))
+    schema = curve_schema(names[len(CURVE) :])
+    columns: dict[str, list[Any]] = {"group": [], "step": [], **{name: [] for name in names}}
     for row in ordered:
         for key, place in zip(_KEYS, _place(row), strict=True):
             columns[key].append(place)
-        for name in CURVE:
+        for name in names:
             value = row.get(name)
             columns[name].append(None if value is None or not math.isfinite(value) else float(value))
     arrays = [pa.array(columns[field.name], field.type) for field in schema]
@@ -264,7 +271,7 @@ def write_curve(root: str | Path, rows: Iterable[Mapping[str, float | None]]) ->
 
 def _place(row: Mapping[str, float | None]) -> tuple[int, int]:
     """(group, step) of a row, whose names are checked."""
-    unknown = [name for name in row if name not in _KEYS and name not in CURVE]
+    unknown = [name for name in row if name not in (*_KEYS, *CURVE, *CURVE_OF_SOME)]
     if unknown:
         raise ValueError(f"a row of the curve may hold group, step, {', '.join(CURVE)}; got {unknown[0]!r}")
     found = []

@@ -19,7 +19,7 @@ from torch import Tensor
 from ddfast.data.pool import DecodedPool
 from ddfast.errors import DivergedError
 from ddfast.files import make_folder
-from ddfast.methods.synthesis import CURVE, Group, State, Synthesis
+from ddfast.methods.synthesis import CURVE, CURVE_OF_SOME, Group, State, Synthesis
 from ddfast.output.distilled import image_path, metadata_row, write_image, write_metadata
 from ddfast.output.mosaic import mosaic_labels
 from ddfast.output.pixels import to_bytes, write_before, write_curve, write_pixels
@@ -152,7 +152,8 @@ def _as_tensors(state: State) -> dict[str, Tensor]:
         f"{_COLUMN}{name}": torch.tensor(
             [row.get(name, float("nan")) for row in state.curve], dtype=torch.float64
         )
-        for name in ("step", *CURVE)
+        for name in ("step", *CURVE, *CURVE_OF_SOME)
+        if name not in CURVE_OF_SOME or any(name in row for row in state.curve)
     }
     return {**state.tensors, **columns, "step": torch.tensor(state.step)}
 

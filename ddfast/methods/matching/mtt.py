@@ -222,7 +222,7 @@ class MTT(Matching):
             "learned_rate_momentum": rate_velocity,
             "cmi_scale": scale,
         }
-        state.curve.append({"step": float(number), **row})
+        state.curve.append({"step": float(number), **row, "learned_rate": float(rate)})
         return row["loss"]
 
     def _drawn(self, number: int, context: Context) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -249,7 +249,10 @@ def test_a_run_leaves_a_set_with_its_learning_rate(undisturbed, experts):
     ]
     assert "experts" not in manifest["options"]["synthesize"]
     assert "real_batch" not in manifest["options"]["synthesize"]
-    assert [(row["group"], row["step"]) for row in read_curve(undisturbed)] == [(0, 0), (0, 1), (0, 2)]
+    curve = read_curve(undisturbed)
+    assert [(row["group"], row["step"]) for row in curve] == [(0, 0), (0, 1), (0, 2)]
+    assert curve[0]["learned_rate"] == SETTINGS["lr_student"]  # before the step
+    assert curve[1]["learned_rate"] != curve[2]["learned_rate"] != pixels.learned_rate
 
 
 @pytest.mark.parametrize("stop", [1, 2])
