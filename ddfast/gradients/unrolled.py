@@ -127,8 +127,9 @@ def unrolled_gradient(
             training, start, batches, rate, momentum, weight_decay, budget, steps_back
         )
         value, adjoint = _objective(objective, training.names, weights)
-        images: list[Tensor | None] = [_zeros(batch[0]) for batch in batches]
-        targets: list[Tensor | None] = [_zeros(batch[1]) for batch in batches]
+        # Filled as the weights of the steps are given up, so that both are never held for all steps.
+        images: list[Tensor | None] = [None] * len(batches)
+        targets: list[Tensor | None] = [None] * len(batches)
         of_rate = torch.zeros((), dtype=torch.float64, device=value.device)
         velocity = [torch.zeros_like(w) for w in weights] if momentum else []
         last = len(batches) - steps_back
@@ -153,6 +154,8 @@ def unrolled_gradient(
                     for a, h, v in zip(adjoint, hessian, velocity, strict=True)
                 ]
             del taken, found, step
+        for number in range(last):
+            images[number], targets[number] = map(_zeros, batches[number])
         if before:  # what a truncated training moves on with
             of_rate = of_rate - momentum * inner(before, velocity)
     like = lr if isinstance(lr, Tensor) else start[0]
