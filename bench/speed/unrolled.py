@@ -37,7 +37,7 @@ Weights = dict[str, Tensor]
 @speed_entry(
     "mtt_iteration",
     what="an iteration of MTT against its authors' own loop: time, and peak memory",
-    minutes=4,
+    minutes=3,
     targets={"cpu": {"ddfast": Target(1 / 1.3, memory=0.15)}},
 )
 def mtt_iteration(settings: Settings) -> Iterator[Measurable]:
@@ -100,7 +100,7 @@ def mtt_iteration(settings: Settings) -> Iterator[Measurable]:
         peer=Contender("mtt-distillation, distill.py", peer.step),
         gate=gate,
         unit="iterations",
-        rounds=3,
+        rounds=2,
         long=True,
     )
 

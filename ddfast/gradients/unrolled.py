@@ -127,8 +127,9 @@ def unrolled_gradient(
             training, start, batches, rate, momentum, weight_decay, budget, steps_back
         )
         value, adjoint = _objective(objective, training.names, weights)
-        images: list[Tensor | None] = [_zeros(batch[0]) for batch in batches]
-        targets: list[Tensor | None] = [_zeros(batch[1]) for batch in batches]
+        # Filled as the weights of the steps are given up, so that both are never held for all steps.
+        images: list[Tensor | None] = [None] * len(batches)
+        targets: list[Tensor | None] = [None] * len(batches)
         of_rate = torch.zeros((), dtype=torch.float64, device=value.device)
         velocity = [torch.zeros_like(w) for w in weights] if momentum else []
         last = len(batches) - steps_back
@@ -153,6 +154,8 @@ def unrolled_gradient(
                     for a, h, v in zip(adjoint, hessian, velocity, strict=True)
                 ]
             del taken, found, step
+        for number in range(last):
+            images[number], targets[number] = map(_zeros, batches[number])
         if before:  # what a truncated training moves on with
             of_rate = of_rate - momentum * inner(before, velocity)
     like = lr if isinstance(lr, Tensor) else start[0]
@@ -265,9 +268,7 @@ def _forth(
         step = _Step(weights, batch)
         seen = _Buffers(training.model) if number == 0 else None
         if number >= len(batches) - steps_back and budget.left:
-            step.kept = budget.kept(lambda: training.taken(weights, batch))  # noqa: B023 - called at once
-        if step.kept is not None:
-            gradients = tuple(gradient.detach() for gradient in step.kept.gradients)
+            gradients, step.kept = budget.spent(training, weights, batch)
         else:
             gradients = training.gradients(weights, batch)
         if seen is not None:
@@ -311,16 +312,22 @@ class _Budget:
 
     left: int
 
-    def kept(self, take: Callable[[], _Taken]) -> _Taken | None:
-        """A step, where its activations may be kept. After the first one for which they may not, none is tried."""
+    def spent(
+        self, training: _Training, weights: Sequence[Tensor], batch: Batch
+    ) -> tuple[tuple[Tensor, ...], _Taken | None]:
+        """A step's gradients, and the step with its graph where that may be kept.
+
+        After the first one that may not be, none is tried.
+        """
         size = _Measured()
         with size:
-            taken = take()
+            taken = training.taken(weights, batch)
+        gradients = tuple(gradient.detach() for gradient in taken.gradients)
         if size.bytes > self.left:
             self.left = 0
-            return None
+            return gradients, None
         self.left -= size.bytes
-        return taken
+        return gradients, taken
 
 
 class _Measured(torch.autograd.graph.saved_tensors_hooks):

@@ -26,6 +26,7 @@ from ddfast.errors import UsageError, one_line
 from ddfast.files import atomic_folder, atomic_write_text
 from ddfast.output.distilled import MANIFEST, SOFT_LABELS, DistilledSet
 from ddfast.output.pixels import PIXELS
+from ddfast.output.whitening import WHITENING
 from ddfast.wording import argument, plural
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def export_huggingface(
             places = range(number * per_file, min((number + 1) * per_file, len(opened)))
             path = folder / "data" / f"train-{number:05d}-of-{files:05d}.parquet"
             _write_rows(path, opened, places, names)
-        for name in (MANIFEST, SOFT_LABELS, PIXELS):
+        for name in (MANIFEST, SOFT_LABELS, PIXELS, WHITENING):
             if (opened.root / name).is_file():
                 shutil.copyfile(opened.root / name, folder / name)
         atomic_write_text(folder / "README.md", card(opened))
@@ -224,6 +225,10 @@ def card(opened: DistilledSet) -> str:
     if opened.pixels is not None:
         extras.append(
             f"The images were optimised in float32: `{PIXELS}` holds them ({opened.pixels.space} pixels), unrounded."
+        )
+    if (opened.root / WHITENING).is_file():
+        extras.append(
+            f"Those pixels are whitened (ZCA) in place of a normalisation: `{WHITENING}` whitens test images."
         )
     shown = [" ".join(name.split()).replace("|", "\\|") for name in opened.display_names[:_SHOWN_CLASSES]]
     more = len(opened.class_names) - len(shown)

@@ -56,6 +56,9 @@ GUIDED = {
 }
 """The same of methods that sample from a diffusion prior."""
 
+WITH_RATE = {**CURVE, "learned_rate": "learning rate of students that is optimised with the images"}
+"""The same of methods that optimise a learning rate with the pixels."""
+
 _AGAIN = "finish it with the same distill command and --resume"
 _KEYS = ("group", "step")
 
@@ -315,7 +318,7 @@ def write_curve(
         root: the output folder.
         rows: "group", "step" and what was measured there, by the names of `columns`. What a row lacks, or what is
             None, NaN or infinite in it, becomes null.
-        columns: what a row may hold, `CURVE` or `GUIDED`.
+        columns: what a row may hold, `CURVE`, `WITH_RATE` or `GUIDED`.
 
     Raises:
         ValueError: a row without group or step, an unknown name, or two rows of one step.

@@ -8,7 +8,8 @@
     00000012.pixels.npy        float32 [3, S, S], what students train on, where the images were optimised
 
 A set with hard labels has no soft_label.npy, and its temperature is null; one with pixels says in every JSON how to
-read them: space, mean and std, factor, learned_rate.
+read them: space, mean and std, factor, learned_rate. Where they are whitened, `zca.safetensors` stands beside the
+shards.
 `classes.txt` beside the shards names the classes, one a line in label order, so that `--data` takes the shards
 as well. Samples keep the order of `train/metadata.jsonl`; equal sets give equal bytes.
 """
@@ -26,8 +27,9 @@ import numpy as np
 
 from ddfast.arguments import output_file, path_of, whole_number
 from ddfast.errors import UsageError, one_line
-from ddfast.files import atomic_path, atomic_write_text, make_folder
+from ddfast.files import atomic_path, atomic_write_bytes, atomic_write_text, make_folder
 from ddfast.output.distilled import DistilledSet
+from ddfast.output.whitening import WHITENING
 
 IMAGES_PER_SHARD = 10_000
 _NUMBER = re.compile(r"\{(0+)\.\.\}")
@@ -58,7 +60,9 @@ def export_webdataset(
     paths = _shard_paths(str(out), max(1, -(-len(opened) // images_per_shard)))
     names = paths[0].parent / "classes.txt"
     output_file(paths[0])
-    standing = [path for path in (*paths, names) if path.exists()]
+    whitening, kept = opened.root / WHITENING, paths[0].parent / WHITENING
+    extra = [kept] if whitening.is_file() else []
+    standing = [path for path in (*paths, *extra, names) if path.exists()]
     if standing:
         raise UsageError(f"{standing[0]} exists already: delete it or choose another path")
     broken = [name for name in opened.class_names if "\n" in name or "\r" in name]
@@ -77,6 +81,8 @@ def export_webdataset(
                     info = tarfile.TarInfo(name)  # time 0, owner 0: the bytes depend on the set alone
                     info.size = len(data)
                     shard.addfile(info, io.BytesIO(data))
+    if extra:
+        atomic_write_bytes(kept, whitening.read_bytes())
     atomic_write_text(names, "".join(f"{name}\n" for name in opened.class_names))
     return paths
 
@@ -114,6 +120,7 @@ def _files(opened: DistilledSet, index: int) -> Iterator[tuple[str, bytes]]:
         record |= {"mean": opened.mean, "std": opened.std}
         if pixels.regions is not None:
             record["regions"] = pixels.regions.boxes()[index].tolist()
+        record |= {"whitening": WHITENING} if (opened.root / WHITENING).is_file() else {}
     yield f"{key}{path.suffix}", image
     yield f"{key}.cls", str(row["label"]).encode()
     yield f"{key}.json", json.dumps(record, ensure_ascii=False, allow_nan=False).encode()

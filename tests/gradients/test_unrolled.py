@@ -237,7 +237,7 @@ class Drawing(nn.Module):
         return self.body(functional.dropout(images, 0.3)) * scale
 
 
-@pytest.mark.parametrize("budget", [0, 2**40])
+@pytest.mark.parametrize("budget", [0, 1, 30_000, 2**40])  # of five steps, none, and some, fit
 def test_a_step_that_draws_is_computed_again_with_the_same_draws(budget):
     import numpy as np
 

@@ -31,6 +31,7 @@ from ddfast.models.fusing import fuse
 from ddfast.models.registry import create_model
 from ddfast.ops.precision import autocast
 from ddfast.ops.transfer import to_device
+from ddfast.output.pixels import WITH_RATE
 from ddfast.output.whitening import Whitening
 from ddfast.seeding import generator, seeded
 from ddfast.settings import option
@@ -96,6 +97,7 @@ class MTT(Matching):
     name = "mtt"
     summary = "synthetic images that train a network along the way that real ones train it (MTT, CVPR 2022)"
     Options = MTTOptions
+    measures = WITH_RATE
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "cifar10_ipc1": {
             "syn_steps": 50,
@@ -224,7 +226,7 @@ class MTT(Matching):
             "learned_rate_momentum": rate_velocity,
             "cmi_scale": scale,
         }
-        state.curve.append({"step": float(number), **row})
+        state.curve.append({"step": float(number), **row, "learned_rate": float(rate)})
         return row["loss"]
 
     def _drawn(self, number: int, context: Context) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

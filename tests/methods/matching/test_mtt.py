@@ -14,6 +14,7 @@ from ddfast.cli import main
 from ddfast.errors import DivergedError, UsageError
 from ddfast.methods.matching.mtt import MTT
 from ddfast.models import create_model
+from ddfast.output import export_huggingface, export_webdataset
 from ddfast.output.pixels import read_curve, read_pixels
 from ddfast.output.whitening import Whitening, read_whitening
 from ddfast.pipeline import judging, synthesize
@@ -249,7 +250,10 @@ def test_a_run_leaves_a_set_with_its_learning_rate(undisturbed, experts):
     ]
     assert "experts" not in manifest["options"]["synthesize"]
     assert "real_batch" not in manifest["options"]["synthesize"]
-    assert [(row["group"], row["step"]) for row in read_curve(undisturbed)] == [(0, 0), (0, 1), (0, 2)]
+    curve = read_curve(undisturbed)
+    assert [(row["group"], row["step"]) for row in curve] == [(0, 0), (0, 1), (0, 2)]
+    assert curve[0]["learned_rate"] == SETTINGS["lr_student"]  # before the step
+    assert curve[1]["learned_rate"] != curve[2]["learned_rate"] != pixels.learned_rate
 
 
 @pytest.mark.parametrize("stop", [1, 2])
@@ -360,6 +364,10 @@ def test_whitening_goes_with_the_set(toy_folder, whitened_experts, proxies, tmp_
         assert test.dtype == torch.float32
         back = whitening.undone(test) * 255
         torch.testing.assert_close(back, back.round(), atol=2e-2, rtol=0)
+    export_webdataset(out, tmp_path / "shards" / "all.tar")
+    export_huggingface(out, tmp_path / "hub")
+    for folder in ("shards", "hub"):
+        assert (tmp_path / folder / "zca.safetensors").read_bytes() == held
     with pytest.raises(UsageError, match="trained on whitened images: give normalization='none'"):
         distil(toy_folder, whitened_experts, tmp_path / "out", max_start_epoch=1)
 
