@@ -603,9 +603,10 @@ Tensor augmented(const Tensor& images, const Tensor& parameters_, bool backward,
       last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
   if (images.numel() == 0) return result;
   const Tensor parameters = ddfast::contiguous(parameters_);
-  ddfast::dispatch_floating("siamese_augment", images.scalar_type(), [&]<typename Element>(std::type_identity<Element>) {
+  const auto run = [&]<typename Element>(std::type_identity<Element>) {
     augment_as<Element>(images, parameters, backward, linear, last, result);
-  });
+  };
+  ddfast::dispatch_floating("siamese_augment", images.scalar_type(), run);
   return result;
 }
 

@@ -80,7 +80,7 @@ def DiffAugment(x: Tensor, strategy: str = "", seed: int = -1, param: Any = None
     Raises:
         UsageError: an unknown operation or mode.
     """
-    if strategy in ("None", "none", ""):
+    if not strategy or strategy in ("None", "none"):
         return x
     param = ParamDiffAug() if param is None else param
     param.Siamese = seed != -1

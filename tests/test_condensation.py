@@ -192,7 +192,7 @@ def test_the_parameters_say_what_was_done_as_theirs_do():
 
 def test_nothing_to_do():
     x = images(2, 3, 8, 8)
-    for strategy in ("", "none", "None"):
+    for strategy in ("", "none", "None", None):
         assert DiffAugment(x, strategy, 3) is x
     assert DiffAugment(x[:0], DSA, 3).shape == (0, 3, 8, 8)
     torch.manual_seed(3)

@@ -19,8 +19,7 @@ from bench.speed.registry import (
     relative_error,
     speed_entry,
 )
-from ddfast import ops
-from ddfast.training.differentiable import CUTOUT, DSA, IDC_EVALUATION, Drawn, draw, draw_idc
+from ddfast.training.differentiable import CUTOUT, DSA, IDC_EVALUATION, Drawn, augment_groups, draw, draw_idc
 
 CLASSES, SIDE = 10, 32
 Augment = Callable[[Tensor], Tensor]
@@ -105,8 +104,7 @@ def _in_turn(augments: Sequence[Augment], images: Tensor) -> Tensor:
 
 def _at_once(drawn: Sequence[Drawn], images: Tensor) -> Tensor:
     """Images in as many equal parts as there are draws, one call for all of them."""
-    rows = [ops.augment_parameters(**each.given((SIDE, SIDE))) for each in drawn]
-    return ops.siamese_augment(images, torch.cat(rows))
+    return augment_groups(drawn, images.unflatten(0, (len(drawn), -1))).flatten(0, 1)
 
 
 def _class_by_class(augments: Sequence[Augment], images: Tensor) -> Tensor:

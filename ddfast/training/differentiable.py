@@ -13,6 +13,7 @@ of which the gradient, and its gradient, is one call too.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -90,24 +91,44 @@ class DrawnTogether:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Images float [B, C, H, W], augmented, in as few calls of the op as the order allows."""
-        size = _size(images)
-        given: dict[str, Any] = {}
-        last = -1
+        for given in self.calls(_size(images)):
+            rows = max(len(value[0] if isinstance(value, tuple) else value) for value in given.values())
+            unchanged = rows == 1 and set(given) == {"mirrored"} and not bool(given["mirrored"])
+            if rows > 0 and not unchanged:
+                images = siamese_augment(images, augment_parameters(rows, **given))
+        return images
+
+    def calls(self, size: tuple[int, int]) -> list[dict[str, Any]]:
+        """The arguments of `augment_parameters` of one call of the op after another, for images of a size."""
+        found: list[dict[str, Any]] = []
+        last = len(_ORDER)
         for each in self.drawn:
             place = _ORDER[each.operation]
             if place <= last:
-                images = _applied(images, given)
-                given = {}
-            given |= each.given(size)
+                found.append({})
+            found[-1] |= each.given(size)
             last = place
-        return _applied(images, given)
+        return found
 
 
-def _applied(images: Tensor, given: dict[str, Any]) -> Tensor:
-    rows = max((len(value[0] if isinstance(value, tuple) else value) for value in given.values()), default=0)
-    if rows == 0 or (rows == 1 and set(given) == {"mirrored"} and not bool(given["mirrored"])):
-        return images
-    return siamese_augment(images, augment_parameters(rows, **given))
+def augment_groups(drawn: Sequence[Drawn | DrawnTogether], images: Tensor) -> Tensor:
+    """Groups of images, each augmented by what was drawn for it, all in one call of the op.
+
+    Args:
+        drawn: for each group, with a single row.
+        images: float [G, n, C, H, W].
+
+    Returns:
+        [G, n, C, H, W], with the bits of one group after another.
+    """
+    size = _size(images)
+    given = [
+        (each if isinstance(each, DrawnTogether) else DrawnTogether((each,))).calls(size) for each in drawn
+    ]
+    flat = images.flatten(0, 1)
+    for calls in itertools.zip_longest(*given, fillvalue={}):
+        flat = siamese_augment(flat, torch.cat([augment_parameters(**arguments) for arguments in calls]))
+    return flat.unflatten(0, images.shape[:2])
 
 
 def draw(operation: str, rows: int, size: tuple[int, int], generator: torch.Generator) -> Drawn:

@@ -11,6 +11,7 @@ from ddfast.training.differentiable import (
     MOVES,
     Drawn,
     DrawnTogether,
+    augment_groups,
     draw,
     draw_idc,
     draw_one,
@@ -182,3 +183,13 @@ def test_idcs_evaluation_is_what_is_drawn_for_it():
 def test_an_unknown_operation_of_idc_is_named():
     with pytest.raises(ValueError, match="among colour, shift, cutout, flip, scale, rotation, got 'crop'"):
         draw_idc(("crop",), 1, (8, 8), torch.Generator())
+
+
+def test_groups_in_one_call_have_the_bits_of_one_after_another():
+    images = torch.randn(9, 4, 3, 8, 9, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(3)
+    drawn = [draw(operation, 1, (8, 9), generator) for operation in DSA]
+    drawn += [draw_idc(IDC_MATCHING, 1, (8, 9), generator), DrawnTogether(())]
+    drawn.append(DrawnTogether((drawn[5], drawn[0], drawn[4])))  # three calls
+    apart = torch.stack([augment(group) for augment, group in zip(drawn, images, strict=True)])
+    assert torch.equal(augment_groups(drawn, images), apart)
