@@ -42,6 +42,11 @@ _ROWS = {"cpu": 64, "cuda": 512}  # samples that go through a network at once, w
 _NOTES = 25  # times in a run that the unguided samples are measured, beside the last step
 
 
+def default_beta(ipc: int) -> float:
+    """beta at so many images a class: the values that Figure 6 shows, larger for larger sets."""
+    return 0.0 if ipc < 10 else 0.1 if ipc < 50 else 0.5
+
+
 @dataclass(frozen=True)
 class IGDSOptions:
     """Options of IGDS."""
@@ -97,6 +102,11 @@ class IGDSOptions:
         "sample the same noise without guidance beside, for the report; without it a run takes half the time",
         stage="synthesize",
     )
+    cfg: float = option(
+        1.0,
+        "scale of classifier-free guidance, of priors that were trained for it (DiT: 4 is usual); 1 for none",
+        stage="synthesize",
+    )
     class_batch: int = option(10, "classes that are sampled together, by one process", stage="synthesize")
 
     def __post_init__(self) -> None:
@@ -104,6 +114,7 @@ class IGDSOptions:
         self._set("steps", whole_number(self.steps, "steps", least=2))
         for name in ("eta", "clip"):
             self._set(name, positive_number(getattr(self, name), name, zero=True))
+        self._set("cfg", positive_number(self.cfg, "cfg", zero=True))
         if self.beta is not None:
             self._set("beta", positive_number(self.beta, "beta", zero=True))
         if self.tau is not None:
@@ -208,6 +219,10 @@ class IGDS(Synthesis):
                 f"give {setting('image_size', prior.image_size)}, or another prior"
             )
         self._labels = prior.labels_of(context.class_names)
+        if self.options.cfg != 1 and prior.no_class is None:
+            raise UsageError(
+                f"the prior {prior.path} was not trained for classifier-free guidance: leave {argument('cfg')} out"
+            )
         if self._labels is None and not self.options.eta:
             raise UsageError(
                 f"the prior {prior.path} knows no classes, so that its images have none without guidance: give "
@@ -286,7 +301,12 @@ class IGDS(Synthesis):
         rows = _ROWS.get(samples.device.type, 64)
         said = torch.cat(
             [
-                prior.predict(piece, timestep, None if own is None else own[start * rows :][: len(piece)])
+                prior.predict(
+                    piece,
+                    timestep,
+                    None if own is None else own[start * rows :][: len(piece)],
+                    self.options.cfg,
+                )
                 for start, piece in enumerate(samples.split(rows))
             ]
         )
@@ -315,9 +335,7 @@ class IGDS(Synthesis):
 
     def beta_at(self, number: int, ipc: int) -> float:
         """beta in step `number`."""
-        beta = self.options.beta
-        if beta is None:
-            beta = 0.0 if ipc < 10 else 0.1 if ipc < 50 else 0.5
+        beta = default_beta(ipc) if self.options.beta is None else self.options.beta
         share = number / max(self.steps - 1, 1)
         return (
             float(beta) * {"constant": 1.0, "rising": share, "falling": 1 - share}[self.options.beta_schedule]
