@@ -38,7 +38,10 @@ from ddfast.wording import argument, setting
 
 BETA_SCHEDULES = ("constant", "rising", "falling")
 ETA_SCHEDULES = ("variance", "step", "constant")
-_ROWS = {"cpu": 64, "cuda": 512}  # samples that go through a network at once, which bounds the memory
+_ROWS = {
+    "cpu": 64,
+    "cuda": 512,
+}  # samples of up to 64 px that go through a network at once: what bounds the memory
 _NOTES = 25  # times in a run that the unguided samples are measured, beside the last step
 
 
@@ -147,6 +150,9 @@ class IGDS(Synthesis):
         super().__init__(options)
         self._prior: Prior | None = None
         self._estimator: Estimator | None = None
+        self._scheduler: Any = None
+        self._labels: list[int] | None = None  # the prior's, of the run's classes
+        self._places: list[int] = []  # the estimator's
 
     @classmethod
     def requires_teacher(cls) -> bool:
@@ -209,7 +215,7 @@ class IGDS(Synthesis):
 
     def open(self, context: Context) -> None:
         """Load prior and estimator, once in a process, and see that they fit the run."""
-        if self._prior is not None and hasattr(self, "_scheduler"):
+        if self._scheduler is not None:
             return
         self.check(context.image_size)
         prior = self._loaded()
@@ -235,6 +241,11 @@ class IGDS(Synthesis):
             estimator.check_gradients()
         prior.to(context.device)
         self._scheduler = prior.scheduler(self.steps)
+
+    def _rows(self, context: Context) -> int:
+        """Samples that go through a network at once, a multiple of four: fewer the larger the images are."""
+        most = _ROWS.get(context.device.type, 64) // max(1, context.image_size // 64) ** 2
+        return max(4, most // 4 * 4)
 
     def _read(self, samples: Tensor) -> tuple[Tensor, Tensor]:
         """The estimator's projections and logits of samples of the prior's space."""
@@ -298,7 +309,7 @@ class IGDS(Synthesis):
         """x'_{t-1} and the denoised estimate x_0 of samples x_t (lines 4 to 7), with noise of the class and step."""
         prior, timestep = self._loaded(), self._scheduler.timesteps[number]
         own = None if self._labels is None else torch.tensor(self._labels, device=labels.device)[labels]
-        rows = _ROWS.get(samples.device.type, 64)
+        rows = self._rows(context)
         said = torch.cat(
             [
                 prior.predict(
@@ -329,7 +340,7 @@ class IGDS(Synthesis):
             self._places,
             beta=self.beta_at(number, context.ipc),
             tau=self.options.tau or self._estimator.tau,
-            rows=_ROWS.get(samples.device.type, 64),
+            rows=self._rows(context),
             wanted=bool(self.options.eta) if wanted is None else wanted,
         )
 
@@ -404,9 +415,7 @@ class IGDS(Synthesis):
         """Images of samples, each of `factor` x `factor` samples in a row."""
         prior, made = self._loaded(), []
         box = torch.tensor([[0, 0, context.image_size, context.image_size]], device=samples.device)
-        for piece in samples.split(
-            _ROWS.get(samples.device.type, 64)
-        ):  # whole images: rows are a multiple of four
+        for piece in samples.split(self._rows(context)):  # whole images: rows are a multiple of four
             images = (prior.decode(piece).float() / 2 + 0.5).clamp(0, 1).contiguous()
             if context.factor > 1:
                 boxes = box.expand(len(images), 4).contiguous()

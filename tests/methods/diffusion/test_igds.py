@@ -1,5 +1,6 @@
 """A step of IGDS against Algorithm 1 written down again, and what it refuses."""
 
+import dataclasses
 import math
 
 import pytest
@@ -148,6 +149,12 @@ def test_pieces_change_nothing(prior, estimator, monkeypatch):
     monkeypatch.setitem(module._ROWS, "cpu", 8)
     pieces = sampled(method_of(prior, estimator, beta=0.5), context)
     torch.testing.assert_close(pieces.pixels, whole.pixels, rtol=1e-3, atol=1e-4)
+
+
+def test_fewer_go_through_at_once_the_larger_they_are(prior, estimator):
+    method = method_of(prior, estimator)
+    sizes = {16: 64, 64: 64, 128: 16, 224: 4, 256: 4, 512: 4}
+    assert {size: method._rows(dataclasses.replace(context_of(), image_size=size)) for size in sizes} == sizes
 
 
 def test_images_are_composed_of_four_samples_at_half_size(prior, estimator):
