@@ -100,6 +100,20 @@ def test_every_command_parses(page, capsys):
         assert not rest, f"ddfast {' '.join(words)}: {rest} is left over"
 
 
+def test_every_command_of_the_script_parses():
+    script = (ROOT / "examples" / "igds.sh").read_text("utf-8")
+    lines = re.sub(r"\\\n\s*", "", script).splitlines()
+    assert len(lines) < 40
+    found = [
+        shlex.split(re.sub(r"\$\{\w+:-(\w+)\}", r"\1", line)) for line in lines if line.startswith("ddfast ")
+    ]
+    assert [words[1] for words in found] == ["train-prior", "train-estimator", "distill", "evaluate"]
+    for _, *words in found:
+        parser = build_parser(words)
+        check_flags(parser, words, lambda: build_parser([]))
+        assert not parser.parse_known_args(words)[1]
+
+
 def test_commands_are_found():
     assert len(commands(ROOT / "README.md")) >= 8
     assert sum(len(commands(page)) for page in PAGES) >= 40

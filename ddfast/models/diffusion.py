@@ -48,6 +48,7 @@ class Prior:
         vae: between latents and images; None where the prior is one of pixels.
         places: the label of every class name that its files know; None where they know none.
         classes: labels that it takes, 0 for a prior without classes.
+        no_class: the label that stands for none, of a prior that was trained with one (DiT); else None.
         image_size: side of its images in pixels.
         shape: (c, s, s) of a sample in its space.
         path: where it was found.
@@ -61,6 +62,7 @@ class Prior:
     image_size: int
     shape: tuple[int, int, int]
     path: str
+    no_class: int | None = None
 
     def to(self, device: torch.device) -> Prior:
         """Move the networks to a device, and return the same prior."""
@@ -109,14 +111,22 @@ class Prior:
             )
         return [self.places[name] for name in class_names]
 
-    def predict(self, noisy: Tensor, timestep: Tensor, labels: Tensor | None) -> Tensor:
+    def predict(self, noisy: Tensor, timestep: Tensor, labels: Tensor | None, cfg: float = 1.0) -> Tensor:
         """What the network says of noisy samples [B, c, s, s] at one timestep, float32, for the scheduler's `step`.
 
         Args:
             noisy: in the prior's space.
             timestep: int64 scalar.
             labels: the prior's own, int64 [B]; None for a prior without classes.
+            cfg: scale of classifier-free guidance, away from what it says of no class; 1: none.
         """
+        if cfg != 1:
+            assert labels is not None
+            assert self.no_class is not None
+            own = self.predict(noisy, timestep, labels)
+            channels = noisy.shape[1]
+            without = self.predict(noisy, timestep, torch.full_like(labels, self.no_class))[:, :channels]
+            return torch.cat([without + cfg * (own[:, :channels] - without), own[:, channels:]], dim=1)
         said = self.denoiser(
             noisy,
             timestep=timestep.to(noisy.device).expand(len(noisy)),
@@ -293,6 +303,7 @@ def load_prior(spec: str | Path) -> Prior:
         image_size=side * scale,
         shape=(channels, side, side),
         path=str(spec),
+        no_class=_no_class(denoiser, kind),
     )
 
 
@@ -407,6 +418,15 @@ def _classes(denoiser: nn.Module, kind: str, folder: Path) -> int:
             f"the prior {folder} takes embeddings for classes ({held.class_embed_type}), wanted class numbers"
         )
     return int(getattr(held, "num_class_embeds", None) or 0)
+
+
+def _no_class(denoiser: nn.Module, kind: str) -> int | None:
+    """The label behind the others, of a DiT that was trained with dropped labels."""
+    embeddings = [module for module in denoiser.modules() if isinstance(module, nn.Embedding)]
+    if kind != "DiTPipeline" or not embeddings:
+        return None
+    known = _classes(denoiser, kind, Path())
+    return known if embeddings[0].num_embeddings > known else None
 
 
 def _places(said: dict[str, Any], index: dict[str, Any]) -> dict[str, int] | None:

@@ -12,6 +12,7 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
+from ddfast.methods.diffusion.igds import default_beta
 from ddfast.output.distilled import MANIFEST, METADATA, SOFT_LABELS
 from ddfast.output.mosaic import mosaic_labels, read_mosaic, to_picture
 from ddfast.output.pixels import BEFORE, CURVE_TABLE, PIXELS, Pixels, read_curve, to_unit
@@ -104,7 +105,7 @@ def _sampler(plan: Mapping[str, Any], chosen: Mapping[str, Any]) -> list[Fact]:
         reached = f"linear top-1 {top1:.1f}%" if isinstance(top1, (int, float)) else ""
         found.append(Fact("Estimator", str(estimator.get("arch")), reached))
     if chosen.get("eta") is not None:
-        beta = "by IPC" if chosen.get("beta") is None else f"{chosen['beta']:g}"
+        beta = f"{default_beta(int(plan['ipc'])) if chosen.get('beta') is None else chosen['beta']:g}"
         found.append(Fact("Guidance η", f"{chosen['eta']:g}", f"by {chosen.get('eta_schedule')}, β {beta}"))
     return found
 
@@ -464,7 +465,7 @@ def _lost(folder: Folder, pixels: Pixels) -> tuple[float, float, int, int]:
 
 _FILES = {
     PIXELS: "what students train on: images float32 [N, 3, H, W] and labels int64 [N]",
-    SOFT_LABELS: "the teacher's probabilities of every image",
+    SOFT_LABELS: "the teacher's probabilities of every image, or of every tile of it",
     "train": "the images in 8 bits, a folder a class",
     METADATA: "file name and label of every image, in the order of the pixels",
     CURVE_TABLE: "what was measured, by group of classes and step",

@@ -117,6 +117,22 @@ def test_decoding_latents_is_differentiable_and_scaled(folders):
     assert torch.autograd.grad(images.square().sum(), latents)[0].abs().max() > 0
 
 
+def test_classifier_free_guidance_leads_away_from_no_class(folders):
+    prior = load_prior(folders["DiTPipeline"])
+    assert prior.no_class == 3
+    assert load_prior(folders["DDPMPipeline"]).no_class is None
+    noisy = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    labels, timestep = torch.tensor([0, 2]), torch.tensor(500)
+    with torch.no_grad():
+        said = [
+            prior.denoiser(noisy, timestep.expand(2), class_labels=of).sample[:, :4]
+            for of in (labels, torch.tensor([3, 3]))
+        ]
+        found = prior.predict(noisy, timestep, labels, cfg=4.0)
+    torch.testing.assert_close(found, said[1] + 4 * (said[0] - said[1]))
+    assert (said[0] - said[1]).abs().max() > 0
+
+
 def test_names_of_classes_lead_to_labels(folders):
     prior = load_prior(folders["DiTPipeline"])
     assert prior.labels_of(["rising", "descending"]) == [2, 1]

@@ -1,6 +1,11 @@
 """Training a prior: DDPM's loss, the moving average, a folder that diffusers opens, and kills that change no byte."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,6 +103,31 @@ def test_killed_anywhere_it_resumes_to_the_same_bytes(trained, stripes, tmp_path
     taken = 10**9 - left[0]
     assert taken == 4 - (step if seconds == 0 else step // 2 * 2)
     assert contents(tmp_path / "p") == contents(trained)
+
+
+def test_kill_9_and_resume_give_the_same_bytes(trained, stripes, tmp_path):
+    out = tmp_path / "p"
+    flags = ["--epochs", "2", "--width", "8", "--batch-size", "32", "--sample-every", "0", "--quiet"]
+    command = [
+        sys.executable,
+        "-m",
+        "ddfast",
+        "train-prior",
+        "--data",
+        str(stripes),
+        "--out",
+        str(out),
+        *flags,
+    ]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.DEVNULL)
+    while not (out / "training.state").exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "prior.json").exists()
+    train_prior(stripes, out=out, resume=True, **{**TINY, "sample_every": 0})
+    wanted = {name: data for name, data in contents(trained).items() if not name.startswith("samples/")}
+    assert contents(out) == wanted
 
 
 def test_a_kill_while_it_is_written_loses_nothing(trained, stripes, tmp_path, monkeypatch):

@@ -38,8 +38,16 @@ from ddfast.wording import argument, setting
 
 BETA_SCHEDULES = ("constant", "rising", "falling")
 ETA_SCHEDULES = ("variance", "step", "constant")
-_ROWS = {"cpu": 64, "cuda": 512}  # samples that go through a network at once, which bounds the memory
+_ROWS = {
+    "cpu": 64,
+    "cuda": 512,
+}  # samples of up to 64 px that go through a network at once: what bounds the memory
 _NOTES = 25  # times in a run that the unguided samples are measured, beside the last step
+
+
+def default_beta(ipc: int) -> float:
+    """beta at so many images a class: the values that Figure 6 shows, larger for larger sets."""
+    return 0.0 if ipc < 10 else 0.1 if ipc < 50 else 0.5
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,11 @@ class IGDSOptions:
         "sample the same noise without guidance beside, for the report; without it a run takes half the time",
         stage="synthesize",
     )
+    cfg: float = option(
+        1.0,
+        "scale of classifier-free guidance, of priors that were trained for it (DiT: 4 is usual); 1 for none",
+        stage="synthesize",
+    )
     class_batch: int = option(10, "classes that are sampled together, by one process", stage="synthesize")
 
     def __post_init__(self) -> None:
@@ -104,6 +117,7 @@ class IGDSOptions:
         self._set("steps", whole_number(self.steps, "steps", least=2))
         for name in ("eta", "clip"):
             self._set(name, positive_number(getattr(self, name), name, zero=True))
+        self._set("cfg", positive_number(self.cfg, "cfg", zero=True))
         if self.beta is not None:
             self._set("beta", positive_number(self.beta, "beta", zero=True))
         if self.tau is not None:
@@ -137,6 +151,9 @@ class IGDS(Synthesis):
         super().__init__(options)
         self._prior: Prior | None = None
         self._estimator: Estimator | None = None
+        self._scheduler: Any = None
+        self._labels: list[int] | None = None  # the prior's, of the run's classes
+        self._places: list[int] = []  # the estimator's
 
     @classmethod
     def requires_teacher(cls) -> bool:
@@ -199,7 +216,7 @@ class IGDS(Synthesis):
 
     def open(self, context: Context) -> None:
         """Load prior and estimator, once in a process, and see that they fit the run."""
-        if self._prior is not None and hasattr(self, "_scheduler"):
+        if self._scheduler is not None:
             return
         self.check(context.image_size)
         prior = self._loaded()
@@ -209,6 +226,10 @@ class IGDS(Synthesis):
                 f"give {setting('image_size', prior.image_size)}, or another prior"
             )
         self._labels = prior.labels_of(context.class_names)
+        if self.options.cfg != 1 and prior.no_class is None:
+            raise UsageError(
+                f"the prior {prior.path} was not trained for classifier-free guidance: leave {argument('cfg')} out"
+            )
         if self._labels is None and not self.options.eta:
             raise UsageError(
                 f"the prior {prior.path} knows no classes, so that its images have none without guidance: give "
@@ -221,6 +242,11 @@ class IGDS(Synthesis):
             estimator.check_gradients()
         prior.to(context.device)
         self._scheduler = prior.scheduler(self.steps)
+
+    def _rows(self, context: Context) -> int:
+        """Samples that go through a network at once, a multiple of four: fewer the larger the images are."""
+        most = _ROWS.get(context.device.type, 64) // max(1, context.image_size // 64) ** 2
+        return max(4, most // 4 * 4)
 
     def _read(self, samples: Tensor) -> tuple[Tensor, Tensor]:
         """The estimator's projections and logits of samples of the prior's space."""
@@ -284,10 +310,15 @@ class IGDS(Synthesis):
         """x'_{t-1} and the denoised estimate x_0 of samples x_t (lines 4 to 7), with noise of the class and step."""
         prior, timestep = self._loaded(), self._scheduler.timesteps[number]
         own = None if self._labels is None else torch.tensor(self._labels, device=labels.device)[labels]
-        rows = _ROWS.get(samples.device.type, 64)
+        rows = self._rows(context)
         said = torch.cat(
             [
-                prior.predict(piece, timestep, None if own is None else own[start * rows :][: len(piece)])
+                prior.predict(
+                    piece,
+                    timestep,
+                    None if own is None else own[start * rows :][: len(piece)],
+                    self.options.cfg,
+                )
                 for start, piece in enumerate(samples.split(rows))
             ]
         )
@@ -310,15 +341,13 @@ class IGDS(Synthesis):
             self._places,
             beta=self.beta_at(number, context.ipc),
             tau=self.options.tau or self._estimator.tau,
-            rows=_ROWS.get(samples.device.type, 64),
+            rows=self._rows(context),
             wanted=bool(self.options.eta) if wanted is None else wanted,
         )
 
     def beta_at(self, number: int, ipc: int) -> float:
         """beta in step `number`."""
-        beta = self.options.beta
-        if beta is None:
-            beta = 0.0 if ipc < 10 else 0.1 if ipc < 50 else 0.5
+        beta = default_beta(ipc) if self.options.beta is None else self.options.beta
         share = number / max(self.steps - 1, 1)
         return (
             float(beta) * {"constant": 1.0, "rising": share, "falling": 1 - share}[self.options.beta_schedule]
@@ -387,9 +416,7 @@ class IGDS(Synthesis):
         """Images of samples, each of `factor` x `factor` samples in a row."""
         prior, made = self._loaded(), []
         box = torch.tensor([[0, 0, context.image_size, context.image_size]], device=samples.device)
-        for piece in samples.split(
-            _ROWS.get(samples.device.type, 64)
-        ):  # whole images: rows are a multiple of four
+        for piece in samples.split(self._rows(context)):  # whole images: rows are a multiple of four
             images = (prior.decode(piece).float() / 2 + 0.5).clamp(0, 1).contiguous()
             if context.factor > 1:
                 boxes = box.expand(len(images), 4).contiguous()

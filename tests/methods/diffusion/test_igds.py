@@ -1,5 +1,6 @@
 """A step of IGDS against Algorithm 1 written down again, and what it refuses."""
 
+import dataclasses
 import math
 
 import pytest
@@ -150,6 +151,12 @@ def test_pieces_change_nothing(prior, estimator, monkeypatch):
     torch.testing.assert_close(pieces.pixels, whole.pixels, rtol=1e-3, atol=1e-4)
 
 
+def test_fewer_go_through_at_once_the_larger_they_are(prior, estimator):
+    method = method_of(prior, estimator)
+    sizes = {16: 64, 64: 64, 128: 16, 224: 4, 256: 4, 512: 4}
+    assert {size: method._rows(dataclasses.replace(context_of(), image_size=size)) for size in sizes} == sizes
+
+
 def test_images_are_composed_of_four_samples_at_half_size(prior, estimator):
     context, method = context_of(ipc=2), method_of(prior, estimator)
     state = sampled(method, context, steps=STEPS - 1)
@@ -236,6 +243,7 @@ def test_classes_of_a_larger_prior_and_estimator_are_found_by_name(prior, estima
         ({"clip": -1.0}, "clip must be at least 0"),
         ({"beta": float("nan")}, "beta must be at least 0, got nan"),
         ({"eta": float("inf")}, "eta must be a"),
+        ({"cfg": -1.0}, "cfg must be at least 0"),
         ({"steps": 1}, "steps must be at least 2"),
         ({"tau": 0.0}, "tau must be positive"),
         ({"class_batch": 0}, "class_batch must be at least 1"),
@@ -279,6 +287,9 @@ def test_a_prior_that_does_not_fit_is_refused(prior, estimator, tmp_path):
     assert "knows no classes" in refused(method_of(plain, estimator, eta=0.0), context)
     assert sampled(method_of(plain, estimator), context).pixels.shape == (3, 3, 16, 16)
     assert "steps must lie in 2..1000" in refused(method_of(prior, estimator, steps=1001), context)
+    assert "was not trained for classifier-free guidance" in refused(
+        method_of(prior, estimator, cfg=2.0), context
+    )
     assert "is no folder" in refused(method_of(tmp_path / "nowhere" / "x", estimator), context)
     assert "prior is missing" in refused(method_of(None, estimator), context)
 
