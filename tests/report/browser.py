@@ -101,7 +101,17 @@ def find_axe(folder: Path) -> Path | None:
     if shutil.which("node") is None or shutil.which("npm") is None:
         return None
     quick = ["--fetch-retries=0", "--fetch-timeout=15000", "--prefer-offline"]
-    command = ["npm", "install", "--silent", "--no-audit", "--no-fund", *quick, "--prefix", str(folder), "axe-core@4"]
+    command = [
+        "npm",
+        "install",
+        "--silent",
+        "--no-audit",
+        "--no-fund",
+        *quick,
+        "--prefix",
+        str(folder),
+        "axe-core@4",
+    ]
     try:
         subprocess.run(command, capture_output=True, timeout=60, check=True)
     except (subprocess.SubprocessError, OSError):
