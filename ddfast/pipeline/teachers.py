@@ -168,7 +168,8 @@ def check_teacher_choice(given: TeacherChoice | None, role: str) -> None:
     path = path_of(given, role)
     if path.is_dir():
         raise UsageError(
-            f"{argument(role)} {path} is a folder without a config.json: give a .safetensors file of train-teacher"
+            f"{argument(role)} {path} is a folder: give a .safetensors file of train-teacher, or a folder with a "
+            "config.json, as the Hub has them"
         )
     if not path.is_file():
         raise UsageError(

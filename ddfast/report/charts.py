@@ -118,6 +118,14 @@ def bars(rows: Sequence[Bar], reference: tuple[str, float] | None = None) -> Mar
             f'<line class="grid" x1="{tick}%" x2="{tick}%" y1="{top}" y2="{base}"/>'
             f'<text class="tick" x="{tick}%" y="{base + 20}" text-anchor="{anchor}">{tick}%</text>'
         )
+    if reference is not None:
+        place = x(reference[1])
+        left = reference[1] < 50  # where there is more room beside the line
+        parts.append(
+            f'<line class="reference" x1="{place}" x2="{place}" y1="{top - 8}" y2="{base}"/>'
+            f'<text class="tick" x="{place}" dx="{5 if left else -5}" y="{top - 11}" '
+            f'text-anchor="{"start" if left else "end"}">{escape(reference[0])} {reference[1]:.1f}%</text>'
+        )
     for index, bar in enumerate(rows):
         line, middle = top + row * index + 20, top + row * index + 42
         kind = "bar strong" if bar.strong else "bar"
@@ -135,14 +143,6 @@ def bars(rows: Sequence[Bar], reference: tuple[str, float] | None = None) -> Mar
                 f'<line x1="{b}" x2="{b}" y1="{middle - 5}" y2="{middle + 5}"/></g>'
             )
         parts += [f'<circle class="seed" cx="{x(value)}" cy="{middle}" r="3"/>' for value in bar.values]
-    if reference is not None:
-        place = x(reference[1])
-        left = reference[1] < 50  # where there is more room beside the line
-        parts.append(
-            f'<line class="reference" x1="{place}" x2="{place}" y1="{top - 8}" y2="{base}"/>'
-            f'<text class="tick" x="{place}" dx="{5 if left else -5}" y="{top - 11}" '
-            f'text-anchor="{"start" if left else "end"}">{escape(reference[0])} {reference[1]:.1f}%</text>'
-        )
     said = "; ".join(f"{bar.name} {bar.mean:.1f} ± {bar.std:.1f} percent" for bar in rows)
     return Markup(
         f'<svg class="chart bars" height="{height}" role="img" aria-label="{escape(said)}">'

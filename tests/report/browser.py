@@ -100,7 +100,18 @@ def find_axe(folder: Path) -> Path | None:
     """axe-core as npm brings it; None where there is no Node, or nothing is reached."""
     if shutil.which("node") is None or shutil.which("npm") is None:
         return None
-    command = ["npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", str(folder), "axe-core@4"]
+    quick = ["--fetch-retries=0", "--fetch-timeout=15000", "--prefer-offline"]
+    command = [
+        "npm",
+        "install",
+        "--silent",
+        "--no-audit",
+        "--no-fund",
+        *quick,
+        "--prefix",
+        str(folder),
+        "axe-core@4",
+    ]
     try:
         subprocess.run(command, capture_output=True, timeout=60, check=True)
     except (subprocess.SubprocessError, OSError):

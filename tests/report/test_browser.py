@@ -1,5 +1,6 @@
 """What a reader meets on a page: contrast, sizes and widths, in light and in dark, on a telephone and at a desk."""
 
+import functools
 import re
 from pathlib import Path
 
@@ -122,8 +123,14 @@ def axe(tmp_path_factory):
     return find_axe(tmp_path_factory.mktemp("axe")) if CHROMIUM is not None else None
 
 
+@pytest.fixture(scope="module")
+def looked(pages, axe, tmp_path_factory):
+    """What stands in a page of a kind, looked at once."""
+    return functools.cache(lambda kind: look(pages[kind], tmp_path_factory.mktemp(kind), axe))
+
+
 @pytest.mark.parametrize("kind", ["chosen", "made", "comparison"])
-def test_pages_fit_every_window_and_can_be_read_there(kind, pages, axe, tmp_path):
+def test_pages_fit_every_window_and_can_be_read_there(kind, pages, looked):
     page = pages[kind]
     assert "<main" in page
     assert '<html lang="en"' in page
@@ -136,7 +143,7 @@ def test_pages_fit_every_window_and_can_be_read_there(kind, pages, axe, tmp_path
         )
     if CHROMIUM is None:
         return
-    for place, found in look(page, tmp_path, axe).items():
+    for place, found in looked(kind).items():
         assert found["content"] <= found["width"], (place, "scrolls sideways")
         assert len(found["texts"]) > 40, place
         worst = min(found["texts"], key=lambda text: text["contrast"])
@@ -151,7 +158,7 @@ def test_pages_fit_every_window_and_can_be_read_there(kind, pages, axe, tmp_path
         assert not found["violations"], (place, found["violations"])
 
 
-def test_thumbnails_grow_with_the_window(pages, tmp_path):
+def test_thumbnails_grow_with_the_window(pages, looked):
     page = pages["chosen"]
     assert "repeat(var(--columns), minmax(0, 1fr))" in page
     assert not re.search(r"\.(mosaic|versus)[^{]*\{[^}]*max-width", STYLE)
@@ -159,7 +166,7 @@ def test_thumbnails_grow_with_the_window(pages, tmp_path):
         return
     side = {
         width: min(image["width"] for image in found["images"] if image["group"] == "mosaic")
-        for (mode, width), found in look(page, tmp_path).items()
+        for (mode, width), found in looked("chosen").items()
         if mode == "light"
     }
     assert side[400] >= 80
