@@ -1,4 +1,4 @@
-"""The network that chooses the regions which students see: one trained on real images, after the images are made."""
+"""A network trained on real images for a short while: it chooses the regions that students see, and measures mUE."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def trained_on_real(arch: str, steps: int, pool: ClassPool, context: Context) ->
     """A new network after so many steps of 64 real images of all classes, plain ones, by SGD as IDC trains its own.
 
     Returns:
-        The network, in eval mode, and what it is, in words: how much of the images of its last tenth of steps it read
-        rightly before it was trained on them among them.
+        The network, in eval mode, and what it is, in words: also how much it read of the images of its last tenth of
+        steps, each looked at before the step that trains on it.
 
     Raises:
         DivergedError: its loss is no longer finite.
     """
-    pool.say(f"a new {arch} is trained for {plural(steps, 'step')} on real images, to choose regions")
+    pool.say(f"a new {arch} is trained for {plural(steps, 'step')} on real images")
     network = Built(arch, trained=True).on(context).drawn(context.seed, "chooser").train()
     parameters = list(network.parameters())
     velocities = [torch.zeros_like(each) for each in parameters]
@@ -49,7 +49,7 @@ def trained_on_real(arch: str, steps: int, pool: ClassPool, context: Context) ->
                 right += (logits.detach().argmax(1) == targets).sum()
                 seen += len(targets)
     if not torch.isfinite(loss):
-        raise DivergedError(f"the network that chooses regions diverged after {plural(steps, 'step')}")
+        raise DivergedError(f"the training of a {arch} on real images diverged after {plural(steps, 'step')}")
     read = f"it read {100 * right.item() / seen:.0f}% of its last {seen:,} training images"
     return network.requires_grad_(
         False

@@ -95,7 +95,7 @@ class UDDOptions(IDCOptions):
     )
     jitter_size: float = option(
         0.1,
-        "its deviation in normalised pixels, or the share of pixels that salt_pepper turns black or white",
+        "deviation of the noise in normalised pixels, or the share of pixels that salt_pepper turns black or white",
         stage="synthesize",
     )
     jitters: int = option(2, "noisy copies of an image in a search", stage="synthesize")
