@@ -223,6 +223,7 @@ class Distillation:
         left_out = {"images_per_class"} | ({"factor"} - set(arm.settings))
         settings = {name: value for name, value in given.items() if name not in left_out}
         arguments = {**settings, "data": setup.data, "ipc": ipc, "threads": torch.get_num_threads()}
+        arguments["image_size"] = teacher_at(setup.teacher).image_size
         return cls(arm.name, arm.method, arguments, identity, folder)
 
     def make(self) -> Path:
