@@ -236,6 +236,7 @@ class Distillation:
             "ipc": ipc,
             "threads": torch.get_num_threads(),
         }
+        arguments["image_size"] = teacher_at(setup.teacher).image_size
         return cls(arm.name, arm.method, arguments, identity, folder)
 
     def make(self) -> Path:

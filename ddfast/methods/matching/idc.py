@@ -88,7 +88,8 @@ class IDC(Matching):
         "svhn": {"net_samples": 500},
         "fashion_mnist": {"distance": "magnitudes", "lr_img": 1e-4, "net_samples": 500},
         "tiny_imagenet": {"arch": "convnet4_in", "net_samples": 1000},
-        "imagenet10": {"arch": "resnetap10", "distance": "magnitudes", "lr_img": 0.003, "flip": True},
+        # Their rate is for 224 px, which `rate` scales by the area.
+        "imagenet10": {"arch": "resnetap10", "distance": "magnitudes", "lr_img": 0.003 / 49, "flip": True},
         # With the CMI regulariser; lambda is that of its authors' code. Each needs `proxies`.
         "cifar10_ipc10_cmi": {"cmi": 100.0},
         "cifar10_ipc50_cmi": {"cmi": 50.0},

@@ -29,7 +29,8 @@ def mosaics(images: Tensor, tiles: int, mode: str = "nearest") -> Tensor:
         )
         for height in heights
     ]
-    return torch.cat(rows, dim=-2).to(images.dtype)
+    mixed = torch.cat(rows, dim=-2)
+    return (mixed if images.is_floating_point() else mixed.round()).to(images.dtype)
 
 
 def _parts(side: int, parts: int) -> list[int]:
