@@ -10,8 +10,11 @@ import hashlib
 import importlib.util
 import json
 import math
+import os
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -219,7 +222,7 @@ def new_schedule() -> dict[str, Any]:
 
 
 def diffusers_is_there() -> None:
-    """Check for the package.
+    """Check for the package, and import what is used of it.
 
     Raises:
         UsageError: it is not installed.
@@ -228,6 +231,34 @@ def diffusers_is_there() -> None:
         raise UsageError(
             "diffusion priors need the package diffusers, which is not installed: pip install 'ddfast[diffusion]'"
         )
+    with _own_kernels_hidden():
+        from diffusers import DDPMPipeline, UNet2DModel
+        from diffusers.training_utils import EMAModel
+
+        assert DDPMPipeline is not None
+        assert UNet2DModel is not None
+        assert EMAModel is not None
+
+
+@contextmanager
+def _own_kernels_hidden() -> Iterator[None]:
+    """Keep our folder `kernels` from being taken for the package of that name, where a checkout is on Python's path.
+
+    `transformers`, which diffusers imports where it is installed, imports whatever is found by that name.
+    """
+    ours = importlib.util.find_spec("ddfast.kernels")
+    found = None if "kernels" in sys.modules else importlib.util.find_spec("kernels")
+    if ours is None or found is None or not (ours.origin and found.origin):
+        yield
+        return
+    if not os.path.samefile(ours.origin, found.origin):
+        yield
+        return
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["kernels"]
 
 
 def save_prior(folder: Path, denoiser: nn.Module, schedule: dict[str, Any]) -> None:

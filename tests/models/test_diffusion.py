@@ -259,3 +259,18 @@ def test_without_diffusers_a_line_says_what_to_install(monkeypatch):
     monkeypatch.setattr(diffusion.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'ddfast\[diffusion\]'"):
         load_prior("anything")
+
+
+def test_our_kernels_are_not_taken_for_the_package_of_that_name(monkeypatch):
+    """In a checkout, where transformers would import the folder to see its version."""
+    import importlib.util
+    from pathlib import Path
+
+    from ddfast.models.diffusion import _own_kernels_hidden
+
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
+    monkeypatch.delitem(__import__("sys").modules, "kernels", raising=False)
+    assert importlib.util.find_spec("kernels") is not None
+    with _own_kernels_hidden():
+        assert importlib.util.find_spec("kernels") is None
+    assert importlib.util.find_spec("kernels") is not None

@@ -5,8 +5,11 @@ import torch
 from torch import nn
 
 from ddfast.methods.base import Context
+from ddfast.models.diffusion import diffusers_is_there
 from ddfast.models.estimator import Encoder, estimator_bytes
 from ddfast.seeding import seeded
+
+diffusers_is_there()  # ahead of the tests' own imports of it
 
 CLASSES = ["across", "down", "rising"]
 SIZE = 16
