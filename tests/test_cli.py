@@ -909,13 +909,13 @@ def test_every_long_command_tells_its_stage_and_what_would_be_faster(
             tmp_path / "a",
         ): [
             "stage 1 of 4: score",
-            "score: about 0s left; faster with fewer --images-per-class, fewer --n-samples",
+            "left; faster with fewer --images-per-class, fewer --n-samples",
             "stage 2 of 4: select",
             "stage 4 of 4: relabel",
         ],
         ("distill", "dm", *data, "--ipc", 1, "--iterations", 1, "--real-batch", 2, "--out", tmp_path / "b"): [
             "stage 1 of 1: synthesize",
-            "synthesize: about 0s left; faster with fewer --iterations",
+            "left; faster with fewer --iterations",
         ],
         ("train-teacher", *data, "--arch", "convnet3", "--epochs", 1, "--out", tmp_path / "t.safetensors"): [
             "left; faster with fewer --epochs"
