@@ -27,6 +27,7 @@ GROUND = (
     *(
         "arguments",
         "crowding",
+        "fetching",
         "errors",
         "files",
         "history",
