@@ -41,4 +41,4 @@ def shown(names: Iterable[str], limit: int = 5) -> str:
 
 def one_line(error: BaseException) -> str:
     """An error's text on one line of at most 120 characters, its type where there is no text."""
-    return " ".join(str(error).split())[:120] or type(error).__name__
+    return " ".join(str(error).split())[:120].strip() or type(error).__name__

@@ -28,6 +28,7 @@ GROUND = (
     *(
         "arguments",
         "crowding",
+        "fetching",
         "errors",
         "files",
         "history",

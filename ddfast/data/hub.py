@@ -7,6 +7,7 @@ from typing import Any
 
 from ddfast.data.sources import Source
 from ddfast.errors import UsageError, one_line
+from ddfast.fetching import in_silence
 
 PREFIX = "hf:"
 
@@ -39,7 +40,8 @@ def _fetched(name: str) -> Any:
     except ImportError as error:
         raise UsageError(f"{name} needs the package datasets: pip install datasets") from error
     try:
-        return datasets.load_dataset(repository, configuration or None)
+        with in_silence():
+            return datasets.load_dataset(repository, configuration or None)
     except Exception as error:  # the library, and each transport below it, has errors of its own
         raise UsageError(
             f"{name} could not be fetched: {one_line(error)}; where there is no network give the folder of its Parquet "

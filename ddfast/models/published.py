@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ddfast.errors import UsageError, one_line
+from ddfast.fetching import in_silence
 from ddfast.models.normalization import Normalization, three
 from ddfast.models.registry import described_input
 from ddfast.wording import argument, plural
@@ -360,7 +361,8 @@ def _fetched(
         expected: errors of a model that is there and does not fit.
     """
     try:
-        return fetch()
+        with in_silence():
+            return fetch()
     except _Unfit as error:
         raise UsageError(f"{shown}: {error}") from error
     except Exception as error:  # each library, and each transport below it, has errors of its own

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddfast.arguments import output_folder, path_of, whole_number
 from ddfast.errors import UsageError, one_line
+from ddfast.fetching import in_silence
 from ddfast.files import atomic_folder, atomic_write_text
 from ddfast.output.distilled import MANIFEST, SOFT_LABELS, DistilledSet
 from ddfast.output.pixels import PIXELS
@@ -127,7 +128,7 @@ def push(folder: str | Path, name: str, *, private: bool = False) -> None:
             f"{folder} holds no data/train-*.parquet: make it with ddfast export --to huggingface"
         )
     try:
-        with tempfile.TemporaryDirectory() as cache:
+        with in_silence(), tempfile.TemporaryDirectory() as cache:
             datasets.Dataset.from_parquet(files, split="train", cache_dir=cache).push_to_hub(
                 name, private=private
             )

@@ -1,5 +1,6 @@
 """Sets of Hugging Face's Hub: read by their name and pushed there, through `datasets` and a stand-in for the Hub."""
 
+import logging
 import sys
 
 import datasets
@@ -44,6 +45,7 @@ def hub(monkeypatch, toy_folder):
     def load_dataset(name, configuration=None):
         asked.append((name, configuration))
         if name != "nobody/stripes":
+            logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
             raise ConnectionError(f"Couldn't reach '{name}' on the Hub\n(LocalEntryNotFoundError)")
         count = 4 if configuration == "small" else 12
         return datasets.DatasetDict({"train": rows("train", count), "test": rows("test", 6)})
@@ -75,6 +77,15 @@ def test_a_set_that_cannot_be_had_is_one_line(hub, monkeypatch, capsys):
     )
     with pytest.raises(UsageError, match="hf: wants a name behind the colon"):
         open_source("hf:")
+    chatter = logging.StreamHandler(sys.stderr)
+    logging.getLogger("huggingface_hub").addHandler(chatter)
+    try:
+        capsys.readouterr()
+        assert main(["distill", "dm", "--data", "hf:nobody/nothing", "--ipc", "1", "--out", "x"]) == 2
+    finally:
+        logging.getLogger("huggingface_hub").removeHandler(chatter)
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    logging.getLogger("huggingface_hub.utils._http").warning("heard again")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(
         UsageError, match=r"hf:nobody/stripes needs the package datasets: pip install datasets"
