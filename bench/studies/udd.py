@@ -373,8 +373,10 @@ def _budget(found: dict[tuple[str, int, str], Found], arguments: argparse.Namesp
 def _times(found: dict[tuple[str, int, str], Found], arguments: argparse.Namespace) -> list[str]:
     """A search by every policy, of one image and of a step's, beside a step."""
     ipc, data = arguments.ablation_ipc, found.get(("UDD", arguments.ablation_ipc, "chosen"))
-    step = None
+    step, classes, side = None, 10, 32
     if data is not None:
+        opened = ddfast.DistilledSet(data.folders[0])
+        classes, side = len(opened.class_names), opened.image_size
         told = [json.loads((folder / "run.json").read_text("utf-8"))["seconds"] for folder in data.folders]
         steps = (at_ipc(arguments.iterations, ipc) or 1) * arguments.inner_loop
         step = statistics.mean(each["synthesize"] for each in told) / steps
@@ -382,45 +384,47 @@ def _times(found: dict[tuple[str, int, str], Found], arguments: argparse.Namespa
         "",
         "## Time of a search",
         "",
-        f"| policy | one image, ms | the paper, ms | {10 * ipc} images, ms | of a step |",
+        f"| policy | one image, ms | the paper, ms | {classes * ipc} images, ms | of a step |",
     ]
     lines += ["| --- | --- | --- | --- | --- |"]
     for policy in POLICIES:
-        one, all_of_them = (search_seconds(policy, count, arguments.arch) for count in (1, 10 * ipc))
+        one, all_of_them = (
+            search_seconds(policy, each, arguments.arch, side) for each in ((1, 1), (classes, ipc))
+        )
         share = "" if step is None else f"{100 * all_of_them / step:.2f}%"
         lines.append(
             f"| {policy} | {1000 * one:.1f} | {PAPER_MS[policy]} | {1000 * all_of_them:.0f} | {share} |"
         )
-    said = "" if step is None else f" A step of all ten classes takes {step:.2f} s."
-    return [*lines, "", f"Median of 9, 32 px, noise and ranking included.{said}"]
+    said = "" if step is None else f" A step of all {classes} classes takes {step:.2f} s."
+    return [*lines, "", f"Median of 9, {side} px, noise and ranking included.{said}"]
 
 
-def search_seconds(policy: str, count: int, arch: str = "convnet3_in", *, repeats: int = 9) -> float:
-    """Median seconds of one search on random images of 32 px: of one, or of `count`, a tenth of them of each class."""
-    classes = min(count, 10)
+def search_seconds(
+    policy: str, images: tuple[int, int], arch: str = "convnet3_in", side: int = 32, *, repeats: int = 9
+) -> float:
+    """Median seconds of one search on random images of `side` px: so many classes of so many images each."""
+    classes, ipc = images
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    method = UDD.from_options({"policy": policy, "arch": arch}).resolved(1, max(1, count // classes))
+    method = UDD.from_options({"policy": policy, "arch": arch}).resolved(1, ipc)
     assert isinstance(method, UDD)
-    network = fuse(ddfast.create_model(arch, 10, 32)).to(device)
-    images = torch.randn(
-        count // classes * classes, 3, 32, 32, generator=torch.Generator().manual_seed(0)
-    ).to(device)
+    network = fuse(ddfast.create_model(arch, max(classes, 2), side)).to(device)
+    drawn = torch.randn(classes * ipc, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
     context = Context(
         teacher=None,
-        image_size=32,
+        image_size=side,
         factor=1,
         seed=0,
         precision="float32",
         forward_batch=0,
         device=device,
-        class_names=tuple(map(str, range(10))),
+        class_names=tuple(map(str, range(classes))),
         mean=(0.5, 0.5, 0.5),
         std=(0.25, 0.25, 0.25),
     )
-    windows = corner_windows(32, method.options.sizes)
+    windows = corner_windows(side, method.options.sizes)
 
     def search(number: int) -> None:
-        method.searched(network, images, windows, number, range(classes), context)
+        method.searched(network, drawn, windows, number, range(classes), context)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 

@@ -17,7 +17,9 @@ SMALL = [
 def test_it_trains_every_arm_once_and_pairs_the_deltas(toy_folder, tmp_path, monkeypatch):
     rows = {**udd.ROWS, "main": (udd.IDC, udd.PLAIN), "mue": (udd.PLAIN,)}
     monkeypatch.setattr(udd, "ROWS", rows)
-    monkeypatch.setattr(udd, "search_seconds", lambda policy, count, arch: 0.002 * count)
+    monkeypatch.setattr(
+        udd, "search_seconds", lambda policy, images, arch, side: 0.002 * images[0] * images[1]
+    )
     place = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "page")]
     words = ["--data", str(toy_folder), "--tables", "main,regions,times,mue", *SMALL, *place]
     assert udd.main(words) == 0
@@ -32,7 +34,7 @@ def test_it_trains_every_arm_once_and_pairs_the_deltas(toy_folder, tmp_path, mon
     page = (tmp_path / "page.md").read_text()
     assert "- UDD less IDC, IPC 1: " in page
     assert "over 2 sets (" in page
-    assert "| jitter | 2.0 | 17.2 | 20 | " in page
+    assert "| jitter | 2.0 | 17.2 | 6 | " in page
     assert page.count("| UDD | 0.") == 1
     monkeypatch.setattr(udd.ddfast, "evaluate", lambda *_, **__: 1 / 0)  # everything is kept
     monkeypatch.setattr(udd, "utilization", lambda *_, **__: 1 / 0)
@@ -53,4 +55,4 @@ def test_the_rows_are_methods_with_options_and_the_papers_deltas_stand():
 
 
 def test_a_search_takes_time():
-    assert 0 < udd.search_seconds("activation", 1, repeats=1) < 60
+    assert 0 < udd.search_seconds("activation", (1, 1), repeats=1) < 60
