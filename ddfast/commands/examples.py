@@ -83,6 +83,10 @@ _OF_METHOD = {
         "--experts experts --unroll truncated:10 --expert-epochs 1 --max-start-epoch 5",
     ),
     "dm": ("--iterations 2000", "--cmi 2000 --proxies proxies"),
+    "dc": ("--iterations 100", "--distance cosine --outer-loop 5"),
+    "dsa": ("--iterations 100", "--cmi 50000 --proxies proxies"),
+    "idc": ("--iterations 20 --inner-loop 20", "--factor 1 --init real"),
+    "idm": ("--iterations 1000", "--queue 20 --queue-every 5"),
     "sre2l": ("--iterations 500", "--cmi-ratio 0.2"),
     "igds": (
         "--prior prior --estimator estimator.safetensors",
