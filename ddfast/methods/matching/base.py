@@ -391,7 +391,7 @@ class Matching(Synthesis):
         if bad := next((name for name, value in row.items() if not math.isfinite(value)), None):
             lower = f"{argument('lr_img')}, now {self.options.lr_img:g}"
             for name in ("cmi", "cfc"):
-                if getattr(self.options, name):
+                if getattr(self.options, name, 0):
                     lower += f", or {argument(name)}, now {getattr(self.options, name):g}"
             raise DivergedError(
                 f"{_CALLED.get(bad, bad)} of {self.name} would no longer be finite at step {number} of {self.steps}: "

@@ -169,8 +169,12 @@ class MTT(Matching):
 
     def make_networks(self) -> Networks:
         """A student, whose weights each step hands in."""
-        self._student = _Student(self.options.arch)
-        return self._student
+        return _Student(self.options.arch)
+
+    @property
+    def _student(self) -> _Student:
+        assert isinstance(self.networks, _Student)
+        return self.networks
 
     def loss(  # type: ignore[override]
         self, weights: dict[str, Tensor], start: dict[str, Tensor], goal: dict[str, Tensor]
