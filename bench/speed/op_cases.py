@@ -83,6 +83,7 @@ def op_cases(settings: Settings) -> Iterator[OpCase]:
     for inputs, side in ((3, 32), (128, 16)):
         yield _convnet_block(settings, inputs, side, backward=False)
         yield _convnet_block(settings, inputs, side, backward=True)
+        yield _convnet_block_curvature(settings, side)
     yield _class_kl(settings)
     for backward in (False, True):
         yield _siamese_augment(settings, backward=backward)
@@ -593,6 +594,33 @@ def _convnet_block(settings: Settings, inputs: int, side: int, *, backward: bool
         bytes=(3 if backward else 1) * (_bytes(x) + 5 * _bytes(grad)),
         operations=((2 if inputs == 3 else 3) if backward else 1) * products,
         binds="bytes" if inputs == 3 else "operations",
+    )
+
+
+def _convnet_block_curvature(settings: Settings, side: int) -> OpCase:
+    """What a second backward pass of a block of ConvNet-3 takes from the full-size maps."""
+    count, outputs = settings.size((64, 128), quick=(2, 8), gpu=(2560, 128))
+
+    def maps(height: int) -> Tensor:
+        return _normal(settings, count, outputs, height, height).contiguous(memory_format=torch.channels_last)
+
+    grad, conv, mapped = maps(side // 2), maps(side), maps(side)
+    scale, shift, of_scale, of_shift = (_normal(settings, outputs) for _ in range(4))
+    mean, rstd = conv.mean((2, 3)), conv.var((2, 3), correction=0).add(1e-5).rsqrt()
+    given = (grad, conv, mapped, scale, shift, mean, rstd, of_scale, of_shift)
+
+    def joined(body: Callable[..., tuple[Tensor, ...]]) -> Tensor:
+        return torch.cat([each.reshape(-1) for each in body(*given)])
+
+    ours = partial(joined, torch.ops.ddfast.convnet_block_curvature)
+    plain = partial(joined, ops.reference.convnet_block_curvature)
+    return OpCase(
+        "convnet_block_curvature",
+        f"{count} x {outputs} channels of {side} px",
+        ours,
+        plain,
+        lambda: _close(ours, plain, "maps", 1e-4),
+        bytes=5 * _bytes(conv) + 2 * _bytes(grad),
     )
 
 

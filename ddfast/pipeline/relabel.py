@@ -74,7 +74,7 @@ def count(run: Run) -> None:
 def _write_labels(run: Run) -> None:
     """`soft_labels.safetensors`, part by part; finished parts survive a kill.
 
-    The written images are labelled, and where pixels were made these, which students train on.
+    The written images are labelled, and where pixels were made, one tile each, these, which students train on.
     """
     classes, tiles, top_k = len(run.source.class_names), run.plan["tiles"], run.plan["label_top_k"]
     images = classes * run.plan["ipc"]
@@ -83,7 +83,9 @@ def _write_labels(run: Run) -> None:
     parts = [folder / f"part-{index:06d}" for index in range(-(-images // size))]
     mine = run.ranks.share(len(parts))
     total = sum(min(size, images - index * size) for index in mine)
-    pixels = _made_pixels(run) if isinstance(run.method, Synthesis) else None
+    # Tiles of pictures are enlarged in one way whatever made them.
+    labels_pixels = isinstance(run.method, Synthesis) and run.plan["factor"] == 1
+    pixels = _made_pixels(run) if labels_pixels else None
     with Progress("relabel", total, "images", quiet=run.quiet, outlook=run.outlook()) as progress:
         for index in mine:
             names = [
@@ -117,7 +119,6 @@ def _part_images(classes: int, tiles: int) -> int:
 def _made_pixels(run: Run) -> Tensor:
     """The pixels of a run that made them, normalised, one tile each, float32 [N, 3, S, S] class by class."""
     stored = read_pixels(run.out)
-    assert stored.factor == 1, "images that hold several tiles are labelled as pictures"
     if stored.space == "normalized":
         return stored.images
     mean, std = (torch.tensor(run.plan[name]).view(3, 1, 1) for name in ("mean", "std"))

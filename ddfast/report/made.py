@@ -489,12 +489,13 @@ def files(folder: Folder) -> list[tuple[str, str]]:
 
 def _students_of(folder: Folder) -> str:
     """Arguments of an evaluation that suits the set: by its method's own protocol, or by RDED's where it has labels."""
-    from ddfast.methods import get_method
+    from ddfast.methods import get_method, list_methods
 
-    hard = folder.soft_labels is None
+    method, hard = folder.manifest["method"], folder.soft_labels is None
     teacher = folder.manifest.get("teacher")
     arch = "convnet3_in" if teacher is None else teacher["arch"]
-    return f"--arch {arch} --protocol {get_method(folder.manifest['method']).protocol if hard else 'rded'}"
+    own = get_method(method).protocol if method in list_methods() else "dsa"  # of another version's method
+    return f"--arch {arch} --protocol {own if hard else 'rded'}"
 
 
 def headings(folder: Folder, any_before: bool) -> tuple[str, str, str]:

@@ -90,6 +90,11 @@ def arguments(op: str) -> tuple:
         _, mean, rstd, conv = reference.convnet_block(image, weight, bias, *affine, 1e-5, True)
         given = (normal(2, 7, 2, 3), image, weight, bias, *affine, mean, rstd, conv.contiguous())
         return *given, 1e-5, True, True
+    if op == "convnet_block_curvature":
+        conv = normal(2, 7, 4, 6)
+        mean, rstd = conv.mean((2, 3)), conv.var((2, 3), correction=0).add(1e-5).rsqrt()
+        affine, given = (normal(7), normal(7)), (normal(7), normal(7))
+        return normal(2, 7, 2, 3), conv, normal(2, 7, 4, 6), *affine, mean, rstd, *given
     raise ValueError(f"no arguments for the op {op}")
 
 

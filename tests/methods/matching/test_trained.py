@@ -318,7 +318,8 @@ def test_cmi_of_idc_is_a_mean_over_a_class_and_its_proxy_sees_every_tile(pool, p
         context = context_of(classes)
         state = method.begin(method.groups(classes, 2)[0], pool, context)
         measured, _ = {}, method.open(context)
-        pulled = method._regularise(0, state.group, state.pixels, context, measured)
+        network = method.networks.at(0, state, pool, context)
+        pulled = method._regularise(0, network, state.group, state.pixels, context, measured)
         norms.append(float(pulled[:2].norm()))
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
 
