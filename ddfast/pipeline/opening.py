@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from ddfast.methods import get_method
 from ddfast.methods.base import Method
 from ddfast.methods.synthesis import Synthesis
 from ddfast.ops._dispatch import say_slow_ops
-from ddfast.output.distilled import PREPARED, SCORES, SELECTION
 from ddfast.pipeline.counting import check_counts, check_pool
 from ddfast.pipeline.judging import check_judged
 from ddfast.pipeline.plan import (
@@ -35,11 +33,11 @@ from ddfast.pipeline.plan import (
     mixes_machines,
     pixel_limit_of,
     read_plan,
-    score_identity,
     threads_of,
     top_k_of,
 )
 from ddfast.pipeline.run import RUN, Run, command_line, host_facts
+from ddfast.pipeline.shared_scores import copy_scores, shared_scores
 from ddfast.pipeline.teachers import (
     check_reads,
     check_stands,
@@ -487,13 +485,13 @@ def _claim(run: Run, settings: Settings) -> None:
             "which decides its last bits: "
             "resume it with that number or without the option"
         )
-    shared = _shared_scores(Path(settings.scores), wanted) if settings.scores is not None else None
+    shared = shared_scores(Path(settings.scores), wanted) if settings.scores is not None else None
     run.plan = start(run.out, wanted, settings.resume)
     checked_device(run.plan, str(run.device), run.ranks)
     if not run.complete:
         run.save()
         if shared is not None:
-            _copy_scores(shared, run.out)
+            copy_scores(shared, run.out)
 
 
 def _follow(run: Run, device: str) -> None:
@@ -572,32 +570,3 @@ def _check_outputs(run: Run) -> None:
         try_teacher(
             teacher.model.to(run.device), images, teacher.mean, teacher.std, classes, run.device, role=role
         )
-
-
-def _shared_scores(folder: Path, plan: dict[str, Any]) -> Path:
-    """Check that the score table of another run is the one this plan would compute."""
-    held = read_plan(folder)
-    if held is None:
-        raise UsageError(f"{argument('scores')} {folder} holds no ddfast run")
-    difference = first_difference(score_identity(held), score_identity(plan), settled=())
-    if difference is not None:
-        raise UsageError(
-            f"{argument('scores')} {folder} was scored with other settings, data or teacher ({difference})"
-        )
-    check_machine(held["arithmetic"], plan["arithmetic"], f"{argument('scores')} {folder}")
-    if not (folder / SELECTION).is_file():
-        raise UsageError(f"{argument('scores')} {folder} is not scored to its end: finish that run first")
-    return folder
-
-
-def _copy_scores(folder: Path, out: Path) -> None:
-    make_folder(out / SCORES)
-    for path in sorted((folder / SCORES).glob("part-*")):
-        if not (out / SCORES / path.name).exists():
-            copy = out / SCORES / f".{path.name}.tmp-0"
-            shutil.copyfile(path, copy)
-            copy.replace(out / SCORES / path.name)
-    if (folder / PREPARED).exists():
-        copy = out / f".{PREPARED}.tmp-0"
-        shutil.copyfile(folder / PREPARED, copy)
-        copy.replace(out / PREPARED)

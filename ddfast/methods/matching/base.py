@@ -208,11 +208,9 @@ class Matching(Synthesis):
         draws = generator(context.seed, "init", label)
         if self.options.init == "noise":
             noise = torch.randn(context.ipc, 3, context.image_size, context.image_size, generator=draws)
-            return (
-                noise
-                if self.space == "normalized"
-                else to_unit(noise, context.mean, context.std, "normalized")
-            )
+            if self.space == "unit":
+                return to_unit(noise, context.mean, context.std, "normalized")
+            return noise
         tiles = self._mixed if self.options.init == "mix" else 1
         drawn = all_drawn(pool, label, context.ipc * tiles**2, draws, context, "ipc", divisor=tiles**2)
         begun = mosaics(drawn, tiles, self.mixed_by) if tiles > 1 else drawn
