@@ -214,13 +214,18 @@ def features(model: nn.Module, images: Tensor) -> Tensor:
         ValueError: a model without a linear layer.
 
     """
+    return features_and_logits(model, images)[0]
+
+
+def features_and_logits(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in one pass: see `features`; logits [B, C]."""
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if not linears:
         raise ValueError(f"{type(model).__name__} has no linear layer, so no penultimate feature")
     seen: list[Tensor] = []
     handle = linears[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:
-        model(images)
+        logits: Tensor = model(images)
     finally:
         handle.remove()
-    return torch.flatten(seen[-1], 1)
+    return torch.flatten(seen[-1], 1), logits

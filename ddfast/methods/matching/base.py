@@ -58,6 +58,7 @@ class Matching(Synthesis):
     def __init__(self, options: Any) -> None:
         super().__init__(options)
         self._regulariser: Regulariser | None = None
+        self._opened = False
 
     @cached_property
     def networks(self) -> Networks:
@@ -173,6 +174,9 @@ class Matching(Synthesis):
 
     def open(self, context: Context) -> None:
         """Load the proxies, once in a process, and refuse networks that do not fit."""
+        if self._opened:
+            return
+        self._opened = True
         self.networks.check(context)
         if self.options.proxies is not None and self._regulariser is None:
             self._regulariser = Regulariser.load(self.options.proxies, self.options.proxy_arch, context)

@@ -20,6 +20,7 @@ from ddfast.methods.matching.objectives import class_means, squared_distance
 from ddfast.methods.matching.options import MatchingOptions, begins_with
 from ddfast.methods.matching.queue import Queue
 from ddfast.methods.matching.trained import Descent
+from ddfast.models.registry import features_and_logits
 from ddfast.settings import option
 
 
@@ -97,8 +98,9 @@ class IDM(Matching):
         """sum_c || mean F(B_c) - mean F(S_c) ||^2 + w a CE(h(S_c), c), a the network's accuracy (Eqs. 4 and 5)."""
         with torch.no_grad():
             wanted = class_means(network, real)
-        matched = squared_distance(class_means(network, synthetic), wanted)
+        found, logits = features_and_logits(network, synthetic.flatten(0, 1))
+        matched = squared_distance(found.unflatten(0, synthetic.shape[:2]).mean(dim=1), wanted)
         targets = labels.repeat_interleave(synthetic.shape[1])
-        entropy = F.cross_entropy(network(synthetic.flatten(0, 1)), targets) * len(labels)
+        entropy = F.cross_entropy(logits, targets) * len(labels)
         assert isinstance(self.networks, Queue)
         return matched + self.options.ce_weight * self.networks.accuracy * entropy

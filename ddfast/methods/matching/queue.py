@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddfast.attribution.flight import free_memory
 from ddfast.data.pool import ClassPool
-from ddfast.errors import DivergedError, UsageError
+from ddfast.errors import UsageError
 from ddfast.methods.base import Context
 from ddfast.methods.matching.networks import Built, Networks, Redrawn
 from ddfast.methods.matching.real import normalised
-from ddfast.methods.matching.trained import PREFIX, Descent, real_batch
+from ddfast.methods.matching.trained import PREFIX, Descent, check_training, real_batch
 from ddfast.methods.synthesis import State
 from ddfast.ops.transfer import to_device
 from ddfast.seeding import generator
@@ -78,10 +76,12 @@ class Queue(Networks):
     def advance(self, step: int, state: State, pool: ClassPool, context: Context) -> None:
         """Let a network join where it is time, then train two."""
         tensors = self._joined(step, state.tensors, context)
-        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         order = torch.randperm(len(tensors[_SEEN]), generator=generator(context.seed, "training", step))
-        for place in order[:_TRAINED].tolist():
-            self._train(place, step, state.pixels.dtype, tensors, pool, context)
+        places = order[:_TRAINED].tolist()
+        trained = [self._trained(place, step, state.pixels.dtype, tensors, pool, context) for place in places]
+        for place, found in zip(places, trained, strict=True):  # none of them diverged: the queue may change
+            for name, value in found.items():
+                tensors[name][place] = value
         others = {name: tensor for name, tensor in state.tensors.items() if not name.startswith(PREFIX)}
         state.tensors = others | tensors
 
@@ -110,7 +110,7 @@ class Queue(Networks):
         count = torch.zeros(1, dtype=torch.int64, device=context.device)
         return {**weights, **velocity, _RIGHT: count, _SEEN: count.clone()}
 
-    def _train(
+    def _trained(
         self,
         place: int,
         step: int,
@@ -118,11 +118,12 @@ class Queue(Networks):
         tensors: dict[str, Tensor],
         pool: ClassPool,
         context: Context,
-    ) -> None:
-        """Train the network at a place of the queue on real images, in place."""
+    ) -> dict[str, Tensor]:
+        """What stands at a place of the queue after its network has trained on real images."""
         network = _holding(self._built.on(context), tensors, place).train()
         named = dict(network.named_parameters())
-        velocities = [tensors[_VELOCITY + name][place] for name in named]
+        velocities = {name: tensors[_VELOCITY + name][place].clone() for name in named}
+        right, seen = tensors[_RIGHT][place].clone(), tensors[_SEEN][place].clone()
         loss = torch.zeros((), device=context.device)
         for number in range(self._steps):
             draws = generator(context.seed, "training", step, place, number)
@@ -130,16 +131,13 @@ class Queue(Networks):
             targets = to_device(labels, context.device)
             logits = network(normalised(images, context, dtype))
             loss = F.cross_entropy(logits, targets)
-            self._descent.step(list(named.values()), velocities, loss)
-            tensors[_RIGHT][place] += (logits.detach().argmax(1) == targets).sum()
-            tensors[_SEEN][place] += len(targets)
-        if not math.isfinite(loss.item()):
-            raise DivergedError(
-                f"the training of the networks became {loss.item()} after step {step}: lower {argument('lr_net')}, "
-                f"now {self._descent.lr:g}; what was made before that step is kept"
-            )
-        for name, tensor in network.state_dict().items():
-            tensors[_STACKED + name][place] = tensor
+            self._descent.step(list(named.values()), list(velocities.values()), loss)
+            right += (logits.detach().argmax(1) == targets).sum()
+            seen += len(targets)
+        check_training(loss, step, self._descent)
+        weights = {_STACKED + name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+        moved = {_VELOCITY + name: velocity for name, velocity in velocities.items()}
+        return {**weights, **moved, _RIGHT: right, _SEEN: seen}
 
 
 def _holding(redrawn: Redrawn, tensors: dict[str, Tensor], place: int) -> nn.Module:

@@ -107,11 +107,7 @@ class Trained(Networks):
         for images, loss_of in self.batches(step, state, pool, context):
             loss = loss_of(network(images))
             self._descent.step(list(named.values()), list(velocities.values()), loss)
-        if not math.isfinite(loss.item()):
-            raise DivergedError(
-                f"the training of the networks became {loss.item()} after step {step}: lower {argument('lr_net')}, "
-                f"now {self._descent.lr:g}; what was made before that step is kept"
-            )
+        check_training(loss, step, self._descent)
         tensors = {PREFIX + name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
         return tensors | {_VELOCITY + name: velocity for name, velocity in velocities.items()}
 
@@ -185,6 +181,19 @@ class OnReal(Trained):
             found, labels = real_batch(pool, self._batch, draws)
             images = self._augment(normalised(found, context, state.pixels.dtype), draws)
             yield _cut_mixed(images, labels, derived_seed(context.seed, "cutmix", step, number), context)
+
+
+def check_training(loss: Tensor, step: int, descent: Descent) -> None:
+    """Refuse a network whose training after a step of the pixels ended in a loss that is not finite.
+
+    Raises:
+        DivergedError: what to lower.
+    """
+    if not math.isfinite(value := loss.item()):
+        raise DivergedError(
+            f"the training of the networks became {value} after step {step}: lower {argument('lr_net')}, now "
+            f"{descent.lr:g}; what was made before that step is kept"
+        )
 
 
 def real_batch(pool: ClassPool, count: int, draws: torch.Generator) -> tuple[Tensor, Tensor]:
