@@ -65,6 +65,18 @@ def positive_number(value: Any, keyword: str, *, zero: bool = False) -> float:
     return found
 
 
+def number_below_one(value: Any, keyword: str) -> float:
+    """`value` as a float from 0 to below 1: a momentum, or the share of a moving average that a step keeps.
+
+    Raises:
+        UsageError: no number, or out of range.
+    """
+    found = positive_number(value, keyword, zero=True)
+    if found >= 1:
+        raise UsageError(f"{argument(keyword)} must be below 1, got {found:g}")
+    return found
+
+
 def one_of(value: Any, keyword: str, known: Iterable[str]) -> str:
     """`value`, which must be one of `known`; the message lists them and suggests the nearest.
 

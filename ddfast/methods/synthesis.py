@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ddfast.data.pool import ClassPool
-from ddfast.errors import UsageError
+from ddfast.errors import DivergedError, UsageError
 from ddfast.methods.base import Context, Method
 from ddfast.output.pixels import CURVE as CURVE  # the names of a state's curve
 from ddfast.output.pixels import Regions
@@ -152,6 +154,41 @@ class Synthesis(Method):
     def whitening(self, context: Context) -> Whitening | None:
         """The transform that the images are whitened by, which stays with the set; None where they are not."""
         return None
+
+    def is_noted(self, number: int, times: int = 10) -> bool:
+        """Whether what costs something is measured in this step: the first, the last, and about `times` between."""
+        return number % max(1, self.steps // times) == 0 or number == self.steps - 1
+
+    def finite(
+        self,
+        number: int,
+        measured: Mapping[str, Tensor],
+        made: Tensor,
+        called: Mapping[str, str],
+        advice: str,
+    ) -> dict[str, float]:
+        """What was measured, as numbers: the one time that a step waits for a GPU.
+
+        Args:
+            number: of the step.
+            measured: scalars by name.
+            made: what the step made; it is only looked at.
+            called: names in words; that of `made` stands under "made".
+            advice: what to do where something is not finite.
+
+        Raises:
+            DivergedError: something is not finite.
+        """
+        values = [*measured.values(), torch.linalg.vector_norm(made)]
+        found = torch.stack([value.double() for value in values]).tolist()
+        row = dict(zip((*measured, "made"), found, strict=True))
+        if bad := next((name for name, value in row.items() if not math.isfinite(value)), None):
+            raise DivergedError(
+                f"{called.get(bad, bad)} of {self.name} would no longer be finite at step {number} of {self.steps}: "
+                f"{advice}; what was made before that step is kept"
+            )
+        del row["made"]
+        return row
 
     def images(self, state: State) -> Tensor:
         """What students train on, float32 [N, 3, H, W]."""

@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from ddfast.arguments import (
     architecture_options,
     data_of,
+    number_below_one,
+    one_of,
     output_file,
     path_of,
     positive_number,
@@ -118,13 +120,7 @@ class EstimatorConfig:
         Raises:
             UsageError: one is out of range.
         """
-        if self.precision not in PRECISIONS:
-            raise UsageError(
-                f"{argument('precision')} must be one of {', '.join(PRECISIONS)}, got {self.precision!r}"
-            )
-        momentum = positive_number(self.momentum_encoder, "momentum_encoder", zero=True)
-        if momentum >= 1:
-            raise UsageError(f"{argument('momentum_encoder')} must be below 1, got {momentum:g}")
+        one_of(self.precision, "precision", PRECISIONS)
         try:
             mean_std = resolve_normalization(self.normalization)
         except (TypeError, ValueError) as error:
@@ -136,7 +132,7 @@ class EstimatorConfig:
             arch_options=architecture_options(self.arch_options),
             kl=positive_number(self.kl, "kl", zero=True),
             tau=positive_number(self.tau, "tau"),
-            momentum_encoder=momentum,
+            momentum_encoder=number_below_one(self.momentum_encoder, "momentum_encoder"),
             queue=whole_number(self.queue, "queue", least=1),
             lr=positive_number(self.lr, "lr"),
             weight_decay=positive_number(self.weight_decay, "weight_decay", zero=True),

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddfast.arguments import data_of, output_folder, positive_number, whole_number
+from ddfast.arguments import data_of, number_below_one, one_of, output_folder, positive_number, whole_number
 from ddfast.crowding import Neighbours, warn_of_crowding
 from ddfast.errors import UsageError
 from ddfast.files import atomic_write_text, make_folder, sweep_temporary
@@ -84,13 +84,7 @@ class PriorConfig:
         Raises:
             UsageError: one is out of range.
         """
-        if self.precision not in PRECISIONS:
-            raise UsageError(
-                f"{argument('precision')} must be one of {', '.join(PRECISIONS)}, got {self.precision!r}"
-            )
-        ema = positive_number(self.ema, "ema", zero=True)
-        if ema >= 1:
-            raise UsageError(f"{argument('ema')} must be below 1, got {ema:g}")
+        one_of(self.precision, "precision", PRECISIONS)
         return replace(
             self,
             epochs=whole_number(self.epochs, "epochs", least=1),
@@ -98,7 +92,7 @@ class PriorConfig:
             width=whole_number(self.width, "width", least=1),
             lr=positive_number(self.lr, "lr"),
             batch_size=whole_number(self.batch_size, "batch_size", least=1),
-            ema=ema,
+            ema=number_below_one(self.ema, "ema"),
             flip=bool(self.flip),
             seed=whole_number(self.seed, "seed", least=0, most=2**63 - 1),
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ddfast.arguments import architecture_options, positive_number, whole_number
+from ddfast.arguments import architecture_options, number_below_one, positive_number, whole_number
 from ddfast.errors import UsageError
 from ddfast.models.normalization import Normalization, normalization
 from ddfast.ops.precision import PRECISIONS
@@ -85,9 +85,7 @@ class TeacherConfig:
         }
         lr = None if self.lr is None else positive_number(self.lr, "lr")
         decay = positive_number(self.weight_decay, "weight_decay", zero=True)
-        momentum = positive_number(self.momentum, "momentum", zero=True)
-        if momentum >= 1:
-            raise UsageError(f"{argument('momentum')} must be below 1, got {momentum:g}")
+        momentum = number_below_one(self.momentum, "momentum")
         if lr is None:
             lr = 1e-3 if self.optimizer == "adamw" else 0.05 if self.arch.startswith("convnet") else 0.1
         augment = self.augment or ("crop-flip" if self.image_size <= SMALL_IMAGE else "rrc-flip")

@@ -181,7 +181,7 @@ def test_samples_without_guidance_need_no_estimator(toy_folder, places, tmp_path
 
 
 def test_guidance_that_diverges_keeps_the_last_good_state(toy_folder, places, tmp_path):
-    with pytest.raises(DivergedError, match=r"at step \d of 4 of igds: lower eta") as caught:
+    with pytest.raises(DivergedError, match=r"of igds .* at step \d of 4: lower eta") as caught:
         distil(toy_folder, tmp_path / "out", places, eta=1e38, clip=0, eta_schedule="constant")
     assert "\n" not in str(caught.value)
     assert (tmp_path / "out" / "state" / "group-00000.safetensors").is_file()

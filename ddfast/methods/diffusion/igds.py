@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ddfast.arguments import one_of, path_of, positive_number, whole_number
 from ddfast.data.pool import ClassPool
-from ddfast.errors import DivergedError, UsageError
+from ddfast.errors import UsageError
 from ddfast.methods.base import Context, Method
 from ddfast.methods.diffusion.information import Information, information
 from ddfast.methods.synthesis import Group, State, Synthesis
@@ -291,7 +291,7 @@ class IGDS(Synthesis):
             if "unguided" in tensors:
                 plain, clean = self._sampled(number, tensors["unguided"], labels, state.group, context)
                 made["unguided"] = plain
-                if self._is_noted(number) and self._estimator is not None:
+                if self.is_noted(number, _NOTES) and self._estimator is not None:
                     beside = self._informed(
                         number, plain if self.options.literal else clean, labels, context, wanted=False
                     )
@@ -379,28 +379,11 @@ class IGDS(Synthesis):
         measured["moved"] = torch.linalg.vector_norm(added) / torch.linalg.vector_norm(after - before)
         return after + added
 
-    def _is_noted(self, number: int) -> bool:
-        """Whether the unguided samples are measured in this step."""
-        return number % max(1, self.steps // _NOTES) == 0 or number == self.steps - 1
-
     def _checked(self, number: int, measured: Mapping[str, Tensor], moved: Tensor) -> dict[str, float]:
-        """What was measured, as numbers: the one time that a step waits for a GPU.
-
-        Raises:
-            DivergedError: something is not finite, the samples after the step among it.
-        """
-        values = [*measured.values(), torch.linalg.vector_norm(moved)]
-        found = torch.stack([value.double() for value in values]).tolist()
-        row = dict(zip((*measured, "samples"), found, strict=True))
-        if bad := next((name for name, value in row.items() if not math.isfinite(value)), None):
-            guided = bad != "samples" or self._estimator is not None
-            lower = f"lower {argument('eta')}, now {self.options.eta:g}, or {argument('clip')}"
-            raise DivergedError(
-                f"{_CALLED.get(bad, bad)} would no longer be finite at step {number} of {self.steps} of {self.name}: "
-                f"{lower if guided else 'train the prior again'}; what was sampled before that step is kept"
-            )
-        del row["samples"]
-        return row
+        """See `Synthesis.finite`."""
+        lower = f"lower {argument('eta')}, now {self.options.eta:g}, or {argument('clip')}"
+        advice = lower if self._estimator is not None else "train the prior again"
+        return self.finite(number, measured, moved, _CALLED, advice)
 
     # What it leaves
     # ------------------------------------------------------------------------------------------------------
@@ -436,7 +419,7 @@ _CALLED = {
     "moved": "the guidance",
     "unguided_information": "I(X; Y) without guidance",
     "unguided_context": "H(X | Y) without guidance",
-    "samples": "the samples",
+    "made": "the samples",
 }
 
 

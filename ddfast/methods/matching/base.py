@@ -7,7 +7,6 @@ class and the step, or by the step alone, so that neither the grouping of the cl
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -33,8 +32,6 @@ from ddfast.output.pixels import to_unit
 from ddfast.seeding import generator, seeded
 from ddfast.training.differentiable import DSA, draw_one
 from ddfast.wording import argument, plural, setting
-
-_NOTES = 10  # times in a run that variance and CMI are measured, beside the first and the last step
 
 
 class Matching(Synthesis):
@@ -248,10 +245,10 @@ class Matching(Synthesis):
         moved = pixels.add(velocity, alpha=-rate)
         if self.steps_by_class:
             moved, velocity = self._carried_on(moved, velocity, len(classes) - 1 - classes, rate)
-        if self._is_noted(number):
+        if self.is_noted(number):
             each = pixels.unflatten(0, (len(group.classes), -1))
             measured["pixel_variance"] = each.var(dim=1, correction=0).mean()
-        row = self._checked(number, measured, torch.linalg.vector_norm(moved))
+        row = self._checked(number, measured, moved)
         state.tensors = {**before, "pixels": moved, "momentum": velocity}
         if contrast is not None:
             state.tensors |= contrast.moved()
@@ -361,7 +358,7 @@ class Matching(Synthesis):
     ) -> Tensor | None:
         """The gradient of lambda * CMI in the pixels where it acts in this step; what was measured joins `measured`."""
         acts = self.options.cmi > 0 and number % self.options.cmi_every == 0
-        if self._regulariser is None or not (acts or self._is_noted(number)):
+        if self._regulariser is None or not (acts or self.is_noted(number)):
             return None
         pixels = pixels.detach().requires_grad_()
         decoded = self._by_class(pixels, group.classes, context)
@@ -378,32 +375,18 @@ class Matching(Synthesis):
         measured["cmi_gradient_norm"] = torch.linalg.vector_norm(pulled)
         return pulled
 
-    def _is_noted(self, number: int) -> bool:
-        """Whether what costs something is measured in this step: the first, the last, and some between."""
-        return number % max(1, self.steps // _NOTES) == 0 or number == self.steps - 1
-
     def _checked(self, number: int, measured: dict[str, Tensor], moved: Tensor) -> dict[str, float]:
-        """What was measured, as numbers: the one time that a step waits for a GPU.
-
-        Raises:
-            DivergedError: something is not finite, the pixels after the step among it.
-        """
-        found = torch.stack([value.double() for value in (*measured.values(), moved)]).tolist()
-        row = dict(zip((*measured, "pixels"), found, strict=True))
-        if bad := next((name for name, value in row.items() if not math.isfinite(value)), None):
-            lower = f"{argument('lr_img')}, now {self.options.lr_img:g}"
-            for name in ("cmi", "cfc"):
-                if getattr(self.options, name, 0):
-                    lower += f", or {argument(name)}, now {getattr(self.options, name):g}"
-            raise DivergedError(
-                f"{_CALLED.get(bad, bad)} of {self.name} would no longer be finite at step {number} of {self.steps}: "
-                f"lower {lower}; what was made before that step is kept"
-            )
-        del row["pixels"]
-        return row
+        """See `Synthesis.finite`."""
+        lower = [f"{argument('lr_img')}, now {self.options.lr_img:g}"]
+        lower += [
+            f"{argument(name)}, now {getattr(self.options, name):g}"
+            for name in ("cmi", "cfc")
+            if getattr(self.options, name, 0)
+        ]
+        return self.finite(number, measured, moved, CALLED, f"lower {', or '.join(lower)}")
 
 
-_CALLED = {
+CALLED = {
     "loss": "the loss",
     "gradient_norm": "the loss's gradient",
     "cmi": "CMI",
@@ -411,5 +394,5 @@ _CALLED = {
     "cfc": "the contrastive loss",
     "cfc_gradient_norm": "the contrastive loss's gradient",
     "pixel_variance": "the variance of the pixels",
-    "pixels": "the pixels",
+    "made": "the pixels",
 }

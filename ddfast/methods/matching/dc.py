@@ -18,9 +18,9 @@ from ddfast.methods.matching.base import Matching
 from ddfast.methods.matching.networks import Networks
 from ddfast.methods.matching.objectives import (
     cosine_distance,
+    gradient_distance,
     row_distance,
     summed_squares,
-    weight_gradients,
 )
 from ddfast.methods.matching.options import MatchingOptions, begins_with, number_or_auto
 from ddfast.methods.matching.trained import Augment, Descent, OnSynthetic
@@ -131,9 +131,4 @@ class DC(Matching):
 
     def loss(self, network: nn.Module, real: Tensor, synthetic: Tensor, labels: Tensor) -> Tensor:
         """sum_c D(grad_theta CE(S_c), grad_theta CE(B_c)) (Eqs. 9 and 10)."""
-        distance = DISTANCES[self.options.distance]
-        total = synthetic.new_zeros(())
-        for images, made, label in zip(real, synthetic.unbind(), labels, strict=True):
-            wanted = weight_gradients(network, images, label)
-            total = total + distance(weight_gradients(network, made, label, differentiable=True), wanted)
-        return total
+        return gradient_distance(DISTANCES[self.options.distance], network, real, synthetic, labels)

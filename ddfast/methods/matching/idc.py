@@ -19,10 +19,10 @@ from ddfast.methods.base import Context
 from ddfast.methods.matching.base import Matching
 from ddfast.methods.matching.networks import Networks
 from ddfast.methods.matching.objectives import (
+    gradient_distance,
     row_distance,
     summed_magnitudes,
     summed_squares,
-    weight_gradients,
 )
 from ddfast.methods.matching.options import MatchingOptions, begins_with
 from ddfast.methods.matching.trained import Descent, OnReal
@@ -156,13 +156,4 @@ class IDC(Matching):
     def loss(self, network: nn.Module, real: Tensor, synthetic: Tensor, labels: Tensor) -> Tensor:
         """sum_c D(grad_theta CE(A(f(S_c))), grad_theta CE(A(B_c))) over convolutions (Algorithm 1, Eq. 8)."""
         distance = DISTANCES[self.options.distance]
-        total = synthetic.new_zeros(())
-        for images, made, label in zip(real, synthetic.unbind(), labels, strict=True):
-            wanted = _of_convolutions(weight_gradients(network, images, label))
-            found = _of_convolutions(weight_gradients(network, made, label, differentiable=True))
-            total = total + distance(found, wanted)
-        return total
-
-
-def _of_convolutions(gradients: list[Tensor]) -> list[Tensor]:
-    return [gradient for gradient in gradients if gradient.ndim == 4]
+        return gradient_distance(distance, network, real, synthetic, labels, least_dimensions=4)

@@ -218,10 +218,10 @@ class MTT(Matching):
         moved = state.pixels.add(velocity, alpha=-self.options.lr_img)
         rate_velocity = self.options.momentum * state.tensors["learned_rate_momentum"] + found.lr
         moved_rate = rate - self.options.lr_lr * rate_velocity
-        if self._is_noted(number):
+        if self.is_noted(number):
             each = state.pixels.unflatten(0, (len(group.classes), -1))
             measured["pixel_variance"] = each.var(dim=1, correction=0).mean()
-        row = self._checked(number, measured, torch.linalg.vector_norm(moved))
+        row = self._checked(number, measured, moved)
         self._check_rate(number, float(moved_rate))
         state.tensors |= {
             "pixels": moved,

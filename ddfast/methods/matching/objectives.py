@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -63,6 +63,34 @@ def weight_gradients(
     weights = [leaf for leaf in leaves.values() if leaf.requires_grad]
     with differentiable_in_images() if differentiable else nullcontext():
         return list(torch.autograd.grad(loss, weights, create_graph=differentiable))
+
+
+def gradient_distance(
+    distance: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor],
+    network: nn.Module,
+    real: Tensor,
+    synthetic: Tensor,
+    labels: Tensor,
+    *,
+    least_dimensions: int = 2,
+) -> Tensor:
+    """sum_c D(grad_theta CE(S_c), grad_theta CE(B_c)), a scalar, differentiable in the synthetic images (DC, Eq. 9).
+
+    Args:
+        distance: D, of the gradients of one class.
+        network, real, synthetic, labels: as `Matching.loss`.
+        least_dimensions: of the weights that count; 4 for convolutions alone.
+    """
+
+    def counted(gradients: list[Tensor]) -> list[Tensor]:
+        return [gradient for gradient in gradients if gradient.ndim >= least_dimensions]
+
+    total = synthetic.new_zeros(())
+    for images, made, label in zip(real, synthetic.unbind(), labels, strict=True):
+        wanted = counted(weight_gradients(network, images, label))
+        found = counted(weight_gradients(network, made, label, differentiable=True))
+        total = total + distance(found, wanted)
+    return total
 
 
 def row_distance(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ddfast.arguments import one_of, path_of, positive_number, whole_number, whole_number_or
+from ddfast.arguments import number_below_one, one_of, path_of, positive_number, whole_number, whole_number_or
 from ddfast.errors import UsageError
 from ddfast.methods.matching.initial import INITIAL
 from ddfast.settings import option
@@ -89,12 +89,10 @@ class _OfPixels:
             if hasattr(self, name):
                 self._set(name, whole_number(getattr(self, name), name, least=1))
         self._set("lr_img", positive_number(self.lr_img, "lr_img"))
-        self._set("momentum", positive_number(self.momentum, "momentum", zero=True))
+        self._set("momentum", number_below_one(self.momentum, "momentum"))
         for name in ("cmi", "cfc"):
             if hasattr(self, name):
                 self._set(name, positive_number(getattr(self, name), name, zero=True))
-        if self.momentum >= 1:
-            raise UsageError(f"{argument('momentum')} must be below 1, got {self.momentum}")
         one_of(self.init, "init", INITIAL)
         if self.proxies is not None:
             self._set("proxies", str(path_of(self.proxies, "proxies")))

@@ -20,6 +20,7 @@ from ddfast.arguments import one_of, path_of, positive_number, whole_number
 from ddfast.data.pool import ClassPool
 from ddfast.errors import DivergedError, UsageError
 from ddfast.methods.base import Context
+from ddfast.methods.matching.base import CALLED
 from ddfast.methods.matching.batch_norm import StatisticsNetwork, has_statistics
 from ddfast.methods.matching.cmi import Regulariser
 from ddfast.methods.matching.real import all_drawn, lower, normalised, short_of
@@ -36,7 +37,6 @@ from ddfast.wording import argument, plural, setting
 
 INITIAL = ("noise", "real")
 BETAS, EPS = (0.5, 0.9), 1e-8  # of Adam
-_NOTES = 10  # times in a run that variance and CMI are measured, beside the first and the last step
 _STATISTICS_OF = 50  # images in a batch below which its statistics are noisy
 
 
@@ -365,10 +365,10 @@ class SRe2L(Synthesis):
         if pulled is not None:
             gradient = gradient + pulled
         moved, moments = self._updated(number, state, gradient, context)
-        if self._is_noted(number):
+        if self.is_noted(number):
             each = state.pixels.unflatten(0, (len(group.classes), -1))
             measured["pixel_variance"] = each.var(dim=1, correction=0).mean()
-        row = self._checked(number, measured, torch.linalg.vector_norm(moved))
+        row = self._checked(number, measured, moved)
         state.tensors |= {"pixels": moved, **moments, **weight}
         state.curve.append({"step": float(number), **row})
         return row["loss"]
@@ -400,7 +400,7 @@ class SRe2L(Synthesis):
         """
         options = self.options
         acts = options.has_cmi and number % options.cmi_every == 0
-        if self._regulariser is None or not (acts or self._is_noted(number)):
+        if self._regulariser is None or not (acts or self.is_noted(number)):
             return None, {}
         images = state.pixels.unflatten(0, (len(state.group.classes), -1))
         measured["cmi"], gradient = self._regulariser.value_and_gradient(
@@ -421,34 +421,23 @@ class SRe2L(Synthesis):
         measured["cmi_gradient_norm"] = torch.linalg.vector_norm(pulled)
         return pulled, found
 
-    def _is_noted(self, number: int) -> bool:
-        """Whether what costs something is measured in this step: the first, the last, and some between."""
-        return number % max(1, self.steps // _NOTES) == 0 or number == self.steps - 1
-
     def _checked(self, number: int, measured: dict[str, Tensor], moved: Tensor) -> dict[str, float]:
-        """What was measured, as numbers: the one time that a step waits for a GPU.
-
-        Raises:
-            DivergedError: something is not finite, the pixels after the step among it.
-        """
-        found = torch.stack([value.double() for value in (*measured.values(), moved)]).tolist()
-        row = dict(zip((*measured, "pixels"), found, strict=True))
-        if not math.isfinite(row.pop("cmi_weight", 0.0)) and math.isfinite(row["gradient_norm"]):
+        """See `Synthesis.finite`."""
+        options = self.options
+        weight = measured.pop("cmi_weight", None)
+        if (
+            weight is not None
+            and not math.isfinite(weight.item())
+            and math.isfinite(measured["gradient_norm"].item())
+        ):
             raise DivergedError(
                 f"CMI has no gradient in the first step, so {argument('cmi_ratio')} finds no weight for it: give one "
                 f"as {argument('cmi')}, or take other {argument('proxies')}"
             )
-        if bad := next((name for name, value in row.items() if not math.isfinite(value)), None):
-            options = self.options
-            lower = [f"{argument(name)}, now {getattr(options, name):g}" for name in ("bn_weight", "lr_img")]
-            if options.has_cmi:
-                lower.append(f"{self._cmi_argument}, now {options.cmi or options.cmi_ratio:g}")
-            raise DivergedError(
-                f"{_CALLED[bad]} of {self.name} would no longer be finite at step {number} of {self.steps}: "
-                f"lower {', or '.join(lower)}; what was made before that step is kept"
-            )
-        del row["pixels"]
-        return row
+        lower = [f"{argument(name)}, now {getattr(options, name):g}" for name in ("bn_weight", "lr_img")]
+        if options.has_cmi:
+            lower.append(f"{self._cmi_argument}, now {options.cmi or options.cmi_ratio:g}")
+        return self.finite(number, measured, moved, CALLED, f"lower {', or '.join(lower)}")
 
     @property
     def _cmi_argument(self) -> str:
@@ -458,16 +447,6 @@ class SRe2L(Synthesis):
         """See `Synthesis`: the teacher's."""
         assert context.teacher is not None
         return context.teacher.arch, dict(context.teacher.arch_options)
-
-
-_CALLED = {
-    "loss": "the loss",
-    "gradient_norm": "the loss's gradient",
-    "cmi": "CMI",
-    "cmi_gradient_norm": "CMI's gradient",
-    "pixel_variance": "the variance of the pixels",
-    "pixels": "the pixels",
-}
 
 
 def _even(count: int, most: int, least: int = 1) -> list[tuple[int, int]]:

@@ -218,7 +218,10 @@ def test_nan_names_the_step_and_keeps_the_state(prior, estimator, monkeypatch):
     held = {name: value.clone() for name, value in state.tensors.items()}
     read = method._read
     monkeypatch.setattr(method, "_read", lambda samples: tuple(x * torch.nan for x in read(samples)))
-    with pytest.raises(DivergedError, match=r"at step 2 of 4 of igds: lower eta, now 3, or clip; what was"):
+    with pytest.raises(
+        DivergedError,
+        match=r"of igds would no longer be finite at step 2 of 4: lower eta, now 3, or clip; what",
+    ):
         method.step(2, state, None, context)
     assert all(torch.equal(state.tensors[name], value) for name, value in held.items())
     assert len(state.curve) == 2
