@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ddfast.errors import UsageError
+from ddfast.methods.matching.objectives import cosine_distance, row_distance
 from ddfast.models import fuse
 from ddfast.ops import augment_parameters, siamese_augment
 
@@ -124,22 +125,14 @@ def match_loss(gw_syn: Sequence[Tensor], gw_real: Sequence[Tensor], args: Any) -
         UsageError: an unknown metric.
     """
     if args.dis_metric == "ours":
-        distances = [
-            _far_in_angle(real.flatten(1), syn.flatten(1)).sum()
-            for real, syn in zip(gw_real, gw_syn, strict=True)
-            if real.ndim > 1
-        ]
-        return sum(distances[1:], distances[0]) if distances else torch.tensor(0.0, device=args.device)
-    if args.dis_metric in ("mse", "cos"):
+        rows = [(syn, real) for syn, real in zip(gw_syn, gw_real, strict=True) if real.ndim > 1]
+        return row_distance(*zip(*rows, strict=True)) if rows else torch.tensor(0.0, device=args.device)
+    if args.dis_metric == "cos":
+        return cosine_distance(gw_syn, gw_real)
+    if args.dis_metric == "mse":  # added up over all layers at once, as theirs
         real, syn = (torch.cat([grad.reshape(-1) for grad in grads]) for grads in (gw_real, gw_syn))
-        return ((syn - real) ** 2).sum() if args.dis_metric == "mse" else _far_in_angle(real, syn)
+        return ((syn - real) ** 2).sum()
     raise UsageError(f"dis_metric must be ours, mse or cos, got {args.dis_metric!r}")
-
-
-def _far_in_angle(a: Tensor, b: Tensor) -> Tensor:
-    """1 - cosine of the last dimension."""
-    norms = torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(b, dim=-1)
-    return 1 - (a * b).sum(-1) / (norms + 0.000001)
 
 
 # The draws: the reference's calls of the generators, in its order

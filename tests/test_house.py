@@ -17,7 +17,7 @@ ROOMS = {
     "gradients": ("ops",),
     "information": ("ops",),
     "models": ("ops",),
-    "condensation": ("models",),
+    "condensation": ("methods",),
     "training": ("output", "models"),
     "methods": ("training", "attribution", "gradients", "information"),
     "pipeline": ("methods",),
