@@ -80,7 +80,11 @@ def mtt_iteration(settings: Settings) -> Iterator[Measurable]:
             torch.set_default_dtype(before)
         labels = torch.arange(CLASSES, device=settings.device).repeat_interleave(small)
         found = ddfast.unrolled_gradient(
-            wide, first, [(images, labels)] * few, lambda weights: _left(weights, first, last), lr=RATE
+            wide,
+            first,
+            [(images, labels)] * few,
+            lambda weights: distance_left(weights, first, last),
+            lr=RATE,
         )
         gradient = torch.stack([each for each in found.images if each is not None]).sum(dim=0)
         return [
@@ -121,23 +125,27 @@ def unrolled_gradient(settings: Settings) -> Iterator[Measurable]:
 
     def ours(network: nn.Module, **how: Any) -> Tensor:
         found = ddfast.unrolled_gradient(
-            network, start, batches, lambda weights: _left(weights, start, goal), lr=RATE, **how
+            network, start, batches, lambda weights: distance_left(weights, start, goal), lr=RATE, **how
         )
         return torch.stack([each for each in found.images if each is not None])
 
     def theirs() -> Tensor:
-        return _unrolled(model, start, goal, batches)
+        return differentiate_whole_graph(model, start, goal, batches)
 
     def gate() -> list[Check]:
         wide = _convnet(8, torch.float64).to(settings.device)
         first, last = _ends(wide)
         few = [(images[:4].double(), labels[:4]) for images, labels in batches[:3]]
         found = ddfast.unrolled_gradient(
-            wide, first, few, lambda weights: _left(weights, first, last), lr=RATE
+            wide, first, few, lambda weights: distance_left(weights, first, last), lr=RATE
         )
         exact = torch.stack([each for each in found.images if each is not None])
         return [
-            Check("plain, float64", relative_error(exact, _unrolled(wide, first, last, few)), 1e-10),
+            Check(
+                "plain, float64",
+                relative_error(exact, differentiate_whole_graph(wide, first, last, few)),
+                1e-10,
+            ),
             # In float32 two exact routes differ where a ReLU flips.
             Check("fused, float32", relative_error(ours(fused), theirs()), 2e-2),
         ]
@@ -306,22 +314,27 @@ def _batches(steps: int, count: int, device: torch.device) -> list[tuple[Tensor,
     ]
 
 
-def _left(weights: Weights, start: Weights, goal: Weights) -> Tensor:
+def distance_left(weights: Weights, start: Weights, goal: Weights) -> Tensor:
+    """Squared distance of the weights to the goal over that of the start: MTT's loss."""
     left = torch.stack([(weights[name] - goal[name]).square().sum() for name in goal]).sum()
     return left / torch.stack([(start[name] - goal[name]).square().sum() for name in goal]).sum()
 
 
-def _unrolled(
-    model: nn.Module, start: Weights, goal: Weights, batches: Sequence[tuple[Tensor, Tensor]]
+def differentiate_whole_graph(
+    model: nn.Module,
+    start: Weights,
+    goal: Weights,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    rate: float = RATE,
 ) -> Tensor:
-    """The gradient in the images of all batches, by one graph of the whole training."""
+    """The gradient of `distance_left` in the images of all batches, by one graph of the whole training."""
     leaves = [images.clone().requires_grad_() for images, _ in batches]
     weights = {name: weight.clone().requires_grad_() for name, weight in start.items()}
     for images, (_, labels) in zip(leaves, batches, strict=True):
         loss = functional.cross_entropy(functional_call(model, weights, (images,)), labels)
         found = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
-        weights = {n: w - RATE * g for (n, w), g in zip(weights.items(), found, strict=True)}
-    return torch.stack(torch.autograd.grad(_left(weights, start, goal), leaves))
+        weights = {n: w - rate * g for (n, w), g in zip(weights.items(), found, strict=True)}
+    return torch.stack(torch.autograd.grad(distance_left(weights, start, goal), leaves))
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:

@@ -6,7 +6,7 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 
-from bench.studies import against_time, cmi, grid, igds, udd
+from bench.studies import against_time, cmi, grid, igds, udd, unrolled
 from bench.studies.infoutil import continual, entropy, gallery
 from bench.studies.infoutil import stage_costs as stages
 from bench.studies.infoutil.recipes import RECIPES
@@ -30,6 +30,7 @@ STUDIES: dict[str, tuple[str, Study]] = {
     "cmi": (cmi.TITLE, cmi.main),
     "igds": (igds.TITLE, igds.main),
     "udd": (udd.TITLE, udd.main),
+    "unrolled": (unrolled.TITLE, unrolled.main),
     "cost": (against_time.TITLE, against_time.main),
     "gallery": ("Figure 1: heatmaps and crops, InfoUtil beside RDED", gallery.main),
     "entropy": ("Section 5: soft-label entropy by teacher age", entropy.main),
