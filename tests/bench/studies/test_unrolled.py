@@ -25,7 +25,8 @@ def test_errors_and_memory_are_told_for_every_way_and_length(toy_folder, tmp_pat
         assert float(errors["detached", "4", rate]) > 1e-4
     assert [row["bytes"] != "" for row in rows] == [row["rate"] == "0.01" for row in rows]
     page = out.with_suffix(".md").read_text()
-    assert "python -m bench.studies unrolled" in page and "commit" in page
+    assert "python -m bench.studies unrolled" in page
+    assert "commit" in page
     assert "![error and memory against the number of steps](unrolled.png)" in page
     assert out.with_suffix(".png").stat().st_size > 1000
     assert capsys.readouterr().out.strip() == page.strip()
