@@ -19,6 +19,7 @@ import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -208,15 +209,18 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
             for rate, line in zip(RATES, ("-", "--"), strict=True):
                 of_way = [row for row in rows if (row.way, row.rate) == (way, rate)]
                 x, y = [row.steps for row in of_way], [max(row.error or 0.0, 1e-17) for row in of_way]
-                errors.plot(x, y, line, color=colour, marker="o", markersize=4)
-                _name(errors, f"{way}, rate {rate}", x[-1], y[-1], colour)
+                errors.plot(x, y, line, color=colour, marker="o", markersize=4, label=f"rate {rate}")
+            _name(errors, way, x[-1], y[-1], colour)
         errors.set_yscale("log")
+        handles, labels = errors.get_legend_handles_labels()
+        errors.legend(handles[: len(RATES)], labels[: len(RATES)], loc="center", frameon=False, fontsize=8.5)
         errors.set_title("relative error of the gradient", loc="left", fontsize=9.5, color=FAINT)
-        for way, colour in ((AUTOGRAD, COLOURS[2]), (DETACHED, COLOURS[1]), (EXACT, COLOURS[0])):
+        ways = ((AUTOGRAD, COLOURS[2], 0), (DETACHED, COLOURS[1], 8), (EXACT, COLOURS[0], -4))
+        for way, colour, lift in ways:
             of_way = [row for row in rows if row.way == way and row.bytes is not None]
             x, y = [row.steps for row in of_way], [(row.bytes or 0) / 2**20 for row in of_way]
             memory.plot(x, y, color=colour, marker="o", markersize=4)
-            _name(memory, f"{way}, {y[-1]:,.0f} MiB", x[-1], y[-1], colour)
+            _name(memory, f"{way}, {y[-1]:,.0f}", x[-1], y[-1], colour, lift)
         memory.set_ylim(bottom=0)
         memory.set_title("peak memory, MiB", loc="left", fontsize=9.5, color=FAINT)
         for axis in (errors, memory):
@@ -226,9 +230,9 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
             axis.tick_params(length=0)
 
 
-def _name(axis, text: str, x: float, y: float, colour: str) -> None:  # type: ignore[no-untyped-def]
-    """Beside the last point of a line."""
-    place = {"xytext": (7, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
+def _name(axis: Any, text: str, x: float, y: float, colour: str, lift: float = 0) -> None:
+    """Beside the last point of a line, `lift` points higher."""
+    place = {"xytext": (7, lift), "textcoords": "offset points", "va": "center", "annotation_clip": False}
     axis.annotate(text, (x, y), color=colour, fontsize=8.5, **place)
 
 
