@@ -411,9 +411,9 @@ def _network(folder: Path, prior: Path) -> nn.Module:
 
     name = str(_json(folder / "config.json").get("_class_name"))
     kind = getattr(diffusers, name, None)
-    if kind is None or not hasattr(kind, "from_pretrained"):
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
         raise UsageError(
-            f"the prior {prior} has a part {name}, which diffusers {diffusers.__version__} lacks"
+            f"the prior {prior} has a part {name}, which is no network of diffusers {diffusers.__version__}"
         )
     try:
         network = kind.from_pretrained(folder, low_cpu_mem_usage=False, local_files_only=True)

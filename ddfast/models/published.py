@@ -210,8 +210,9 @@ def _huggingface(name: str, normalization: Normalization | None = None) -> Publi
 
     def load() -> tuple[Any, Any]:
         with _quiet(transformers):
+            # Said, as transformers would else ask at the terminal whether to run the code that a repository brings.
             model, told = transformers.AutoModelForImageClassification.from_pretrained(
-                name, output_loading_info=True
+                name, output_loading_info=True, trust_remote_code=False
             )
         lacking = sorted(told.get("missing_keys", ())) + [str(key) for key in told.get("mismatched_keys", ())]
         if lacking:
@@ -219,7 +220,7 @@ def _huggingface(name: str, normalization: Normalization | None = None) -> Publi
             raise _Unfit(f"its weights lack {lacking[0]}{more}, so it is no trained classifier")
         if folder.is_dir() and not (folder / "preprocessor_config.json").is_file():
             return model, None
-        return model, transformers.AutoImageProcessor.from_pretrained(name)
+        return model, transformers.AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
 
     model, processor = _fetched(f"hf:{name}", load, "its folder as hf:FOLDER", expected=refused)
     size, mean, std, turned = (

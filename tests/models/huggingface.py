@@ -40,7 +40,8 @@ class _Classifier(nn.Module):
         save_file(self.state_dict(), folder / "model.safetensors")
 
     @classmethod
-    def from_pretrained(cls, name, output_loading_info):
+    def from_pretrained(cls, name, output_loading_info, trust_remote_code):
+        assert trust_remote_code is False
         _there(name)
         config = json.loads((Path(name) / "config.json").read_text())
         if "id2label" not in config:
@@ -60,7 +61,8 @@ class _Processor:
         (folder / "preprocessor_config.json").write_text(json.dumps(self.said))
 
     @classmethod
-    def from_pretrained(cls, name):
+    def from_pretrained(cls, name, trust_remote_code):
+        assert trust_remote_code is False
         _there(name)
         return cls(json.loads((Path(name) / "preprocessor_config.json").read_text()))
 

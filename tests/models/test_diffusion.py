@@ -225,6 +225,19 @@ def test_a_damaged_prior_is_refused(folders, tmp_path, change, message):
     assert re.search(message, broken(folders["DDPMPipeline"], tmp_path, change))
 
 
+@pytest.mark.parametrize("name", ["DiffusionPipeline", "AutoModel", "load_image", "NoSuchModel"])
+def test_a_part_that_is_no_network_of_diffusers_is_refused(folders, tmp_path, name):
+    """A pipeline or an automatic class would read on, and might run the code that a folder brings."""
+
+    def rename(folder):
+        path = folder / "unet" / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "_class_name": name}))
+
+    assert f"has a part {name}, which is no network of diffusers" in broken(
+        folders["DDPMPipeline"], tmp_path, rename
+    )
+
+
 def test_a_prior_of_nan_is_refused(folders, tmp_path):
     from safetensors.torch import load_file, save_file
 
