@@ -410,8 +410,9 @@ def _network(folder: Path, prior: Path) -> nn.Module:
     import diffusers
 
     name = str(_json(folder / "config.json").get("_class_name"))
-    kind = getattr(diffusers, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
+    kind: Any = getattr(diffusers, name, None)
+    is_network = isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)
+    if not is_network:
         raise UsageError(
             f"the prior {prior} has a part {name}, which is no network of diffusers {diffusers.__version__}"
         )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +29,12 @@ from ddfast.training.image_sets import ImageSet, StreamedSet, whitened
 from ddfast.training.network_folder import (
     Kind,
     Network,
+    NetworkFolder,
     Recorder,
     check_fits,
     files_of,
     identity_of_file,
     is_work,
-    mean_top1,
-    table_text,
     train_networks,
 )
 from ddfast.training.teacher_config import TeacherConfig
@@ -47,27 +45,15 @@ _WHITENED = ", whitened by ZCA"  # in what a file says of its data
 EXPERT = Kind("expert", "experts", "ddfast-experts-1")
 
 
-@dataclass(frozen=True)
-class Experts:
-    """A folder of experts; `str()` of it is their table.
+class Experts(NetworkFolder):
+    """A folder of experts, as `train_experts` leaves it."""
 
-    Attributes:
-        folder: where they lie.
-        arch: their architecture.
-        experts: in the order of their numbers.
-    """
-
-    folder: Path
-    arch: str
-    experts: list[Network]
+    kind = EXPERT
 
     @property
-    def mean_top1(self) -> float | None:
-        """Mean test accuracy in percent; None where it was not measured."""
-        return mean_top1(self.experts)
-
-    def __str__(self) -> str:
-        return table_text(EXPERT, self.arch, self.experts)
+    def experts(self) -> list[Network]:
+        """In the order of their numbers."""
+        return self.networks
 
 
 @isolated()

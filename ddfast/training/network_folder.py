@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -101,6 +101,30 @@ class Network:
     epochs: int
     images: int
     top1: float | None
+
+
+@dataclass(frozen=True)
+class NetworkFolder:
+    """A folder of networks; `str()` of it is their table.
+
+    Attributes:
+        folder: where they lie.
+        arch: their architecture.
+        networks: in the order of their numbers.
+    """
+
+    kind: ClassVar[Kind]
+    folder: Path
+    arch: str
+    networks: list[Network]
+
+    @property
+    def mean_top1(self) -> float | None:
+        """Mean test accuracy in percent; None where it was not measured."""
+        return mean_top1(self.networks)
+
+    def __str__(self) -> str:
+        return table_text(self.kind, self.arch, self.networks)
 
 
 class Recorder:

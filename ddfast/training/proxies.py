@@ -7,7 +7,6 @@ number), so that a folder can be filled further later on. The proxies are ordina
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,10 @@ from ddfast.models.teacher import load_teacher
 from ddfast.training.network_folder import (
     Kind,
     Network,
+    NetworkFolder,
     check_fits,
     files_of,
     identity_of_file,
-    mean_top1,
-    table_text,
     train_networks,
 )
 from ddfast.training.teacher_config import TeacherConfig
@@ -34,27 +32,15 @@ from ddfast.training.teacher_config import TeacherConfig
 PROXY = Kind("proxy", "proxies", "ddfast-proxies-1")
 
 
-@dataclass(frozen=True)
-class Proxies:
-    """A folder of proxies; `str()` of it is their table.
+class Proxies(NetworkFolder):
+    """A folder of proxies, as `train_proxies` leaves it."""
 
-    Attributes:
-        folder: where they lie.
-        arch: their architecture.
-        proxies: in the order of their numbers.
-    """
-
-    folder: Path
-    arch: str
-    proxies: list[Network]
+    kind = PROXY
 
     @property
-    def mean_top1(self) -> float | None:
-        """Mean test accuracy in percent; None where it was not measured."""
-        return mean_top1(self.proxies)
-
-    def __str__(self) -> str:
-        return table_text(PROXY, self.arch, self.proxies)
+    def proxies(self) -> list[Network]:
+        """In the order of their numbers."""
+        return self.networks
 
 
 @isolated()
