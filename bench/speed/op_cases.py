@@ -466,7 +466,9 @@ def _conv2d(settings: Settings, channels: int, side: int) -> OpCase:
         flat = g.flatten(2)
         return (flat @ columns.mT).square().sum((1, 2)) + flat.sum(2).square().sum(1)
 
-    ours = partial(ops.grad_sq_norm_conv2d, x, g, 3, padding=1)
+    # As the score pass has them, whose teacher runs in channels last.
+    last = [each.contiguous(memory_format=torch.channels_last) for each in (x, g)]
+    ours = partial(ops.grad_sq_norm_conv2d, *last, 3, padding=1)
     return OpCase(
         "grad_sq_norm_conv2d",
         f"{count} x {channels} channels of {side} px, 3x3",
