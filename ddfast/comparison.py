@@ -380,17 +380,25 @@ class _Baselines:
             said["label_top_k"] = plan.get("label_top_k") or "all"
         if plan.get("display_names"):
             said["class_names"] = dict(zip(plan["class_names"], plan["display_names"], strict=True))
-        parts = [method, f"ipc{plan['ipc']}", f"{opened.image_size}px", f"{opened.factor}tiles"]
+        ipc, factor = int(plan["ipc"]), opened.factor
+        if opened.image_size % factor:
+            # Tiles of padded images have no counterpart among pictures: as many whole images stand for them.
+            self.notes.append(
+                f"{plural(factor, 'tile')} per side do not divide {opened.image_size} px: {method} has as many whole "
+                f"images as {opened.root.name} has tiles, and more bytes"
+            )
+            ipc, factor = ipc * factor**2, 1
+        parts = [method, f"ipc{ipc}", f"{opened.image_size}px", f"{factor}tiles"]
         name = "-".join([*parts, f"pool{pool}", f"seed{plan.get('seed', 0)}", *marks])
         return DistilledSet(
             distill(
                 method,
                 data=self.data,
                 out=make_folder(self.out / "sets") / name,
-                ipc=int(plan["ipc"]),
+                ipc=ipc,
                 seed=int(plan.get("seed", 0)),
                 images_per_class=pool,
-                factor=str(opened.factor),
+                factor=str(factor),
                 image_size=opened.image_size,
                 device=self.device,
                 workers=self.workers,

@@ -160,7 +160,8 @@ class DistilledImages:
         if not 0 <= int(self.labels.min()) <= int(self.labels.max()) < classes:
             least, most = int(self.labels.min()), int(self.labels.max())
             raise UsageError(f"labels must lie in 0..{classes - 1}, got {least}..{most}")
-        if self.factor < 1 or self.image_size % self.factor:
+        # Pixels are padded before they are cut into tiles; pictures have whole tiles with labels of their own.
+        if not 1 <= self.factor <= self.image_size or (self.image_size % self.factor and not self.is_float):
             raise UsageError(f"factor must divide the image size {self.image_size}, got {self.factor}")
         if self.boxes is not None and (
             self.factor != 1 or self.boxes.ndim != 3 or self.boxes.shape[::2] != (count, 4)
