@@ -384,8 +384,8 @@ class _Baselines:
         if opened.image_size % factor:
             # Tiles of padded images have no counterpart among pictures: as many whole images stand for them.
             self.notes.append(
-                f"{plural(factor, 'tile')} per side do not divide {opened.image_size} px: {method} has as many whole "
-                f"images as {opened.root.name} has tiles, and more bytes"
+                f"{plural(factor, 'tile')} per side do not divide {opened.image_size} px: beside {opened.root.name} "
+                "stand as many whole images as it has tiles, in more bytes"
             )
             ipc, factor = ipc * factor**2, 1
         parts = [method, f"ipc{ipc}", f"{opened.image_size}px", f"{factor}tiles"]

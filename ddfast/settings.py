@@ -190,7 +190,7 @@ class Settings:
     factor: str | int = option(
         "auto",
         "tiles per side of an image; auto: what the method says, of those that choose crops 1 up to 64 px and 2 above",
-        choices=("auto", "1", "2", "3"),
+        choices=("auto", "1", "2"),
         manifest="factor",
     )
     image_size: int | None = option(

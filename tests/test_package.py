@@ -34,6 +34,10 @@ def test_every_public_name_resolves():
         assert getattr(ddfast, name) is not None
 
 
+def test_the_citation_names_this_version():
+    assert f"\nversion: {ddfast.__version__}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
+
+
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(AttributeError, match=r"it has .*shapley"):
         ddfast.shaply  # noqa: B018

@@ -16,8 +16,9 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 import ddfast
 from bench import facts
 from bench.speed.measuring import extra_bytes
+from bench.speed.registry import relative_error
 from bench.speed.unrolled import differentiate_whole_graph, distance_left
 from bench.studies.arguments import told
 from bench.studies.charts import COLOURS, FAINT, GRID, figure
@@ -35,10 +37,13 @@ from ddfast.data import open_source
 from ddfast.errors import UsageError
 from ddfast.files import atomic_write_text, make_folder
 from ddfast.progress import say
+from ddfast.training.augmentation import normalize
 from ddfast.training.image_sets import ImageSet, read_training_set
+from ddfast.wording import plural
 
 TITLE = "Error and memory of three ways back through a training"
 RATES = (0.01, 0.05)  # of the student, the first that of the memory
+HALVES = (0.5,) * 3, (0.5,) * 3  # mean and standard deviation that images are normalised by
 WARM_BATCH, WARM_RATE = 128, 0.01  # of the network that makes the trajectory
 AUTOGRAD, EXACT, DETACHED = "autograd", "exact", "detached"
 Weights = dict[str, Tensor]
@@ -77,7 +82,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--memory-width", type=int, default=128, help="channels of the network of the memory")
     parser.add_argument("--warm-steps", type=int, default=300, help="of the network, to each of the two ends")
     parser.add_argument("--out", type=Path, default=None, help="results, without ending")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if min(arguments.steps) < 1:
+        parser.error(f"--steps must be at least 1, got {min(arguments.steps)}")
+    return arguments
 
 
 def main(argv: Sequence[str]) -> int:
@@ -113,23 +121,23 @@ def _measured(images: ImageSet, classes: int, arguments: argparse.Namespace) -> 
     narrow.double()
     start, goal = ({name: weight.double() for name, weight in end.items()} for end in (start, goal))
     first = {name: weight.detach() for name, weight in wide.named_parameters()}
-    batch = _one_of_each(images, classes)
-    exact_batch = (batch[0].double(), batch[1])
+    last = {name: weight + 0.01 for name, weight in first.items()}
+    pixels, labels = _one_of_each(images, classes)
     rows = []
     for steps in arguments.steps:
         for rate in RATES:
-            wanted = _pixels(AUTOGRAD, narrow, (start, goal), [exact_batch] * steps, rate)
+            exactly = [(pixels.double(), labels)] * steps
+            wanted = _gradient(AUTOGRAD, narrow, (start, goal), exactly, rate)
             for way in (AUTOGRAD, EXACT, DETACHED):
-                error = None
+                error = peak = None
                 if way != AUTOGRAD:
-                    found = _pixels(way, narrow, (start, goal), [exact_batch] * steps, rate)
-                    error = float((found - wanted).norm() / wanted.norm())
-                peak = None
+                    error = relative_error(_gradient(way, narrow, (start, goal), exactly, rate), wanted)
                 if rate == RATES[0]:
-                    peak = extra_bytes(_call(way, wide, first, [batch] * steps, rate), torch.device("cpu"))
+                    run = partial(_gradient, way, wide, (first, last), [(pixels, labels)] * steps, rate)
+                    peak = extra_bytes(run, torch.device("cpu"))
                 rows.append(Row(way, steps, rate, error, peak))
                 say(
-                    f"{way}, {steps} steps at {rate}: "
+                    f"{way}, {plural(steps, 'step')} at {rate}: "
                     + ("the reference" if error is None else f"error {error:.1e}")
                     + ("" if peak is None else f", {peak / 2**20:,.0f} MiB")
                 )
@@ -158,17 +166,18 @@ def _one_of_each(images: ImageSet, classes: int) -> tuple[Tensor, Tensor]:
 
 
 def _normalized(images: Tensor) -> Tensor:
-    return images.float() / 127.5 - 1
+    """Not in channels last, in which InstanceNorm is slow on a CPU."""
+    return normalize(images, *HALVES).contiguous()
 
 
-def _pixels(
+def _gradient(
     way: str,
     model: nn.Module,
     ends: tuple[Weights, Weights],
     batches: Sequence[tuple[Tensor, Tensor]],
     rate: float,
 ) -> Tensor:
-    """The gradient of the distance left, [N, B, 3, S, S]."""
+    """That of the distance left, in the images of all batches, [N, B, 3, S, S]."""
     start, goal = ends
     if way == AUTOGRAD:
         return differentiate_whole_graph(model, start, goal, batches, rate)
@@ -176,17 +185,6 @@ def _pixels(
         model, start, batches, lambda weights: distance_left(weights, start, goal), lr=rate, unroll=way
     )
     return torch.stack([each for each in found.images if each is not None])
-
-
-def _call(
-    way: str,
-    model: nn.Module,
-    start: Mapping[str, Tensor],
-    batches: Sequence[tuple[Tensor, Tensor]],
-    rate: float,
-) -> Callable[[], Tensor]:
-    goal = {name: weight + 0.01 for name, weight in start.items()}
-    return lambda: _pixels(way, model, (dict(start), goal), batches, rate)
 
 
 # Pages -------------------------------------------------------------------------------------------------------
@@ -272,7 +270,7 @@ def _page(
         f"{arguments.warm_steps} and {2 * arguments.warm_steps} steps of SGD on real images ({WARM_BATCH} a step, rate "
         f"{WARM_RATE}); a student sees the same {classes} real images, one a class, in each of its steps",
         f"- memory: width {arguments.memory_width}, the same images",
-        f"- {device}, {torch.get_num_threads()} threads; commit {commit}{' and changes' if changed else ''}",
+        f"- {device}, {plural(torch.get_num_threads(), 'thread')}; commit {commit}{' and changes' if changed else ''}",
         "",
     ]
     return "\n".join(lines)

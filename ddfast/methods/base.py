@@ -147,7 +147,9 @@ class Method(ABC):
         """
         found = (1 if image_size <= 64 else 2) if factor == "auto" else int(factor)
         if image_size % found:
-            raise UsageError(f"{argument('factor')} must divide the image size {image_size}, got {factor}")
+            raise UsageError(
+                f"{argument('factor')} must be auto, 1 or 2 and divide the image size {image_size}, got {factor}"
+            )
         return found
 
     def own_image_size(self) -> int | None:

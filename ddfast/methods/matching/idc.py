@@ -79,7 +79,7 @@ class IDC(Matching):
     protocol: ClassVar[str] = "idc"
     space: ClassVar[str] = "unit"
     factor = 2
-    factors: ClassVar[tuple[int, ...]] = (2, 1, 3)
+    factors: ClassVar[tuple[int, ...]] = (2, 1)
     pads: ClassVar[bool] = True
     steps_by_class: ClassVar[bool] = True
     synthetic_batch: ClassVar[int | None] = 128

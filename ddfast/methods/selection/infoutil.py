@@ -176,9 +176,7 @@ class InfoUtil(Selection):
 
     def resolved(self, factor: int, ipc: int) -> InfoUtil:
         """Fix the options left at `auto` for this factor."""
-        values = _AUTO[min(factor, 2)]  # nothing was tried beyond 2
-        if self.options.crop_rule != "window":
-            values = {**values, "crop_frac": 0.5}
+        values = _AUTO[factor] if self.options.crop_rule == "window" else {**_AUTO[factor], "crop_frac": 0.5}
         # The least error of all at every budget, where it was measured (bench/results/estimators_*).
         values = {**values, "estimator": "designed" if self.options.grid <= 4 else "permutation"}
         automatic = {
