@@ -575,9 +575,16 @@ def _convnet_block(settings: Settings, inputs: int, side: int, *, backward: bool
         leaf.requires_grad_(backward)
     grad = _normal(settings, count, outputs, side // 2, side // 2)
 
+    def normal() -> Tensor:
+        return functional.group_norm(functional.conv2d(x, weight, bias, padding=1), outputs, scale, shift)
+
     def four_layers() -> Tensor:
-        normal = functional.group_norm(functional.conv2d(x, weight, bias, padding=1), outputs, scale, shift)
-        return functional.avg_pool2d(normal.relu(), 2)
+        return functional.avg_pool2d(normal().relu(), 2)
+
+    with (
+        torch.no_grad()
+    ):  # No gradient comes from cells in which rounding may decide what the ReLU lets through.
+        grad[functional.max_pool2d((normal().abs() < 1e-4).float(), 2) > 0] = 0
 
     def run(block: Bodies) -> Tensor:
         if not backward:
