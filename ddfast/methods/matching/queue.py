@@ -70,7 +70,10 @@ class Queue(Networks):
         tensors = self._joined(step, state.tensors, context)
         chosen = torch.randint(len(tensors[_SEEN]), (), generator=generator(context.seed, "network", step))
         seen = tensors[_SEEN][chosen].clamp(min=1)
-        self.accuracy = (100 * tensors[_RIGHT][chosen].double() / seen).to(state.pixels.dtype)
+        accuracy = (100 * tensors[_RIGHT][chosen].double() / seen).to(state.pixels.dtype)
+        if (self.accuracy.dtype, self.accuracy.device) != (accuracy.dtype, accuracy.device):
+            self.accuracy = accuracy
+        self.accuracy.copy_(accuracy)  # in its place, where a recorded loss reads it
         return _holding(self._built.on(context), tensors, int(chosen)).eval()
 
     def advance(self, step: int, state: State, pool: ClassPool, context: Context) -> None:
