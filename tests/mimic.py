@@ -132,7 +132,7 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if graph is not None:
         if crosses or reads or torch.Tag.nondeterministic_seeded in func.tags:
             raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
-        graph.before(func, args, kwargs)
+        graph.before(args, kwargs)
     result = func(*args, **kwargs)
     if graph is not None:
         graph.after(func, args, kwargs, result)
@@ -172,7 +172,7 @@ class Graph:
     Recording leaves the memory that was there before as it was: on a GPU nothing is computed meanwhile.
 
     Attributes:
-        writes: operations that write to memory which was there before the recording.
+        changed: how many of the tensors that were there before, and were asked for, a replay changes.
         replays: how often it was replayed.
     """
 
@@ -180,22 +180,20 @@ class Graph:
     all: ClassVar[list[Graph]] = []
 
     def __init__(self) -> None:
-        self.writes: list[str] = []
+        self.changed = 0
         self.replays = 0
         self._tape: list[tuple[Any, Any, Any, Any]] = []
         self._made: set[int] = set()
-        self._kept: list[tuple[Tensor, Tensor]] = []
+        self._kept: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
         Graph.all.append(self)
 
-    def before(self, func: Any, args: Any, kwargs: Any) -> None:
-        """Keep what an operation is about to write to."""
-        named = dict(zip((each.name for each in func._schema.arguments), args, strict=False)) | kwargs
-        for each in func._schema.arguments:
-            if each.alias_info is not None and each.alias_info.is_write and each.name in named:
-                for tensor in tree_leaves(named[each.name]):
-                    if _memory(tensor) not in self._made:
-                        self.writes.append(func.__name__)
-                        self._kept.append((tensor, tensor.clone()))
+    def before(self, args: Any, kwargs: Any) -> None:
+        """Keep what an operation may write to; not all say so."""
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor) and _memory(tensor) not in self._made:
+                key = (_memory(tensor), tensor.storage_offset(), tensor.shape, tensor.stride())
+                if key not in self._kept:
+                    self._kept[key] = (tensor, tensor.clone())
 
     def after(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Keep an operation."""
@@ -222,8 +220,11 @@ class Graph:
             yield
         finally:
             Graph.under_way = None
-            for tensor, value in reversed(self._kept):
-                tensor.copy_(value)
+            with torch.no_grad():
+                for tensor, value in reversed(self._kept.values()):
+                    if not torch.equal(tensor, value):
+                        self.changed += 1
+                        tensor.copy_(value)
 
 
 def _memory(tensor: Tensor) -> int:

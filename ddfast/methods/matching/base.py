@@ -244,7 +244,8 @@ class Matching(Synthesis):
         before = state.tensors
         network = self.networks.at(number, state, pool, context)
         pixels, velocity = self.bounded(number, state.pixels), state.tensors["momentum"]
-        rate, classes = self.rate(number, context), torch.arange(len(group.classes))
+        rate = self.rate(number, context)
+        classes = torch.arange(len(group.classes), device=context.device)
         contrast = Contrast(before) if self.options.cfc else None
         if self.steps_by_class:
             pixels, velocity = self._carried_on(pixels, velocity, classes, rate)

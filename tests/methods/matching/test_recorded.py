@@ -14,10 +14,11 @@ import pytest
 CHECKOUT = Path(__file__).parents[3]
 
 SCRIPT = """
-import contextlib, dataclasses, json, logging, sys
+import contextlib, dataclasses, functools, json, logging, sys
 from unittest import mock
 import torch
 from ddfast.methods import get_method
+from ddfast.methods.matching import networks
 from ddfast.methods.matching.cmi import Regulariser
 from ddfast.models import create_model
 from ddfast.ops.graphs import unrecorded
@@ -26,7 +27,7 @@ from tests.methods.matching.conftest import TensorPool, context_of
 from tests.mimic import DEVICE, mimic, moved, recording, waits_of
 
 CLASSES, SIZE, IPC = 3, 8, 2
-pool = TensorPool((6, 5, 7), SIZE)
+pool = TensorPool((9, 8, 8), SIZE)
 lines = []
 log = logging.getLogger("ddfast.ops.graphs")
 log.setLevel(logging.INFO)
@@ -95,7 +96,7 @@ def case(name, options, fault):
         "equal": found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted),
         "curves": noted == curve,
         "replays": [graph.replays for graph in graphs if graph.replays],
-        "writes": sorted({write for graph in graphs for write in graph.writes}),
+        "changed": [graph.changed for graph in graphs if graph.replays],
         "waits": [len(each) for each in waits],
         "lines": list(lines),
     }
@@ -103,16 +104,28 @@ def case(name, options, fault):
 
 to = torch.nn.Module.to
 there = lambda self, device: moved(self) if device == DEVICE else to(self, device)
-with mimic(), mock.patch.object(torch.nn.Module, "to", there):
+small = functools.partial(create_model, width=8)
+with mimic(), mock.patch.object(torch.nn.Module, "to", there), mock.patch.object(networks, "create_model", small):
     print(json.dumps([case(*each) for each in json.loads(sys.argv[1])]))
 """
 
 DM = {"real_batch": 3, "iterations": 6}
+DC = {"real_batch": 3, "iterations": 1, "outer_loop": 4, "inner_loop": 1, "net_batch": 3}
+IDC = {"real_batch": 3, "iterations": 1, "inner_loop": 4, "net_samples": 7, "net_batch": 3}
 
 CASES = {
     "dm": ("dm", DM, ""),
     "dm, two shapes": ("dm", {**DM, "class_batch": 2, "cfc": 30.0}, ""),
     "dm with cmi": ("dm", {**DM, "iterations": 10, "cmi": 100.0, "cmi_every": 2, "proxies": "p"}, ""),
+    "dc": ("dc", DC, ""),
+    "dsa": ("dsa", {**DC, "distance": "cosine"}, ""),
+    "idc with batch norm": ("idc", {**IDC, "arch": "convnet3"}, ""),
+    "idm": (
+        "idm",
+        {**DM, "queue": 3, "queue_every": 2, "net_steps": 1, "net_batch": 3, "accuracy_every": 3},
+        "",
+    ),
+    "udd": ("udd", {**IDC, "policy": "vote", "jitter": "salt_pepper"}, ""),
     "a network that draws": ("dm", DM, "draws"),
     "a recording that fails": ("dm", DM, "cannot"),
 }
@@ -140,7 +153,7 @@ def test_recorded_steps_make_what_steps_that_run_as_they_are_make(name, found):
 
 def test_a_step_is_one_replay_that_writes_nowhere_else_and_waits_for_its_numbers_alone(found):
     assert found["dm"]["replays"] == [4]  # the third of six is recorded
-    assert found["dm"]["writes"] == []
+    assert found["dm"]["changed"] == [0]
     assert found["dm"]["waits"] == [1] * 6
     assert found["dm"]["lines"] == []
 
@@ -148,14 +161,24 @@ def test_a_step_is_one_replay_that_writes_nowhere_else_and_waits_for_its_numbers
 def test_every_shape_has_a_recording_of_its_own(found):
     # Of two classes and of one: the loss, and, from the second step on, its contrast.
     assert found["dm, two shapes"]["replays"] == [4, 4, 3, 3]
-    assert found["dm, two shapes"]["writes"] == []
+    assert found["dm, two shapes"]["changed"] == [0] * 4
 
 
 def test_all_proxies_of_a_kind_share_a_recording(found):
     # Six steps of ten have a gradient of CMI besides, or its value alone.
     assert sorted(found["dm with cmi"]["replays"]) == [3, 3, 8]
-    assert found["dm with cmi"]["writes"] == []
+    assert found["dm with cmi"]["changed"] == [0] * 3
     assert found["dm with cmi"]["waits"] == [1] * 10
+
+
+@pytest.mark.parametrize("name", ["dc", "dsa", "idc with batch norm", "idm", "udd"])
+def test_training_steps_are_recorded_as_well_and_change_weights_and_velocities_alone(name, found):
+    parameters, statistics = 14, 9
+    most = {"idc with batch norm": 2 * parameters + statistics, "idm": 2 * parameters, "udd": 2 * parameters}
+    changed = found[name]["changed"]
+    assert min(changed) == 0 < max(changed)
+    assert all(each <= most.get(name, parameters) for each in changed)
+    assert found[name]["lines"] == []
 
 
 def test_what_cannot_be_recorded_says_so_once(found):
