@@ -17,16 +17,19 @@ SCRIPT = """
 import contextlib, dataclasses, functools, json, logging, sys
 from unittest import mock
 import torch
+from ddfast.gradients.unrolled import unrolled_gradient
 from ddfast.methods import get_method
-from ddfast.methods.matching import networks
+from ddfast.methods.matching import mtt, networks
 from ddfast.methods.matching.cmi import Regulariser
 from ddfast.models import create_model
 from ddfast.ops.graphs import unrecorded
 from ddfast.seeding import seeded
+from ddfast.unchanged import still_unchanged
 from tests.methods.matching.conftest import TensorPool, context_of
 from tests.mimic import DEVICE, mimic, moved, recording, waits_of
 
 CLASSES, SIZE, IPC = 3, 8, 2
+small = functools.partial(create_model, width=8)
 pool = TensorPool((9, 8, 8), SIZE)
 lines = []
 log = logging.getLogger("ddfast.ops.graphs")
@@ -38,7 +41,7 @@ def proxies():
     made = []
     for number in range(3):
         with seeded("proxy", number):
-            made.append(moved(create_model("convnet3_in", CLASSES, SIZE, width=8)))
+            made.append(moved(small("convnet3_in", CLASSES, SIZE)))
     return made
 
 
@@ -56,10 +59,52 @@ class Drawing(torch.nn.Module):
         return self.network.features(torch.nn.functional.dropout(images, 0.5))
 
 
+class Held:
+    \"\"\"Experts in memory.\"\"\"
+
+    whitening = None
+
+    def __len__(self):
+        return 2
+
+    def weights(self, expert, epoch):
+        with seeded("expert", expert, epoch):
+            return {name: each.detach() for name, each in small("convnet3_in", CLASSES, SIZE).named_parameters()}
+
+
+def unrolled(**options):
+    \"\"\"The gradients of three trainings of a network that is held unchanged.\"\"\"
+    torch.manual_seed(0)
+    network, known, results = moved(small("convnet3_in", CLASSES, SIZE)), {}, {}
+    for call in range(3):
+        draws = torch.Generator().manual_seed(call)
+        batches = [
+            (torch.randn(2, 3, SIZE, SIZE, generator=draws).to(DEVICE),
+             torch.rand(2, CLASSES, generator=draws).softmax(1).to(DEVICE))
+            for _ in range(3)
+        ]
+        with still_unchanged(network, known):
+            found = unrolled_gradient(
+                network,
+                {name: weight.detach() for name, weight in network.named_parameters()},
+                batches,
+                lambda weights: sum(weight.square().sum() for weight in weights.values()),
+                0.05 * (call + 1),
+                **options,
+            )
+        tensors = [found.value, found.lr, *found.images, *found.targets, *found.params.values()]
+        results |= {f"{call} {place}": tensor.cpu() for place, tensor in enumerate(tensors)}
+    return results, [], []
+
+
 def run(name, options, fault):
+    if name == "unrolled":
+        return unrolled(**options)
     factor = 2 if name in ("idc", "idm") else 1
     method = get_method(name).from_options(options).resolved(factor, IPC)
     context = dataclasses.replace(context_of(CLASSES, ipc=IPC, size=SIZE), device=DEVICE)
+    if name == "mtt":
+        method._experts = Held()
     if "proxies" in options:
         method._regulariser = Regulariser(proxies())
     if fault == "draws":
@@ -104,8 +149,11 @@ def case(name, options, fault):
 
 to = torch.nn.Module.to
 there = lambda self, device: moved(self) if device == DEVICE else to(self, device)
-small = functools.partial(create_model, width=8)
-with mimic(), mock.patch.object(torch.nn.Module, "to", there), mock.patch.object(networks, "create_model", small):
+with contextlib.ExitStack() as stack:
+    stack.enter_context(mimic())
+    stack.enter_context(mock.patch.object(torch.nn.Module, "to", there))
+    for module in (networks, mtt):
+        stack.enter_context(mock.patch.object(module, "create_model", small))
     print(json.dumps([case(*each) for each in json.loads(sys.argv[1])]))
 """
 
@@ -126,6 +174,12 @@ CASES = {
         "",
     ),
     "udd": ("udd", {**IDC, "policy": "vote", "jitter": "salt_pepper"}, ""),
+    "mtt": (
+        "mtt",
+        {"experts": "e", "iterations": 3, "syn_steps": 3, "expert_epochs": 1, "max_start_epoch": 2},
+        "",
+    ),
+    "unrolled": ("unrolled", {"momentum": 0.5, "weight_decay": 0.01}, ""),
     "a network that draws": ("dm", DM, "draws"),
     "a recording that fails": ("dm", DM, "cannot"),
 }
@@ -179,6 +233,15 @@ def test_training_steps_are_recorded_as_well_and_change_weights_and_velocities_a
     assert min(changed) == 0 < max(changed)
     assert all(each <= most.get(name, parameters) for each in changed)
     assert found[name]["lines"] == []
+
+
+def test_a_step_of_the_recursion_and_one_back_are_recorded_and_serve_all_iterations(found):
+    # Of nine steps, of six back, and of three back to where nobody asks for the weights; two of each run as they are.
+    assert sorted(found["mtt"]["replays"]) == [1, 4, 7]
+    assert found["mtt"]["changed"] == [0] * 3
+    assert found["mtt"]["lines"] == []
+    # With momentum the first step of the three is of a kind of its own as well.
+    assert sorted(found["unrolled"]["replays"]) == [1, 1, 4, 4]
 
 
 def test_what_cannot_be_recorded_says_so_once(found):
