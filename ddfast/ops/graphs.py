@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +27,7 @@ class _Recording:
 
     graph: torch.cuda.CUDAGraph
     inputs: tuple[Tensor, ...]
-    outputs: Any
+    outputs: _Nest
     done: torch.cuda.Event
 
     @torch.no_grad()
@@ -35,12 +35,19 @@ class _Recording:
         """The outputs for these inputs, behind every earlier replay, whatever stream that one is on."""
         stream = torch.cuda.current_stream(self.inputs[0].device)
         stream.wait_event(self.done)
-        for place, tensor in zip(self.inputs, inputs, strict=True):
-            place.copy_(tensor)
+        _copy(self.inputs, inputs)
         self.graph.replay()
-        outputs = tree_map_only(Tensor, torch.clone, self.outputs)
+        outputs = [torch.empty_like(output) for output in self.outputs.tensors]
+        _copy(outputs, self.outputs.tensors)
         self.done.record(stream)
-        return outputs
+        return self.outputs.with_tensors(outputs)
+
+
+def _copy(places: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    """Copy tensors to their places, all of a dtype in one launch."""
+    for dtype in {place.dtype for place in places}:
+        chosen = [number for number, place in enumerate(places) if place.dtype == dtype]
+        torch._foreach_copy_([places[number] for number in chosen], [tensors[number] for number in chosen])
 
 
 class _UnderWay(threading.local):
@@ -108,7 +115,7 @@ class Recorded:
         """The function of these arguments."""
         if _UNDER_WAY.inside or self._refused:
             return self.function(*inputs)
-        given = _Given.of(inputs)
+        given = _Nest.of(inputs)
         if not self._may_be_recorded(given.tensors):
             return self.function(*inputs)
         kind = given.kind()
@@ -129,7 +136,7 @@ class Recorded:
         Returns:
             whether it is recorded; where not, `reason` says why.
         """
-        given = _Given.of(inputs)
+        given = _Nest.of(inputs)
         if self._refused or not self._may_be_recorded(given.tensors):
             return False
         kind = given.kind()
@@ -194,7 +201,7 @@ class Recorded:
             self._seen.add(kind)
         return outputs
 
-    def _record(self, kind: tuple, given: _Given) -> _Recording | None:
+    def _record(self, kind: tuple, given: _Nest) -> _Recording | None:
         with torch.inference_mode(False), torch.no_grad():  # tensors that may be written to in any mode
             places = tuple(tensor.detach().clone() for tensor in given.tensors)
         graph, done = torch.cuda.CUDAGraph(), torch.cuda.Event()
@@ -203,14 +210,13 @@ class Recorded:
         stream = torch.cuda.Stream(places[0].device)
         try:
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                outputs = self._run(given.with_tensors(place.detach() for place in places))
+                outputs = self._run(given.with_tensors([place.detach() for place in places]))
         except RuntimeError as error:
             self._refuse(f"it cannot be recorded: {str(error).splitlines()[0]}")
             torch.cuda.synchronize()
             return None
         done.record()
-        outputs = tree_map_only(Tensor, torch.detach, outputs)
-        recording = _Recording(graph, places, outputs, done)
+        recording = _Recording(graph, places, _Nest.of(tree_map_only(Tensor, torch.detach, outputs)), done)
         self._recorded[kind] = recording
         return recording
 
@@ -220,26 +226,26 @@ class Recorded:
 
 
 @dataclass(frozen=True)
-class _Given:
-    """Arguments: what stands in them, tensors or not, and how they are nested."""
+class _Nest:
+    """Arguments or results: what stands in them, tensors or not, and how they are nested."""
 
     leaves: tuple[Any, ...]
     nest: Any
 
     @classmethod
-    def of(cls, inputs: tuple[Any, ...]) -> _Given:
-        leaves, nest = tree_flatten(inputs)
+    def of(cls, values: Any) -> _Nest:
+        leaves, nest = tree_flatten(values)
         return cls(tuple(leaves), nest)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return tuple(leaf for leaf in self.leaves if isinstance(leaf, Tensor))
 
-    def with_tensors(self, tensors: Iterator[Tensor]) -> Any:
+    def with_tensors(self, tensors: Iterable[Tensor]) -> Any:
         """The same with other tensors."""
-        return tree_unflatten(
-            [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves], self.nest
-        )
+        left = iter(tensors)
+        leaves = [next(left) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
+        return tree_unflatten(leaves, self.nest)
 
     def kind(self) -> tuple:
         """What a recording of them is good for."""
