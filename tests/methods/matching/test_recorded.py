@@ -124,6 +124,7 @@ def run(name, options, fault):
 
     waits = [waits_of(step) for _ in range(method.steps)]
     method.close()
+    assert not (method._matching._recorded or method._contrasting._recorded)
     return {name: tensor.cpu() for name, tensor in state.tensors.items()}, state.curve, waits
 
 
@@ -170,7 +171,7 @@ CASES = {
     "idc with batch norm": ("idc", {**IDC, "arch": "convnet3"}, ""),
     "idm": (
         "idm",
-        {**DM, "queue": 3, "queue_every": 2, "net_steps": 1, "net_batch": 3, "accuracy_every": 3},
+        {**DM, "queue": 3, "queue_every": 2, "net_steps": 1, "net_batch": 6},
         "",
     ),
     "udd": ("udd", {**IDC, "policy": "vote", "jitter": "salt_pepper"}, ""),
