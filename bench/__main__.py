@@ -24,7 +24,7 @@ from ddfast.files import atomic_write_text
 
 SPEED_MODULES = (
     *("attribution", "norms", "convnet", "augmentation", "matching", "matching_in_training", "unrolled"),
-    *("recovery", "diffusion", "op_cases", "score_pass", "host_time"),
+    *("recorded", "recovery", "diffusion", "op_cases", "score_pass", "host_time"),
 )
 
 

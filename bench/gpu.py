@@ -110,6 +110,7 @@ _SPEED_LEFT = {
     "sre2l_step": 30,
     "igds_step": 30,
     "unrolled_gradient": 30,
+    "recorded_steps": 60,
     "directional": 30,
     "grad_norm_opacus": 30,
     "precision": 25,

@@ -26,6 +26,14 @@ def unchanged(*models: Any) -> Iterator[None]:
         _HELD.found = before
 
 
+@contextmanager
+def still_unchanged(model: Any, found: dict[Any, Any]) -> Iterator[None]:
+    """`unchanged` for a model that was not changed since an earlier one either, with what was found then."""
+    with unchanged(model):
+        _HELD.found[id(model)] = found
+        yield
+
+
 def found_of(model: Any) -> dict[Any, Any] | None:
     """What was found of a model since its `unchanged` began, to be read and added to; None outside of one."""
     found: dict[int, dict[Any, Any]] = getattr(_HELD, "found", {})

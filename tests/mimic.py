@@ -4,6 +4,9 @@ What a run does on a GPU is decided by the device of its tensors: which copies i
 waits. On the device `mimic` all of that happens for real, only the arithmetic is the CPU's; so the results can be held
 against those of the CPU to the bit, and what would wait for a GPU is known without one.
 
+Inside of `recording` passes are recorded as on a GPU: a stand-in for CUDA graphs keeps the operations that were asked
+for and does them again on the same memory, whatever the host would ask for by then.
+
 It registers torch's device for backends written in Python, which cannot be taken back: use it in a process of its own.
 """
 
@@ -11,18 +14,18 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import Any, ClassVar
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 from ddfast import philox
-from ddfast.ops import transfer
+from ddfast.ops import graphs, transfer
 
 NAME = "mimic"
 
@@ -125,7 +128,14 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if waits or reads:
         WAITS.append(f"{name}: {_place()}")
     args, kwargs = tree_map_only(OnDevice, lambda tensor: tensor.inner, (args, kwargs))
+    graph = Graph.under_way if there or goes_there else None
+    if graph is not None:
+        if crosses or reads or torch.Tag.nondeterministic_seeded in func.tags:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
+        graph.before(args, kwargs)
     result = func(*args, **kwargs)
+    if graph is not None:
+        graph.after(func, args, kwargs, result)
     if not goes_there:
         if name == "copy_" and getattr(args[0], "pinned", False):
             return args[0]
@@ -154,6 +164,88 @@ def _marked(tensor: Tensor) -> Tensor:
 class _Event:
     def synchronize(self) -> None:
         WAITS.append(f"event: {_place()}")
+
+
+class Graph:
+    """Stands in for a CUDA graph.
+
+    Recording leaves the memory that was there before as it was: on a GPU nothing is computed meanwhile.
+
+    Attributes:
+        changed: how many of the tensors that were there before, and were asked for, a replay changes.
+        replays: how often it was replayed.
+    """
+
+    under_way: Graph | None = None
+    all: ClassVar[list[Graph]] = []
+
+    def __init__(self) -> None:
+        self.changed = 0
+        self.replays = 0
+        self._tape: list[tuple[Any, Any, Any, Any]] = []
+        self._made: set[int] = set()
+        self._kept: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+        Graph.all.append(self)
+
+    def before(self, args: Any, kwargs: Any) -> None:
+        """Keep what an operation may write to; not all say so."""
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor) and _memory(tensor) not in self._made:
+                key = (_memory(tensor), tensor.storage_offset(), tensor.shape, tensor.stride())
+                if key not in self._kept:
+                    self._kept[key] = (tensor, tensor.clone())
+
+    def after(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Keep an operation."""
+        given = {_memory(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        made = {_memory(tensor) for tensor in tree_leaves(result) if isinstance(tensor, Tensor)}
+        self._made |= made - given
+        self._tape.append((func, args, kwargs, result))
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        """Everything once more, into the same memory."""
+        self.replays += 1
+        for func, args, kwargs, result in self._tape:
+            again = func(*args, **kwargs)
+            for place, value in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                if isinstance(place, Tensor) and _memory(place) != _memory(value):
+                    place.copy_(value)
+
+    @contextmanager
+    def recorded(self, **options: Any) -> Iterator[None]:
+        """Context in which it is recorded."""
+        Graph.under_way = self
+        try:
+            yield
+        finally:
+            Graph.under_way = None
+            with torch.no_grad():
+                for tensor, value in reversed(self._kept.values()):
+                    if not torch.equal(tensor, value):
+                        self.changed += 1
+                        tensor.copy_(value)
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+@contextmanager
+def recording() -> Iterator[list[Graph]]:
+    """Context, inside of `mimic`, in which passes are recorded; its value is the graphs."""
+    Graph.all = []
+    with (
+        mock.patch.object(graphs, "_DEVICE", NAME),
+        mock.patch.object(torch.cuda, "device", nullcontext),
+        mock.patch.object(torch.cuda, "graph", Graph.recorded),
+        mock.patch.object(torch.cuda, "CUDAGraph", Graph),
+        mock.patch.object(torch.cuda, "Event"),
+        mock.patch.object(torch.cuda, "Stream"),
+        mock.patch.object(torch.cuda, "current_stream"),
+        mock.patch.object(torch.cuda, "synchronize"),
+    ):
+        yield Graph.all
 
 
 @contextmanager

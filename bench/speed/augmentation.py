@@ -19,7 +19,16 @@ from bench.speed.registry import (
     relative_error,
     speed_entry,
 )
-from ddfast.training.differentiable import CUTOUT, DSA, IDC_EVALUATION, Drawn, augment_groups, draw, draw_idc
+from ddfast.training.differentiable import (
+    CUTOUT,
+    DSA,
+    IDC_EVALUATION,
+    Drawn,
+    augment_groups,
+    draw,
+    draw_idc,
+    group_parameters,
+)
 
 CLASSES, SIDE = 10, 32
 Augment = Callable[[Tensor], Tensor]
@@ -104,7 +113,8 @@ def _in_turn(augments: Sequence[Augment], images: Tensor) -> Tensor:
 
 def _at_once(drawn: Sequence[Drawn], images: Tensor) -> Tensor:
     """Images in as many equal parts as there are draws, one call for all of them."""
-    return augment_groups(drawn, images.unflatten(0, (len(drawn), -1))).flatten(0, 1)
+    rows = group_parameters(drawn, (images.shape[-2], images.shape[-1]))
+    return augment_groups(rows, images.unflatten(0, (len(drawn), -1))).flatten(0, 1)
 
 
 def _class_by_class(augments: Sequence[Augment], images: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from bench.studies.arms import at_ipc, by_ipc
 from bench.studies.compare import integers
 from ddfast.files import atomic_write_text, make_folder
 from ddfast.methods.base import Context
-from ddfast.methods.matching.udd import POLICIES, UDD, corner_windows
+from ddfast.methods.matching.udd import POLICIES, UDD
 from ddfast.models.fusing import fuse
 from ddfast.output.evaluations import evaluations_of_set, keep_evaluation
 from ddfast.progress import duration, say
@@ -421,10 +421,9 @@ def search_seconds(
         mean=(0.5, 0.5, 0.5),
         std=(0.25, 0.25, 0.25),
     )
-    windows = corner_windows(side, method.options.sizes)
 
     def search(number: int) -> None:
-        method.searched(network, drawn, windows, number, range(classes), context)
+        method.searched(network, drawn, number, range(classes), context)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 

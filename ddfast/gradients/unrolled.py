@@ -19,8 +19,12 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ddfast.gradients.directional import along, differentiable_gradients, inner
-from ddfast.gradients.preservation import untouched, without_inference_tensors
+from ddfast.gradients.preservation import tensors_of, untouched, without_inference_tensors
+from ddfast.ops.graphs import Recorded
 from ddfast.random_states import RandomStates, kept_random_states
+from ddfast.unchanged import found_of
+
+_KINDS = 8  # of steps that are recorded: batches of two sizes, the first step and the last
 
 Batch = tuple[Tensor, Tensor]
 Loss = Callable[[Any, Tensor], Tensor]
@@ -110,7 +114,7 @@ def unrolled_gradient(
         ValueError: names that the model does not have, a number out of range, an objective or a loss that is no scalar,
             BatchNorm in train mode, or another module that changes its own buffers.
     """
-    training = _Training(model, tuple(params), loss)
+    training = _training_of(model, tuple(params), loss)
     start, batches, rate = _checked(model, params, batches, lr, momentum, weight_decay)
     mode, steps_back = parsed_unroll(unroll, len(batches))
     if not isinstance(memory_budget, numbers.Real) or memory_budget < 0:
@@ -135,25 +139,18 @@ def unrolled_gradient(
         last = len(batches) - steps_back
         for number in range(len(batches) - 1, last - 1, -1):
             step = steps.pop()
-            taken = step.kept or training.again(step)
-            velocity = (
-                [a + momentum * v for a, v in zip(adjoint, velocity, strict=True)] if momentum else adjoint
-            )
-            of_rate = of_rate - inner(taken.gradients, velocity)
-            if weight_decay:
-                of_rate = of_rate - weight_decay * inner(taken.weights, velocity)
             # Nobody asks how the objective depends on the weights before the first of these steps.
-            curved = taken.weights if mode == "exact" and number > last else []
-            found = along(taken.gradients, velocity, [*taken.inputs.values(), *curved])
-            for kind, derivative in zip(taken.inputs, found, strict=False):
-                (images if kind == "images" else targets)[number] = -rate.to(derivative) * derivative
-            if curved:
-                hessian = found[len(taken.inputs) :]
-                adjoint = [
-                    a - rate.to(a) * (h + weight_decay * v if weight_decay else h)
-                    for a, h, v in zip(adjoint, hessian, velocity, strict=True)
-                ]
-            del taken, found, step
+            curved = mode == "exact" and number > last
+            back = (adjoint, velocity, rate, momentum, weight_decay, curved)
+            if step.kept is None and step.draws is None:
+                found = training.recorded_back(step.weights, step.batch, *back)
+            else:
+                found = _back(step.kept or training.again(step), *back)
+            adjoint, velocity, slopes, of_inputs = found
+            images[number], targets[number] = of_inputs.get("images"), of_inputs.get("targets")
+            for slope in slopes:
+                of_rate = of_rate - slope
+            del found, step, back
         for number in range(last):
             images[number], targets[number] = map(_zeros, batches[number])
         if before:  # what a truncated training moves on with
@@ -206,6 +203,35 @@ class _Training:
     names: tuple[str, ...]
     loss: Loss
 
+    def __post_init__(self) -> None:
+        self.run_as_it_is()
+
+    def run_as_it_is(self) -> None:
+        """Record nothing, or nothing any more: a recording would not draw what a model draws from the host."""
+        self.recorded_forth: Callable[..., Any] = self.forth
+        self.recorded_back: Callable[..., Any] = self.back
+
+    def record(self) -> None:
+        """On a GPU, record a step of the way there, and one of the way back, for each kind of batch."""
+        self.recorded_forth = Recorded(self.forth, limit=_KINDS, what="a step of unrolled_gradient")
+        self.recorded_back = Recorded(self.back, limit=_KINDS, what="a step back of unrolled_gradient")
+
+    def forth(
+        self,
+        weights: list[Tensor],
+        velocity: list[Tensor],
+        batch: Batch,
+        rate: Tensor,
+        momentum: float,
+        weight_decay: float,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights and velocity after a step."""
+        return _moved(self.gradients(weights, batch), weights, velocity, rate, momentum, weight_decay)
+
+    def back(self, weights: list[Tensor], batch: Batch, *rest: Any) -> _Back:
+        """See `_back`."""
+        return _back(self.taken(weights, batch), *rest)
+
     def gradients(self, weights: Sequence[Tensor], batch: Batch) -> tuple[Tensor, ...]:
         """Of the loss in the weights, without a graph."""
         leaves = [weight.detach().requires_grad_() for weight in weights]
@@ -245,6 +271,25 @@ class _Training:
         return value
 
 
+def _training_of(model: nn.Module, names: tuple[str, ...], loss: Loss) -> _Training:
+    """A training of the model; where it is held unchanged, and has no tensor beside those weights, a recorded one.
+
+    Recording costs more than the steps of one training, so that it pays over many.
+    """
+    known = found_of(model)
+    if known is None:
+        return _Training(model, names, loss)
+    key = ("unrolled_gradient", names, loss)
+    if key not in known:
+        handed = {
+            id(weight) for name, weight in model.named_parameters(remove_duplicate=False) if name in names
+        }
+        known[key] = _Training(model, names, loss)
+        if all(id(tensor) in handed for tensor in tensors_of(model)):
+            known[key].record()
+    return known[key]
+
+
 def _forth(
     training: _Training,
     start: list[Tensor],
@@ -267,25 +312,80 @@ def _forth(
             before = velocity
         step = _Step(weights, batch)
         seen = _Buffers(training.model) if number == 0 else None
+        rest = (velocity, batch, rate, momentum, weight_decay)
         if number >= len(batches) - steps_back and budget.left:
             gradients, step.kept = budget.spent(training, weights, batch)
+            moved = _moved(gradients, weights, velocity, *rest[2:])
         else:
-            gradients = training.gradients(weights, batch)
+            moved = training.recorded_forth(weights, *rest)
         if seen is not None:
             seen.check()
         step.draws = states if states.differ(drawn) else None
+        if step.draws is not None:
+            training.run_as_it_is()
         if number >= len(batches) - steps_back:
             steps.append(step)
-        with torch.no_grad():
-            moves = [
-                gradient + weight_decay * weight if weight_decay else gradient
-                for gradient, weight in zip(gradients, weights, strict=True)
-            ]
-            if momentum and velocity:
-                moves = [move + momentum * v for move, v in zip(moves, velocity, strict=True)]
-            velocity = moves if momentum else []
-            weights = [weight - rate.to(weight) * move for weight, move in zip(weights, moves, strict=True)]
+        weights, velocity = moved
     return steps, before, weights
+
+
+@torch.no_grad()
+def _moved(
+    gradients: Sequence[Tensor],
+    weights: list[Tensor],
+    velocity: list[Tensor],
+    rate: Tensor,
+    momentum: float,
+    weight_decay: float,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights and velocity after a step of SGD; the velocity is empty before the first, and without momentum."""
+    moves = [
+        gradient + weight_decay * weight if weight_decay else gradient
+        for gradient, weight in zip(gradients, weights, strict=True)
+    ]
+    if momentum and velocity:
+        moves = [move + momentum * v for move, v in zip(moves, velocity, strict=True)]
+    moved = [weight - rate.to(weight) * move for weight, move in zip(weights, moves, strict=True)]
+    return moved, moves if momentum else []
+
+
+_Back = tuple[list[Tensor], list[Tensor], list[Tensor], dict[str, Tensor]]
+
+
+def _back(
+    taken: _Taken,
+    adjoint: list[Tensor],
+    velocity: list[Tensor],
+    rate: Tensor,
+    momentum: float,
+    weight_decay: float,
+    curved: bool,
+) -> _Back:
+    """A step of the way back.
+
+    Args:
+        taken: the step; its graph is used up.
+        adjoint, velocity: lambda and kappa, the latter empty without momentum.
+        rate, momentum, weight_decay: of SGD.
+        curved: whether lambda before the step is wanted.
+
+    Returns:
+        lambda and kappa before the step; what the gradient of the rate falls by; and the gradients of the inputs.
+    """
+    kappa = [a + momentum * v for a, v in zip(adjoint, velocity, strict=True)] if momentum else adjoint
+    slopes = [inner(taken.gradients, kappa)]
+    if weight_decay:
+        slopes.append(weight_decay * inner(taken.weights, kappa))
+    found = along(taken.gradients, kappa, [*taken.inputs.values(), *(taken.weights if curved else [])])
+    of_inputs = {
+        kind: -rate.to(derivative) * derivative for kind, derivative in zip(taken.inputs, found, strict=False)
+    }
+    if curved:
+        adjoint = [
+            a - rate.to(a) * (h + weight_decay * k if weight_decay else h)
+            for a, h, k in zip(adjoint, found[len(taken.inputs) :], kappa, strict=True)
+        ]
+    return adjoint, kappa if momentum else [], slopes, of_inputs
 
 
 def _objective(

@@ -45,7 +45,7 @@ class Prepared:
         return torch.from_numpy(np.where(self.ids[places] == wanted, self.values[places], np.float32("nan")))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Context:
     """What scoring needs beside the images: fixed at the start of a run and written in its manifest."""
 

@@ -138,6 +138,9 @@ class Synthesis(Method):
             DivergedError: the loss is no longer finite; the state is as it was before the step.
         """
 
+    def close(self) -> None:
+        """Give back what steps hold besides the state, once none is taken any more."""
+
     def tiles_per_side(self, factor: str, image_size: int) -> int:
         """See `Method`: the method decides."""
         known = self.factors or (self.factor,)

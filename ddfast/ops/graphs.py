@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 log = logging.getLogger(__name__)
 
+_DEVICE = "cuda"  # the type of device that records
 _RUNS_BEFORE = 2  # as it is: the first compiles and allocates what is kept, the second is watched
 _COPIES = ("aten::copy_", "aten::_to_copy", "aten::lift_fresh", "aten::lift_fresh_copy")
 
@@ -25,20 +27,27 @@ class _Recording:
 
     graph: torch.cuda.CUDAGraph
     inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
+    outputs: _Nest
     done: torch.cuda.Event
 
     @torch.no_grad()
-    def replay(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def replay(self, inputs: tuple[Tensor, ...]) -> Any:
         """The outputs for these inputs, behind every earlier replay, whatever stream that one is on."""
         stream = torch.cuda.current_stream(self.inputs[0].device)
         stream.wait_event(self.done)
-        for place, tensor in zip(self.inputs, inputs, strict=True):
-            place.copy_(tensor)
+        _copy(self.inputs, inputs)
         self.graph.replay()
-        outputs = tuple(output.clone() for output in self.outputs)
+        outputs = [torch.empty_like(output) for output in self.outputs.tensors]
+        _copy(outputs, self.outputs.tensors)
         self.done.record(stream)
-        return outputs
+        return self.outputs.with_tensors(outputs)
+
+
+def _copy(places: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    """Copy tensors to their places, all of a dtype in one launch."""
+    for dtype in {place.dtype for place in places}:
+        chosen = [number for number, place in enumerate(places) if place.dtype == dtype]
+        torch._foreach_copy_([places[number] for number in chosen], [tensors[number] for number in chosen])
 
 
 class _UnderWay(threading.local):
@@ -50,16 +59,28 @@ class _UnderWay(threading.local):
 _UNDER_WAY = _UnderWay()
 
 
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """Context in which every pass of this thread runs as it is, none is recorded or replayed."""
+    before = _UNDER_WAY.inside
+    _UNDER_WAY.inside = True
+    try:
+        yield
+    finally:
+        _UNDER_WAY.inside = before
+
+
 class Recorded:
     """Calls of a function on a GPU, recorded where shapes repeat and then replayed without the host's work.
 
     The first two calls with tensors of a kind (shapes, strides, dtypes, device) run as they are, the third one is
     recorded; `warm` does all of it at once. Kernels and results are the same. Results are copies of their own.
 
-    The function takes tensors on one GPU and returns a tuple of tensors. It may run autograd inside
-    (`torch.autograd.grad`, custom functions), but its results carry no gradient. Whatever else it reads is fixed by the
-    recording: tensors by where they lie (weights may change in place), numbers by their value. What it does besides on
-    the host, as logging or counting, is not done again.
+    The function takes tensors on one GPU and returns some, in nests of tuples, lists and dicts. Among its arguments may
+    be other values, numbers and modules for example, which are a part of the kind, so they must be hashable. It may run
+    autograd inside (`torch.autograd.grad`, custom functions), but its results carry no gradient. Whatever else it reads
+    is fixed by the recording: tensors by where they lie (weights may change in place, inside of it as well), numbers by
+    their value. What it does besides on the host, as logging or counting, is not done again.
 
     A function that draws random numbers or sends numbers from the host would repeat those of the recording: it runs as
     it is, as does one that waits for the GPU. So do calls under autocast, whose copies of weights would come to lie in
@@ -71,16 +92,18 @@ class Recorded:
     may use the GPU while one records.
 
     Args:
-        function: of tensors, to a tuple of tensors.
+        function: of tensors, to tensors.
         limit: so many kinds are recorded, each of which holds the memory of a pass; others run as they are.
+        what: it is, for the line that says why it runs without a graph.
 
     Attributes:
         reason: why the last call that could not be replayed ran as it is; "" where none had to.
     """
 
-    def __init__(self, function: Callable[..., tuple[Tensor, ...]], *, limit: int = 4) -> None:
+    def __init__(self, function: Callable[..., Any], *, limit: int = 4, what: str = "a pass") -> None:
         self.function = function
         self.limit = limit
+        self.what = what
         self.reason = ""
         self._refused = False  # for good
         self._calls: dict[tuple, int] = {}
@@ -88,21 +111,24 @@ class Recorded:
         self._recorded: dict[tuple, _Recording] = {}
         self._turn = threading.Lock()
 
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The function of these tensors."""
-        if _UNDER_WAY.inside or self._refused or not self._may_be_recorded(inputs):
+    def __call__(self, *inputs: Any) -> Any:
+        """The function of these arguments."""
+        if _UNDER_WAY.inside or self._refused:
             return self.function(*inputs)
-        kind = _kind(inputs)
-        with self._turn, torch.cuda.device(inputs[0].device):
+        given = _Nest.of(inputs)
+        if not self._may_be_recorded(given.tensors):
+            return self.function(*inputs)
+        kind = given.kind()
+        with self._turn, torch.cuda.device(given.tensors[0].device):
             recording = self._recorded.get(kind)
             if recording is None and self._is_due(kind):
-                recording = self._record(kind, inputs)
+                recording = self._record(kind, given)
             if recording is not None:
-                return recording.replay(inputs)
+                return recording.replay(given.tensors)
             unseen = self._calls.get(kind, 0) >= _RUNS_BEFORE and kind not in self._seen
         return self._watched(kind, inputs) if unseen else self._run(inputs)
 
-    def warm(self, *inputs: Tensor) -> bool:
+    def warm(self, *inputs: Any) -> bool:
         """Record the function of such tensors now, unless it is recorded; their values do not matter.
 
         To be called before other threads use the function, so that none of them waits for the recording.
@@ -110,9 +136,10 @@ class Recorded:
         Returns:
             whether it is recorded; where not, `reason` says why.
         """
-        if self._refused or not self._may_be_recorded(inputs):
+        given = _Nest.of(inputs)
+        if self._refused or not self._may_be_recorded(given.tensors):
             return False
-        kind = _kind(inputs)
+        kind = given.kind()
         for _ in range(_RUNS_BEFORE + 1):
             if self._refused or kind in self._recorded:
                 break
@@ -128,7 +155,7 @@ class Recorded:
 
     def _may_be_recorded(self, inputs: tuple[Tensor, ...]) -> bool:
         devices = {tensor.device for tensor in inputs}
-        if any(device.type != "cuda" for device in devices) or not devices:
+        if any(device.type != _DEVICE for device in devices) or not devices:
             return False
         if len(devices) > 1:
             self.reason = "its inputs are on several GPUs"
@@ -150,7 +177,7 @@ class Recorded:
         calls = self._calls[kind] = self._calls.get(kind, 0) + 1
         return calls > _RUNS_BEFORE and kind in self._seen
 
-    def _run(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def _run(self, inputs: tuple[Any, ...]) -> Any:
         """The function as it is; what is recorded apart inside of it is a part of this pass."""
         _UNDER_WAY.inside = True
         try:
@@ -158,13 +185,15 @@ class Recorded:
         finally:
             _UNDER_WAY.inside = False
 
-    def _watched(self, kind: tuple, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def _watched(self, kind: tuple, inputs: tuple[Any, ...]) -> Any:
         """The function of these tensors, refused from now on where a recording would not repeat it."""
         watch = _Watch()
         with watch:
             outputs = self._run(inputs)
         fault = watch.fault
-        if not fault and any(output.requires_grad for output in outputs):
+        if not fault and any(
+            isinstance(each, Tensor) and each.requires_grad for each in tree_leaves(outputs)
+        ):
             fault = "its results require a gradient"
         if fault:
             self._refuse(fault)
@@ -172,34 +201,60 @@ class Recorded:
             self._seen.add(kind)
         return outputs
 
-    def _record(self, kind: tuple, inputs: tuple[Tensor, ...]) -> _Recording | None:
+    def _record(self, kind: tuple, given: _Nest) -> _Recording | None:
         with torch.inference_mode(False), torch.no_grad():  # tensors that may be written to in any mode
-            places = tuple(tensor.detach().clone() for tensor in inputs)
+            places = tuple(tensor.detach().clone() for tensor in given.tensors)
         graph, done = torch.cuda.CUDAGraph(), torch.cuda.Event()
         # A stream of this device: torch would share one of the device that was recorded on first. Another thread, a
         # loader that decodes on the GPU, may allocate meanwhile: only what this one does can spoil the recording.
         stream = torch.cuda.Stream(places[0].device)
         try:
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                outputs = self._run(tuple(place.detach() for place in places))
+                outputs = self._run(given.with_tensors([place.detach() for place in places]))
         except RuntimeError as error:
             self._refuse(f"it cannot be recorded: {str(error).splitlines()[0]}")
             torch.cuda.synchronize()
             return None
         done.record()
-        recording = _Recording(graph, places, tuple(output.detach() for output in outputs), done)
+        recording = _Recording(graph, places, _Nest.of(tree_map_only(Tensor, torch.detach, outputs)), done)
         self._recorded[kind] = recording
         return recording
 
     def _refuse(self, reason: str) -> None:
         self._refused, self.reason = True, reason
-        log.info("a pass runs without a CUDA graph: %s", reason)
+        log.info("%s runs without a CUDA graph: %s", self.what, reason)
 
 
-def _kind(inputs: tuple[Tensor, ...]) -> tuple:
-    """What a recording is good for."""
-    modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-    return (modes, *((t.shape, t.stride(), t.dtype, t.device) for t in inputs))
+@dataclass(frozen=True)
+class _Nest:
+    """Arguments or results: what stands in them, tensors or not, and how they are nested."""
+
+    leaves: tuple[Any, ...]
+    nest: Any
+
+    @classmethod
+    def of(cls, values: Any) -> _Nest:
+        leaves, nest = tree_flatten(values)
+        return cls(tuple(leaves), nest)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(leaf for leaf in self.leaves if isinstance(leaf, Tensor))
+
+    def with_tensors(self, tensors: Iterable[Tensor]) -> Any:
+        """The same with other tensors."""
+        left = iter(tensors)
+        leaves = [next(left) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
+        return tree_unflatten(leaves, self.nest)
+
+    def kind(self) -> tuple:
+        """What a recording of them is good for."""
+        modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        what = (
+            (leaf.shape, leaf.stride(), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf
+            for leaf in self.leaves
+        )
+        return (modes, self.nest, *what)
 
 
 class _Watch(TorchDispatchMode):
@@ -225,8 +280,8 @@ def _fault(func: Any, args: Any, kwargs: Any, result: Any) -> str:
     made = {_device_type(t) for t in tree_leaves(result) if isinstance(t, Tensor)}
     # A single number from the host is an argument of a launch, which a recording keeps by its value.
     host = any(_device_type(t) == "cpu" and (t.ndim or copies) for t in given)
-    gpu = any(_device_type(t) == "cuda" for t in given)
-    if "cuda" in made and (host or name.startswith("aten::lift_fresh")):
+    gpu = any(_device_type(t) == _DEVICE for t in given)
+    if _DEVICE in made and (host or name.startswith("aten::lift_fresh")):
         return f"it sends numbers from the host to the GPU ({name})"
     if gpu and ("cpu" in made or name == "aten::_local_scalar_dense"):
         return f"it waits for numbers from the GPU ({name})"

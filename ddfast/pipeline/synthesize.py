@@ -7,6 +7,7 @@ bytes. Ranks share the groups by number and never exchange a tensor.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -78,7 +79,10 @@ def _take_steps(run: Run, method: Synthesis, groups: Sequence[Group], judge: Jud
             f"{size} px are no multiple of {factor}: images are padded with grey before they are cut into tiles"
         )
     total, outlook = method.steps * len(groups), run.outlook(f"fewer {argument(method.lever)}")
-    with Progress("synthesize", total, "steps", done=done, quiet=run.quiet, outlook=outlook) as progress:
+    with (
+        contextlib.closing(method),
+        Progress("synthesize", total, "steps", done=done, quiet=run.quiet, outlook=outlook) as progress,
+    ):
         for group in groups:
             state = states.pop(group.number)
             if not _is_done(state, method):

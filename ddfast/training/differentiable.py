@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ddfast.ops import augment_parameters, siamese_augment
+from ddfast.ops.reference_augment import AUGMENT_COLUMNS
 
 SHIFT = 0.125  # share of the side that a shift moves by, at most
 CUTOUT = 0.5  # side of the square that is cut out, as a share of the image's
@@ -57,6 +58,10 @@ class Drawn:
     def __call__(self, images: Tensor) -> Tensor:
         """Images float [B, C, H, W], augmented."""
         return DrawnTogether((self,))(images)
+
+    def calls(self, size: tuple[int, int]) -> list[dict[str, Any]]:
+        """See `DrawnTogether`."""
+        return [self.given(size)]
 
     def given(self, size: tuple[int, int]) -> dict[str, Any]:
         """The arguments of `augment_parameters` for images of a size (height, width)."""
@@ -111,23 +116,37 @@ class DrawnTogether:
         return found
 
 
-def augment_groups(drawn: Sequence[Drawn | DrawnTogether], images: Tensor) -> Tensor:
+Augmentation = Drawn | DrawnTogether
+"""What was drawn for images: a function of them."""
+
+
+def group_parameters(drawn: Sequence[Augmentation], size: tuple[int, int]) -> Tensor:
+    """What was drawn for groups of images, each with a single row, as parameters of the op, float64 [calls, G, 16].
+
+    Args:
+        drawn: for each group.
+        size: (height, width) of the images in pixels.
+    """
+    calls = itertools.zip_longest(*(each.calls(size) for each in drawn), fillvalue={})
+    rows = [torch.cat([augment_parameters(**arguments) for arguments in call]) for call in calls]
+    return (
+        torch.stack(rows) if rows else torch.empty(0, len(drawn), len(AUGMENT_COLUMNS), dtype=torch.float64)
+    )
+
+
+def augment_groups(parameters: Tensor, images: Tensor) -> Tensor:
     """Groups of images, each augmented by what was drawn for it, all in one call of the op.
 
     Args:
-        drawn: for each group, with a single row.
+        parameters: of `group_parameters`.
         images: float [G, n, C, H, W].
 
     Returns:
         [G, n, C, H, W], with the bits of one group after another.
     """
-    size = _size(images)
-    given = [
-        (each if isinstance(each, DrawnTogether) else DrawnTogether((each,))).calls(size) for each in drawn
-    ]
     flat = images.flatten(0, 1)
-    for calls in itertools.zip_longest(*given, fillvalue={}):
-        flat = siamese_augment(flat, torch.cat([augment_parameters(**arguments) for arguments in calls]))
+    for rows in parameters:
+        flat = siamese_augment(flat, rows)
     return flat.unflatten(0, images.shape[:2])
 
 

@@ -1,5 +1,6 @@
 """`unrolled_gradient` against autograd through the whole training, and what it leaves alone."""
 
+import random
 import weakref
 
 import pytest
@@ -11,7 +12,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ddfast
+from ddfast.gradients import unrolled
 from ddfast.gradients.directional import along, differentiable_gradients
+from ddfast.ops.graphs import Recorded
+from ddfast.unchanged import unchanged
 
 CLASSES, SIDE = 3, 8
 ALLOWED = 1e-10
@@ -527,3 +531,43 @@ def test_a_directional_derivative_is_the_gradient_of_a_distance_of_gradients():
     free = [gradient.detach().requires_grad_() for gradient in found]
     direction = torch.autograd.grad(distance(free, wanted), free, allow_unused=True, materialize_grads=True)
     assert apart(along(found, direction, [leaf])[0], expected) < ALLOWED
+
+
+# Recorded steps -----------------------------------------------------------------------------------------------
+
+
+def test_steps_are_recorded_for_a_model_that_is_held_unchanged_and_hands_in_all_its_tensors():
+    def recorded(model):
+        names = tuple(name for name, _ in model.named_parameters())
+        training = unrolled._training_of(model, names, functional.cross_entropy)
+        return isinstance(training.recorded_forth, Recorded), training
+
+    plain, with_buffers = nn.Linear(3, 2), nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).eval()
+    assert not recorded(plain)[0]
+    with unchanged(plain, with_buffers):
+        first = recorded(plain)
+        assert first[0]
+        assert recorded(plain)[1] is first[1]
+        assert not recorded(with_buffers)[0]
+        assert not isinstance(
+            unrolled._training_of(plain, ("weight",), functional.cross_entropy).recorded_back, Recorded
+        )
+
+
+def test_what_draws_on_the_host_is_not_recorded(monkeypatch):
+    class Dropping(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * (1 + random.random())
+
+    torch.manual_seed(0)
+    model, forth = Dropping(3, 2), []
+    batches = [(torch.randn(2, 3), torch.tensor([0, 1])) for _ in range(4)]
+    weights = {name: each.detach() for name, each in model.named_parameters()}
+    with unchanged(model):
+        training = unrolled._training_of(model, tuple(weights), functional.cross_entropy)
+        monkeypatch.setattr(training, "recorded_forth", lambda *a: forth.append(1) or training.forth(*a))
+        for _ in range(2):
+            unrolled.unrolled_gradient(model, weights, batches, lambda w: w["weight"].sum(), 0.1)
+        assert unrolled._training_of(model, tuple(weights), functional.cross_entropy) is training
+    assert len(forth) == 1  # the first step drew
+    assert not isinstance(training.recorded_back, Recorded)

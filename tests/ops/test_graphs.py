@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional
+from torch.utils._pytree import tree_leaves
 
 from ddfast.ops import grad_sq_norm_linear, graphs
 
@@ -53,8 +54,9 @@ def gpu(monkeypatch):
         def replay(self):
             body, places, outputs = self.recorded
             time.sleep(0.001)  # another thread has time to come between
-            for output, value in zip(outputs, body(*places), strict=True):
-                output.detach().copy_(value)
+            for output, value in zip(tree_leaves(outputs), tree_leaves(body(*places)), strict=True):
+                if isinstance(output, torch.Tensor):
+                    output.detach().copy_(value)
 
     def recording(body):
         body = body or (lambda x: (x + 1,))
@@ -277,6 +279,53 @@ def test_a_failed_recording_gives_the_results_and_the_reason(gpu, monkeypatch):
         assert recorded(there(1.0, 2.0))[0].tolist() == [2, 3]
     assert recorded.reason == "it cannot be recorded: operation not permitted when stream is capturing"
     assert ("synchronize",) in asked
+
+
+def test_arguments_may_be_nested_and_other_values_have_recordings_of_their_own(gpu):
+    asked, make = gpu
+    made = []
+
+    def scaled(given, factor, more):
+        made.append(factor)
+        return {"scaled": [given["x"] * factor, given["labels"] + 1], "more": more}
+
+    recorded = make(scaled)
+    for factor in (2.0, 3.0):
+        for value in range(4):
+            given = {"x": there(1.0 + value), "labels": torch.tensor([value]).as_subclass(OnGpu)}
+            found = recorded(given, factor, None)
+            assert found["scaled"][0].tolist() == [(1 + value) * factor]
+            assert found["scaled"][1].tolist() == [value + 1]
+            assert found["more"] is None
+    assert recordings(asked) == 2
+    assert given["x"].tolist() == [4]
+
+
+def test_nothing_is_recorded_or_replayed_where_all_runs_as_it_is(gpu):
+    asked, make = gpu
+    calls = []
+    recorded = make(lambda x: (calls.append(1), (x + 1,))[1])
+    recorded.warm(there(0.0))
+    before = len(calls)
+    with graphs.unrecorded():
+        assert float(recorded(there(1.0))[0]) == 2
+        with graphs.unrecorded():
+            pass
+        other = make()
+        for _ in range(4):
+            other(there(1.0))
+    assert len(calls) == before + 1
+    assert recordings(asked) == 1
+
+
+def test_a_refusal_names_what_runs_as_it_is(gpu, caplog):
+    recorded = gpu[1](lambda x: (x * float(x.sum()),), what="the step of dm")
+    with caplog.at_level("INFO", logger="ddfast.ops.graphs"):
+        for _ in range(5):
+            recorded(there(1.0))
+    assert [record.getMessage() for record in caplog.records] == [
+        "the step of dm runs without a CUDA graph: it waits for numbers from the GPU (aten::_local_scalar_dense)"
+    ]
 
 
 def test_calls_that_a_recording_cannot_serve_run_as_they_are(gpu, monkeypatch):

@@ -255,3 +255,18 @@ def test_bad_input_is_one_line_and_leaves_nothing(settings, message, toy_folder,
 def test_another_setting_is_refused_on_resumption(undisturbed, toy_folder):
     with pytest.raises(UsageError, match=r"already holds a different run \(options.synthesize.real_batch"):
         distil(toy_folder, undisturbed, real_batch=7, resume=True)
+
+
+def test_a_method_gives_back_what_it_holds_at_the_end_and_where_it_fails(toy_folder, tmp_path, monkeypatch):
+    closed = []
+    monkeypatch.setattr(DM, "close", lambda self: closed.append(self.name))
+    distil(toy_folder, tmp_path / "out", iterations=1)
+    assert closed == ["dm"]
+
+    def diverging(self, number, state, pool, context):
+        raise DivergedError("no")
+
+    monkeypatch.setattr(DM, "step", diverging)
+    with pytest.raises(DivergedError, match="no"):
+        distil(toy_folder, tmp_path / "failing", iterations=1)
+    assert closed == ["dm", "dm"]

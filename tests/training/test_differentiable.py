@@ -16,6 +16,7 @@ from ddfast.training.differentiable import (
     draw_idc,
     draw_one,
     dsa,
+    group_parameters,
     idc,
 )
 
@@ -192,4 +193,7 @@ def test_groups_in_one_call_have_the_bits_of_one_after_another():
     drawn += [draw_idc(IDC_MATCHING, 1, (8, 9), generator), DrawnTogether(())]
     drawn.append(DrawnTogether((drawn[5], drawn[0], drawn[4])))  # three calls
     apart = torch.stack([augment(group) for augment, group in zip(drawn, images, strict=True)])
-    assert torch.equal(augment_groups(drawn, images), apart)
+    assert torch.equal(augment_groups(group_parameters(drawn, (8, 9)), images), apart)
+    nothing = group_parameters([DrawnTogether(())] * 9, (8, 9))
+    assert nothing.shape == (0, 9, 16)
+    assert torch.equal(augment_groups(nothing, images), images)

@@ -8,7 +8,7 @@ class and the step, or by the step alone, so that neither the grouping of the cl
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ddfast.data.pool import ClassPool
 from ddfast.errors import DivergedError, UsageError
 from ddfast.methods.base import Context
-from ddfast.methods.matching.cfc import Contrast
+from ddfast.methods.matching.cfc import Contrast, contrasted
 from ddfast.methods.matching.cmi import Regulariser
 from ddfast.methods.matching.initial import mosaics
 from ddfast.methods.matching.networks import Networks
@@ -26,11 +26,18 @@ from ddfast.methods.matching.options import MatchingOptions
 from ddfast.methods.matching.real import all_drawn, lower, normalised, scaled, short_of, standardised
 from ddfast.methods.synthesis import Group, State, Synthesis
 from ddfast.models.registry import check_model
+from ddfast.ops.graphs import Recorded
 from ddfast.ops.precision import autocast
 from ddfast.ops.transfer import to_device
 from ddfast.output.pixels import to_unit
 from ddfast.seeding import generator, seeded
-from ddfast.training.differentiable import DSA, draw_one
+from ddfast.training.differentiable import (
+    DSA,
+    Augmentation,
+    augment_groups,
+    draw_one,
+    group_parameters,
+)
 from ddfast.wording import argument, plural, setting
 
 
@@ -83,23 +90,34 @@ class Matching(Synthesis):
         """Images [N * factor ** 2, 3, H, W] of pixels [N, 3, H, W], in the same space and order; differentiable."""
         return pixels
 
-    def formed(
-        self, number: int, network: nn.Module, images: Tensor, classes: Sequence[int], context: Context
-    ) -> Tensor:
-        """What a step takes of decoded images [C, n, 3, H, W]: these, and what is made of them, [C, m, 3, H, W].
+    def found(
+        self, number: int, network: nn.Module, pixels: Tensor, classes: Sequence[int], context: Context
+    ) -> dict[str, Tensor]:
+        """What `formed` has to know in a step, tensors on the device by name: nothing.
 
         Args:
             number: of the step.
             network: of the step.
-            images: normalised, class by class; they are differentiated through.
+            pixels: [N, 3, H, W], class by class, without a gradient.
             classes: their labels.
             context: of the run.
         """
+        return {}
+
+    def formed(self, images: Tensor, known: Mapping[str, Tensor]) -> Tensor:
+        """What a step takes of decoded images [C, n, 3, H, W]: these, and what is made of them, [C, m, 3, H, W].
+
+        Args:
+            images: normalised, class by class; they are differentiated through.
+            known: of `found`.
+        """
         return images
 
-    def augmentation(
-        self, size: tuple[int, int], draws: torch.Generator, rows: int = 1
-    ) -> Callable[[Tensor], Tensor]:
+    def count_formed(self, images: int) -> int:
+        """How many `formed` makes of so many of a class."""
+        return images
+
+    def augmentation(self, size: tuple[int, int], draws: torch.Generator, rows: int = 1) -> Augmentation:
         """What the real and the synthetic images of a class go through in a step: DSA with one operation for all.
 
         Args:
@@ -226,17 +244,15 @@ class Matching(Synthesis):
         before = state.tensors
         network = self.networks.at(number, state, pool, context)
         pixels, velocity = self.bounded(number, state.pixels), state.tensors["momentum"]
-        rate, classes = self.rate(number, context), torch.arange(len(group.classes))
+        rate = self.rate(number, context)
+        classes = torch.arange(len(group.classes), device=context.device)
         contrast = Contrast(before) if self.options.cfc else None
         if self.steps_by_class:
             pixels, velocity = self._carried_on(pixels, velocity, classes, rate)
         # Networks that draw when they are called, dropout for example, draw the same after a kill.
-        with (
-            seeded(context.seed, "forward", group.number, number, device=context.device),
-            autocast(context.precision, context.device),
-        ):
+        with seeded(context.seed, "forward", group.number, number, device=context.device):
             measured: dict[str, Tensor] = {}
-            gradient = self._matched(number, network, group, pixels, pool, context, measured, contrast)
+            gradient = self._gradient(number, network, group, pixels, pool, context, measured, contrast)
             cmi_gradient = self._regularise(number, network, group, pixels, context, measured)
         # SGD with momentum as torch has it.
         if cmi_gradient is not None:
@@ -269,7 +285,7 @@ class Matching(Synthesis):
         left = momentum**each
         return pixels - rate * velocity * (momentum * (1 - left) / (1 - momentum)), velocity * left
 
-    def _matched(
+    def _gradient(
         self,
         number: int,
         network: nn.Module,
@@ -286,66 +302,127 @@ class Matching(Synthesis):
         includes, as well.
         """
         loss = torch.zeros((), dtype=pixels.dtype, device=context.device)
-        gradients, contrasted = [], []
+        gradients = []
         pieces = pixels.detach().split(self.options.class_batch * (len(pixels) // len(group.classes)))
         for place, piece in enumerate(pieces):
             first = place * self.options.class_batch
             classes = group.classes[first : first + self.options.class_batch]
-            piece.requires_grad_()
-            labels = to_device(torch.tensor(classes), context.device)
-            formed = self.formed(number, network, self._by_class(piece, classes, context), classes, context)
-            real, synthetic = self._augmented(number, classes, formed, pool, context)
+            draws = self._draws(number, network, piece, classes, pool, context)
             if contrast is not None:
                 with seeded(context.seed, "contrast", number, place, device=context.device):
-                    pulled = contrast.gradient(network, synthetic, labels, piece)
-                contrasted += [] if pulled is None else [pulled]
-            found = self.loss(network, real, synthetic, labels)
-            gradients.append(torch.autograd.grad(found, piece)[0])
-            loss = loss + found.detach()
+                    contrast.add(*self._contrasting(network, piece, draws, contrast.means, context))
+            found, gradient = self._matching(network, piece, draws, context)
+            gradients.append(gradient)
+            loss = loss + found
         gradient = gradients[0] if len(gradients) == 1 else torch.cat(gradients)
         measured |= {"loss": loss, "gradient_norm": torch.linalg.vector_norm(gradient)}
         if contrast is None or contrast.value is None:
             return gradient
-        weighted = float(self.options.cfc) * torch.cat(contrasted)
+        weighted = float(self.options.cfc) * contrast.gradient
         measured |= {"cfc": contrast.value, "cfc_gradient_norm": torch.linalg.vector_norm(weighted)}
         return gradient + weighted
+
+    def close(self) -> None:
+        """Give back the memory of what was recorded on a GPU."""
+        for recorded in (self._matching, self._contrasting):
+            recorded.forget()
+        self.networks.close()
+        if self._regulariser is not None:
+            self._regulariser.close()
+
+    # What follows is of tensors alone, so that a GPU records it as one CUDA graph: nothing in it draws, waits, or
+    # sends anything to the device.
+
+    @cached_property
+    def _matching(self) -> Recorded:
+        return Recorded(self._matched, what=f"the step of {self.name}")
+
+    def _matched(
+        self, network: nn.Module, pixels: Tensor, draws: Mapping[str, Tensor], context: Context
+    ) -> tuple[Tensor, Tensor]:
+        """The loss on some classes, and its gradient in their pixels."""
+        pixels = pixels.detach().requires_grad_()
+        with autocast(context.precision, context.device):
+            synthetic = self._synthetic(pixels, draws, context)
+            real = augment_groups(draws["augment"], normalised(draws["real"], context, synthetic.dtype))
+            loss = self.loss(network, real, synthetic, draws["labels"])
+            return loss.detach(), torch.autograd.grad(loss, pixels)[0]
+
+    @cached_property
+    def _contrasting(self) -> Recorded:
+        return Recorded(self._contrasted, what=f"the contrastive loss of {self.name}")
+
+    def _contrasted(
+        self,
+        network: nn.Module,
+        pixels: Tensor,
+        draws: Mapping[str, Tensor],
+        means: Tensor | None,
+        context: Context,
+    ) -> tuple[Tensor | None, ...]:
+        """See `contrasted`."""
+        pixels = pixels.detach().requires_grad_()
+        with autocast(context.precision, context.device):
+            synthetic = self._synthetic(pixels, draws, context)
+            return contrasted(network, synthetic, draws["labels"], pixels, means)
+
+    def _synthetic(self, pixels: Tensor, draws: Mapping[str, Tensor], context: Context) -> Tensor:
+        """Images [C, n, 3, H, W] as a step sees them: decoded, formed, drawn from and augmented."""
+        formed = self.formed(self._by_class(pixels, len(draws["labels"]), context), draws)
+        if "chosen" in draws:
+            pairs = zip(formed.unbind(), draws["chosen"].unbind(), strict=True)
+            formed = torch.stack([made[places] for made, places in pairs])
+        return augment_groups(draws["augment"], formed)
 
     def decoded(self, pixels: Tensor, context: Context) -> Tensor:
         """Normalised images [N * factor ** 2, 3, H, W] of pixels [N, 3, H, W], class by class; differentiable."""
         images = self.decode(pixels)
         return images if self.space == "normalized" else standardised(images, context)
 
-    def _by_class(self, pixels: Tensor, classes: Sequence[int], context: Context) -> Tensor:
+    def _by_class(self, pixels: Tensor, classes: int, context: Context) -> Tensor:
         """[C, n, 3, H, W]"""
-        return self.decoded(pixels, context).unflatten(0, (len(classes), -1))
+        return self.decoded(pixels, context).unflatten(0, (classes, -1))
 
-    def _augmented(
-        self, number: int, classes: Sequence[int], decoded: Tensor, pool: ClassPool, context: Context
-    ) -> tuple[Tensor, Tensor]:
-        """Real [C, R, 3, H, W] and synthetic images [C, n, 3, H, W] of a step."""
-        size, batch = (decoded.shape[-2], decoded.shape[-1]), self.options.real_batch
-        drawn = [
+    def _draws(
+        self,
+        number: int,
+        network: nn.Module,
+        pixels: Tensor,
+        classes: Sequence[int],
+        pool: ClassPool,
+        context: Context,
+    ) -> dict[str, Tensor]:
+        """What a step on some classes takes besides their pixels, sent to the device without waiting for it.
+
+        "labels", int64 [C]; "real", uint8 [C, R, 3, H, W]; "augment", of `group_parameters`, a group a class; "chosen",
+        int64 [C, n], places among the formed images, where not all of them count; and what was `found`.
+        """
+        size, batch = (pixels.shape[-2], pixels.shape[-1]), self.options.real_batch
+        made = self.count_formed(len(pixels) // len(classes) * self.factor**2)
+        real = [
             all_drawn(
                 pool, label, batch, generator(context.seed, "real", label, number), context, "real_batch"
             )
             for label in classes
         ]
-        real = normalised(torch.stack(drawn), context, decoded.dtype)
-        synthetic = []
-        # `unbind`, as the gradient of a class taken by its place would be as large as all classes.
-        for place, (label, made) in enumerate(zip(classes, decoded.unbind(), strict=True)):
-            augment = self.augmentation(size, generator(context.seed, "augment", label, number))
-            real[place] = augment(real[place])
-            synthetic.append(augment(self._subsampled(made, label, number, context)))
-        return real, torch.stack(synthetic)
+        augment = [
+            self.augmentation(size, generator(context.seed, "augment", label, number)) for label in classes
+        ]
+        drawn = {
+            "labels": torch.tensor(classes),
+            "real": torch.stack(real),
+            "augment": group_parameters(augment, size),
+        }
+        if self.synthetic_batch is not None and made > self.synthetic_batch:
+            drawn["chosen"] = torch.stack([self._chosen(made, label, number, context) for label in classes])
+        with autocast(context.precision, context.device):
+            found = self.found(number, network, pixels, classes, context)
+        return {name: to_device(tensor, context.device) for name, tensor in drawn.items()} | found
 
-    def _subsampled(self, made: Tensor, label: int, number: int, context: Context) -> Tensor:
-        """At most `synthetic_batch` of the decoded images of a class, drawn anew in every step."""
-        most = self.synthetic_batch
-        if most is None or len(made) <= most:
-            return made
+    def _chosen(self, made: int, label: int, number: int, context: Context) -> Tensor:
+        """Places of `synthetic_batch` of the images that were made of a class, drawn anew in every step."""
         draws = generator(context.seed, "subsample", label, number)
-        return made[torch.randperm(len(made), generator=draws)[:most].to(made.device)]
+        return torch.randperm(made, generator=draws)[: self.synthetic_batch]
 
     def _regularise(
         self,
@@ -361,17 +438,18 @@ class Matching(Synthesis):
         if self._regulariser is None or not (acts or self.is_noted(number)):
             return None
         pixels = pixels.detach().requires_grad_()
-        decoded = self._by_class(pixels, group.classes, context)
-        decoded = self.formed(number, network, decoded, group.classes, context)
-        measured["cmi"], gradient = self._regulariser.value_and_gradient(
-            decoded, self.proxy_number(number), context.seed, wanted=acts
-        )
+        with autocast(context.precision, context.device):
+            found = self.found(number, network, pixels.detach(), group.classes, context)
+            formed = self.formed(self._by_class(pixels, len(group.classes), context), found)
+            measured["cmi"], gradient = self._regulariser.value_and_gradient(
+                formed, self.proxy_number(number), context.seed, wanted=acts
+            )
         if gradient is None:
             return None
         # The value is a mean over the images of the group, which has its share of the run's.
         share = 1.0 if self.cmi_reduction == "class" else 1 / context.classes
         weight = self.options.cmi * len(group.classes) * share
-        (pulled,) = torch.autograd.grad(decoded, pixels, weight * gradient)
+        (pulled,) = torch.autograd.grad(formed, pixels, weight * gradient)
         measured["cmi_gradient_norm"] = torch.linalg.vector_norm(pulled)
         return pulled
 

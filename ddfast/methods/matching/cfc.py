@@ -36,37 +36,53 @@ def contrastive_loss(
     return torch.logsumexp(cosines.masked_fill(own, -torch.inf), dim=1) - cosines[own]
 
 
+def contrasted(
+    network: nn.Module, synthetic: Tensor, labels: Tensor, pixels: Tensor, means: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Mean features [C, D] of images [C, n, 3, H, W], the loss summed over classes, and its gradient in the pixels.
+
+    Loss and gradient are None where there are no running means yet. The graph from the pixels to the images is used up.
+    """
+    features = class_means(network, synthetic)
+    if means is None:
+        return features.detach(), None, None
+    loss = contrastive_loss(features, means, labels).sum()
+    return features.detach(), loss.detach(), torch.autograd.grad(loss, pixels)[0]
+
+
 class Contrast:
     """The loss in one step, on running means of all classes that live in the state.
 
     The loss takes the means as they were before the step, for every class; those of the first step are its own
     features, and the loss acts from the second step on.
+
+    Attributes:
+        means: F before the step, [K, D]; None in the first.
+        value: the loss, summed over the classes so far; None in the first step.
     """
 
     NAME: ClassVar[str] = "cfc.means"
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         """`tensors`: of the state before the step."""
-        self._means = tensors.get(self.NAME)
+        self.means = tensors.get(self.NAME)
+        self.value: Tensor | None = None
         self._found: list[Tensor] = []
-        self.value: Tensor | None = None  # summed over the classes so far; None in the first step
+        self._gradients: list[Tensor] = []
 
-    def gradient(
-        self, network: nn.Module, synthetic: Tensor, labels: Tensor, pixels: Tensor
-    ) -> Tensor | None:
-        """Gradient in the pixels of the loss of some classes, of images [C, n, 3, H, W] that were made of them.
+    def add(self, features: Tensor, value: Tensor | None, gradient: Tensor | None) -> None:
+        """Some classes' part, from `contrasted`."""
+        self._found.append(features)
+        if value is not None and gradient is not None:
+            self.value = value if self.value is None else self.value + value
+            self._gradients.append(gradient)
 
-        The graph that leads from the pixels to the images is left for the method's own loss.
-        """
-        features = class_means(network, synthetic)
-        self._found.append(features.detach())
-        if self._means is None:
-            return None
-        loss = contrastive_loss(features, self._means, labels).sum()
-        self.value = loss.detach() if self.value is None else self.value + loss.detach()
-        return torch.autograd.grad(loss, pixels, retain_graph=True)[0]
+    @property
+    def gradient(self) -> Tensor:
+        """In the pixels of the classes so far; of none in the first step."""
+        return torch.cat(self._gradients)
 
     def moved(self) -> dict[str, Tensor]:
         """F <- alpha F + (1 - alpha) f, once all classes were seen (Eq. 8)."""
         found = torch.cat(self._found)
-        return {self.NAME: found if self._means is None else torch.lerp(found, self._means, DECAY)}
+        return {self.NAME: found if self.means is None else torch.lerp(found, self.means, DECAY)}

@@ -6,7 +6,6 @@ Zhao, Mopuri and Bilen, "Dataset Condensation with Gradient Matching", ICLR 2021
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,6 +24,7 @@ from ddfast.methods.matching.objectives import (
 from ddfast.methods.matching.options import MatchingOptions, begins_with, number_or_auto
 from ddfast.methods.matching.trained import Augment, Descent, OnSynthetic
 from ddfast.settings import option
+from ddfast.training.differentiable import Augmentation, DrawnTogether
 
 DISTANCES = {"rows": row_distance, "squares": summed_squares, "cosine": cosine_distance}
 
@@ -119,11 +119,9 @@ class DC(Matching):
         """Steps of the pixels on all networks."""
         return int(self.options.iterations) * int(self.options.outer_loop)
 
-    def augmentation(
-        self, size: tuple[int, int], draws: torch.Generator, rows: int = 1
-    ) -> Callable[[Tensor], Tensor]:
+    def augmentation(self, size: tuple[int, int], draws: torch.Generator, rows: int = 1) -> Augmentation:
         """None."""
-        return lambda images: images
+        return DrawnTogether(())
 
     def training(self) -> Augment | None:
         """What the images that networks train on go through: nothing."""

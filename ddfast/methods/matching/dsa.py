@@ -5,17 +5,16 @@ Zhao and Bilen, "Dataset Condensation with Differentiable Siamese Augmentation",
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from ddfast.methods.matching.base import Matching
 from ddfast.methods.matching.dc import DC, DCOptions
 from ddfast.methods.matching.options import begins_with
 from ddfast.methods.matching.trained import Augment
+from ddfast.training.differentiable import Augmentation
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,7 @@ class DSA(DC):
         "svhn_ipc50_cmi": {"cmi": 10000.0, "flip": False},
     }
 
-    def augmentation(
-        self, size: tuple[int, int], draws: torch.Generator, rows: int = 1
-    ) -> Callable[[Tensor], Tensor]:
+    def augmentation(self, size: tuple[int, int], draws: torch.Generator, rows: int = 1) -> Augmentation:
         """The same operation with the same parameters for all images of a class, real and synthetic (Eq. 5)."""
         return Matching.augmentation(self, size, draws, rows)
 

@@ -6,7 +6,6 @@ Kim et al., "Dataset Condensation via Efficient Synthetic-Data Parameterization"
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -28,7 +27,7 @@ from ddfast.methods.matching.options import MatchingOptions, begins_with
 from ddfast.methods.matching.trained import Descent, OnReal
 from ddfast.methods.synthesis import State
 from ddfast.settings import option
-from ddfast.training.differentiable import IDC_MATCHING, IDC_TRAINING, draw_idc
+from ddfast.training.differentiable import IDC_MATCHING, IDC_TRAINING, Augmentation, draw_idc
 
 DISTANCES = {"squares": summed_squares, "magnitudes": summed_magnitudes, "rows": row_distance}
 
@@ -139,9 +138,7 @@ class IDC(Matching):
         """Every tile, enlarged to a whole image (Sec. 4.1: uniform multi-formation)."""
         return pixels if self.factor == 1 else enlarged_tiles(pixels, self.factor, 0.5)
 
-    def augmentation(
-        self, size: tuple[int, int], draws: torch.Generator, rows: int = 1
-    ) -> Callable[[Tensor], Tensor]:
+    def augmentation(self, size: tuple[int, int], draws: torch.Generator, rows: int = 1) -> Augmentation:
         """Colours, a shift and a cutout, the same for all images of a class, real and synthetic."""
         return draw_idc(self._listed(IDC_MATCHING), rows, size, draws)
 

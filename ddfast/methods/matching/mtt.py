@@ -11,7 +11,8 @@ The authors unroll the N steps; here the gradient goes back through them a step 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -36,6 +37,7 @@ from ddfast.output.whitening import Whitening
 from ddfast.seeding import generator, seeded
 from ddfast.settings import option
 from ddfast.training.experts import Trajectories, check_steps_alone, experts_identity, load_experts
+from ddfast.unchanged import still_unchanged
 from ddfast.wording import argument, plural, setting
 
 
@@ -198,14 +200,15 @@ class MTT(Matching):
             autocast(context.precision, context.device),
         ):
             batches = self._batches(number, group, pixels, context)
-            found = unrolled_gradient(
-                self._student.network(context),
-                start,
-                [(images.detach(), labels) for images, labels in batches],
-                lambda weights: self.loss(weights, start, goal),
-                lr=rate,
-                unroll=self.options.unroll,
-            )
+            with self._student.unchanged(context) as student:
+                found = unrolled_gradient(
+                    student,
+                    start,
+                    [(images.detach(), labels) for images, labels in batches],
+                    lambda weights: self.loss(weights, start, goal),
+                    lr=rate,
+                    unroll=self.options.unroll,
+                )
             (gradient,) = torch.autograd.grad([images for images, _ in batches], pixels, found.images)
             measured = {"loss": found.value, "gradient_norm": torch.linalg.vector_norm(gradient)}
             scale, cmi_gradient = self._scaled_cmi(
@@ -328,7 +331,7 @@ class MTT(Matching):
     def begin(self, group: Group, pool: ClassPool, context: Context) -> State:
         """Pixels of the start, the students' learning rate, and no momentum of either."""
         state = super().begin(group, pool, context)
-        rate = torch.tensor(self.options.lr_student, dtype=torch.float64, device=context.device)
+        rate = torch.full((), self.options.lr_student, dtype=torch.float64, device=context.device)
         return State(
             group,
             {
@@ -397,6 +400,7 @@ class _Student(Networks):
     def __init__(self, arch: str) -> None:
         self._arch = arch
         self._built: tuple[Any, nn.Module] | None = None
+        self._found: dict[Any, Any] = {}
 
     def at(self, step: int, state: State, pool: ClassPool, context: Context) -> nn.Module:
         """See `Networks`."""
@@ -409,4 +413,16 @@ class _Student(Networks):
             with seeded("student"):
                 network = create_model(self._arch, context.classes, context.image_size)
             self._built = kind, fuse(network.to(context.device)).train().requires_grad_(False)
+            self._found = {}
         return self._built[1]
+
+    @contextmanager
+    def unchanged(self, context: Context) -> Iterator[nn.Module]:
+        """The same, in a context that knows what was found of it in earlier steps: on a GPU, recorded steps."""
+        network = self.network(context)
+        with still_unchanged(network, self._found):
+            yield network
+
+    def close(self) -> None:
+        """See `Networks`."""
+        self._found = {}

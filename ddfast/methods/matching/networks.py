@@ -34,6 +34,9 @@ class Networks(ABC):
     def check(self, context: Context) -> None:  # noqa: B027 - most fit
         """Refuse networks that do not fit into memory, before anything is written. Raises `UsageError`."""
 
+    def close(self) -> None:  # noqa: B027 - most hold nothing
+        """Give back the memory of what was recorded on a GPU."""
+
     def advance(self, step: int, state: State, pool: ClassPool, context: Context) -> None:  # noqa: B027 - some rest
         """What happens to the networks after the pixels' update, training on synthetic or real images for example.
 

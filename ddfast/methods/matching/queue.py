@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddfast.attribution.flight import free_memory
@@ -12,7 +11,15 @@ from ddfast.errors import UsageError
 from ddfast.methods.base import Context
 from ddfast.methods.matching.networks import Built, Networks, Redrawn
 from ddfast.methods.matching.real import normalised
-from ddfast.methods.matching.trained import PREFIX, Descent, check_training, real_batch
+from ddfast.methods.matching.trained import (
+    PREFIX,
+    Descent,
+    Training,
+    check_training,
+    named_with,
+    of_network,
+    real_batch,
+)
 from ddfast.methods.synthesis import State
 from ddfast.ops.transfer import to_device
 from ddfast.seeding import generator
@@ -52,6 +59,7 @@ class Queue(Networks):
         self._built = Built(arch, trained=True)
         self._most, self._joins_every, self._steps, self._batch = most, joins_every, steps, batch
         self._descent, self._resets_every = descent, resets_every
+        self._training: Training | None = None
         self.accuracy = torch.zeros(())
 
     def check(self, context: Context) -> None:
@@ -70,7 +78,10 @@ class Queue(Networks):
         tensors = self._joined(step, state.tensors, context)
         chosen = torch.randint(len(tensors[_SEEN]), (), generator=generator(context.seed, "network", step))
         seen = tensors[_SEEN][chosen].clamp(min=1)
-        self.accuracy = (100 * tensors[_RIGHT][chosen].double() / seen).to(state.pixels.dtype)
+        accuracy = (100 * tensors[_RIGHT][chosen].double() / seen).to(state.pixels.dtype)
+        if (self.accuracy.dtype, self.accuracy.device) != (accuracy.dtype, accuracy.device):
+            self.accuracy = accuracy
+        self.accuracy.copy_(accuracy)  # in its place, where a recorded loss reads it
         return _holding(self._built.on(context), tensors, int(chosen)).eval()
 
     def advance(self, step: int, state: State, pool: ClassPool, context: Context) -> None:
@@ -84,6 +95,10 @@ class Queue(Networks):
                 tensors[name][place] = value
         others = {name: tensor for name, tensor in state.tensors.items() if not name.startswith(PREFIX)}
         state.tensors = others | tensors
+
+    def close(self) -> None:
+        """See `Networks`."""
+        self._training = None
 
     def _joined(self, step: int, tensors: dict[str, Tensor], context: Context) -> dict[str, Tensor]:
         """The queue's tensors in a step: those after the one before, a network that joins, and counts of 0 where they
@@ -121,22 +136,20 @@ class Queue(Networks):
     ) -> dict[str, Tensor]:
         """What stands at a place of the queue after its network has trained on real images."""
         network = _holding(self._built.on(context), tensors, place).train()
-        named = dict(network.named_parameters())
-        velocities = {name: tensors[_VELOCITY + name][place].clone() for name in named}
+        training = self._training = of_network(self._training, network, self._descent)
+        training.begin({name: held[place] for name, held in named_with(_VELOCITY, tensors).items()})
         right, seen = tensors[_RIGHT][place].clone(), tensors[_SEEN][place].clone()
         loss = torch.zeros((), device=context.device)
         for number in range(self._steps):
             draws = generator(context.seed, "training", step, place, number)
             images, labels = real_batch(pool, self._batch, draws)
             targets = to_device(labels, context.device)
-            logits = network(normalised(images, context, dtype))
-            loss = F.cross_entropy(logits, targets)
-            self._descent.step(list(named.values()), list(velocities.values()), loss)
-            right += (logits.detach().argmax(1) == targets).sum()
+            loss, logits = training.step(normalised(images, context, dtype), (targets,))
+            right += (logits.argmax(1) == targets).sum()
             seen += len(targets)
         check_training(loss, step, self._descent)
         weights = {_STACKED + name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
-        moved = {_VELOCITY + name: velocity for name, velocity in velocities.items()}
+        moved = {_VELOCITY + name: velocity for name, velocity in training.velocities().items()}
         return {**weights, **moved, _RIGHT: right, _SEEN: seen}
 
 

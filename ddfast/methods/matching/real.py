@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -21,20 +22,40 @@ def scaled(images: Tensor, context: Context, dtype: torch.dtype = torch.float32)
 
 def normalised(images: Tensor, context: Context, dtype: torch.dtype = torch.float32) -> Tensor:
     """(x / 255 - mean) / std of uint8 images [..., 3, H, W] in one pass, on the context's device."""
-    mean, std = (torch.tensor(values, dtype=torch.float64) for values in (context.mean, context.std))
-    shift, scale = (
-        to_device(values.to(dtype), context.device).view(3, 1, 1) for values in (-mean / std, 1 / (255 * std))
-    )
+    shift, scale = _of_bytes(tuple(context.mean), tuple(context.std), dtype, context.device)
     return torch.addcmul(shift, to_device(images, context.device).to(dtype), scale)
 
 
 def standardised(images: Tensor, context: Context) -> Tensor:
     """(x - mean) / std of images in [0, 1], [..., 3, H, W]; differentiable."""
     mean, std = (
-        to_device(torch.tensor(values, dtype=images.dtype), images.device).view(3, 1, 1)
-        for values in (context.mean, context.std)
+        on_channels(tuple(values), images.dtype, images.device) for values in (context.mean, context.std)
     )
     return (images - mean) / std
+
+
+# On a GPU they are sent once, as what is recorded sends nothing.
+
+
+@functools.lru_cache(maxsize=64)
+def on_channels(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers of the channels, [3, 1, 1], that a normalisation is made of."""
+    with torch.inference_mode(False):
+        return to_device(torch.tensor(values, dtype=dtype), device).view(3, 1, 1)
+
+
+@functools.lru_cache(maxsize=64)
+def _of_bytes(
+    mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """-mean / std and 1 / (255 std), computed in float64."""
+    centre, spread = (torch.tensor(values, dtype=torch.float64) for values in (mean, std))
+    with torch.inference_mode(False):
+        shift, scale = (
+            to_device(values.to(dtype), device).view(3, 1, 1)
+            for values in (-centre / spread, 1 / (255 * spread))
+        )
+    return shift, scale
 
 
 def all_drawn(

@@ -391,6 +391,11 @@ class SRe2L(Synthesis):
         )
         return moved.clamp_(black, white), {"first_moment": first, "second_moment": second}
 
+    def close(self) -> None:
+        """See `Synthesis`."""
+        if self._regulariser is not None:
+            self._regulariser.close()
+
     def _regularise(
         self, number: int, state: State, context: Context, measured: dict[str, Tensor]
     ) -> tuple[Tensor | None, dict[str, Tensor]]:

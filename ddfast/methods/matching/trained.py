@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,7 @@ from ddfast.methods.base import Context
 from ddfast.methods.matching.networks import Built, Networks
 from ddfast.methods.matching.real import normalised
 from ddfast.methods.synthesis import State
+from ddfast.ops.graphs import Recorded
 from ddfast.ops.transfer import to_device
 from ddfast.seeding import derived_seed, generator
 from ddfast.training.protocol import PROTOCOLS
@@ -30,6 +31,9 @@ from ddfast.wording import argument
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 """Augments float images [B, 3, H, W], each by draws of its own."""
+
+Targets = tuple[Tensor, ...]
+"""Labels of a batch, int64 [B]; where it is mixed of two, the others' labels and the shares of both, [2], as well."""
 
 PREFIX = "network."
 """Opens the names of a network's tensors in a state."""
@@ -59,6 +63,49 @@ class Descent:
             torch._foreach_add_(list(parameters), gradients, alpha=-self.lr)
 
 
+class Training:
+    """A network in training, whose weights and velocities lie in one place, so that a GPU records a step of it.
+
+    Args:
+        network: whose parameters are moved, in place.
+        descent: how.
+    """
+
+    def __init__(self, network: nn.Module, descent: Descent) -> None:
+        self.network = network
+        self._named, self._descent = dict(network.named_parameters()), descent
+        momentum = self._named if descent.momentum else {}
+        self._velocities = {name: torch.zeros_like(each) for name, each in momentum.items()}
+        self.step = Recorded(self._step, what="a training step")
+
+    @torch.no_grad()
+    def begin(self, velocities: Mapping[str, Tensor]) -> None:
+        """Go on with these velocities, by the names of the parameters; 0 where there are none."""
+        for name, place in self._velocities.items():
+            place.copy_(velocities[name]) if name in velocities else place.zero_()
+
+    def velocities(self) -> dict[str, Tensor]:
+        """What `begin` goes on with."""
+        return {name: each.clone() for name, each in self._velocities.items()}
+
+    def _step(self, images: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
+        """A step on normalised images: the loss and the logits before it."""
+        logits = self.network(images)
+        loss = _entropy(logits, *targets)
+        self._descent.step(list(self._named.values()), list(self._velocities.values()), loss)
+        return loss.detach(), logits.detach()
+
+
+def _entropy(
+    logits: Tensor, own: Tensor, others: Tensor | None = None, shares: Tensor | None = None
+) -> Tensor:
+    """The mean cross-entropy of `Targets`."""
+    entropy = F.cross_entropy(logits, own)
+    if others is None or shares is None:
+        return entropy
+    return shares[0] * entropy + shares[1] * F.cross_entropy(logits, others)
+
+
 class Trained(Networks):
     """A network that is trained after every step of a round but the last.
 
@@ -70,12 +117,13 @@ class Trained(Networks):
         """`steps`: of the pixels, in a round."""
         self._built = Built(arch, trained=True)
         self._steps, self._descent = steps, descent
+        self._training: Training | None = None
 
     @abstractmethod
     def batches(
         self, step: int, state: State, pool: ClassPool, context: Context
-    ) -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
-        """What the network trains on after a step: normalised images, and the loss of their logits."""
+    ) -> Iterator[tuple[Tensor, Targets]]:
+        """What the network trains on after a step: normalised images, and their targets."""
 
     def at(self, step: int, state: State, pool: ClassPool, context: Context) -> nn.Module:
         """See `Networks`: in train mode, but for BatchNorm, with gradients of the parameters."""
@@ -98,18 +146,28 @@ class Trained(Networks):
 
     def _trained(self, step: int, state: State, pool: ClassPool, context: Context) -> dict[str, Tensor]:
         network = self._built.on(context).network.train()
-        named = dict(network.named_parameters())
-        held = {name: state.tensors.get(_VELOCITY + name) for name in named} if self._descent.momentum else {}
-        velocities = {
-            name: torch.zeros_like(named[name]) if old is None else old.clone() for name, old in held.items()
-        }
+        training = self._training = of_network(self._training, network, self._descent)
+        training.begin(named_with(_VELOCITY, state.tensors))
         loss = torch.zeros((), device=context.device)
-        for images, loss_of in self.batches(step, state, pool, context):
-            loss = loss_of(network(images))
-            self._descent.step(list(named.values()), list(velocities.values()), loss)
+        for images, targets in self.batches(step, state, pool, context):
+            loss, _ = training.step(images, targets)
         check_training(loss, step, self._descent)
         tensors = {PREFIX + name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
-        return tensors | {_VELOCITY + name: velocity for name, velocity in velocities.items()}
+        return tensors | {_VELOCITY + name: velocity for name, velocity in training.velocities().items()}
+
+    def close(self) -> None:
+        """See `Networks`."""
+        self._training = None
+
+
+def of_network(training: Training | None, network: nn.Module, descent: Descent) -> Training:
+    """The training of a network: what there is, where it is its own."""
+    return training if training is not None and training.network is network else Training(network, descent)
+
+
+def named_with(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those whose names open with the prefix, by what follows it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 class OnSynthetic(Trained):
@@ -140,7 +198,7 @@ class OnSynthetic(Trained):
 
     def batches(
         self, step: int, state: State, pool: ClassPool, context: Context
-    ) -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
+    ) -> Iterator[tuple[Tensor, Targets]]:
         """See `Trained`."""
         with torch.no_grad():
             images = self._decode(state.pixels, context)
@@ -149,9 +207,9 @@ class OnSynthetic(Trained):
         draws = generator(context.seed, "training", step)
         for _ in range(self._epochs):
             for places in torch.randperm(len(images), generator=draws).split(self._batch):
-                batch = images[places.to(images.device)]
+                batch = images[to_device(places, images.device)]
                 batch = batch if self._augment is None else self._augment(batch, draws)
-                yield batch, _cross_entropy(labels[places], context)
+                yield batch, (to_device(labels[places], context.device),)
 
 
 class OnReal(Trained):
@@ -174,7 +232,7 @@ class OnReal(Trained):
 
     def batches(
         self, step: int, state: State, pool: ClassPool, context: Context
-    ) -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
+    ) -> Iterator[tuple[Tensor, Targets]]:
         """See `Trained`."""
         for number in range(-(-self._samples // self._batch)):
             draws = generator(context.seed, "training", step, number)
@@ -208,25 +266,19 @@ def real_batch(pool: ClassPool, count: int, draws: torch.Generator) -> tuple[Ten
     raise UsageError(f"none of {min(2 * count, len(order))} images that were drawn can be read")
 
 
-def _cross_entropy(labels: Tensor, context: Context) -> Callable[[Tensor], Tensor]:
-    on_device = to_device(labels, context.device)
-    return lambda logits: F.cross_entropy(logits, on_device)
-
-
-def _cut_mixed(
-    images: Tensor, labels: Tensor, seed: int, context: Context
-) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def _cut_mixed(images: Tensor, labels: Tensor, seed: int, context: Context) -> tuple[Tensor, Targets]:
     """CutMix on half of the batches, as IDC trains and evaluates."""
     draws, protocol = np.random.default_rng(seed), PROTOCOLS["idc"]
+    own = to_device(labels, context.device)
     if draws.random() >= protocol.mix_probability:
-        return images, _cross_entropy(labels, context)
+        return images, (own,)
     top, left, bottom, right = protocol.cutmix_box(images.shape[-1], draws)
     partner = torch.from_numpy(draws.permutation(len(images)))
     share = (bottom - top) * (right - left) / (images.shape[-2] * images.shape[-1])
     mixed = images.clone()
-    mixed[:, :, top:bottom, left:right] = images[partner.to(images.device), :, top:bottom, left:right]
-    own, others = _cross_entropy(labels, context), _cross_entropy(labels[partner], context)
-    return mixed, lambda logits: (1 - share) * own(logits) + share * others(logits)
+    mixed[:, :, top:bottom, left:right] = images[to_device(partner, images.device), :, top:bottom, left:right]
+    shares = torch.tensor([1 - share, share], dtype=images.dtype)
+    return mixed, (own, to_device(labels[partner], context.device), to_device(shares, context.device))
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar
@@ -25,8 +25,10 @@ from ddfast.methods.matching.chooser import trained_on_real
 from ddfast.methods.matching.idc import IDC, IDCOptions
 from ddfast.methods.matching.objectives import MICRO_BATCH
 from ddfast.methods.matching.options import begins_with, number_or_auto, weighs_contrast
+from ddfast.methods.matching.real import on_channels
 from ddfast.models.maps import activation_maps, map_gradients
 from ddfast.ops import crop_resize
+from ddfast.ops.graphs import Recorded
 from ddfast.ops.transfer import to_device
 from ddfast.output.pixels import Regions
 from ddfast.seeding import generator, seeded
@@ -163,29 +165,32 @@ class UDD(IDC):
         done = Fraction(number // int(self.options.inner_loop), int(self.options.iterations))
         return super().rate(number, context) / 2 ** sum(done >= share for share in _HALVED)
 
-    def formed(
-        self, number: int, network: nn.Module, images: Tensor, classes: Sequence[int], context: Context
-    ) -> Tensor:
-        """S_c^train: the images, then those of their regions that are used least, enlarged (Sec. 2.3, 2.4)."""
-        flat, side = images.flatten(0, 1), images.shape[-1]
-        windows = corner_windows(side, self.options.sizes)
+    def found(
+        self, number: int, network: nn.Module, pixels: Tensor, classes: Sequence[int], context: Context
+    ) -> dict[str, Tensor]:
+        """The regions of each image that the step's network uses least: boxes int64 [C * n, P, 4] (Sec. 2.3)."""
+        images = self.decoded(pixels, context)
         with seeded(context.seed, "search", number, device=context.device):
-            lowest = self.searched(network, flat.detach(), windows, number, classes, context)
-        boxes = to_device(windows, flat.device)[lowest]
-        regions = crop_resize(flat, boxes, side).unflatten(0, (len(classes), -1))
-        return torch.cat([images, regions.flatten(1, 2)], dim=1)
+            lowest = self.searched(network, images, number, classes, context)
+        return {"regions": to_device(self._windows(images), images.device)[lowest]}
 
-    def _subsampled(self, made: Tensor, label: int, number: int, context: Context) -> Tensor:
-        """At most 128 of a class in a step: the images themselves, and as many regions as there is room for."""
-        most, images = int(self.synthetic_batch or len(made)), context.ipc
-        if len(made) <= most:
-            return made
-        draws = generator(context.seed, "subsample", label, number)
+    def formed(self, images: Tensor, known: Mapping[str, Tensor]) -> Tensor:
+        """S_c^train: the images, then those of their regions that are used least, enlarged (Sec. 2.4)."""
+        regions = crop_resize(images.flatten(0, 1), known["regions"], images.shape[-1])
+        return torch.cat([images, regions.unflatten(0, images.shape[:2]).flatten(1, 2)], dim=1)
+
+    def count_formed(self, images: int) -> int:
+        """The images and their regions."""
+        return images * (1 + int(self.options.lowest))
+
+    def _chosen(self, made: int, label: int, number: int, context: Context) -> Tensor:
+        """Places of 128 of a class: the images themselves, and as many regions as there is room for."""
+        images, draws = context.ipc, generator(context.seed, "subsample", label, number)
         order = [
             torch.randperm(images, generator=draws),
-            images + torch.randperm(len(made) - images, generator=draws),
+            images + torch.randperm(made - images, generator=draws),
         ]
-        return made[to_device(torch.cat(order)[:most], made.device)]
+        return torch.cat(order)[: self.synthetic_batch]
 
     @torch.no_grad()
     def regions(self, images: Tensor, pool: Callable[[], ClassPool], context: Context) -> tuple[Regions, str]:
@@ -200,24 +205,43 @@ class UDD(IDC):
             network, said = self._regulariser.proxies[0], "the first of the proxies"
         else:
             network, said = trained_on_real(self.options.arch, self.options.chooser_steps, pool(), context)
-        windows, classes = corner_windows(context.image_size, self.options.sizes), range(context.classes)
-        decoded = self.decoded(to_device(images, context.device), context)
+        decoded, classes = self.decoded(to_device(images, context.device), context), range(context.classes)
         with seeded(context.seed, "search", self.steps, device=context.device):
-            chosen = self.searched(network, decoded, windows, self.steps, classes, context)
-        return Regions(windows, chosen.cpu()), f"{said}; policy {self.options.policy}"
+            chosen = self.searched(network, decoded, self.steps, classes, context)
+        return Regions(self._windows(decoded), chosen.cpu()), f"{said}; policy {self.options.policy}"
+
+    def _windows(self, images: Tensor) -> Tensor:
+        """The candidate regions of images of this size, int64 [N, 4]."""
+        return corner_windows(images.shape[-1], self.options.sizes)
 
     def searched(
         self,
         network: nn.Module,
         images: Tensor,
-        windows: Tensor,
         number: int,
         classes: Sequence[int],
         context: Context,
     ) -> Tensor:
         """The places of each image's P regions with the lowest utilisation, ascending, int64 [C * n, P]."""
-        side, each = images.shape[-1], len(images) // len(classes)
-        labels = to_device(torch.tensor(classes).repeat_interleave(each), images.device)
+        labels = torch.tensor(classes).repeat_interleave(len(images) // len(classes))
+        noisy = self.options.policy in ("jitter", "vote")
+        noise = self._noise(images, number, classes, context) if noisy else None
+        return self._searching(network, images, to_device(labels, images.device), noise, context)
+
+    @functools.cached_property
+    def _searching(self) -> Recorded:
+        return Recorded(self._searched, what="the search of udd")
+
+    def close(self) -> None:
+        """See `Matching`."""
+        super().close()
+        self._searching.forget()
+
+    def _searched(
+        self, network: nn.Module, images: Tensor, labels: Tensor, noise: Tensor | None, context: Context
+    ) -> Tensor:
+        """The same of tensors alone, so that a GPU records it."""
+        windows, side = self._windows(images), images.shape[-1]
 
         def over(maps_of: Any, *rows: Tensor) -> Tensor:
             """The regions' means of maps [B, h, w], as one product; the images go through in pieces."""
@@ -233,7 +257,8 @@ class UDD(IDC):
 
         def by_jitter() -> Tensor:
             """sigma_n = | Lambda_n - 1/M sum_m Lambda^_nm | (Eqs. 2 to 4), with noise on the whole image."""
-            copies = over(activation_maps, torch.cat(self._jittered(images, number, classes, context)))
+            assert noise is not None
+            copies = over(activation_maps, torch.cat(self._jittered(images, noise, context)))
             return (by_activation() - copies.unflatten(0, (-1, len(images))).mean(dim=0)).abs()
 
         count = int(self.options.lowest)
@@ -246,34 +271,31 @@ class UDD(IDC):
             return lowest_of(votes([found() for found in policy.values()], count), count)
         return lowest_of(policy[self.options.policy](), count)
 
-    def _jittered(
-        self, images: Tensor, number: int, classes: Sequence[int], context: Context
-    ) -> list[Tensor]:
-        """M copies of the images with noise of their own (Eq. 2)."""
+    def _noise(self, images: Tensor, number: int, classes: Sequence[int], context: Context) -> Tensor:
+        """What M noisy copies of the images are made with, [M, C * n, 3, H, W]; uniform, of one channel, for salt."""
         each = len(images) // len(classes)
         shape = (int(self.options.jitters), each, *images.shape[1:])
         drawn = [generator(context.seed, "jitter", label, number) for label in classes]
-        size = float(self.options.jitter_size)
         if self.options.jitter == "salt_pepper":
-            mean, std = (torch.tensor(values).view(3, 1, 1) for values in (context.mean, context.std))
-            black, white = (
-                to_device(value, images.device).to(images) for value in (-mean / std, (1 - mean) / std)
-            )
-            uniform = _all_images(
-                [torch.rand(*shape[:2], 1, *shape[3:], generator=draws) for draws in drawn], images
-            )
-            salted = torch.where(uniform < size / 2, black, images)
-            return list(torch.where(uniform > 1 - size / 2, white, salted).unbind())
-        if self.options.jitter == "uniform":
+            noise = [torch.rand(*shape[:2], 1, *shape[3:], generator=draws) for draws in drawn]
+        elif self.options.jitter == "uniform":
             noise = [(2 * torch.rand(shape, generator=draws) - 1) * 3**0.5 for draws in drawn]
         else:
             noise = [torch.randn(shape, generator=draws) for draws in drawn]
-        return list(torch.add(images, _all_images(noise, images), alpha=size).unbind())
+        return to_device(torch.cat(noise, dim=1), images.device).to(images.dtype)
 
-
-def _all_images(by_class: Sequence[Tensor], like: Tensor) -> Tensor:
-    """[M, C * n, ...] of the classes' [M, n, ...], as `like` is."""
-    return to_device(torch.cat(list(by_class), dim=1), like.device).to(like.dtype)
+    def _jittered(self, images: Tensor, noise: Tensor, context: Context) -> list[Tensor]:
+        """M copies of the images with noise of their own (Eq. 2)."""
+        size = float(self.options.jitter_size)
+        if self.options.jitter != "salt_pepper":
+            return list(torch.add(images, noise, alpha=size).unbind())
+        mean, std = (torch.tensor(values) for values in (context.mean, context.std))
+        black, white = (
+            on_channels(tuple(values.tolist()), images.dtype, images.device)
+            for values in (-mean / std, (1 - mean) / std)
+        )
+        salted = torch.where(noise < size / 2, black, images)
+        return list(torch.where(noise > 1 - size / 2, white, salted).unbind())
 
 
 # Regions -----------------------------------------------------------------------------------------------------
@@ -300,12 +322,20 @@ def corner_windows(side: int, sizes: str) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def _window_matrix(windows: tuple[tuple[int, ...], ...], side: int, height: int, width: int) -> Tensor:
-    """Float64 [height * width, N]: a map times this is the mean in each window of the map enlarged to the image."""
+def _window_matrix(
+    windows: tuple[tuple[int, ...], ...],
+    side: int,
+    height: int,
+    width: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """[height * width, N]: a map times this is the mean in each window of the map enlarged to the image."""
     places = height * width
     unit = torch.eye(places, dtype=torch.float64).view(places, 1, height, width)
     enlarged = F.interpolate(unit, size=(side, side), mode="bilinear", align_corners=False)[:, 0]
-    return torch.stack([enlarged[:, y0:y1, x0:x1].mean(dim=(1, 2)) for x0, y0, x1, y1 in windows], dim=1)
+    means = [enlarged[:, y0:y1, x0:x1].mean(dim=(1, 2)) for x0, y0, x1, y1 in windows]
+    return to_device(torch.stack(means, dim=1).to(dtype), device)
 
 
 def region_means(maps: Tensor, windows: Tensor, side: int) -> Tensor:
@@ -320,8 +350,7 @@ def region_means(maps: Tensor, windows: Tensor, side: int) -> Tensor:
         [B, N] in the dtype of `maps`.
     """
     key = tuple(tuple(window) for window in windows.tolist())
-    matrix = _window_matrix(key, side, maps.shape[1], maps.shape[2])
-    return maps.flatten(1) @ to_device(matrix.to(maps.dtype), maps.device)
+    return maps.flatten(1) @ _window_matrix(key, side, maps.shape[1], maps.shape[2], maps.dtype, maps.device)
 
 
 def votes(responses: Sequence[Tensor], count: int) -> Tensor:

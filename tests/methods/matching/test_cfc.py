@@ -9,8 +9,9 @@ from torch import nn
 from ddfast.errors import DivergedError, UsageError
 from ddfast.methods import get_method, list_methods
 from ddfast.methods.matching.base import Matching
-from ddfast.methods.matching.cfc import Contrast, contrastive_loss
+from ddfast.methods.matching.cfc import Contrast, contrasted, contrastive_loss
 from ddfast.methods.matching.dm import DM
+from ddfast.training.differentiable import DrawnTogether
 from tests.methods.matching.conftest import TensorPool, context_of, distilled
 
 
@@ -75,12 +76,14 @@ def test_the_running_means_by_hand_and_the_loss_takes_those_before_the_step():
     for images in steps:
         contrast = Contrast(held)
         pixels = images.clone().requires_grad_()
-        gradients = [
-            contrast.gradient(network, pixels[label : label + 1], torch.tensor([label]), pixels)
+        parts = [
+            contrasted(network, pixels[label : label + 1], torch.tensor([label]), pixels, contrast.means)
             for label in (0, 1)
         ]
+        for part in parts:
+            contrast.add(*part)
         values.append(None if contrast.value is None else float(contrast.value))
-        assert (contrast.value is None) == any(each is None for each in gradients)
+        assert (contrast.value is None) == any(gradient is None for *_, gradient in parts)
         held = contrast.moved()
     assert values[0] is None  # the first step has nothing to compare with
     # The second: F is [4 0 0], [0 2 0]. Class 0 has [0 8 0]: cosines 0 and 1. Class 1 has [0 0 6]: 0 and 0.
@@ -113,7 +116,7 @@ def test_the_loss_falls_where_it_alone_acts(pool):
     context = context_of(3, size=8)
     method = dm(iterations=12, cfc=3000.0, momentum=0.0)
     method.loss = lambda network, real, synthetic, labels: synthetic.sum() * 0
-    method.augmentation = lambda size, draws: lambda images: images
+    method.augmentation = lambda size, draws: DrawnTogether(())
     fixed = method.networks.at(0, method.begin(method.groups(3, 2)[0], pool, context), pool, context)
     method.networks.at = lambda *_: fixed
     state = distilled(method, pool, context)

@@ -192,8 +192,7 @@ def green(values, size=4):
 
 def searched(image, network=None, **options):
     method = udd(1, **{"sizes": "1/4", "lowest": 2, **options})
-    windows = corner_windows(image.shape[-1], method.options.sizes)
-    return method.searched(network or Answer(), image, windows, 3, [1] * len(image), context_of(2, ipc=1))
+    return method.searched(network or Answer(), image, 3, [1] * len(image), context_of(2, ipc=1))
 
 
 def test_activation_takes_the_corners_that_answer_least():
@@ -231,7 +230,7 @@ def test_jitter_takes_the_corners_whose_mean_answer_noise_changes_least(kind):
     images = torch.cat([green(CORNERS), green(CORNERS.flip(0)), green(CORNERS.T)])
     method = udd(1, sizes="1/4,1/2", lowest=3, jitter=kind, jitter_size=0.3)
     context, windows = context_of(3, ipc=1), corner_windows(4, "1/4,1/2")
-    found = method.searched(Answer(), images, windows, 3, [0, 1, 2], context)
+    found = method.searched(Answer(), images, 3, [0, 1, 2], context)
     for label in range(3):
         draws = generator(context.seed, "jitter", label, 3)
         if kind == "salt_pepper":
@@ -254,29 +253,31 @@ def test_jitter_takes_the_corners_whose_mean_answer_noise_changes_least(kind):
 def test_a_step_draws_its_own_noise_and_the_uniform_has_the_size_as_deviation():
     images = torch.zeros(2, 3, 32, 32)
     context = context_of(2, ipc=1)
-    copies = {
-        (kind, step): torch.stack(udd(1, jitter=kind)._jittered(images, step, [0, 1], context))
-        for kind in ("gaussian", "uniform")
-        for step in (0, 1)
-    }
+
+    def jittered(kind, step):
+        method = udd(1, jitter=kind)
+        noise = method._noise(images, step, [0, 1], context)
+        return torch.stack(method._jittered(images, noise, context))
+
+    copies = {(kind, step): jittered(kind, step) for kind in ("gaussian", "uniform") for step in (0, 1)}
     for noise in copies.values():
         assert noise.shape == (2, 2, 3, 32, 32)
         assert float(noise.std()) == pytest.approx(0.1, rel=0.02)
         assert len({float(each.sum()) for each in noise.flatten(0, 1)}) == 4
     assert float(copies["uniform", 0].abs().max()) <= 0.1 * 3**0.5
     assert not torch.equal(copies["gaussian", 0], copies["gaussian", 1])
-    salted = torch.stack(udd(1, jitter="salt_pepper")._jittered(images, 0, [0, 1], context))
+    salted = jittered("salt_pepper", 0)
     assert float((salted[:, :, 0] != 0).float().mean()) == pytest.approx(0.1, abs=0.03)
     assert len(salted[:, :, 1].unique()) == 3
 
 
 def test_vote_is_the_votes_of_the_three():
     images = torch.cat([green(CORNERS), green(CORNERS.flip(0))])
-    windows, context = corner_windows(4, "1/4,1/2"), context_of(2, ipc=1)
+    context = context_of(2, ipc=1)
     options = {"sizes": "1/4,1/2", "lowest": 3}
 
     def method(policy):
-        return udd(1, policy=policy, **options).searched(Answer(), images, windows, 3, [0, 1], context)
+        return udd(1, policy=policy, **options).searched(Answer(), images, 3, [0, 1], context)
 
     counts = torch.zeros(2, 8)
     for policy in ("activation", "gradient", "jitter"):
@@ -292,8 +293,10 @@ def test_a_step_takes_the_images_and_their_regions_enlarged_and_gradients_reach_
     method, context = udd(1, policy="activation", sizes="1/2", lowest=2), context_of(2, ipc=1)
     images = torch.cat([green(CORNERS), green(CORNERS.flip(1))])
     images += torch.rand(images.shape, generator=torch.Generator().manual_seed(2)) / 10
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (context.mean, context.std))
+    known = method.found(0, Answer(), images * std + mean, [0, 1], context)
     images = images.unflatten(0, (2, 1)).requires_grad_()
-    found = method.formed(0, Answer(), images, [0, 1], context)
+    found = method.formed(images, known)
     assert found.shape == (2, 3, 3, 4, 4)
     assert torch.equal(found[:, 0], images[:, 0])
     quarters = {0: (0, 0), 1: (0, 2), 2: (2, 0), 3: (2, 2)}
@@ -313,14 +316,13 @@ def test_a_step_takes_the_images_and_their_regions_enlarged_and_gradients_reach_
 
 def test_more_than_128_are_drawn_from_with_all_images_among_them():
     method, context = udd(50), context_of(1, ipc=50)
-    made = torch.arange(450.0).view(450, 1, 1, 1)
+    assert method.count_formed(50) == 450
     for step in (0, 1):
-        kept = method._subsampled(made, 0, step, context).flatten()
+        kept = method._chosen(450, 0, step, context)
         assert len(kept) == len(kept.unique()) == 128
-        assert set(range(50)) <= set(kept.int().tolist())
-    assert not torch.equal(kept, method._subsampled(made, 0, 0, context).flatten())
-    few = made[:90]
-    assert method._subsampled(few, 0, 0, context_of(1, ipc=10)) is few
+        assert set(range(50)) <= set(kept.tolist())
+        assert int(kept.max()) < 450
+    assert not torch.equal(kept, method._chosen(450, 0, 0, context))
 
 
 def test_the_rate_is_idcs_and_is_halved_at_1200_1600_and_1800_of_2000():
