@@ -96,7 +96,7 @@ struct Forward {
 struct BatchForward {
   Layer layer;
   Strided input;
-  float *pooled, *conv;                // conv is null where there are few input channels
+  float *pooled, *conv;                // conv is null where it is to be computed again
   float *image_means, *image_squares;  // of each image's channels: means, and the sums of squares about them
   const float *mean, *rstd;            // of the batch's channels
 };
@@ -542,6 +542,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> convnet_block_batch_norm(
   return {pooled, mean, variance, conv};
 }
 
+Tensor convnet_block_batch_norm_eval(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                                     const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias,
+                                     const Tensor& mean, const Tensor& variance, double eps) {
+  check(input, weight, bias, norm_weight, norm_bias);
+  for (const Tensor* values : {&mean, &variance}) {
+    STD_TORCH_CHECK(values->dim() == 1 && values->scalar_type() == ScalarType::Float && values->size(0) == weight.size(0),
+                    kBatchNorm, "_eval: mean and variance must be float32 [O]");
+  }
+  Tensor pooled = empty_channels_last(input, weight.size(0), input.size(2) / 2, input.size(3) / 2);
+  if (pooled.numel() == 0) return pooled;
+  const Arguments arguments(input, weight, bias, norm_weight, norm_bias, eps);
+  const Tensor means = torch::stable::contiguous(mean);
+  const Tensor rstd = inverse_deviations(torch::stable::contiguous(variance), eps);
+  const BatchForward pass{arguments.layer, arguments.source, pooled.mutable_data_ptr<float>(), nullptr, nullptr, nullptr,
+                          means.const_data_ptr<float>(), rstd.const_data_ptr<float>()};
+  DDFAST_RUN(finish(pass));
+  return pooled;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> convnet_block_batch_norm_backward(
     const Tensor& grad_output, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
     const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, const Tensor& mean,
@@ -622,6 +641,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ddfast_native, library) {
       "convnet_block_batch_norm(Tensor input, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float eps) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
   library.def(
+      "convnet_block_batch_norm_eval(Tensor input, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, "
+      "Tensor mean, Tensor variance, float eps) -> Tensor");
+  library.def(
       "convnet_block_batch_norm_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? bias, Tensor? norm_weight, "
       "Tensor? norm_bias, Tensor mean, Tensor variance, Tensor conv, float eps, bool to_input, bool to_weight) -> (Tensor, "
       "Tensor, Tensor, Tensor)");
@@ -632,6 +654,7 @@ STABLE_TORCH_LIBRARY_IMPL(ddfast_native, CPU, library) {
   library.impl("convnet_block", TORCH_BOX(&convnet_block));
   library.impl("convnet_block_backward", TORCH_BOX(&convnet_block_backward));
   library.impl("convnet_block_batch_norm", TORCH_BOX(&convnet_block_batch_norm));
+  library.impl("convnet_block_batch_norm_eval", TORCH_BOX(&convnet_block_batch_norm_eval));
   library.impl("convnet_block_batch_norm_backward", TORCH_BOX(&convnet_block_batch_norm_backward));
 }
 

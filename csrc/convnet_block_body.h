@@ -1047,7 +1047,7 @@ inline void measure(const BatchForward& pass) {
   });
 }
 
-// Normalises by the batch's statistics, rectifies and pools.
+// Normalises by the statistics that are known, rectifies and pools: the kept convolution, or where it is not kept, anew.
 inline void finish(const BatchForward& pass) {
   const Layer& layer = pass.layer;
   const int64_t count = padded(layer.outputs, kPanel), positions = layer.height * layer.width;
@@ -1066,6 +1066,13 @@ inline void finish(const BatchForward& pass) {
     return for_each_direct_panel(layer, pass.input, means.data(),
                                  [&](int64_t image, int64_t first, const float* y, const float*, const float*,
                                      float* spare) { finish_panel(image, first, y, spare); });
+  }
+  if (pass.conv == nullptr) {
+    Buffer start(layer.outputs);  // in the place of the bias: the convolution comes without its mean
+    for (int64_t o = 0; o < layer.outputs; ++o) start.data()[o] = (layer.bias == nullptr ? 0.0f : layer.bias[o]) - pass.mean[o];
+    Layer centred = layer;
+    centred.bias = start.data();
+    return for_each_winograd_panel(centred, pass.input, finish_panel);
   }
   torch::stable::parallel_for(0, layer.batch, 1, [&](int64_t begin, int64_t end) {
     Buffer y(positions * kPanel), spare((layer.height / 2) * (layer.width / 2) * kPanel);

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ddfast.ops import convnet_block, convnet_block_batch_norm
-from ddfast.ops._convnet import convnet_block_is_fast
+from ddfast.ops import convnet_block, convnet_block_batch_norm, convnet_block_batch_norm_eval
+from ddfast.ops._convnet import convnet_block_is_fast, is_differentiated
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -28,9 +28,9 @@ class FusedSequential(nn.Sequential):
     parameters and their order are those of the plain module; they are looked at in every call, so what is changed
     later counts. A block whose layers have hooks runs as it is, and so does one on inputs that the op does not make
     faster: under autocast, in other dtypes than float32 on the CPU, on devices other than CPUs and CUDA. One with
-    BatchNorm is computed by `ddfast.ops.convnet_block_batch_norm` on CPUs, where it normalises by its batch (in
-    train mode, or without running statistics, which move as PyTorch's do), and runs as it is elsewhere, in eval mode
-    and under the transforms of `torch.func`.
+    BatchNorm is computed by `ddfast.ops.convnet_block_batch_norm` on CPUs, in train mode with running statistics that
+    move as PyTorch's do, and in eval mode where no gradient is asked for; it runs as it is under the transforms of
+    `torch.func`.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -38,11 +38,7 @@ class FusedSequential(nn.Sequential):
         layers: list[Any] = list(self)
         place, in_row, layout = 0, False, torch.contiguous_format
         while place < len(layers):
-            if (
-                _fits(input)
-                and _is_block(block := layers[place : place + _LENGTH])
-                and _serves(block[1], input)
-            ):
+            if _fits(input) and _is_block(block := layers[place : place + _LENGTH]) and _serves(block, input):
                 layout = layout if in_row else _layout(input)
                 input = _run(block, input)
                 place, in_row = place + _LENGTH, True
@@ -59,7 +55,7 @@ def fuse(model: Model) -> Model:
 
     Serves `ddfast.create_model("convnet3_in")` and its like, the ConvNets of the reference repository of dataset
     condensation, and every `nn.Sequential` in which such blocks stand in a row (see `FusedSequential`), with BatchNorm
-    in train mode on a CPU too. Everything else is left as it is.
+    on a CPU too. Everything else is left as it is.
 
     Args:
         model: any module. It is not modified.
@@ -145,26 +141,37 @@ def _fits(input: Tensor) -> bool:
     )
 
 
-def _serves(norm: nn.Module, input: Tensor) -> bool:
-    """Whether there is an op for this norm in this mode."""
+def _serves(block: list[Any], input: Tensor) -> bool:
+    """Whether there is an op for the block's norm in its mode."""
+    conv, norm = block[:2]
     if type(norm) is not nn.BatchNorm2d:
         return True
-    own = norm.training or (norm.running_mean is None and norm.running_var is None)
-    return (
-        own
-        and input.device.type == "cpu"
-        and len(input) > 0
-        and not torch._C._are_functorch_transforms_active()
+    if input.device.type != "cpu" or len(input) == 0 or torch._C._are_functorch_transforms_active():
+        return False
+    if _takes_its_batch(norm):
+        return True
+    parameters = (input, conv.weight, conv.bias, norm.weight, norm.bias)
+    if is_differentiated(*(each for each in parameters if each is not None)):
+        return False
+    return all(
+        each is not None and each.dtype == input.dtype for each in (norm.running_mean, norm.running_var)
     )
+
+
+def _takes_its_batch(norm: nn.BatchNorm2d) -> bool:
+    """Whether it normalises by the statistics of its batch, and not by those that it holds."""
+    return norm.training or (norm.running_mean is None and norm.running_var is None)
 
 
 def _run(block: list[Any], input: Tensor) -> Tensor:
     """The block's output; the statistics of a BatchNorm in train mode move."""
     conv, norm = block[:2]
-    arguments = (input, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps)
+    tensors = (input, conv.weight, conv.bias, norm.weight, norm.bias)
     if type(norm) is not nn.BatchNorm2d:
-        return convnet_block(*arguments)
-    output, mean, variance = convnet_block_batch_norm(*arguments)
+        return convnet_block(*tensors, norm.eps)
+    if not _takes_its_batch(norm):
+        return convnet_block_batch_norm_eval(*tensors, norm.running_mean, norm.running_var, norm.eps)
+    output, mean, variance = convnet_block_batch_norm(*tensors, norm.eps)
     if norm.training and norm.track_running_stats:
         _move_statistics(norm, mean, variance, input.shape[0] * input.shape[2] * input.shape[3])
     return output

@@ -64,6 +64,42 @@ def convnet_block_batch_norm(
     return torch.ops.ddfast.convnet_block_batch_norm(input, weight, bias, norm_weight, norm_bias, eps)[:3]
 
 
+def convnet_block_batch_norm_eval(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float = 1e-5,
+) -> Tensor:
+    """The same block in eval mode: normalised by a mean and a variance that are given. It has no backward pass.
+
+    Only the pooled map is written. An image's result depends neither on the rest of the batch nor on the number of
+    threads.
+
+    Args:
+        input, weight, bias, norm_weight, norm_bias, eps: as `convnet_block_batch_norm`.
+        mean, variance: [O], of the convolution's channels, in the dtype of input.
+
+    Returns:
+        [B, O, H // 2, W // 2] in the dtype of input and channels-last memory format.
+
+    Raises:
+        TypeError: dtypes that differ or are not floating point.
+        ValueError: shapes that do not fit.
+    """
+    checked(input, weight, bias, norm_weight, norm_bias)
+    for name, vector in (("mean", mean), ("variance", variance)):
+        if vector.dtype != input.dtype:
+            raise TypeError(f"{name} must be {input.dtype}, as input is, got {vector.dtype}")
+        if vector.shape != (weight.shape[0],):
+            raise ValueError(f"{name} must be [{weight.shape[0]}], got {list(vector.shape)}")
+    run = torch.ops.ddfast.convnet_block_batch_norm_eval
+    return run(input, weight, bias, norm_weight, norm_bias, mean, variance, eps)
+
+
 def _fake(
     input: Tensor, weight: Tensor, bias: Any, norm_weight: Any, norm_bias: Any, eps: float
 ) -> tuple[Tensor, ...]:
@@ -76,14 +112,33 @@ def _fake(
     return empty_channels_last(input, (batch, outputs, height // 2, width // 2)), mean, variance, conv
 
 
+def _eval_fake(input: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    batch, _, height, width = input.shape
+    return empty_channels_last(input, (batch, weight.shape[0], height // 2, width // 2))
+
+
 def _native_accepts(first: Tensor, *_: Any) -> bool:
     return first.dtype == torch.float32 and first.shape[0] > 0
 
 
+def _eval_native_accepts(first: Tensor, *_: Any) -> bool:
+    return first.dtype == torch.float32
+
+
+def _nothing_to_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Nothing is kept for a backward pass that does not exist."""
+
+
+def _no_gradient(ctx: Any, grad: Tensor) -> None:
+    raise RuntimeError(
+        "convnet_block_batch_norm_eval has no backward pass: take PyTorch's layers where one is wanted"
+    )
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.eps = inputs
+    ctx.eps = inputs[5]
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.save_for_backward(*inputs[:5], *output[1:])
 
 
 def _gradient(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -125,6 +180,16 @@ def _vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[
     return one_by_one(torch.ops.ddfast.convnet_block_batch_norm, info, in_dims, arguments)
 
 
+def _eval_vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
+    """Fold the mapped dimension into the batch; mapped parameters run once for each."""
+    op = torch.ops.ddfast.convnet_block_batch_norm_eval
+    if any(dim is not None for dim in in_dims[1:]):
+        (stacked,), (dim,) = one_by_one(lambda *given: (op(*given),), info, in_dims, arguments)
+        return stacked, dim
+    folded = arguments[0].movedim(in_dims[0], 0)
+    return op(folded.flatten(0, 1), *arguments[1:]).unflatten(0, folded.shape[:2]), 0
+
+
 def _backward_vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
     return one_by_one(torch.ops.ddfast.convnet_block_batch_norm_backward, info, in_dims, arguments)
 
@@ -146,6 +211,18 @@ define(
     fake=backward_fake,
     native_accepts=_native_accepts,
 )
+define(
+    "convnet_block_batch_norm_eval",
+    "(Tensor input, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor mean, Tensor variance, "
+    "float eps) -> Tensor",
+    reference=reference.convnet_block_batch_norm_eval,
+    fake=_eval_fake,
+    native_accepts=_eval_native_accepts,
+)
+torch.library.register_autograd(
+    "ddfast::convnet_block_batch_norm_eval", _no_gradient, setup_context=_nothing_to_save, lib=LIBRARY
+)
+torch.library.register_vmap("ddfast::convnet_block_batch_norm_eval", _eval_vmap, lib=LIBRARY)
 torch.library.register_autograd(
     "ddfast::convnet_block_batch_norm", _gradient, setup_context=_save, lib=LIBRARY
 )

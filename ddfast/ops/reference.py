@@ -28,6 +28,9 @@ from ddfast.ops.reference_convnet import (
     convnet_block_batch_norm_backward as convnet_block_batch_norm_backward,
 )
 from ddfast.ops.reference_convnet import (
+    convnet_block_batch_norm_eval as convnet_block_batch_norm_eval,
+)
+from ddfast.ops.reference_convnet import (
     convnet_block_batch_norm_gradients as convnet_block_batch_norm_gradients,
 )
 from ddfast.ops.reference_convnet import convnet_block_curvature as convnet_block_curvature

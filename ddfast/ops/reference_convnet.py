@@ -177,6 +177,22 @@ def convnet_block_batch_norm(
     return _in_channels_last(pooled), mean, variance, kept
 
 
+def convnet_block_batch_norm_eval(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float,
+) -> Tensor:
+    """The pooled map, normalised by the mean and variance of each channel that are given."""
+    wide = functional.conv2d(input, weight, bias, padding=1).to(accumulation_dtype(input.dtype))
+    centred, rstd = wide - mean.to(wide.dtype)[:, None, None], (variance.to(wide.dtype) + eps).rsqrt()
+    return _in_channels_last(_pooled(centred, rstd, norm_weight, norm_bias).to(input.dtype))
+
+
 def convnet_block_batch_norm_backward(
     grad_output: Tensor,
     input: Tensor,

@@ -52,7 +52,7 @@ def calls(monkeypatch, name="convnet_block"):
     return seen
 
 
-BATCH = "convnet_block_batch_norm"
+BATCH, EVAL = "convnet_block_batch_norm", "convnet_block_batch_norm_eval"
 
 
 def randomised(model):
@@ -327,12 +327,36 @@ def test_batch_norm_that_is_told_to_keep_its_statistics_keeps_them(monkeypatch):
 
 
 @NATIVE
-def test_one_norm_in_eval_mode_stays_as_it_is(monkeypatch):
+def test_batch_norm_in_eval_mode_is_fused_where_no_gradient_is_asked_for(monkeypatch):
     model = batch_normed()
+    buffers_after(model)
+    fused, before = ddfast.fuse(model).eval(), copy.deepcopy(model.state_dict())
+    seen, batch = calls(monkeypatch, EVAL), calls(monkeypatch, BATCH)
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(fused(images()), model(images()), rtol=1e-4, atol=1e-4)
+    assert (len(seen), len(batch)) == (2, 0)
+    pixels = images().requires_grad_()
+    model.requires_grad_(False)
+    found, wanted = (torch.autograd.grad(each(pixels).square().sum(), pixels)[0] for each in (fused, model))
+    assert torch.equal(found, wanted)  # the layers' own
+    fused(images())
+    assert (len(seen), len(batch)) == (4, 0)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+
+
+@NATIVE
+def test_norms_in_different_modes_are_each_their_own(monkeypatch):
+    model = batch_normed()
+    buffers_after(model)
     model[1].eval()
-    fused, seen = ddfast.fuse(model), calls(monkeypatch, BATCH)
+    fused = ddfast.fuse(model)
+    seen, batch = calls(monkeypatch, EVAL), calls(monkeypatch, BATCH)
     torch.testing.assert_close(fused(images()), model(images()), rtol=1e-4, atol=1e-4)
-    assert len(seen) == 1
+    assert (len(seen), len(batch)) == (0, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(images()), model(images()), rtol=1e-4, atol=1e-4)
+    assert (len(seen), len(batch)) == (1, 2)
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,8 @@ def arguments(op: str) -> tuple:
         return *given, 1e-5, True, True
     if op == "convnet_block_batch_norm":
         return normal(2, 5, 4, 6), normal(7, 5, 3, 3), normal(7), normal(7), normal(7), 1e-5
+    if op == "convnet_block_batch_norm_eval":
+        return *arguments("convnet_block_batch_norm")[:5], normal(7), normal(7).abs(), 1e-5
     if op == "convnet_block_batch_norm_backward":
         image, weight, bias = normal(2, 5, 4, 6), normal(7, 5, 3, 3), normal(7)
         affine = normal(7), normal(7)

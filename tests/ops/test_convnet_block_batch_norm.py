@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 
-from ddfast.ops import convnet_block_batch_norm, reference
+from ddfast.ops import convnet_block_batch_norm, convnet_block_batch_norm_eval, reference
 from ddfast.ops._convnet import differentiable_in_images
 from tests.ops.test_convnet_block import NATIVE, case, squared_errors, with_gradients
 
 OP = torch.ops.ddfast.convnet_block_batch_norm.default
+EVAL = torch.ops.ddfast.convnet_block_batch_norm_eval.default
 BACKWARD = torch.ops.ddfast.convnet_block_batch_norm_backward.default
 ROOT = Path(__file__).parents[2]
 SHAPES = [  # images, input channels, output channels, height, width
@@ -350,9 +351,8 @@ def test_cpp_does_not_read_outside_arguments_that_skipped_the_face():
 def test_narrower_bodies(body, lanes):
     """In processes of their own, because which body runs is read once."""
     lanes = min(lanes, torch.ops.ddfast_native.convnet_block_lanes())  # the CPU may have no wider one
-    tests = (
-        "(error_is_at_most and (shape3 or shape7 or shape8)) or threads_do or every_element or may_be_absent"
-    )
+    some = "(error_is_at_most or eval_is) and (shape3 or shape7 or shape8)"
+    tests = f"({some}) or threads_do or every_element or may_be_absent"
     program = (
         "import ddfast.ops._dispatch as d; d.native_status();"
         f"import pytest, torch; assert torch.ops.ddfast_native.convnet_block_lanes() == {lanes};"
@@ -374,3 +374,99 @@ def test_reference_and_backward_agree_on_what_is_kept():
         tensors = case(2, inputs, 3, 4, 6)
         assert OP(*tensors, 1e-5)[3].shape == kept
         assert reference.convnet_block_batch_norm(*tensors, 1e-5)[3].shape == kept
+
+
+# --- eval mode
+
+
+def with_statistics(*shape, dtype=torch.float32, seed=0):
+    """Arguments of a block, and a mean and a variance that are not the batch's."""
+    tensors = case(*shape, dtype=dtype, seed=seed)
+    generator = torch.Generator().manual_seed(100 + seed)
+    mean, variance = (torch.randn(shape[2], generator=generator, dtype=torch.float64) for _ in range(2))
+    return *tensors, mean.to(dtype), (variance.abs() + 0.1).to(dtype)
+
+
+def plain_eval(input, weight, bias, norm_weight, norm_bias, mean, variance, eps=1e-5):
+    conv = F.conv2d(input, weight, bias, padding=1)
+    return F.avg_pool2d(F.batch_norm(conv, mean, variance, norm_weight, norm_bias, False, 0.1, eps).relu(), 2)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_eval_is_the_four_layers(shape):
+    wide = with_statistics(*shape, dtype=torch.float64)
+    expected = plain_eval(*wide)
+    torch.testing.assert_close(convnet_block_batch_norm_eval(*wide), expected, rtol=1e-10, atol=1e-10)
+    tensors = with_statistics(*shape)
+    error = (convnet_block_batch_norm_eval(*tensors).double() - expected).norm()
+    plain_error = (plain_eval(*tensors).double() - expected).norm()
+    assert error <= max(2 * plain_error, 2 * torch.finfo(torch.float32).eps * expected.norm())
+
+
+@pytest.mark.parametrize("inputs", [3, 20])
+def test_eval_takes_absent_parameters_any_layout_and_no_images(inputs):
+    input, weight, _, _, _, mean, variance = with_statistics(2, inputs, 24, 9, 6)
+    given = (weight, None, None, None, mean, variance)
+    expected = convnet_block_batch_norm_eval(input, *given)
+    torch.testing.assert_close(expected, plain_eval(input, *given), rtol=1e-4, atol=1e-5)
+    turned = input.transpose(2, 3).contiguous().transpose(2, 3)
+    assert torch.equal(convnet_block_batch_norm_eval(turned, *given), expected)
+    assert convnet_block_batch_norm_eval(input[:0], *given).shape == (0, 24, 4, 3)
+
+
+@NATIVE
+@pytest.mark.parametrize("inputs", [3, 40])
+def test_neighbours_and_threads_do_not_change_eval(inputs):
+    tensors = with_statistics(21, inputs, 40, 9, 10)
+    together = convnet_block_batch_norm_eval(*tensors)
+    before = torch.get_num_threads()
+    try:
+        for count, b in ((1, 0), (2, 7), (3, 20)):
+            torch.set_num_threads(count)
+            assert torch.equal(convnet_block_batch_norm_eval(*tensors), together)
+            one = convnet_block_batch_norm_eval(tensors[0][b : b + 1], *tensors[1:])
+            assert torch.equal(one, together[b : b + 1])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("inputs", [3, 5])
+def test_eval_opcheck(inputs, dtype):
+    arguments = (*with_statistics(2, inputs, 4, 5, 6, dtype=dtype), 1e-5)
+    # It has no derivative, so there is none to be checked.
+    opcheck(EVAL, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+
+
+@pytest.mark.parametrize("in_dims", [(0, *[None] * 6), (1, 0, None, 1, 0, None, 0)])
+def test_eval_vmap(in_dims):
+    tensors = with_statistics(2, 5, 4, 5, 6)
+    mapped = tuple(
+        t if d is None else torch.stack([t, t.flip(0), 2 * t], d)
+        for t, d in zip(tensors, in_dims, strict=True)
+    )
+    found = torch.vmap(convnet_block_batch_norm_eval, in_dims)(*mapped)
+    for index in range(3):
+        one = (t if d is None else t.select(d, index) for t, d in zip(mapped, in_dims, strict=True))
+        torch.testing.assert_close(found[index], convnet_block_batch_norm_eval(*one), rtol=1e-5, atol=1e-5)
+
+
+def test_eval_has_no_backward_pass_and_refuses_statistics_that_do_not_fit():
+    tensors = with_statistics(2, 3, 4, 5, 6)
+    output = convnet_block_batch_norm_eval(tensors[0].clone().requires_grad_(), *tensors[1:])
+    with pytest.raises(RuntimeError, match="has no backward pass"):
+        output.sum().backward()
+    with pytest.raises(TypeError, match=r"mean must be torch.float32, as input is, got torch.float64"):
+        convnet_block_batch_norm_eval(*tensors[:5], tensors[5].double(), tensors[6])
+    with pytest.raises(ValueError, match=r"variance must be \[4\], got \[3\]"):
+        convnet_block_batch_norm_eval(*tensors[:6], tensors[6][:3])
+
+
+@NATIVE
+def test_eval_in_cpp_does_not_read_outside_arguments_that_skipped_the_face():
+    tensors = with_statistics(2, 3, 4, 5, 6)
+    for place, wrong in ((0, tensors[0][0]), (5, tensors[5][:1]), (6, tensors[6].double())):
+        with pytest.raises(RuntimeError, match="convnet_block"):
+            torch.ops.ddfast_native.convnet_block_batch_norm_eval(
+                *tensors[:place], wrong, *tensors[place + 1 :], 1e-5
+            )
