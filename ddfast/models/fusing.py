@@ -166,12 +166,15 @@ def _takes_its_batch(norm: nn.BatchNorm2d) -> bool:
 def _run(block: list[Any], input: Tensor) -> Tensor:
     """The block's output; the statistics of a BatchNorm in train mode move."""
     conv, norm = block[:2]
-    tensors = (input, conv.weight, conv.bias, norm.weight, norm.bias)
+    weight, bias, scale, shift, eps = conv.weight, conv.bias, norm.weight, norm.bias, norm.eps
     if type(norm) is not nn.BatchNorm2d:
-        return convnet_block(*tensors, norm.eps)
+        return convnet_block(input, weight, bias, scale, shift, eps)
     if not _takes_its_batch(norm):
-        return convnet_block_batch_norm_eval(*tensors, norm.running_mean, norm.running_var, norm.eps)
-    output, mean, variance = convnet_block_batch_norm(*tensors, norm.eps)
+        mean, variance = norm.running_mean, norm.running_var
+        assert mean is not None  # see _serves
+        assert variance is not None
+        return convnet_block_batch_norm_eval(input, weight, bias, scale, shift, mean, variance, eps)
+    output, mean, variance = convnet_block_batch_norm(input, weight, bias, scale, shift, eps)
     if norm.training and norm.track_running_stats:
         _move_statistics(norm, mean, variance, input.shape[0] * input.shape[2] * input.shape[3])
     return output

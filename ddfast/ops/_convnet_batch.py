@@ -113,7 +113,7 @@ def _fake(
 
 
 def _eval_fake(input: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    batch, _, height, width = input.shape
+    batch, height, width = input.shape[0], *input.shape[2:]
     return empty_channels_last(input, (batch, weight.shape[0], height // 2, width // 2))
 
 
@@ -136,7 +136,7 @@ def _no_gradient(ctx: Any, grad: Tensor) -> None:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.eps = inputs[5]
+    ctx.eps = inputs[-1]
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*inputs[:5], *output[1:])
 
