@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from ddfast.ops import convnet_block, convnet_block_batch_norm, convnet_block_batch_norm_eval
 from ddfast.ops._convnet import convnet_block_is_fast, is_differentiated
@@ -127,7 +128,8 @@ def _is_pool(layer: Any) -> bool:
 
 
 def _has_hooks(layer: nn.Module) -> bool:
-    return any(getattr(layer, kind) for kind in _HOOKS)
+    """Whether somebody listens into the layer, or gave this one a forward pass of its own."""
+    return any(getattr(layer, kind) for kind in _HOOKS) or "forward" in vars(layer)
 
 
 def _fits(input: Tensor) -> bool:
@@ -138,6 +140,7 @@ def _fits(input: Tensor) -> bool:
         and min(input.shape[2:]) >= 2
         and convnet_block_is_fast(input.device, input.dtype)
         and not torch.is_autocast_enabled(input.device.type)
+        and not _has_any_global_hook()
     )
 
 

@@ -159,6 +159,26 @@ def test_hooked_blocks_run_as_they_are(monkeypatch):
 
 
 @NATIVE
+@pytest.mark.parametrize("arch", ["convnet3", "convnet3_in"])
+def test_hooks_of_all_modules_and_layers_with_a_forward_of_their_own_are_heard(arch, monkeypatch):
+    model = ddfast.create_model(arch, 10, 32, width=8)
+    fused, heard = ddfast.fuse(model), []
+    seen = calls(monkeypatch), calls(monkeypatch, BATCH)
+    handle = nn.modules.module.register_module_forward_hook(lambda layer, *_: heard.append(type(layer)))
+    try:
+        fused(images())
+    finally:
+        handle.remove()
+    assert heard.count(nn.Conv2d) == 3
+    assert sum(map(len, seen)) == 0
+    own = fused.blocks[4]
+    own.forward = lambda pixels: heard.append("mine") or type(own).forward(own, pixels)
+    fused(images())
+    assert heard[-1] == "mine"
+    assert sum(map(len, seen)) == 2
+
+
+@NATIVE
 @pytest.mark.parametrize("affine", [False, True])
 def test_instance_norm_layers(affine, monkeypatch):
     layers = (nn.Conv2d(3, 6, 3, padding="same", bias=False), nn.InstanceNorm2d(6, affine=affine), nn.ReLU())
