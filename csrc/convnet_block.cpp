@@ -13,6 +13,10 @@
 //
 // Images do not depend on each other, nor any result on the number of threads: sums over images are taken in slabs whose
 // number depends on the batch alone.
+//
+// convnet_block_batch_norm is the same block with BatchNorm. Its statistics are those of the batch, so that each direction goes
+// through the maps once more for its sums: with many input channels through the convolution that is kept, with few through
+// one that is computed again. With statistics that are given (eval mode) one pass does.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -485,14 +489,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> convnet_block_backward(
 
 constexpr const char* kBatchNorm = "convnet_block_batch_norm";
 
-double inverse_deviation(double variance, double eps) { return 1 / std::sqrt(variance + eps); }
-
 // 1 / deviation of each channel, from the variances.
 Tensor inverse_deviations(const Tensor& variance, double eps) {
   Tensor rstd = torch::stable::new_empty(variance, {variance.size(0)});
   const float* from = variance.const_data_ptr<float>();
   float* to = rstd.mutable_data_ptr<float>();
-  for (int64_t o = 0; o < variance.size(0); ++o) to[o] = static_cast<float>(inverse_deviation(from[o], eps));
+  for (int64_t o = 0; o < variance.size(0); ++o) to[o] = static_cast<float>(1 / std::sqrt(from[o] + eps));
   return rstd;
 }
 
