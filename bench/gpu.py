@@ -116,6 +116,8 @@ _SPEED_LEFT = {
     "precision": 25,
     "host_time": 30,
     "launchers": 20,
+    "convnet_training": 20,
+    "convnet_eval": 20,
 }
 _ON_HOST = ("host_time", "launchers")  # entries that measure the CPU on every machine
 # Tests whose bodies differ on a GPU.

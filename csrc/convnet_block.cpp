@@ -13,6 +13,10 @@
 //
 // Images do not depend on each other, nor any result on the number of threads: sums over images are taken in slabs whose
 // number depends on the batch alone.
+//
+// convnet_block_batch_norm is the same block with BatchNorm. Its statistics are those of the batch, so that each direction goes
+// through the maps once more for its sums: with many input channels through the convolution that is kept, with few through
+// one that is computed again. With statistics that are given (eval mode) one pass does.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -92,10 +96,21 @@ struct Forward {
   float *pooled, *mean, *rstd, *conv;  // conv may be null
 };
 
+// With BatchNorm.
+struct BatchForward {
+  Layer layer;
+  Strided input;
+  float *pooled, *conv;                // conv is null where it is to be computed again
+  float *image_means, *image_squares;  // of each image's channels: means, and the sums of squares about them
+  const float *mean, *rstd;            // of the batch's channels
+};
+
 struct Backward {
   Layer layer;
   Strided input;
   const float *grad_output, *mean, *rstd, *conv;       // conv is null where it is to be computed again
+  int64_t by_image;                                    // from an image's mean and rstd to the next's; 0 of a batch's
+  const float *offset, *slope;                         // of a batch's channels, see Channels; null of an InstanceNorm
   Strided grad_input;                                  // channels-last; its data and grad_weight may be null
   float *grad_weight, *grad_gamma, *grad_beta;         // the latter two [batch][outputs]
 };
@@ -308,6 +323,23 @@ Body body() {
   return chosen == ddfast::CpuBody::kAvx2 ? Body::avx2 : Body::portable;
 }
 
+// Calls a function of the body that runs.
+#if DDFAST_HAS_X86_BODIES
+#define DDFAST_RUN(call)           \
+  switch (body()) {                \
+    case Body::avx512:             \
+      avx512::call;                \
+      break;                       \
+    case Body::avx2:               \
+      avx2::call;                  \
+      break;                       \
+    default:                       \
+      portable::call;              \
+  }
+#else
+#define DDFAST_RUN(call) portable::call
+#endif
+
 // --- the ops
 
 constexpr auto kChannelsLast = torch::headeronly::MemoryFormat::ChannelsLast;
@@ -374,16 +406,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> convnet_block(
   const Arguments arguments(input, weight, bias, norm_weight, norm_bias, eps);
   const Forward pass{arguments.layer, arguments.source, pooled.mutable_data_ptr<float>(), mean.mutable_data_ptr<float>(),
                      rstd.mutable_data_ptr<float>(), keep ? conv.mutable_data_ptr<float>() : nullptr};
-#if DDFAST_HAS_X86_BODIES
-  if (body() == Body::avx512) {
-    avx512::forward(pass);
-  } else if (body() == Body::avx2) {
-    avx2::forward(pass);
-  } else
-#endif
-  {
-    portable::forward(pass);
-  }
+  DDFAST_RUN(forward(pass));
   return {pooled, mean, rstd, conv};
 }
 
@@ -449,22 +472,160 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> convnet_block_backward(
                       means.const_data_ptr<float>(),
                       rstds.const_data_ptr<float>(),
                       kept ? kept_conv.const_data_ptr<float>() : nullptr,
+                      outputs,
+                      nullptr,
+                      nullptr,
                       target,
                       to_weight ? grad_weight.mutable_data_ptr<float>() : nullptr,
                       gammas.mutable_data_ptr<float>(),
                       betas.mutable_data_ptr<float>()};
-#if DDFAST_HAS_X86_BODIES
-  if (body() == Body::avx512) {
-    avx512::backward(pass);
-  } else if (body() == Body::avx2) {
-    avx2::backward(pass);
-  } else
-#endif
-  {
-    portable::backward(pass);
-  }
+  DDFAST_RUN(backward(pass));
   add_images(gammas, grad_gamma);
   add_images(betas, grad_beta);
+  return {grad_input, grad_weight, grad_gamma, grad_beta};
+}
+
+// --- the same with BatchNorm
+
+constexpr const char* kBatchNorm = "convnet_block_batch_norm";
+
+// 1 / deviation of each channel, from the variances.
+Tensor inverse_deviations(const Tensor& variance, double eps) {
+  Tensor rstd = torch::stable::new_empty(variance, {variance.size(0)});
+  const float* from = variance.const_data_ptr<float>();
+  float* to = rstd.mutable_data_ptr<float>();
+  for (int64_t o = 0; o < variance.size(0); ++o) to[o] = static_cast<float>(1 / std::sqrt(from[o] + eps));
+  return rstd;
+}
+
+// Mean and variance of a batch of `positions` pixels an image, from those of its images.
+void join_statistics(const Tensor& image_means, const Tensor& image_squares, int64_t positions, Tensor& mean,
+                     Tensor& variance) {
+  const int64_t batch = image_means.size(0), outputs = image_means.size(1);
+  const float *means = image_means.const_data_ptr<float>(), *squares = image_squares.const_data_ptr<float>();
+  float *to_mean = mean.mutable_data_ptr<float>(), *to_variance = variance.mutable_data_ptr<float>();
+  for (int64_t o = 0; o < outputs; ++o) {
+    double sum = 0, inner = 0, between = 0;
+    for (int64_t b = 0; b < batch; ++b) sum += means[b * outputs + o], inner += squares[b * outputs + o];
+    const double average = sum / static_cast<double>(batch);
+    for (int64_t b = 0; b < batch; ++b) between += (means[b * outputs + o] - average) * (means[b * outputs + o] - average);
+    to_mean[o] = static_cast<float>(average);
+    to_variance[o] = static_cast<float>((inner / static_cast<double>(positions) + between) / static_cast<double>(batch));
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> convnet_block_batch_norm(
+    const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, double eps) {
+  check(input, weight, bias, norm_weight, norm_bias);
+  const int64_t batch = input.size(0), outputs = weight.size(0), height = input.size(2), width = input.size(3);
+  STD_TORCH_CHECK(batch > 0, kBatchNorm, ": no images have no statistics");
+  const bool kept = input.size(1) > kDirectInputs;
+  Tensor pooled = empty_channels_last(input, outputs, height / 2, width / 2);
+  Tensor mean = torch::stable::new_empty(input, {outputs}), variance = torch::stable::new_empty(input, {outputs});
+  Tensor conv = kept ? empty_channels_last(input, outputs, height, width) : torch::stable::new_empty(input, {0});
+  if (outputs == 0) return {pooled, mean, variance, conv};
+  Tensor means = torch::stable::new_empty(input, {batch, outputs});
+  Tensor squares = torch::stable::new_empty(input, {batch, outputs});
+  const Arguments arguments(input, weight, bias, norm_weight, norm_bias, eps);
+  BatchForward pass{arguments.layer,
+                    arguments.source,
+                    pooled.mutable_data_ptr<float>(),
+                    kept ? conv.mutable_data_ptr<float>() : nullptr,
+                    means.mutable_data_ptr<float>(),
+                    squares.mutable_data_ptr<float>(),
+                    mean.const_data_ptr<float>(),
+                    nullptr};
+  DDFAST_RUN(measure(pass));
+  join_statistics(means, squares, height * width, mean, variance);
+  const Tensor rstd = inverse_deviations(variance, eps);
+  pass.rstd = rstd.const_data_ptr<float>();
+  DDFAST_RUN(finish(pass));
+  return {pooled, mean, variance, conv};
+}
+
+Tensor convnet_block_batch_norm_eval(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                                     const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias,
+                                     const Tensor& mean, const Tensor& variance, double eps) {
+  check(input, weight, bias, norm_weight, norm_bias);
+  for (const Tensor* values : {&mean, &variance}) {
+    STD_TORCH_CHECK(values->dim() == 1 && values->scalar_type() == ScalarType::Float && values->size(0) == weight.size(0),
+                    kBatchNorm, "_eval: mean and variance must be float32 [O]");
+  }
+  Tensor pooled = empty_channels_last(input, weight.size(0), input.size(2) / 2, input.size(3) / 2);
+  if (pooled.numel() == 0) return pooled;
+  const Arguments arguments(input, weight, bias, norm_weight, norm_bias, eps);
+  const Tensor means = torch::stable::contiguous(mean);
+  const Tensor rstd = inverse_deviations(torch::stable::contiguous(variance), eps);
+  const BatchForward pass{arguments.layer, arguments.source, pooled.mutable_data_ptr<float>(), nullptr, nullptr, nullptr,
+                          means.const_data_ptr<float>(), rstd.const_data_ptr<float>()};
+  DDFAST_RUN(finish(pass));
+  return pooled;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> convnet_block_batch_norm_backward(
+    const Tensor& grad_output, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, const Tensor& mean,
+    const Tensor& variance, const Tensor& conv, double eps, bool to_input, bool to_weight) {
+  check(input, weight, bias, norm_weight, norm_bias);
+  const int64_t batch = input.size(0), outputs = weight.size(0), height = input.size(2), width = input.size(3);
+  const bool kept = input.size(1) > kDirectInputs;
+  const auto of_shape = [&](const Tensor& map, int64_t rows, int64_t columns) {
+    return map.dim() == 4 && map.scalar_type() == ScalarType::Float && map.size(0) == batch &&
+           map.size(1) == outputs && map.size(2) == rows && map.size(3) == columns;
+  };
+  const auto statistic = [&](const Tensor& values) {
+    return values.dim() == 1 && values.scalar_type() == ScalarType::Float && values.size(0) == outputs;
+  };
+  STD_TORCH_CHECK(batch > 0 && of_shape(grad_output, height / 2, width / 2) && statistic(mean) && statistic(variance) &&
+                      (!kept || of_shape(conv, height, width)),
+                  kBatchNorm, "_backward: grad_output, mean, variance and conv must be what ", kBatchNorm, " made");
+  Tensor grad_input = to_input ? empty_channels_last(input, input.size(1), height, width)
+                               : torch::stable::new_empty(input, {0});
+  Tensor grad_weight = to_weight ? torch::stable::new_empty(weight, {outputs, input.size(1), 3, 3})
+                                 : torch::stable::new_empty(weight, {0});
+  Tensor grad_gamma = torch::stable::new_empty(weight, {outputs}), grad_beta = torch::stable::new_empty(weight, {outputs});
+  if (outputs == 0) {
+    torch::stable::zero_(grad_input);
+    return {grad_input, grad_weight, grad_gamma, grad_beta};
+  }
+  Tensor gammas = torch::stable::new_empty(mean, {batch, outputs}), betas = torch::stable::new_empty(mean, {batch, outputs});
+  Tensor offset = torch::stable::new_empty(mean, {outputs}), slope = torch::stable::new_empty(mean, {outputs});
+  const Arguments arguments(input, weight, bias, norm_weight, norm_bias, eps);
+  const Tensor grads = channels_last(grad_output), means = torch::stable::contiguous(mean);
+  const Tensor rstd = inverse_deviations(torch::stable::contiguous(variance), eps), kept_conv = kept ? channels_last(conv) : conv;
+  Strided target{};
+  if (to_input) {
+    const int64_t row = width * input.size(1);
+    target = {grad_input.mutable_data_ptr<float>(), height * row, 1, row, input.size(1)};
+  }
+  Backward pass{arguments.layer,
+                arguments.source,
+                grads.const_data_ptr<float>(),
+                means.const_data_ptr<float>(),
+                rstd.const_data_ptr<float>(),
+                kept ? kept_conv.const_data_ptr<float>() : nullptr,
+                0,
+                nullptr,
+                nullptr,
+                target,
+                to_weight ? grad_weight.mutable_data_ptr<float>() : nullptr,
+                gammas.mutable_data_ptr<float>(),
+                betas.mutable_data_ptr<float>()};
+  DDFAST_RUN(sum_gradients(pass));
+  add_images(betas, grad_beta);
+  add_images(gammas, grad_gamma);  // of dz y, where y is not divided by the deviation yet
+  const double count = static_cast<double>(batch * height * width);
+  for (int64_t o = 0; o < outputs; ++o) {
+    float& of_gamma = grad_gamma.mutable_data_ptr<float>()[o];
+    const double inverse = pass.rstd[o], gamma = pass.layer.gamma == nullptr ? 1 : pass.layer.gamma[o];
+    offset.mutable_data_ptr<float>()[o] = static_cast<float>(gamma * inverse * grad_beta.const_data_ptr<float>()[o] / count);
+    slope.mutable_data_ptr<float>()[o] = static_cast<float>(gamma * inverse * inverse * inverse * of_gamma / count);
+    of_gamma = static_cast<float>(inverse * of_gamma);
+  }
+  pass.offset = offset.const_data_ptr<float>();
+  pass.slope = slope.const_data_ptr<float>();
+  if (to_input || to_weight) DDFAST_RUN(backward(pass));
   return {grad_input, grad_weight, grad_gamma, grad_beta};
 }
 
@@ -478,12 +639,25 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ddfast_native, library) {
       "convnet_block_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? bias, Tensor? norm_weight, "
       "Tensor? norm_bias, Tensor mean, Tensor rstd, Tensor conv, float eps, bool to_input, bool to_weight) -> (Tensor, Tensor, "
       "Tensor, Tensor)");
+  library.def(
+      "convnet_block_batch_norm(Tensor input, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float eps) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "convnet_block_batch_norm_eval(Tensor input, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, "
+      "Tensor mean, Tensor variance, float eps) -> Tensor");
+  library.def(
+      "convnet_block_batch_norm_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? bias, Tensor? norm_weight, "
+      "Tensor? norm_bias, Tensor mean, Tensor variance, Tensor conv, float eps, bool to_input, bool to_weight) -> (Tensor, "
+      "Tensor, Tensor, Tensor)");
   library.def("convnet_block_lanes() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ddfast_native, CPU, library) {
   library.impl("convnet_block", TORCH_BOX(&convnet_block));
   library.impl("convnet_block_backward", TORCH_BOX(&convnet_block_backward));
+  library.impl("convnet_block_batch_norm", TORCH_BOX(&convnet_block_batch_norm));
+  library.impl("convnet_block_batch_norm_eval", TORCH_BOX(&convnet_block_batch_norm_eval));
+  library.impl("convnet_block_batch_norm_backward", TORCH_BOX(&convnet_block_batch_norm_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ddfast_native, CompositeExplicitAutograd, library) {

@@ -435,7 +435,24 @@ inline void keep_panel(const Forward& pass, int64_t image, int64_t first, const 
   }
 }
 
-// Normalises, rectifies and pools the panel from channel `first` on of an image; y is its convolution less the mean.
+inline void store_panel(const Layer& layer, float* conv, int64_t image, int64_t first, const float* y) {
+  const int64_t positions = layer.height * layer.width, valid = std::min(kPanel, layer.outputs - first);
+  float* to = conv + image * positions * layer.outputs + first;
+  for (int64_t p = 0; p < positions; ++p, y += kPanel, to += layer.outputs) std::copy_n(y, valid, to);
+}
+
+// Rectifies and pools the panel from channel `first` on of an image; y is its convolution less the mean.
+inline void pool_panel(const Layer& layer, float* pooled_map, int64_t image, int64_t first, const float* y,
+                       const Channels& channels, float* pooled_panel) {
+  const int64_t height = layer.height, width = layer.width, valid = std::min(kPanel, layer.outputs - first);
+  const int64_t pooled = (height / 2) * (width / 2);
+  float* to = pooled_map + image * pooled * layer.outputs + first;
+  if (valid == kPanel) return pool(y, height, width, channels, to, layer.outputs);
+  pool(y, height, width, channels, pooled_panel, kPanel);
+  for (int64_t p = 0; p < pooled; ++p) std::copy_n(pooled_panel + p * kPanel, valid, to + p * layer.outputs);
+}
+
+// Normalises, rectifies and pools such a panel.
 inline void finish_panel(const Forward& pass, int64_t image, int64_t first, const float* y, const float* mean,
                          const float* squares, float* pooled_panel) {
   const Layer& layer = pass.layer;
@@ -450,11 +467,7 @@ inline void finish_panel(const Forward& pass, int64_t image, int64_t first, cons
   }
   std::copy_n(mean, valid, pass.mean + image * layer.outputs + first);
   std::copy_n(channels.rstd, valid, pass.rstd + image * layer.outputs + first);
-  const int64_t pooled = (height / 2) * (width / 2);
-  float* to = pass.pooled + image * pooled * layer.outputs + first;
-  if (valid == kPanel) return pool(y, height, width, channels, to, layer.outputs);
-  pool(y, height, width, channels, pooled_panel, kPanel);
-  for (int64_t p = 0; p < pooled; ++p) std::copy_n(pooled_panel + p * kPanel, valid, to + p * layer.outputs);
+  pool_panel(layer, pass.pooled, image, first, y, channels, pooled_panel);
 }
 
 // The same from the convolution itself.
@@ -470,25 +483,45 @@ inline void centre_and_finish_panel(const Forward& pass, int64_t image, int64_t 
   finish_panel(pass, image, first, y, mean, sums, pooled_panel);
 }
 
-// Replaces the panel y of an image, its convolution less the mean, by the gradient at it; writes the image's sums for
-// the norm's parameters.
+// Where the pooled gradient of a panel of an image begins, and the floats from pixel to pixel.
+struct PooledGradient {
+  PooledGradient(const Backward& pass, int64_t image, int64_t first, float* grad_panel)
+      : data(pass.grad_output + image * (pass.layer.height / 2) * (pass.layer.width / 2) * pass.layer.outputs + first),
+        stride(pass.layer.outputs) {
+    const int64_t valid = std::min(kPanel, stride - first), pooled = (pass.layer.height / 2) * (pass.layer.width / 2);
+    if (valid == kPanel) return;
+    for (int64_t p = 0; p < pooled; ++p) fill_panel(data + p * stride, valid, 0.0f, grad_panel + p * kPanel);
+    data = grad_panel, stride = kPanel;
+  }
+
+  const float* data;
+  int64_t stride;
+};
+
+// Scale and shift of the panel's channels.
+inline void set_scale(const Backward& pass, int64_t image, int64_t first, Channels& channels) {
+  alignas(64) float gamma[kPanel];
+  set_affine(pass.layer, first, channels, gamma);
+  fill_panel(pass.rstd + image * pass.by_image + first, std::min(kPanel, pass.layer.outputs - first), 0.0f, channels.rstd);
+  for (int64_t k = 0; k < kPanel; ++k) channels.scale[k] = channels.rstd[k] * gamma[k];
+}
+
+// Replaces the panel y of an image, its convolution less the mean, by the gradient at it. Of an InstanceNorm it also writes
+// the image's sums for the norm's parameters, from which what the statistics add to the gradient follows.
 inline void differentiate_panel(const Backward& pass, int64_t image, int64_t first, float* y, float* grad_panel) {
   const Layer& layer = pass.layer;
   const int64_t height = layer.height, width = layer.width, positions = height * width;
   const int64_t valid = std::min(kPanel, layer.outputs - first);
   Channels channels;
-  alignas(64) float gamma[kPanel], grad_sums[kPanel], product_sums[kPanel];
-  set_affine(layer, first, channels, gamma);
-  fill_panel(pass.rstd + image * layer.outputs + first, valid, 0.0f, channels.rstd);
-  for (int64_t k = 0; k < kPanel; ++k) channels.scale[k] = channels.rstd[k] * gamma[k];
-  const int64_t pooled = (height / 2) * (width / 2);
-  const float* g = pass.grad_output + image * pooled * layer.outputs + first;
-  int64_t stride = layer.outputs;
-  if (valid < kPanel) {
-    for (int64_t p = 0; p < pooled; ++p) fill_panel(g + p * stride, valid, 0.0f, grad_panel + p * kPanel);
-    g = grad_panel, stride = kPanel;
+  set_scale(pass, image, first, channels);
+  const PooledGradient g(pass, image, first, grad_panel);
+  if (pass.offset != nullptr) {
+    fill_panel(pass.offset + first, valid, 0.0f, channels.offset);
+    fill_panel(pass.slope + first, valid, 0.0f, channels.slope);
+    return gradients(y, g.data, g.stride, height, width, channels);
   }
-  sum_gradients(y, g, stride, height, width, channels, grad_sums, product_sums);
+  alignas(64) float grad_sums[kPanel], product_sums[kPanel];
+  sum_gradients(y, g.data, g.stride, height, width, channels, grad_sums, product_sums);
   for (int64_t k = 0; k < kPanel; ++k) {
     const double count = static_cast<double>(positions), rstd = channels.rstd[k], scale = channels.scale[k];
     channels.offset[k] = static_cast<float>(scale * grad_sums[k] / count);
@@ -497,7 +530,7 @@ inline void differentiate_panel(const Backward& pass, int64_t image, int64_t fir
   }
   std::copy_n(grad_sums, valid, pass.grad_beta + image * layer.outputs + first);
   std::copy_n(product_sums, valid, pass.grad_gamma + image * layer.outputs + first);
-  gradients(y, g, stride, height, width, channels);
+  gradients(y, g.data, g.stride, height, width, channels);
 }
 
 // Few input channels: the convolution as it is written, from an image [height + 2][width + 2][inputs] with a border of
@@ -557,8 +590,10 @@ inline Buffer padded_bias(const Layer& layer) {
   return bias;
 }
 
-inline void forward_direct(const Forward& pass) {
-  const Layer& layer = pass.layer;
+// Calls use(image, first, y, mean, squares, spare) with every panel y of the convolution of every image less the means of its
+// channels and the sums of its squares. The means are `given` [panels][kPanel], or the image's own where that is null.
+template <typename Use>
+void for_each_direct_panel(const Layer& layer, const Strided& input, const float* given, const Use& use) {
   const int64_t panels = padded(layer.outputs, kPanel) / kPanel, terms = 9 * layer.inputs;
   Buffer weights(panels * terms * kPanel);
   direct_weights(layer, weights.data());
@@ -568,26 +603,35 @@ inline void forward_direct(const Forward& pass) {
     Buffer y(layer.height * layer.width * kPanel), pooled((layer.height / 2) * (layer.width / 2) * kPanel);
     Buffer means(panels * kPanel);
     for (int64_t b = begin; b < end; ++b) {
-      pad_image(layer, pass.input, b, image.data());
-      direct_means(layer, pass.input, b, weights.data(), bias.data(), panels, kPanel, means.data());
+      pad_image(layer, input, b, image.data());
+      if (given == nullptr) {
+        direct_means(layer, input, b, weights.data(), bias.data(), panels, kPanel, means.data());
+      }
       for (int64_t panel = 0; panel < panels; ++panel) {
-        const float* mean = means.data() + panel * kPanel;
+        const float* mean = (given == nullptr ? means.data() : given) + panel * kPanel;
         alignas(64) float start[kPanel], squares[kPanel] = {};
         for (int64_t k = 0; k < kPanel; ++k) start[k] = bias[panel * kPanel + k] - mean[k];
         direct_panel(layer, image.data(), weights.data() + panel * terms * kPanel, start, y.data(), squares);
-        keep_panel(pass, b, panel * kPanel, y.data(), mean);
-        finish_panel(pass, b, panel * kPanel, y.data(), mean, squares, pooled.data());
+        use(b, panel * kPanel, y.data(), mean, squares, pooled.data());
       }
     }
   });
 }
 
-// A panel of the kept convolution of an image less its mean, [positions][kPanel].
-inline void load_panel(const Backward& pass, int64_t image, int64_t first, float* y) {
-  const Layer& layer = pass.layer;
+inline void forward_direct(const Forward& pass) {
+  for_each_direct_panel(pass.layer, pass.input, nullptr,
+                        [&](int64_t image, int64_t first, const float* y, const float* mean, const float* squares,
+                            float* spare) {
+                          keep_panel(pass, image, first, y, mean);
+                          finish_panel(pass, image, first, y, mean, squares, spare);
+                        });
+}
+
+// A panel of a kept convolution of an image less the means of its channels, [positions][kPanel].
+inline void load_panel(const Layer& layer, const float* conv, const float* mean, int64_t image, int64_t first, float* y) {
   const int64_t positions = layer.height * layer.width, valid = std::min(kPanel, layer.outputs - first);
-  const float* from = pass.conv + image * positions * layer.outputs + first;
-  const float* mean = pass.mean + image * layer.outputs + first;
+  const float* from = conv + image * positions * layer.outputs + first;
+  mean += first;
   for (int64_t p = 0; p < positions; ++p, from += layer.outputs, y += kPanel) {
     for (int64_t k = 0; k < valid; ++k) y[k] = from[k] - mean[k];
     for (int64_t k = valid; k < kPanel; ++k) y[k] = 0.0f;
@@ -659,10 +703,10 @@ inline void backward_direct(const Backward& pass) {
         for (int64_t panel = 0; panel < panels; ++panel) {
           const int64_t first = panel * kPanel;
           if (pass.conv != nullptr) {
-            load_panel(pass, b, first, y.data());
+            load_panel(layer, pass.conv, pass.mean + b * pass.by_image, b, first, y.data());
           } else {
             alignas(64) float start[kPanel];
-            fill_panel(pass.mean + b * layer.outputs + first, std::min(kPanel, layer.outputs - first), 0.0f, start);
+            fill_panel(pass.mean + b * pass.by_image + first, std::min(kPanel, layer.outputs - first), 0.0f, start);
             for (int64_t k = 0; k < kPanel; ++k) start[k] = bias[first + k] - start[k];
             direct_panel(layer, image.data(), weights.data() + panel * terms * kPanel, start, y.data(), nullptr);
           }
@@ -839,8 +883,10 @@ inline int64_t copy_floats(const Layer& layer, int64_t images) {
 
 inline int64_t group_images(const Layer& layer) { return std::max<int64_t>(1, kBlock / tiles_of(layer)); }
 
-inline void forward_winograd(const Forward& pass) {
-  const Layer& layer = pass.layer;
+// Calls use(image, first, y, spare) with every panel y of the convolution of every image, from channel `first` on; `spare`
+// holds a pooled panel.
+template <typename Use>
+void for_each_winograd_panel(const Layer& layer, const Strided& input, const Use& use) {
   const Convolution convolution(layer, false);
   const Buffer bias = padded_bias(layer);
   const int64_t positions = layer.height * layer.width;
@@ -852,14 +898,20 @@ inline void forward_winograd(const Forward& pass) {
     Buffer pooled((layer.height / 2) * (layer.width / 2) * kPanel);
     for (int64_t first = begin * group; first < std::min(end * group, layer.batch); first += group) {
       const int64_t images = std::min(group, layer.batch - first);
-      transform_map(convolution, whole_registers(layer, pass.input, first, images, copy), images, scratch);
+      transform_map(convolution, whole_registers(layer, input, first, images, copy), images, scratch);
       for (int64_t panel = 0; panel < convolution.panels; ++panel) {
         convolve_panel(convolution, panel, images, bias.data() + panel * kPanel, scratch, y.data());
         for (int64_t b = 0; b < images; ++b) {
-          centre_and_finish_panel(pass, first + b, panel * kPanel, y.data() + b * positions * kPanel, pooled.data());
+          use(first + b, panel * kPanel, y.data() + b * positions * kPanel, pooled.data());
         }
       }
     }
+  });
+}
+
+inline void forward_winograd(const Forward& pass) {
+  for_each_winograd_panel(pass.layer, pass.input, [&](int64_t image, int64_t first, float* y, float* spare) {
+    centre_and_finish_panel(pass, image, first, y, spare);
   });
 }
 
@@ -926,11 +978,11 @@ inline void backward_winograd(const Backward& pass) {
           }
           for (int64_t b = 0; b < images; ++b, panel += positions * kPanel) {
             alignas(64) float mean[kPanel], squares[kPanel];
-            fill_panel(pass.mean + (first + b) * layer.outputs + o, std::min(kPanel, layer.outputs - o), 0.0f, mean);
+            fill_panel(pass.mean + (first + b) * pass.by_image + o, std::min(kPanel, layer.outputs - o), 0.0f, mean);
             if (forward) {
               centre_panel(panel, positions, mean, squares);
             } else {
-              load_panel(pass, first + b, o, panel);
+              load_panel(layer, pass.conv, pass.mean + (first + b) * pass.by_image, first + b, o, panel);
             }
             differentiate_panel(pass, first + b, o, panel, grad_panel.data());
           }
@@ -964,6 +1016,106 @@ inline void forward(const Forward& pass) {
 
 inline void backward(const Backward& pass) {
   return pass.layer.inputs <= kDirectInputs ? backward_direct(pass) : backward_winograd(pass);
+}
+
+// BatchNorm: the statistics are those of the whole batch, so that the forward pass goes through it twice, and the backward pass
+// takes its sums before it.
+
+// Writes the statistics of each image's channels, and the convolution where it is kept.
+inline void measure(const BatchForward& pass) {
+  const Layer& layer = pass.layer;
+  const int64_t positions = layer.height * layer.width;
+  const auto note = [&](int64_t image, int64_t first, const float* mean, const float* squares) {
+    const int64_t valid = std::min(kPanel, layer.outputs - first);
+    std::copy_n(mean, valid, pass.image_means + image * layer.outputs + first);
+    std::copy_n(squares, valid, pass.image_squares + image * layer.outputs + first);
+  };
+  if (layer.inputs <= kDirectInputs) {
+    return for_each_direct_panel(layer, pass.input, nullptr,
+                                 [&](int64_t image, int64_t first, const float*, const float* mean, const float* squares,
+                                     float*) { note(image, first, mean, squares); });
+  }
+  for_each_winograd_panel(layer, pass.input, [&](int64_t image, int64_t first, float* y, float*) {
+    alignas(64) float sums[kPanel], mean[kPanel];
+    store_panel(layer, pass.conv, image, first, y);
+    sum_panel(y, positions, sums);
+    for (int64_t k = 0; k < kPanel; ++k) {
+      mean[k] = static_cast<float>(static_cast<double>(sums[k]) / static_cast<double>(positions));
+    }
+    centre_panel(y, positions, mean, sums);
+    note(image, first, mean, sums);
+  });
+}
+
+// Normalises by the statistics that are known, rectifies and pools: the kept convolution, or where it is not kept, anew.
+inline void finish(const BatchForward& pass) {
+  const Layer& layer = pass.layer;
+  const int64_t count = padded(layer.outputs, kPanel), positions = layer.height * layer.width;
+  Buffer means(count);
+  std::fill_n(means.data(), count, 0.0f);
+  std::copy_n(pass.mean, layer.outputs, means.data());
+  const auto finish_panel = [&](int64_t image, int64_t first, const float* y, float* spare) {
+    Channels channels;
+    alignas(64) float gamma[kPanel];
+    set_affine(layer, first, channels, gamma);
+    fill_panel(pass.rstd + first, std::min(kPanel, layer.outputs - first), 0.0f, channels.rstd);
+    for (int64_t k = 0; k < kPanel; ++k) channels.scale[k] = channels.rstd[k] * gamma[k];
+    pool_panel(layer, pass.pooled, image, first, y, channels, spare);
+  };
+  if (layer.inputs <= kDirectInputs) {
+    return for_each_direct_panel(layer, pass.input, means.data(),
+                                 [&](int64_t image, int64_t first, const float* y, const float*, const float*,
+                                     float* spare) { finish_panel(image, first, y, spare); });
+  }
+  if (pass.conv == nullptr) {
+    Buffer start(layer.outputs);  // in the place of the bias: the convolution comes without its mean
+    for (int64_t o = 0; o < layer.outputs; ++o) start.data()[o] = (layer.bias == nullptr ? 0.0f : layer.bias[o]) - pass.mean[o];
+    Layer centred = layer;
+    centred.bias = start.data();
+    return for_each_winograd_panel(centred, pass.input, finish_panel);
+  }
+  torch::stable::parallel_for(0, layer.batch, 1, [&](int64_t begin, int64_t end) {
+    Buffer y(positions * kPanel), spare((layer.height / 2) * (layer.width / 2) * kPanel);
+    for (int64_t image = begin; image < end; ++image) {
+      for (int64_t first = 0; first < layer.outputs; first += kPanel) {
+        load_panel(layer, pass.conv, means.data(), image, first, y.data());
+        finish_panel(image, first, y.data(), spare.data());
+      }
+    }
+  });
+}
+
+// The sums over each image of dz and of dz y, to grad_beta and grad_gamma.
+inline void sum_gradients(const Backward& pass) {
+  const Layer& layer = pass.layer;
+  const int64_t count = padded(layer.outputs, kPanel), positions = layer.height * layer.width;
+  const auto sum = [&](int64_t image, int64_t first, const float* y, float* spare) {
+    Channels channels;
+    set_scale(pass, image, first, channels);
+    const PooledGradient g(pass, image, first, spare);
+    alignas(64) float grad_sums[kPanel], product_sums[kPanel];
+    sum_gradients(y, g.data, g.stride, layer.height, layer.width, channels, grad_sums, product_sums);
+    const int64_t valid = std::min(kPanel, layer.outputs - first);
+    std::copy_n(grad_sums, valid, pass.grad_beta + image * layer.outputs + first);
+    std::copy_n(product_sums, valid, pass.grad_gamma + image * layer.outputs + first);
+  };
+  if (pass.conv == nullptr) {
+    Buffer means(count);
+    std::fill_n(means.data(), count, 0.0f);
+    std::copy_n(pass.mean, layer.outputs, means.data());
+    return for_each_direct_panel(layer, pass.input, means.data(),
+                                 [&](int64_t image, int64_t first, const float* y, const float*, const float*,
+                                     float* spare) { sum(image, first, y, spare); });
+  }
+  torch::stable::parallel_for(0, layer.batch, 1, [&](int64_t begin, int64_t end) {
+    Buffer y(positions * kPanel), spare((layer.height / 2) * (layer.width / 2) * kPanel);
+    for (int64_t image = begin; image < end; ++image) {
+      for (int64_t first = 0; first < layer.outputs; first += kPanel) {
+        load_panel(layer, pass.conv, pass.mean, image, first, y.data());
+        sum(image, first, y.data(), spare.data());
+      }
+    }
+  });
 }
 
 #undef DDFAST_INLINE

@@ -1,7 +1,8 @@
-"""Speed entries of the fused ConvNet blocks: forward pass and gradients of ConvNet-3 with InstanceNorm."""
+"""Speed entries of the fused ConvNet blocks: ConvNet-3 with InstanceNorm, and ConvNet-4 with BatchNorm."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -72,18 +73,59 @@ def convnet_gradients(settings: Settings) -> Iterator[Measurable]:
     yield _contest(settings, "gradients of the parameters", images, fused, eager, allowed=5e-3)
 
 
+@speed_entry(
+    "convnet_training",
+    what="gradients of ConvNet-4 with BatchNorm in train mode against eager PyTorch",
+    minutes=1,
+    targets={"cpu": {"fused": Target(1.7)}},
+)
+def convnet_training(settings: Settings) -> Iterator[Measurable]:
+    """What a step of a teacher takes of 128 images of 64 px, its running statistics moved."""
+    model, images, labels = _batch_normed(settings)
+    fused = partial(_gradients, ddfast.fuse(model), images.contiguous(memory_format=LAST), labels)
+    eager = {name: partial(_gradients, *each, labels) for name, each in _layouts(model, images).items()}
+    yield _contest(
+        settings, "gradients in train mode", images, fused, eager, allowed=5e-3, network="ConvNet-4"
+    )
+
+
+@speed_entry(
+    "convnet_eval",
+    what="forward pass of ConvNet-4 with BatchNorm in eval mode against eager PyTorch",
+    minutes=0.5,
+    targets={"cpu": {"fused": Target(2.3)}},
+)
+def convnet_eval(settings: Settings) -> Iterator[Measurable]:
+    """What measuring an accuracy takes of 128 images of 64 px."""
+    model, images, _ = _batch_normed(settings)
+    model(images)  # statistics that are not those of a new network
+    model.eval()
+    fused = partial(_forward, ddfast.fuse(model), images.contiguous(memory_format=LAST))
+    eager = {name: partial(_forward, *each) for name, each in _layouts(model, images).items()}
+    yield _contest(settings, "forward in eval mode", images, fused, eager, network="ConvNet-4")
+
+
 def _subject(settings: Settings) -> tuple[nn.Module, Tensor, Tensor]:
-    count, width = settings.size((256, 128), quick=(4, 16), gpu=(2560, 128))
+    return _network_and_images(settings, "convnet3_in", 32, 256)
+
+
+def _batch_normed(settings: Settings) -> tuple[nn.Module, Tensor, Tensor]:
+    return _network_and_images(settings, "convnet4", 64, 128)
+
+
+def _network_and_images(
+    settings: Settings, arch: str, side: int, images: int
+) -> tuple[nn.Module, Tensor, Tensor]:
+    count, width = settings.size((images, 128), quick=(4, 16), gpu=(10 * images, 128))
     torch.manual_seed(0)
-    model = ddfast.create_model("convnet3_in", CLASSES, 32, width=width).to(settings.device)
-    images = torch.randn(count, 3, 32, 32).to(settings.device)
-    return model, images, (torch.arange(count) % CLASSES).to(settings.device)
+    model = ddfast.create_model(arch, CLASSES, side, width=width).to(settings.device)
+    pixels = torch.randn(count, 3, side, side).to(settings.device)
+    return model, pixels, (torch.arange(count) % CLASSES).to(settings.device)
 
 
 def _layouts(model: nn.Module, images: Tensor) -> dict[str, tuple[nn.Module, Tensor]]:
     """The model and the images in both layouts; the channels-last model has parameters of its own."""
-    last = ddfast.create_model("convnet3_in", CLASSES, 32, width=model.classifier.in_features // 16)
-    last.load_state_dict(model.state_dict())
+    last = copy.deepcopy(model)
     return {
         "contiguous": (model, images),
         "channels-last": (last.to(images.device, memory_format=LAST), images.contiguous(memory_format=LAST)),
@@ -108,12 +150,13 @@ def _contest(
     fused: Callable[[], Tensor],
     peers: dict[str, Callable[[], Tensor]],
     allowed: float = 1e-4,
+    network: str = "ConvNet-3",
 ) -> Contest:
     """Ours against the fastest of the peers, behind the agreement with it."""
     fast, seconds = fastest(peers, settings.device)
     slower = ", ".join(f"{name} {seconds[name] / seconds[fast]:.2f}" for name in seconds if name != fast)
     return Contest(
-        f"ConvNet-3, {case}, {len(images)} images of 32 px",
+        f"{network}, {case}, {len(images)} images of {images.shape[-1]} px",
         ours=[Contender("fused", fused, work=len(images))],
         peer=Contender(fast, peers[fast], work=len(images)),
         gate=lambda: [Check("against the peer's", relative_error(fused(), peers[fast]()), allowed)],

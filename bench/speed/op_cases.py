@@ -81,9 +81,11 @@ def op_cases(settings: Settings) -> Iterator[OpCase]:
     yield _normalization_backward(settings)
     yield _embedding(settings)
     for inputs, side in ((3, 32), (128, 16)):
-        yield _convnet_block(settings, inputs, side, backward=False)
-        yield _convnet_block(settings, inputs, side, backward=True)
+        for norm in ("instance", "batch"):
+            yield _convnet_block(settings, inputs, side, norm, backward=False)
+            yield _convnet_block(settings, inputs, side, norm, backward=True)
         yield _convnet_block_curvature(settings, side)
+        yield _convnet_block(settings, inputs, side, "given", backward=False)
     yield _class_kl(settings)
     for backward in (False, True):
         yield _siamese_augment(settings, backward=backward)
@@ -563,39 +565,54 @@ def _embedding(settings: Settings) -> OpCase:
 # -----------------------------------------------------------------------------------------------------
 
 
-def _convnet_block(settings: Settings, inputs: int, side: int, *, backward: bool) -> OpCase:
-    """A block of ConvNet-3 at 32 px, or its gradients: all of them behind the first block, the parameters' in it."""
+def _convnet_block(settings: Settings, inputs: int, side: int, norm: str, *, backward: bool) -> OpCase:
+    """A block of ConvNet-3 at 32 px, or its gradients: all of them behind the first block, the parameters' in it.
+
+    With InstanceNorm, with BatchNorm, or with one in eval mode, whose statistics are given.
+    """
     count, outputs = settings.size((64, 128), quick=(2, 8), gpu=(2560, 128))
     x = _normal(settings, count, inputs, side, side)
     x = x if inputs == 3 else x.contiguous(memory_format=torch.channels_last)
     weight = _normal(settings, outputs, inputs, 3, 3) / (9 * inputs) ** 0.5
     bias, scale, shift = (_normal(settings, outputs) for _ in range(3))
+    held = [bias, torch.ones_like(bias)] if norm == "given" else [None, None]
     leaves = [weight, scale, shift] if inputs == 3 else [x, weight, scale, shift]
     for leaf in leaves:
         leaf.requires_grad_(backward)
     grad = _normal(settings, count, outputs, side // 2, side // 2)
 
     def normal() -> Tensor:
-        return functional.group_norm(functional.conv2d(x, weight, bias, padding=1), outputs, scale, shift)
+        maps = functional.conv2d(x, weight, bias, padding=1)
+        if norm == "instance":
+            return functional.group_norm(maps, outputs, scale, shift)
+        return functional.batch_norm(maps, *held, scale, shift, training=norm == "batch")
 
     def four_layers() -> Tensor:
         return functional.avg_pool2d(normal().relu(), 2)
 
-    with (
-        torch.no_grad()
-    ):  # No gradient comes from cells in which rounding may decide what the ReLU lets through.
+    # No gradient comes from cells in which rounding may decide what the ReLU lets through.
+    with torch.no_grad():
         grad[functional.max_pool2d((normal().abs() < 1e-4).float(), 2) > 0] = 0
+
+    def fused() -> Tensor:
+        if norm == "instance":
+            return ops.convnet_block(x, weight, bias, scale, shift)
+        if norm == "batch":
+            return ops.convnet_block_batch_norm(x, weight, bias, scale, shift)[0]
+        return ops.convnet_block_batch_norm_eval(x, weight, bias, scale, shift, *held)
 
     def run(block: Bodies) -> Tensor:
         if not backward:
             return block()
         return torch.cat([each.reshape(-1) for each in torch.autograd.grad(block(), leaves, grad)])
 
-    ours = partial(run, partial(ops.convnet_block, x, weight, bias, scale, shift))
-    plain = partial(run, four_layers)
+    ours, plain = partial(run, fused), partial(run, four_layers)
     products = 2 * 9 * inputs * outputs * count * side**2
+    name = {"instance": "convnet_block", "batch": "convnet_block_batch_norm"}.get(
+        norm, "convnet_block_batch_norm_eval"
+    )
     return OpCase(
-        "convnet_block_backward" if backward else "convnet_block",
+        f"{name}_backward" if backward else name,
         f"{'and forward, ' if backward else ''}{count} x {inputs} to {outputs} channels of {side} px",
         ours,
         plain,

@@ -4,6 +4,7 @@ from ddfast.ops._attribution import masked_batch, noisy_crop_boxes, shapley_heat
 from ddfast.ops._augment import augment_parameters, siamese_augment
 from ddfast.ops._class_kl import class_kl
 from ddfast.ops._convnet import convnet_block
+from ddfast.ops._convnet_batch import convnet_block_batch_norm, convnet_block_batch_norm_eval
 from ddfast.ops._crops import crop_batch, crop_resize
 from ddfast.ops._dispatch import paths
 from ddfast.ops._epilogue import add_bias_relu_
@@ -25,6 +26,8 @@ __all__ = [
     "augment_parameters",
     "class_kl",
     "convnet_block",
+    "convnet_block_batch_norm",
+    "convnet_block_batch_norm_eval",
     "crop_batch",
     "crop_resize",
     "grad_sq_norm_conv2d",

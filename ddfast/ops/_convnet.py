@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,9 +13,6 @@ from torch.nn import functional
 
 from ddfast.ops import reference
 from ddfast.ops._dispatch import LIBRARY, below_autocast, define, native_status, triton_status
-
-RECOMPUTED_INPUTS = 4
-"""Input channels up to which the convolution costs less to compute again in the backward pass than to keep."""
 
 _PIECE = 2**19
 """Elements of the map that the second derivative handles at a time on a CPU, so that its steps stay in the cache."""
@@ -59,6 +56,22 @@ def convnet_block(
         TypeError: dtypes that differ or are not floating point.
         ValueError: shapes that do not fit.
     """
+    differentiated = is_differentiated(*checked(input, weight, bias, norm_weight, norm_bias))
+    if differentiated and torch._C._are_functorch_transforms_active():
+        layers = below_autocast(reference.convnet_block_layers, input.device.type)
+        return layers(input, weight, bias, norm_weight, norm_bias, eps)[0]
+    keep = differentiated and input.shape[1] > reference.RECOMPUTED_INPUTS
+    return torch.ops.ddfast.convnet_block(input, weight, bias, norm_weight, norm_bias, eps, keep)[0]
+
+
+def checked(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+) -> list[Tensor]:
+    """The tensors among a block's arguments; errors as `convnet_block`."""
     tensors = [input, weight, *(t for t in (bias, norm_weight, norm_bias) if t is not None)]
     if input.dtype not in _FLOAT_DTYPES or any(tensor.dtype != input.dtype for tensor in tensors):
         raise TypeError(
@@ -74,12 +87,12 @@ def convnet_block(
     for name, vector in (("bias", bias), ("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         if vector is not None and vector.shape != (weight.shape[0],):
             raise ValueError(f"{name} must be [{weight.shape[0]}], got {list(vector.shape)}")
-    differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    if differentiated and torch._C._are_functorch_transforms_active():
-        layers = below_autocast(reference.convnet_block_layers, input.device.type)
-        return layers(input, weight, bias, norm_weight, norm_bias, eps)[0]
-    keep = differentiated and input.shape[1] > RECOMPUTED_INPUTS
-    return torch.ops.ddfast.convnet_block(input, weight, bias, norm_weight, norm_bias, eps, keep)[0]
+    return tensors
+
+
+def is_differentiated(*tensors: Tensor) -> bool:
+    """Whether a gradient may be asked for."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 @torch.compiler.assume_constant_result
@@ -98,7 +111,7 @@ def differentiable_in_images() -> Iterator[None]:
     nobody will ask for the rest, which is two of six convolutions of the second backward pass. Who enters it sees to it
     that the weights are leaves which nobody else holds: what is asked of them would lack a part.
     """
-    before = getattr(_SECOND, "images_only", False)
+    before = only_images_are_asked_for()
     _SECOND.images_only = True
     try:
         yield
@@ -106,10 +119,15 @@ def differentiable_in_images() -> Iterator[None]:
         _SECOND.images_only = before
 
 
+def only_images_are_asked_for() -> bool:
+    """Whether this is such a block."""
+    return getattr(_SECOND, "images_only", False)
+
+
 _SECOND = threading.local()
 
 
-def _empty_channels_last(like: Tensor, shape: tuple[Any, ...]) -> Tensor:
+def empty_channels_last(like: Tensor, shape: tuple[Any, ...]) -> Tensor:
     return like.new_empty_strided(shape, reference.channels_last_strides(shape))
 
 
@@ -120,15 +138,15 @@ def _fake(
     outputs = weight.shape[0]
     dtype = reference.accumulation_dtype(input.dtype)
     mean, rstd = (input.new_empty((batch, outputs), dtype=dtype) for _ in range(2))
-    conv = _empty_channels_last(input, (batch, outputs, height, width)) if keep else input.new_empty(0)
-    return _empty_channels_last(input, (batch, outputs, height // 2, width // 2)), mean, rstd, conv
+    conv = empty_channels_last(input, (batch, outputs, height, width)) if keep else input.new_empty(0)
+    return empty_channels_last(input, (batch, outputs, height // 2, width // 2)), mean, rstd, conv
 
 
-def _backward_fake(
+def backward_fake(
     grad_output: Tensor, input: Tensor, weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     to_input, to_weight = rest[-2:]
-    grad_input = _empty_channels_last(input, tuple(input.shape)) if to_input else input.new_empty(0)
+    grad_input = empty_channels_last(input, tuple(input.shape)) if to_input else input.new_empty(0)
     grad_weight = weight.new_empty(weight.shape) if to_weight else weight.new_empty(0)
     return grad_input, grad_weight, weight.new_empty(weight.shape[0]), weight.new_empty(weight.shape[0])
 
@@ -142,8 +160,8 @@ def _curvature_fake(
     mean: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    maps = (_empty_channels_last(conv, tuple(conv.shape)) for _ in range(2))
-    return *maps, _empty_channels_last(grad_output, tuple(grad_output.shape)), mean.new_empty(mean.shape)
+    maps = (empty_channels_last(conv, tuple(conv.shape)) for _ in range(2))
+    return *maps, empty_channels_last(grad_output, tuple(grad_output.shape)), mean.new_empty(mean.shape)
 
 
 def _native_accepts(first: Tensor, *_: Any) -> bool:
@@ -177,7 +195,7 @@ def _gradient(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:9])
     ctx.eps, ctx.to_input, ctx.to_weight = inputs[9:]
-    ctx.images_only = getattr(_SECOND, "images_only", False)
+    ctx.images_only = only_images_are_asked_for()
 
 
 def _second_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -196,7 +214,7 @@ def _second_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
     if all(grad is None for grad in grads):
         return tuple(results)
     if torch.is_grad_enabled():  # this may be differentiated in turn
-        return _second_gradient_of_all(ctx, grads)
+        return second_gradient_of_all(reference.convnet_block_gradients, ctx, grads, ctx.needs_input_grad)
     batch, outputs = mean.shape
     images = max(1, _PIECE // (outputs * input.shape[2] * input.shape[3]))
     images = images if input.device.type == "cpu" and batch > 0 else max(1, batch)
@@ -226,16 +244,25 @@ def _second_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
     return tuple(results)
 
 
-def _second_gradient_of_all(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """The same by differentiating the backward pass from the arguments on, in operations that can be differentiated."""
+def second_gradient_of_all(
+    gradients: Callable[..., tuple[Tensor, ...]],
+    ctx: Any,
+    grads: tuple[Tensor | None, ...],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """The same by differentiating the backward pass from the arguments on, in operations that can be differentiated.
+
+    `gradients` is the backward pass as a function of what it takes, without what the forward pass kept; `needs` says
+    which of its first six arguments are asked for.
+    """
     saved: list[Any] = list(ctx.saved_tensors)
-    wanted = [place for place, need in enumerate(ctx.needs_input_grad[:6]) if need]
+    wanted = [place for place, need in enumerate(needs[:6]) if need]
     used = [k for k in range(4) if grads[k] is not None]
 
     def first(*arguments: Tensor) -> tuple[Tensor, ...]:
         for place, argument in zip(wanted, arguments, strict=True):
             saved[place] = argument
-        found = reference.convnet_block_gradients(
+        found = gradients(
             saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], ctx.eps, ctx.to_input, ctx.to_weight
         )
         return tuple(found[k] for k in used)
@@ -252,7 +279,7 @@ def _vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[
     """Fold the mapped dimension into the batch; mapped parameters run once for each."""
     op = torch.ops.ddfast.convnet_block
     if any(dim is not None for dim in in_dims[1:5]):
-        return _one_by_one(op, info, in_dims, arguments)
+        return one_by_one(op, info, in_dims, arguments)
     folded = arguments[0].movedim(in_dims[0], 0)
     outputs = op(folded.flatten(0, 1), *arguments[1:])
     unfolded = (
@@ -263,10 +290,10 @@ def _vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[
 
 def _backward_vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
     """Gradients of parameters are sums over a batch, so each mapped element has a call of its own."""
-    return _one_by_one(torch.ops.ddfast.convnet_block_backward, info, in_dims, arguments)
+    return one_by_one(torch.ops.ddfast.convnet_block_backward, info, in_dims, arguments)
 
 
-def _one_by_one(
+def one_by_one(
     op: Any, info: Any, in_dims: tuple[int | None, ...], arguments: tuple[Any, ...]
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     results = [
@@ -297,7 +324,7 @@ define(
     "Tensor mean, Tensor rstd, Tensor conv, float eps, bool to_input, bool to_weight) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.convnet_block_backward,
-    fake=_backward_fake,
+    fake=backward_fake,
     triton="convnet_block",
     native_accepts=_native_accepts,
 )

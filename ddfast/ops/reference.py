@@ -19,9 +19,20 @@ from ddfast.ops._grid import part_start, player_map
 from ddfast.ops.precision import accumulation_dtype as accumulation_dtype
 from ddfast.ops.reference_augment import siamese_augment as siamese_augment
 from ddfast.ops.reference_augment import siamese_augment_backward as siamese_augment_backward
+from ddfast.ops.reference_convnet import RECOMPUTED_INPUTS as RECOMPUTED_INPUTS
 from ddfast.ops.reference_convnet import channels_last_strides as channels_last_strides
 from ddfast.ops.reference_convnet import convnet_block as convnet_block
 from ddfast.ops.reference_convnet import convnet_block_backward as convnet_block_backward
+from ddfast.ops.reference_convnet import convnet_block_batch_norm as convnet_block_batch_norm
+from ddfast.ops.reference_convnet import (
+    convnet_block_batch_norm_backward as convnet_block_batch_norm_backward,
+)
+from ddfast.ops.reference_convnet import (
+    convnet_block_batch_norm_eval as convnet_block_batch_norm_eval,
+)
+from ddfast.ops.reference_convnet import (
+    convnet_block_batch_norm_gradients as convnet_block_batch_norm_gradients,
+)
 from ddfast.ops.reference_convnet import convnet_block_curvature as convnet_block_curvature
 from ddfast.ops.reference_convnet import convnet_block_gradients as convnet_block_gradients
 from ddfast.ops.reference_convnet import convnet_block_layers as convnet_block_layers

@@ -10,6 +10,9 @@ from torch.nn import functional
 
 from ddfast.ops.precision import accumulation_dtype
 
+RECOMPUTED_INPUTS = 4
+"""Input channels up to which the convolution costs less to compute again in the backward pass than to keep."""
+
 
 def winograd_conv2d(
     input: Tensor,
@@ -70,8 +73,12 @@ def convnet_block_layers(
     """What `convnet_block` returns with the convolution, in any memory format; for every transform of PyTorch."""
     conv = functional.conv2d(input, weight, bias, padding=1)
     centred, mean, rstd = _instance_norm(conv, eps)
+    return _pooled(centred, rstd, norm_weight, norm_bias).to(input.dtype), mean, rstd, conv
+
+
+def _pooled(centred: Tensor, rstd: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None) -> Tensor:
     shifted = _affine(centred * rstd[..., None, None], norm_weight, norm_bias)
-    return functional.avg_pool2d(shifted.relu(), 2).to(input.dtype), mean, rstd, conv
+    return functional.avg_pool2d(shifted.relu(), 2)
 
 
 def convnet_block_backward(
@@ -95,6 +102,12 @@ def convnet_block_backward(
     grads = _convnet_block_gradients(
         grad_output, input, weight, norm_weight, norm_bias, centred, rstd, to_input, to_weight
     )
+    return _asked_for(grads, input, weight, to_input, to_weight)
+
+
+def _asked_for(
+    grads: Sequence[Tensor], input: Tensor, weight: Tensor, to_input: bool, to_weight: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_input = _in_channels_last(grads[0]) if to_input else input.new_empty(0)
     grad_weight = grads[1].contiguous() if to_weight else weight.new_empty(0)
     return grad_input, grad_weight, grads[2], grads[3]
@@ -128,8 +141,9 @@ def _convnet_block_gradients(
     rstd: Tensor,
     to_input: bool,
     to_weight: bool,
+    over: tuple[int, ...] = (2, 3),
 ) -> tuple[Tensor, ...]:
-    """The backward pass from the centred convolution on."""
+    """The backward pass from the centred convolution on; its statistics are those `over` these dimensions."""
     dtype, scale = centred.dtype, rstd[..., None, None]
     height, width = input.shape[2:]
     normalized = centred * scale
@@ -139,12 +153,87 @@ def _convnet_block_gradients(
     grad = spread.masked_fill(_affine(normalized, norm_weight, norm_bias) <= 0, 0)
     grad_beta, grad_gamma = grad.sum((0, 2, 3)), (grad * normalized).sum((0, 2, 3))
     inner = _affine(grad, norm_weight, None)
-    slope = (inner * normalized).mean((2, 3), keepdim=True)
-    of_conv = (scale * (inner - inner.mean((2, 3), keepdim=True) - slope * normalized)).to(input.dtype)
+    slope = (inner * normalized).mean(over, keepdim=True)
+    of_conv = (scale * (inner - inner.mean(over, keepdim=True) - slope * normalized)).to(input.dtype)
     grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
         of_conv, input, weight, None, (1, 1), (1, 1), (1, 1), False, (0, 0), 1, (to_input, to_weight, False)
     )
     return grad_input, grad_weight, grad_gamma.to(weight.dtype), grad_beta.to(weight.dtype)
+
+
+def convnet_block_batch_norm(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The pooled map, mean and variance of each channel of the batch, and the convolution where it is kept."""
+    conv = functional.conv2d(input, weight, bias, padding=1)
+    centred, mean, variance = _batch_statistics(conv)
+    pooled = _pooled(centred, (variance + eps).rsqrt(), norm_weight, norm_bias).to(input.dtype)
+    kept = _in_channels_last(conv) if input.shape[1] > RECOMPUTED_INPUTS else input.new_empty(0)
+    return _in_channels_last(pooled), mean, variance, kept
+
+
+def convnet_block_batch_norm_eval(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float,
+) -> Tensor:
+    """The pooled map, normalised by the mean and variance of each channel that are given."""
+    wide = functional.conv2d(input, weight, bias, padding=1).to(accumulation_dtype(input.dtype))
+    centred, rstd = wide - mean.to(wide.dtype)[:, None, None], (variance.to(wide.dtype) + eps).rsqrt()
+    return _in_channels_last(_pooled(centred, rstd, norm_weight, norm_bias).to(input.dtype))
+
+
+def convnet_block_batch_norm_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    conv: Tensor,
+    eps: float,
+    to_input: bool,
+    to_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of input, weight, norm_weight and norm_bias; empty where the first two are not asked for."""
+    if conv.ndim != 4:
+        conv = functional.conv2d(input, weight, bias, padding=1)
+    centred, rstd = conv.to(mean.dtype) - mean[:, None, None], (variance + eps).rsqrt()
+    grads = _convnet_block_gradients(
+        grad_output, input, weight, norm_weight, norm_bias, centred, rstd, to_input, to_weight, (0, 2, 3)
+    )
+    return _asked_for(grads, input, weight, to_input, to_weight)
+
+
+def convnet_block_batch_norm_gradients(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    to_input: bool,
+    to_weight: bool,
+) -> tuple[Tensor, ...]:
+    """What `convnet_block_batch_norm_backward` returns, as a function of its own arguments only."""
+    centred, _, variance = _batch_statistics(functional.conv2d(input, weight, bias, padding=1))
+    rstd = (variance + eps).rsqrt()
+    return _convnet_block_gradients(
+        grad_output, input, weight, norm_weight, norm_bias, centred, rstd, to_input, to_weight, (0, 2, 3)
+    )
 
 
 def convnet_block_second_gradients(
@@ -268,6 +357,14 @@ def _instance_norm(conv: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     mean = wide.mean((2, 3))
     centred = wide - mean[..., None, None]
     return centred, mean, (centred.square().mean((2, 3)) + eps).rsqrt()
+
+
+def _batch_statistics(conv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The map less its mean over the batch's planes of a channel, that mean, and the variance, in the dtype of sums."""
+    wide = conv.to(accumulation_dtype(conv.dtype))
+    mean = wide.mean((0, 2, 3))
+    centred = wide - mean[:, None, None]
+    return centred, mean, centred.square().mean((0, 2, 3))
 
 
 def _affine(planes: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

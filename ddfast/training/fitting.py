@@ -25,8 +25,8 @@ MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 class Fitting:
     """A network on its way.
 
-    ConvNet blocks with InstanceNorm are computed fused, which takes a fraction of the time; networks without them keep
-    every bit of PyTorch's own results.
+    ConvNet blocks are computed fused, which takes a fraction of the time; networks without them keep every bit of
+    PyTorch's own results.
 
     Attributes:
         model: the network, on the device and in the layout that is fastest there.

@@ -18,7 +18,11 @@ _IMPOSSIBLE = {
     # Counts are those of the members; mean, deviation and convolution are those of what goes with them.
     *(
         (op, place, f"{what} expanded")
-        for op, places in (("class_kl", (1, 2)), ("convnet_block_backward", range(1, 9)))
+        for op, places in (
+            ("class_kl", (1, 2)),
+            ("convnet_block_backward", range(1, 9)),
+            ("convnet_block_batch_norm_backward", range(1, 9)),
+        )
         for place in places
         for what in (*(f"dimension {dim}" for dim in range(4)), "one number")
     ),
@@ -89,6 +93,16 @@ def arguments(op: str) -> tuple:
         affine = normal(7), normal(7)
         _, mean, rstd, conv = reference.convnet_block(image, weight, bias, *affine, 1e-5, True)
         given = (normal(2, 7, 2, 3), image, weight, bias, *affine, mean, rstd, conv.contiguous())
+        return *given, 1e-5, True, True
+    if op == "convnet_block_batch_norm":
+        return normal(2, 5, 4, 6), normal(7, 5, 3, 3), normal(7), normal(7), normal(7), 1e-5
+    if op == "convnet_block_batch_norm_eval":
+        return *arguments("convnet_block_batch_norm")[:5], normal(7), normal(7).abs(), 1e-5
+    if op == "convnet_block_batch_norm_backward":
+        image, weight, bias = normal(2, 5, 4, 6), normal(7, 5, 3, 3), normal(7)
+        affine = normal(7), normal(7)
+        _, mean, variance, conv = reference.convnet_block_batch_norm(image, weight, bias, *affine, 1e-5)
+        given = (normal(2, 7, 2, 3), image, weight, bias, *affine, mean, variance, conv.contiguous())
         return *given, 1e-5, True, True
     if op == "convnet_block_curvature":
         conv = normal(2, 7, 4, 6)
