@@ -12,7 +12,7 @@ from ddfast.training.student import steps_of_a_pass
 VIEWS = (1, 4, 9)
 """What an image stands for: itself; 2 x 2 tiles (IDC, IDM); itself and 8 regions (UDD)."""
 
-_FINEST = 10  # the least number of times that the steps of whole passes have to fit in a training
+_DEAREST = 10  # of whose steps one, at most, is given up for whole passes
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class EqualSteps:
         single = steps_of_a_pass(count, batch)
         wanted = ((epochs or rules.epochs_for(ipc)) + rules.passes_after) * single
         unit = math.lcm(*(steps_of_a_pass(views * count, batch) for views in VIEWS))
-        if unit * _FINEST > wanted:
+        if wanted % unit * _DEAREST > wanted:
             unit = single
         return cls(wanted // unit * unit, batch, rules.passes_after)
 

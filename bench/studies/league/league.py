@@ -36,7 +36,7 @@ from bench.studies.arms import (
 from bench.studies.compare import integers
 from bench.studies.frozen import at_equal_steps, equal_steps
 from bench.studies.league.costs import cost_of, make_alone
-from bench.studies.league.page import write
+from bench.studies.league.page import draw_figures, write
 from bench.studies.league.results import Found, Results
 from bench.studies.league.roster import NAMES, Entry, add_options, settle
 from bench.studies.teachers import teachers
@@ -117,12 +117,13 @@ def main(argv: Sequence[str]) -> int:
                 Distillation.of(entry.arm(ipc, arguments), ipc, setup)
     name = "_".join(["league", Path(arguments.data).stem, *arguments.student])
     out = arguments.out or facts.RESULTS / "paper" / name
-    results, page = Results(TITLE), ""
+    results = Results(TITLE)
     for ipc in arguments.ipc:
         for entry in rows:
             _run(entry, ipc, setup, arguments, results)
-            page = write(results, rows, setup, out, arguments, argv)
-    print(page)
+            write(results, rows, setup, out, arguments, argv)
+        draw_figures(results, out, arguments)
+    print(write(results, rows, setup, out, arguments, argv))
     return 0
 
 

@@ -44,18 +44,22 @@ def write(
     arguments: argparse.Namespace,
     argv: Sequence[str],
 ) -> str:
-    """Write `<out>.csv`, `<out>.md` and the figures; returns the page."""
+    """Write `<out>.csv` and `<out>.md`; returns the page."""
     write_rows(out.with_suffix(".csv"), COLUMNS, _csv_rows(results, arguments))
-    pictures = []
-    for labels in arguments.labels:
-        points = [_point(each) for each in results.found if each.labels == labels]
-        if points:
-            picture = out.with_name(f"{out.name}_{labels}.png")
-            draw(picture, points, f"{_clock(results)} of a synthesis")
-            pictures.append((labels, picture.name))
-    text = page(results, rows, setup, pictures, arguments, argv)
+    text = page(results, rows, setup, out, arguments, argv)
     atomic_write_text(out.with_suffix(".md"), text)
     return text
+
+
+def draw_figures(results: Results, out: Path, arguments: argparse.Namespace) -> None:
+    """Accuracy against core-seconds, a figure for each kind of labels."""
+    for labels in arguments.labels:
+        if points := [_point(each) for each in results.found if each.labels == labels]:
+            draw(_picture(out, labels), points, f"{_clock(results)} of a synthesis")
+
+
+def _picture(out: Path, labels: str) -> Path:
+    return out.with_name(f"{out.name}_{labels}.png")
 
 
 def _csv_rows(results: Results, arguments: argparse.Namespace) -> Iterator[tuple[Any, ...]]:
@@ -99,7 +103,7 @@ def page(
     results: Results,
     rows: Sequence[Entry],
     setup: Setup,
-    pictures: Sequence[tuple[str, str]],
+    out: Path,
     arguments: argparse.Namespace,
     argv: Sequence[str],
 ) -> str:
@@ -121,8 +125,9 @@ def page(
     if results.left_out:
         lines += ["", "## Left out", ""]
         lines += [f"- {name}, IPC {ipc}: {reason}" for name, ipc, reason in dict.fromkeys(results.left_out)]
-    lines += ["", "## Accuracy against time", ""]
-    lines += [f"![{labels} labels: accuracy against time]({name})" for labels, name in pictures]
+    drawn = [labels for labels in arguments.labels if _picture(out, labels).is_file()]
+    lines += ["", "## Accuracy against time", ""] if drawn else []
+    lines += [f"![{labels} labels: accuracy against time]({_picture(out, labels).name})" for labels in drawn]
     lines += ["", "## How it was made", "", *_recipe(results, arguments), *_made(results, setup, arguments)]
     lines += ["", "## Budgets", "", *_budgets(results, rows, arguments)]
     return "\n".join([*lines, ""])

@@ -42,8 +42,14 @@ BUDGETS = {
 def league_words(toy_folder, toy_teacher, tiny_proxies, tiny_experts, prior, estimator, tmp_path):
     """Options of a study of any methods, at budgets that measure nothing."""
     given = {
-        **{"data": toy_folder, "teacher": toy_teacher, "proxies": tiny_proxies, "experts": tiny_experts},
-        **{"prior": prior, "estimator": estimator, "work": tmp_path / "work", "images-per-class": 12},
+        "data": toy_folder,
+        "teacher": toy_teacher,
+        "proxies": tiny_proxies,
+        "experts": tiny_experts,
+        "prior": prior,
+        "estimator": estimator,
+        "work": tmp_path / "work",
+        "images-per-class": 12,
     }
     words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     return words + [word for name, text in BUDGETS.items() for word in ("--budget", f"{name}:{text}")]
