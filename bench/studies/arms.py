@@ -37,7 +37,7 @@ from ddfast.training import EvaluationResult, ImageSet, evaluate
 from ddfast.training.image_sets import read_test_set
 from ddfast.training.protocol import Protocol, protocol_named
 
-FROZEN = ", frozen"  # behind a protocol's name
+FROZEN = "_frozen"  # behind a protocol's name
 # Settings of `distill` that an arm may name beside the options of its method.
 _OF_DISTILL = ("seed", "factor", "images_per_class", "precision", "preset", "normalization")
 

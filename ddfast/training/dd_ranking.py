@@ -262,7 +262,8 @@ def measure_accuracies(
         UsageError: of `evaluate`, or no set.
     """
     runs = list(range(seeds)) if isinstance(seeds, int) else [int(seed) for seed in seeds]
-    ours: list[Distilled] = list(distilled) if isinstance(distilled, (list, tuple)) else [distilled]
+    given: Any = distilled
+    ours: list[Distilled] = list(given) if isinstance(given, (list, tuple)) else [given]
     if not random:
         raise UsageError("DD-Ranking compares with random images: give at least one folder of them")
     if not ours:

@@ -10,7 +10,7 @@ from ddfast.training.protocol import Protocol
 from ddfast.training.student import steps_of_a_pass
 
 VIEWS = (1, 4, 9)
-"""What an image stands for: itself; 2 x 2 tiles (IDC, IDM); itself and 8 regions (UDD)."""
+"""What an image stands for: itself; 2 x 2 tiles (IDC, IDM, IGDS); itself and 8 regions (UDD)."""
 
 _DEAREST = 10  # of whose steps one, at most, is given up for whole passes
 
