@@ -51,13 +51,13 @@ def read_tensors(
         tensors = load(data)
         length = struct.unpack("<Q", data[:8])[0]
         raw = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-    except (SafetensorError, struct.error, ValueError) as error:
+    except (SafetensorError, struct.error, ValueError, RecursionError) as error:
         raise UsageError(f"{path} is no complete safetensors {what} ({len(data)} bytes): {advice}") from error
     metadata: dict[str, Any] = {}
     for key, value in raw.items():
         try:
             metadata[key] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             metadata[key] = value
     return tensors, metadata
 

@@ -202,6 +202,13 @@ def kills_of_ranks(suite: Suite) -> None:
             suite.judge("kill of a rank", f"{what}, resumed by {resumed}", out, broken, ranks=resumed)
 
 
+def several_ranks(suite: Suite) -> None:
+    """No fault at all: 1, 2 and 3 ranks from the start to the end."""
+    for ranks in (1, 2, 3):
+        with suite.folder() as out:
+            suite.judge("no fault, several ranks", f"{ranks} ranks", out, None, ranks=ranks)
+
+
 def changes_of_world_size(suite: Suite) -> None:
     """Score with n ranks, go on with m, and change again in the middle."""
     for ranks, then in suite.some(((1, 2), (1, 3), (2, 1), (2, 3), (3, 1), (3, 2))):
@@ -479,6 +486,7 @@ if __name__ == "__main__":
 
 KINDS: dict[str, Callable[[Suite], None]] = {
     "writes": kills_at_writes,
+    "equal": several_ranks,
     "ranks": kills_of_ranks,
     "world": changes_of_world_size,
     "disk": full_disks,

@@ -38,6 +38,7 @@ _BARE = {
     "UNet2DModel": "DDPMPipeline",
     "DiTTransformer2DModel": "DiTPipeline",
 }  # a network's folder by itself
+_MOST_TIMESTEPS = 100_000  # a schedule is held in memory
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -436,7 +437,28 @@ def _schedule(folder: Path | None) -> dict[str, Any]:
         raise UsageError(
             f"{path} predicts {held['prediction_type']!r}, wanted epsilon, sample or v_prediction"
         )
+    _check_schedule(path, held)
     return held
+
+
+def _check_schedule(path: Path, held: dict[str, Any]) -> None:
+    """Refuse settings of which diffusers makes no scheduler, or one without noise levels, before a run begins."""
+    from diffusers import DDPMScheduler
+
+    trained = held.get("num_train_timesteps", 1000)
+    if type(trained) is not int or not 2 <= trained <= _MOST_TIMESTEPS:
+        raise UsageError(
+            f"{path} has num_train_timesteps {str(trained)[:40]}, wanted a number from 2 to {_MOST_TIMESTEPS}: copy "
+            "the prior again"
+        )
+    try:
+        scheduler = DDPMScheduler.from_config(held, timestep_spacing="linspace")
+        scheduler.set_timesteps(2)
+        levels = scheduler.alphas_cumprod
+        if not bool(((levels >= 0) & (levels <= 1)).all()):  # NaN is neither
+            raise ValueError("noise levels that are no shares")
+    except Exception as error:  # diffusers checks none of its settings
+        raise UsageError(f"{path} makes no schedule ({one_line(error)}): copy the prior again") from error
 
 
 def _classes(denoiser: nn.Module, kind: str, folder: Path) -> int:
@@ -465,6 +487,11 @@ def _places(said: dict[str, Any], index: dict[str, Any]) -> dict[str, int] | Non
     if isinstance(names := said.get("class_names"), list):
         return {str(name): place for place, name in enumerate(names)}
     if isinstance(names := index.get("id2label"), dict):
+        for place in names:
+            if re.fullmatch(r"\s*[0-9]+\s*", place) is None:
+                raise UsageError(
+                    f"id2label of {_INDEX} has {place!r} for a label, wanted a number: copy the prior again"
+                )
         pairs = [(name.strip(), int(place)) for place, many in names.items() for name in str(many).split(",")]
         return dict(pairs) or None
     return None
@@ -473,7 +500,7 @@ def _places(said: dict[str, Any], index: dict[str, Any]) -> dict[str, int] | Non
 def _json(path: Path) -> dict[str, Any]:
     try:
         held = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read ({one_line(error)}): copy the prior again") from error
     if not isinstance(held, dict):
         raise UsageError(f"{path} holds no JSON object: copy the prior again")
