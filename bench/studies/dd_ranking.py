@@ -159,7 +159,7 @@ def write(
         f"weight {arguments.weight:g}. Where gains and losses cancel, a score is 0.269.\n"
     )
     lines = "".join(f"- {fact}\n" for fact in [*facts, *arguments.left_out])
-    made = told("dd_ranking", argv).replace("bench.studies", "bench")
+    made = told("dd_ranking", argv, "bench")
     atomic_write_text(arguments.out.with_suffix(".md"), f"{heading}\n{table(rows)}\n{lines}\n{made}")
 
 

@@ -1,7 +1,10 @@
-"""Networks that methods of the league need, as small as they come."""
+"""Networks that methods of the league need, as small as they come; and what every page of a study says."""
+
+import re
 
 import pytest
 
+from bench import facts
 from ddfast.training import train_experts, train_proxies
 from tests.methods.diffusion.conftest import estimator, prior
 
@@ -53,3 +56,28 @@ def league_words(toy_folder, toy_teacher, tiny_proxies, tiny_experts, prior, est
     }
     words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     return words + [word for name, text in BUDGETS.items() for word in ("--budget", f"{name}:{text}")]
+
+
+BUDGET = re.compile(
+    r"\d[\d,]* (?:epochs|steps|iterations|runs|seeds|images a class)|a set takes|seconds of a set|at IPC \d|"
+    r"Budget: the paper's"
+)
+
+
+def lacks(page):
+    """What a page does not say of how it was made."""
+    wanted = {
+        "command": "Made by `python -m bench",
+        "commit": f"written at commit {facts.commit()[0]}",
+        "options": " --",
+    }
+    missing = [what for what, text in wanted.items() if text not in page]
+    return [*missing, *([] if BUDGET.search(page) else ["budget"])]
+
+
+@pytest.fixture(autouse=True)
+def every_page_says_how_it_was_made(tmp_path):
+    """After each test: the pages that a study has written into its folder."""
+    yield
+    for path in tmp_path.glob("*.md"):
+        assert lacks(path.read_text("utf-8")) == [], path
