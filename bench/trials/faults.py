@@ -114,7 +114,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--each", type=int, default=None, help="faults of each kind, writes nothing; default all"
     )
     parser.add_argument("--work", type=Path, default=Path("runs/faults"))
-    parser.add_argument("--results", type=Path, default=facts.RESULTS / "faults.md")
+    parser.add_argument(
+        "--results", type=Path, default=None, help="page; default that of bench/results, and with --each none"
+    )
     arguments = parser.parse_args(argv)
     words = list(sys.argv[1:] if argv is None else argv)
     families, kinds = arguments.methods.split(","), arguments.only.split(",")
@@ -125,6 +127,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     import ddfast.distillation  # noqa: F401 - imported here, so that every forked process has it
 
     shutil.rmtree(arguments.work, ignore_errors=True)
+    results_page = arguments.results
+    if results_page is None and arguments.each is None:
+        results_page = facts.RESULTS / "faults.md"
     results: list[Result] = []
     started = time.monotonic()
     for family in families:
@@ -135,8 +140,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             KINDS[name](suite)
             ends = Counter(row[3].partition(":")[0] for row in suite.results[before:])
             print(f"{family}, {name}: {dict(ends)}, {time.monotonic() - started:.0f} s", flush=True)
-            if arguments.each is None:
-                _write(arguments.results, suite.results, words)
+            if results_page is not None:
+                _write(results_page, suite.results, words)
         results += suite.results
         shutil.rmtree(suite.work, ignore_errors=True)
     print(summary(results))

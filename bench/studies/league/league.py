@@ -83,6 +83,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[Entry]]:
     arguments.labels = [word.strip() for word in arguments.labels.split(",")]
     if unknown := [word for word in arguments.labels if word not in LABELS]:
         parser.error(f"--labels: {unknown[0]!r} is neither hard nor soft")
+    if len(arguments.teacher) > 1:
+        parser.error("soft labels are those of one teacher for all: give one --teacher")
     arguments.images_per_class = arguments.images_per_class or 300
     arguments.student = arguments.student or [arguments.matched]
     return arguments, settle(arguments)

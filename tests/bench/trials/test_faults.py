@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import facts
 from bench.trials.fault_kinds import damaged
 from bench.trials.faults import page, summary, with_earlier
 from bench.trials.processes import Outcome
@@ -25,7 +26,7 @@ def test_one_fault_of_every_kind_is_survived(tmp_path, family, kinds, least):
     done = subprocess.run(
         [
             *(sys.executable, "-m", "bench.trials.faults", "--work", str(tmp_path / "faults"), "--each", "1"),
-            *("--methods", family, "--only", kinds),
+            *("--methods", family, "--only", kinds, "--results", str(tmp_path / "faults.md")),
         ],
         capture_output=True,
         text=True,
@@ -37,6 +38,10 @@ def test_one_fault_of_every_kind_is_survived(tmp_path, family, kinds, least):
     total = next(line for line in done.stdout.splitlines() if line.startswith("| all | all |"))
     assert int(total.split("|")[3]) >= least
     assert total.endswith("| 0 |")
+    text = (tmp_path / "faults.md").read_text()
+    assert total in text
+    assert f"--methods {family} --only {kinds}" in text
+    assert f"- {facts.commit()[0]}" in text
 
 
 def test_the_summary_counts_what_was_lost_by_family():
