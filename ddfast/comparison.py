@@ -246,7 +246,7 @@ def _facts(root: Path) -> dict[str, Any]:
     """`run.json`, as far as it is there."""
     try:
         found = json.loads((root / RUN).read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -10,6 +10,7 @@ from bench.studies import against_time, cmi, grid, igds, udd, unrolled
 from bench.studies.infoutil import continual, entropy, gallery
 from bench.studies.infoutil import stage_costs as stages
 from bench.studies.infoutil.recipes import RECIPES
+from bench.studies.league import league
 from ddfast.errors import DDFastError, UsageError
 
 Study = Callable[[Sequence[str]], int]
@@ -27,6 +28,7 @@ STUDIES: dict[str, tuple[str, Study]] = {
     "all": ("every table above, one after another", every_table),
     "table4": (continual.TITLE, continual.main),
     "figure3": (stages.TITLE, stages.main),
+    "league": (league.TITLE, league.main),
     "cmi": (cmi.TITLE, cmi.main),
     "igds": (igds.TITLE, igds.main),
     "udd": (udd.TITLE, udd.main),

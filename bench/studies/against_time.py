@@ -123,8 +123,8 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def draw(path: Path, points: Sequence[Point]) -> None:
-    """A panel for each IPC and architecture: top-1 against seconds, on a logarithmic axis."""
+def draw(path: Path, points: Sequence[Point], along: str = "seconds of a synthesis") -> None:
+    """A panel for each IPC and architecture: top-1 against seconds, `along` in words, on a logarithmic axis."""
     kinds = list(dict.fromkeys((point.ipc, point.student) for point in points))
     names = list(dict.fromkeys(_name(point, points) for point in points))
     plain = [name for name in names if name.partition(",")[0] != "random"]
@@ -147,7 +147,7 @@ def draw(path: Path, points: Sequence[Point]) -> None:
             axis.margins(x=0.25)
             axis.spines[["top", "right", "left"]].set_visible(False)
             axis.grid(axis="y", color=GRID, linewidth=0.8, zorder=0)
-            axis.set_xlabel("seconds of a synthesis")
+            axis.set_xlabel(along)
             axis.set_title(f"IPC {ipc}, {student}", loc="left", fontsize=9.5, color=FAINT)
         axes[0].set_ylabel("test top-1, %")
 

@@ -7,6 +7,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench import facts
+
 
 def study_parser(name: str, description: str | None, *, wrapped: bool = False) -> argparse.ArgumentParser:
     """The parser of a study with the arguments that all share; its description as it stands, or `wrapped`."""
@@ -40,8 +42,11 @@ def study_parser(name: str, description: str | None, *, wrapped: bool = False) -
     return parser
 
 
-def told(name: str, argv: Sequence[str]) -> str:
-    """The command that makes the same from nothing: without the folders of the machine, and without what was kept."""
+def told(name: str, argv: Sequence[str], module: str = "bench.studies") -> str:
+    """The command that makes the same from nothing, and the commit that wrote the page.
+
+    Folders of the machine, and what was kept from earlier, are left out of it.
+    """
     words: list[str] = []
     given = iter(argv)
     for word in given:
@@ -49,4 +54,6 @@ def told(name: str, argv: Sequence[str]) -> str:
             next(given, None)
         elif not word.startswith(("--work=", "--out=", "--kept")):
             words.append(Path(word).name if "/" in word else word)
-    return f"Made by `python -m bench.studies {name} {shlex.join(words)}`.\n"
+    commit, changed = facts.commit()
+    where = f"commit {commit}{' and changes' if changed else ''}"
+    return f"Made by `python -m {module} {name} {shlex.join(words)}`; written at {where}.\n"

@@ -37,6 +37,7 @@ from ddfast.training import EvaluationResult, ImageSet, evaluate
 from ddfast.training.image_sets import read_test_set
 from ddfast.training.protocol import Protocol, protocol_named
 
+FROZEN = "_frozen"  # behind a protocol's name
 # Settings of `distill` that an arm may name beside the options of its method.
 _OF_DISTILL = ("seed", "factor", "images_per_class", "precision", "preset", "normalization")
 
@@ -114,7 +115,8 @@ class Training:
         width: channels of a ConvNet's layers, None for the default.
         labels: "online" or "stored". A protocol with hard labels takes neither.
         label_teacher: labels in place of the judging teacher, a file; None for that one.
-        protocol: a name of `ddfast.training.PROTOCOLS`.
+        protocol: a name of `ddfast.training.PROTOCOLS`; with `FROZEN` behind it, learning rates that come with images
+            are not taken.
         autoaugment: AutoAugment on the students' images.
         epochs: passes over the set; None: the protocol's for the IPC.
         batch_size: images a step; None: the protocol's.
@@ -134,7 +136,8 @@ class Training:
     @property
     def rules(self) -> Protocol:
         """The protocol."""
-        named = protocol_named(self.protocol)
+        named = protocol_named(self.protocol.removesuffix(FROZEN))
+        named = dataclasses.replace(named, name=self.protocol)
         return dataclasses.replace(named, test_from=1.0, tests=0) if self.last_only else named
 
     @property

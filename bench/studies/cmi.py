@@ -14,10 +14,8 @@ several methods have in common, random images and herding, is there once for a p
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,8 @@ from bench import facts
 from bench.studies.arguments import study_parser, told
 from bench.studies.arms import Arm, Setup, Training, at_ipc, by_ipc, set_of, train_students
 from bench.studies.compare import integers, made_with, teacher_fact
-from ddfast.files import atomic_write_text, make_folder
+from bench.studies.tables import mean_and_spread, paired, write_rows
+from ddfast.files import atomic_write_text
 from ddfast.methods import get_method
 from ddfast.models.registry import features
 from ddfast.output.pixels import read_curve
@@ -316,20 +315,19 @@ def _cmi_of(folder: Path, proxies: Path) -> float:
 def _write(found: Sequence[Found], arguments: argparse.Namespace, argv: Sequence[str]) -> str:
     name = "cmi" if arguments.method == "dm" else f"cmi_{arguments.method}"
     out = arguments.out or facts.RESULTS / "paper" / f"{name}_{Path(arguments.data).stem}_{arguments.arch}"
-    make_folder(out.parent)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    write_rows(out.with_suffix(".csv"), COLUMNS, _csv_rows(found, arguments))
+    page = _page(found, arguments, argv)
+    atomic_write_text(out.with_suffix(".md"), page)
+    return page
+
+
+def _csv_rows(found: Sequence[Found], arguments: argparse.Namespace) -> Iterator[tuple[Any, ...]]:
     for each in found:
         for number, (result, seconds) in enumerate(zip(each.sets, each.seconds, strict=True)):
             of_set = (each.arm, each.ipc, each.student, arguments.protocol, number)
             for seed, top1 in zip(result["seeds"], result["top1"], strict=True):
                 made = (result["epochs"], f"{top1:.2f}", f"{seconds:.1f}", " ".join(result["commits"]))
-                writer.writerow((*of_set, seed, *made))
-    atomic_write_text(out.with_suffix(".csv"), text.getvalue())
-    page = _page(found, arguments, argv)
-    atomic_write_text(out.with_suffix(".md"), page)
-    return page
+                yield (*of_set, seed, *made)
 
 
 COLUMNS = ("arm", "ipc", "student", "protocol", "set", "seed", "epochs", "top1", "seconds", "commits")
@@ -391,20 +389,14 @@ def _paper(arm: str, ipc: int, student: str, subject: Subject, arguments: argpar
 
 
 def _cell(each: Found, subject: Subject, arguments: argparse.Namespace) -> str:
-    means = each.means
-    spread = means if len(means) > 1 else each.sets[0]["top1"]
-    deviation = f" ± {statistics.stdev(spread):.1f}" if len(spread) > 1 else ""
     paper = _paper(each.arm, each.ipc, each.student, subject, arguments)
-    return f"{statistics.mean(means):.1f}{deviation}" + ("" if paper is None else f" ({paper})")
+    return mean_and_spread(each.means, each.sets[0]["top1"]) + ("" if paper is None else f" ({paper})")
 
 
 def _delta(base: Found, with_cmi: Found, subject: Subject, arguments: argparse.Namespace) -> str:
     """One line: the gain of every set, their mean and deviation, and the paper's."""
     gains = [ours - theirs for ours, theirs in zip(with_cmi.means, base.means, strict=True)]
-    text = f"- IPC {base.ipc}: {statistics.mean(gains):+.2f}"
-    if len(gains) > 1:
-        each = ", ".join(f"{gain:+.2f}" for gain in gains)
-        text += f" ± {statistics.stdev(gains):.2f} over {len(gains)} sets ({each})"
+    text = f"- IPC {base.ipc}: {paired(gains)}"
     theirs, ours = (
         _paper(found.arm, found.ipc, found.student, subject, arguments) for found in (base, with_cmi)
     )

@@ -15,6 +15,7 @@ import csv
 import io
 import json
 import platform
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 
 import ddfast
+from bench.studies.arguments import told
 from bench.studies.arms import Arm, Setup, Training, at_ipc, by_ipc, teacher_at, train_students
 from ddfast.files import atomic_write_text, make_folder
 
@@ -129,7 +131,7 @@ def facts(results: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> l
     ]
 
 
-def write(results: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> None:
+def write(results: Sequence[dict[str, Any]], arguments: argparse.Namespace, argv: Sequence[str] = ()) -> None:
     """Write `<out>.csv` and `<out>.md`."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -141,7 +143,7 @@ def write(results: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> N
     lines = "".join(f"- {fact}\n" for fact in facts(results, arguments))
     arms = "".join(f"- {arm}\n" for arm in arguments.arm)
     heading = judged(arguments.own_sets, arguments.held_out)
-    page = f"{heading}\n\n{table(results, arguments.ipc)}\n{lines}\nArms:\n{arms}"
+    page = f"{heading}\n\n{table(results, arguments.ipc)}\n{lines}\nArms:\n{arms}\n{told('compare', argv, 'bench')}"
     atomic_write_text(arguments.out.with_suffix(".md"), page)
 
 
@@ -234,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             seeds = range(at_ipc(arguments.seeds, ipc) or 0)
             results.append(train_students(arm, ipc, setup, training, seeds))
-            write(results, arguments)
+            write(results, arguments, sys.argv[1:] if argv is None else argv)
     print(table(results, arguments.ipc))
     return 0
 

@@ -43,6 +43,7 @@ from bench.studies.arms import (
     train_students,
 )
 from bench.studies.compare import integers, made_with, teacher_fact
+from bench.studies.tables import mean_and_spread, paired
 from ddfast.files import atomic_write_bytes, atomic_write_text, make_folder
 from ddfast.methods.diffusion.igds import IGDS
 from ddfast.models.diffusion import load_prior, sample
@@ -414,25 +415,18 @@ def _page(
 
 
 def _cell(each: Found) -> str:
-    means = each.means
-    spread = means if len(means) > 1 else each.sets[0]["top1"]
-    deviation = f" ± {statistics.stdev(spread):.1f}" if len(spread) > 1 else ""
     told_of = [
         f"{name} {value:.2f}"
         for name, value in (("I", each.information), ("H", each.context))
         if value is not None and math.isfinite(value)
     ]
-    return f"{statistics.mean(means):.1f}{deviation}" + (f" ({', '.join(told_of)})" if told_of else "")
+    return mean_and_spread(each.means, each.sets[0]["top1"]) + (f" ({', '.join(told_of)})" if told_of else "")
 
 
 def _gain(plain: Found, guided: Found) -> str:
     """One line: the gain of every set, their mean and deviation."""
     gains = [ours - theirs for ours, theirs in zip(guided.means, plain.means, strict=True)]
-    text = f"- IPC {plain.ipc}, {plain.labels} labels: {statistics.mean(gains):+.2f}"
-    if len(gains) > 1:
-        each = ", ".join(f"{gain:+.2f}" for gain in gains)
-        text += f" ± {statistics.stdev(gains):.2f} over {len(gains)} sets ({each})"
-    return text
+    return f"- IPC {plain.ipc}, {plain.labels} labels: {paired(gains)}"
 
 
 def _how(found: Sequence[Found], plain: float | None, arguments: argparse.Namespace) -> list[str]:

@@ -32,6 +32,7 @@ from bench import facts
 from bench.studies.arguments import told
 from bench.studies.arms import at_ipc, by_ipc
 from bench.studies.compare import integers
+from bench.studies.tables import mean_and_spread, paired
 from ddfast.files import atomic_write_text, make_folder
 from ddfast.methods.base import Context
 from ddfast.methods.matching.udd import POLICIES, UDD
@@ -322,14 +323,9 @@ def _paper(name: str, ipc: int, arguments: argparse.Namespace) -> float | None:
 def _cell(each: Found | None, arguments: argparse.Namespace) -> str:
     if each is None:
         return ""
-    spread = f" ± {statistics.stdev(each.means):.1f}" if len(each.means) > 1 else ""
     paper = _paper(each.arm.name, each.ipc, arguments) if each.arm.regions == "chosen" else None
     steps = each.sets[0][0]["steps"]
-    return (
-        f"{statistics.mean(each.means):.1f}{spread}"
-        + ("" if paper is None else f" ({paper})")
-        + f", {steps:,} steps"
-    )
+    return mean_and_spread(each.means) + ("" if paper is None else f" ({paper})") + f", {steps:,} steps"
 
 
 def _delta(
@@ -340,10 +336,7 @@ def _delta(
     if pair[0] is None or pair[1] is None:
         return ""
     gains = [new - old for old, new in zip(pair[0].means, pair[1].means, strict=True)]
-    text = f"- {ours} less {base}, IPC {ipc}: {statistics.mean(gains):+.2f}"
-    if len(gains) > 1:
-        each = ", ".join(f"{gain:+.2f}" for gain in gains)
-        text += f" ± {statistics.stdev(gains):.2f} over {len(gains)} sets ({each})"
+    text = f"- {ours} less {base}, IPC {ipc}: {paired(gains)}"
     old, new = (_paper(name, ipc, arguments) for name in (base, ours))
     return text if old is None or new is None else f"{text}; the paper {new - old:+.1f}"
 

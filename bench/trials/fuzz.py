@@ -4,8 +4,9 @@
 
 COUNT damaged images (JPEG, PNG, GIF, BMP, WebP, TIFF, PPM), each through every loader that is installed, and a
 twenty-fifth of COUNT of each other kind: archives, manifests, metadata, soft labels, score tables, remembered
-listings, teachers. A case is drawn from its kind, its number and the seed alone, so `--case jpeg:17` repeats one. It
-runs in a worker process with a limit on time and memory. Outcomes:
+listings, teachers; and of what methods that make pixels keep: pixels, states, curves, proxies, experts, priors. A case
+is drawn from its kind, its number and the seed alone, so `--case jpeg:17` repeats one. It runs in a worker process with
+a limit on time and memory. Outcomes:
 
     read       an image, a source or a table came out
     refused    one clear line: UsageError (BadImage among them)
@@ -36,9 +37,19 @@ from pathlib import Path
 from typing import Any
 
 from bench import facts
+from bench.trials import made_files
 
 OUTCOMES = ("read", "refused", "crash", "hang", "other")
 MEMORY = 6 << 30  # address space above what the libraries take, in bytes
+_OF_ALL = (
+    "zip",
+    "tar",
+    "shards",
+    "listing",
+    "labels",
+    "teacher",
+    "state dict",
+)  # kinds that any method may read
 SHARE = 25  # one case of each other kind to so many images
 
 Case = tuple[str, int]
@@ -103,6 +114,8 @@ def read(case: Case, seed: int, folder: Path) -> str:
             source.fingerprint()
             images, _, bad = load_all(source, 16, workers=0)
         return f"{len(images)} images, {len(bad)} bad"
+    if kind in made_files.KINDS:
+        return made_files.read_damaged(kind, data, folder)
     if kind == "labels":
         return _read_labels(data, folder)
     if kind in ("manifest", "metadata", "soft labels"):
@@ -315,16 +328,29 @@ def run_all(wanted: Sequence[Case], seed: int, limit: float, workers: int) -> di
     return found
 
 
-def report(found: dict[Case, tuple[str, str]], seed: int) -> str:
+def family_of(kind: str) -> str:
+    """The family of methods that reads a kind of file: every one has images and archives."""
+    from bench.trials.mutation import FORMATS
+
+    if kind in made_files.KINDS:
+        return made_files.KINDS[kind].family
+    return "all methods" if kind in (*FORMATS, *_OF_ALL) else "selection"
+
+
+def report(found: dict[Case, tuple[str, str]], seed: int, argv: Sequence[str] = ()) -> str:
     """The counts as a page."""
     counts: dict[str, Counter[str]] = {}
+    families: dict[str, Counter[str]] = {}
     for (kind, _), (outcome, _) in found.items():
         counts.setdefault(kind, Counter())[outcome] += 1
+        families.setdefault(family_of(kind), Counter())[outcome] += 1
     loaders = _loaders()
     lines = [
         "# Damaged files",
         "",
-        f"`python -m bench fuzz`, seed {seed}: {len(found)} damaged files (bit flips, truncations, splices, header",
+        f"Made by `python -m bench {' '.join(['fuzz', *argv])}`.",
+        "",
+        f"Seed {seed}: {len(found)} damaged files (bit flips, truncations, splices, header",
         "fields, random, inserted, deleted and repeated chunks; checksums of PNG and tar mostly made to fit again).",
         f"Images go through every loader: {', '.join(loaders)}. Read: something came out. Refused: one clear line.",
         "Other: another exception, several lines, or loaders that disagree on whether there is an image.",
@@ -332,17 +358,27 @@ def report(found: dict[Case, tuple[str, str]], seed: int) -> str:
         f"Pillow {facts.version('pillow')}, torchvision {facts.version('torchvision')}, "
         f"pyarrow {facts.version('pyarrow')}, safetensors {facts.version('safetensors')}; commit {facts.commit()[0]}.",
         "",
-        f"| kind | files | {' | '.join(OUTCOMES)} |",
-        f"| --- | --- | {' | '.join('---' for _ in OUTCOMES)} |",
+        *_counted("kind", {**counts, "all": sum(counts.values(), Counter())}),
+        "",
+        *_counted("read by", families),
     ]
-    for kind, counter in [*counts.items(), ("all", sum(counts.values(), Counter()))]:
-        cells = " | ".join(str(counter[outcome]) for outcome in OUTCOMES)
-        lines.append(f"| {kind} | {sum(counter.values())} | {cells} |")
     wrong = [(case, told) for case, told in sorted(found.items()) if told[0] not in ("read", "refused")]
     if wrong:
         lines += ["", "To repeat one: `python -m bench fuzz --case KIND:NUMBER`.", ""]
         lines += [f"- {kind}:{number}: {outcome}, {text}" for (kind, number), (outcome, text) in wrong]
     return "\n".join(lines) + "\n"
+
+
+def _counted(head: str, counts: dict[str, Counter[str]]) -> list[str]:
+    """A table of outcomes."""
+    lines = [
+        f"| {head} | files | {' | '.join(OUTCOMES)} |",
+        f"| --- | --- | {' | '.join('---' for _ in OUTCOMES)} |",
+    ]
+    for name, counter in counts.items():
+        cells = " | ".join(str(counter[outcome]) for outcome in OUTCOMES)
+        lines.append(f"| {name} | {sum(counter.values())} | {cells} |")
+    return lines
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -369,7 +405,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     check_wholes(arguments.seed)
     found = run_all(wanted, arguments.seed, arguments.limit, arguments.workers)
-    page = report(found, arguments.seed)
+    page = report(found, arguments.seed, sys.argv[1:] if argv is None else argv)
     print(page)
     if arguments.out is not None:
         from ddfast.files import atomic_write_text

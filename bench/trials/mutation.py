@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from bench.trials import made_files
+
 FORMATS = {
     "jpeg": "jpg",
     "png": "png",
@@ -40,6 +42,7 @@ FILES = (
     "labels",
     "teacher",
     "state dict",
+    *made_files.KINDS,
 )
 """Kinds that are no image; "shards" is a tar with .cls and .json labels, "labels" the metadata of a folder."""
 
@@ -58,7 +61,7 @@ _WORDS = (
     b'"\\u0000"',
     b'"\\ud800"',
 )
-_TEXT = ("manifest", "metadata", "labels")
+_TEXT = ("manifest", "metadata", "labels", *made_files.TEXT)
 
 
 # Whole files ------------------------------------------------------------------------------------------------
@@ -210,6 +213,8 @@ def write_distilled(root: Path) -> Path:
 @cache
 def whole_files(kind: str) -> tuple[bytes, ...]:
     """Whole files of one of `FILES`."""
+    if kind in made_files.KINDS:
+        return (made_files.whole_file(kind),)
     if kind == "zip":
         return _zip(_class_files(), zipfile.ZIP_DEFLATED), _zip(_class_files(), zipfile.ZIP_STORED)
     if kind == "tar":

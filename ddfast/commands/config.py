@@ -267,7 +267,7 @@ def _of_manifest(path: Path, plan: dict[str, Any], given: Sequence[str]) -> dict
         flags |= options
     try:
         facts = json.loads((path.parent / RUN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         facts = {}
     for name in ("data", "teacher", "label_teacher", *method.place_names()):
         flags[name] = facts.get(name)

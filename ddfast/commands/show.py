@@ -141,7 +141,7 @@ def _report(arguments: argparse.Namespace) -> None:
     if data is None:
         try:
             data = json.loads((distilled.root / RUN).read_text("utf-8"))["data"]
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, RecursionError):
             say(f"{RUN} names no data: the report goes without sources (--data gives them)")
     try:
         source = None if data is None else open_source(data, "train")

@@ -247,6 +247,6 @@ def _features(metadata: dict[bytes, bytes] | None) -> dict[str, dict[str, Any]]:
     """Column -> what Hugging Face's `datasets` wrote of it into the schema; empty where it wrote nothing."""
     try:
         found = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, RecursionError):
         return {}
     return {c: f for c, f in found.items() if isinstance(f, dict)} if isinstance(found, dict) else {}

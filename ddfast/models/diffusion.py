@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import math
 import os
 import re
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from ddfast.arguments import path_of
 from ddfast.errors import UsageError, one_line, shown
+from ddfast.models.schedules import read_json, read_schedule
 from ddfast.wording import argument, on_command_line, plural
 
 PRIOR_FILE = "prior.json"
@@ -324,12 +324,12 @@ def load_prior(spec: str | Path) -> Prior:
             "whole pipeline's folder"
         )
     scale = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)  # type: ignore[union-attr, arg-type]
-    said = _json(folder / PRIOR_FILE) if (folder / PRIOR_FILE).is_file() else {}
+    said = read_json(folder / PRIOR_FILE) if (folder / PRIOR_FILE).is_file() else {}
     return Prior(
         denoiser=denoiser,
-        schedule=_schedule(parts.get("scheduler")),
+        schedule=read_schedule(parts.get("scheduler")) or new_schedule(),
         vae=vae,
-        places=_places(said, _json(folder / _INDEX) if (folder / _INDEX).is_file() else {}),
+        places=_places(said, read_json(folder / _INDEX) if (folder / _INDEX).is_file() else {}),
         classes=_classes(denoiser, kind, folder),
         image_size=side * scale,
         shape=(channels, side, side),
@@ -373,7 +373,7 @@ def _parts(folder: Path) -> tuple[str, dict[str, Path]]:
         UsageError: no pipeline of diffusers, another kind, or a part is missing.
     """
     if (folder / _INDEX).is_file():
-        kind = str(_json(folder / _INDEX).get("_class_name"))
+        kind = str(read_json(folder / _INDEX).get("_class_name"))
         if kind not in PIPELINES:
             raise UsageError(f"the prior {folder} is a {kind}, wanted one of {', '.join(PIPELINES)}")
         names = {"denoiser": PIPELINES[kind], "scheduler": "scheduler"}
@@ -389,7 +389,7 @@ def _parts(folder: Path) -> tuple[str, dict[str, Path]]:
                 raise UsageError(f"the prior {folder} lacks its network ({name}/): copy it again")
         return kind, {part: folder / name for part, name in names.items()}
     if (folder / "config.json").is_file():
-        kind = _BARE.get(str(_json(folder / "config.json").get("_class_name")), "")
+        kind = _BARE.get(str(read_json(folder / "config.json").get("_class_name")), "")
         if kind == "DDPMPipeline" and _holds_network(folder):
             return kind, {"denoiser": folder}
         if kind in _VAE:
@@ -409,7 +409,7 @@ def _network(folder: Path, prior: Path) -> nn.Module:
     """The network of a folder, by diffusers' class of that name."""
     import diffusers
 
-    name = str(_json(folder / "config.json").get("_class_name"))
+    name = str(read_json(folder / "config.json").get("_class_name"))
     kind: Any = getattr(diffusers, name, None)
     is_network = isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)
     if not is_network:
@@ -425,19 +425,6 @@ def _network(folder: Path, prior: Path) -> nn.Module:
     if bad is not None:
         raise UsageError(f"the prior {prior} holds NaN or infinity in {bad}: train it again")
     return found
-
-
-def _schedule(folder: Path | None) -> dict[str, Any]:
-    """The settings of a scheduler as DDPM's takes them."""
-    path = None if folder is None else folder / "scheduler_config.json"
-    if path is None or not path.is_file():
-        return new_schedule()
-    held = {key: value for key, value in _json(path).items() if not key.startswith("_")}
-    if held.get("prediction_type", "epsilon") not in ("epsilon", "sample", "v_prediction"):
-        raise UsageError(
-            f"{path} predicts {held['prediction_type']!r}, wanted epsilon, sample or v_prediction"
-        )
-    return held
 
 
 def _classes(denoiser: nn.Module, kind: str, folder: Path) -> int:
@@ -466,16 +453,11 @@ def _places(said: dict[str, Any], index: dict[str, Any]) -> dict[str, int] | Non
     if isinstance(names := said.get("class_names"), list):
         return {str(name): place for place, name in enumerate(names)}
     if isinstance(names := index.get("id2label"), dict):
+        for place in names:
+            if re.fullmatch(r"\s*[0-9]+\s*", place) is None:
+                raise UsageError(
+                    f"id2label of {_INDEX} has {place!r} for a label, wanted a number: copy the prior again"
+                )
         pairs = [(name.strip(), int(place)) for place, many in names.items() for name in str(many).split(",")]
         return dict(pairs) or None
     return None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        held = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read ({one_line(error)}): copy the prior again") from error
-    if not isinstance(held, dict):
-        raise UsageError(f"{path} holds no JSON object: copy the prior again")
-    return held

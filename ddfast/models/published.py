@@ -199,7 +199,7 @@ def _huggingface(name: str, normalization: Normalization | None = None) -> Publi
             raise UsageError(f"{name} has no config.json: give a folder that save_pretrained made")
         try:
             held = json.loads(config.read_text("utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UsageError(f"{config} cannot be read ({one_line(error)})") from error
         if isinstance(held, dict) and "architecture" in held and "model_type" not in held:
             return _timm(name, "local-dir:")

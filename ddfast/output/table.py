@@ -78,7 +78,7 @@ _DIGITS = 32
 _FOOTER_END = 8  # its length, 4 bytes, and the magic number
 # pyarrow's readers raise ArrowException (some of them are OSError or ValueError as well), and OSError for the
 # file.
-_READ_ERRORS = (pa.ArrowException, OSError, ValueError, MemoryError)
+_READ_ERRORS = (pa.ArrowException, OSError, ValueError, MemoryError, RecursionError)
 
 
 def score_schema(width: int = 0) -> pa.Schema:

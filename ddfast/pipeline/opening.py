@@ -252,7 +252,7 @@ def _facts_of(
     try:
         facts = json.loads((out / RUN).read_text(encoding="utf-8"))
         return {**{key: facts[key] for key in ("data", "teacher", "label_teacher")}, **facts}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         given: dict[str, Any] = {"data": None if data is None else described(data)}
         if plan["teacher"] is not None:
             given["teacher"] = teacher
@@ -532,7 +532,7 @@ def _warn_of_crowding(run: Run, neighbours: Neighbours) -> None:
 def _earlier_seconds(out: Path) -> dict[str, float]:
     try:
         return dict(json.loads((out / RUN).read_text(encoding="utf-8"))["seconds"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
 
 

@@ -306,7 +306,7 @@ def read_plan(out: Path) -> dict[str, Any] | None:
         return None
     try:
         plan = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is damaged: delete {out} and start again") from error
     if not isinstance(plan, dict) or plan.get("format_version") != FORMAT_VERSION or not _is_arithmetic(plan):
         raise UsageError(f"{path} is no manifest of this version of ddfast; choose another folder")

@@ -138,7 +138,7 @@ def read_folder(root: str | Path) -> Folder:
                     places.append(images)
                     rows.append(row)
                 images += 1
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(
             f"{root} is no distilled set with images ({error}): run ddfast distill first"
         ) from error

@@ -214,7 +214,7 @@ def _real(
     if data is None:
         try:
             data = json.loads((opened.root / RUN).read_text("utf-8"))["data"]
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, RecursionError):
             raise UsageError(
                 f"{opened.root / RUN} names no data: give {argument('data')}, or a {argument('teacher')}"
             ) from None

@@ -15,7 +15,7 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,10 @@ from ddfast.errors import UsageError
 from ddfast.files import atomic_write_text, make_folder
 from ddfast.models.teacher import Teacher, load_teacher
 from ddfast.training.distilled_images import DistilledImages
-from ddfast.training.evaluation import check_recipe, evaluate
+from ddfast.training.equal_steps import EqualSteps, images_of_a_pass
+from ddfast.training.evaluation import check_recipe, evaluate, read_distilled
 from ddfast.training.image_sets import ImageSet
+from ddfast.training.protocol import PROTOCOLS
 
 WEIGHT = 0.5  # w and gamma on the authors' leaderboard
 RECIPES = {"hard": "dc", "soft": "rded", "plain": "rded_plain"}
@@ -222,9 +224,13 @@ class Accuracies:
         }
 
 
+Distilled = str | Path | DistilledImages
+"""A distilled folder, or its images in memory."""
+
+
 def measure_accuracies(
-    distilled: str | Path | DistilledImages,
-    random: Sequence[str | Path | DistilledImages],
+    distilled: Distilled | Sequence[Distilled],
+    random: Sequence[Distilled],
     data: str | Path | ImageSet,
     *,
     arch: str,
@@ -236,50 +242,90 @@ def measure_accuracies(
 ) -> Accuracies:
     """Train the students that both scores need: six a seed.
 
+    All students of a recipe take the same updates. Where an image of one set stands for several, for its tiles or its
+    regions, and one of the other does not, the first is seen in fewer passes.
+
     Args:
-        distilled: a distilled folder, or its images in memory.
-        random: the same of random images at the same IPC; run i takes the i-th, the first again behind the last.
+        distilled: a distilled folder, or its images in memory; or several, of which run i takes the i-th, the first
+            again behind the last.
+        random: the same of random images at the same IPC.
         data: the real data, whose test split is used, or that split decoded.
         arch: the students' architecture.
         full_accuracy: test accuracy in percent of this architecture after training on the whole real set with
             hard labels.
         seeds: how many runs, or the seeds of their students.
         teacher: labels the soft students' batches online; None: the stored soft labels.
-        epochs: passes over the sets; None: the protocols'.
+        epochs: passes over sets of whole images; None: the protocols'.
         settings: further arguments of `evaluate`.
 
     Raises:
-        UsageError: of `evaluate`, or no random set.
+        UsageError: of `evaluate`, or no set.
     """
     runs = list(range(seeds)) if isinstance(seeds, int) else [int(seed) for seed in seeds]
+    given: Any = distilled
+    ours: list[Distilled] = list(given) if isinstance(given, (list, tuple)) else [given]
     if not random:
         raise UsageError("DD-Ranking compares with random images: give at least one folder of them")
-    for one in (distilled, *random):
+    if not ours:
+        raise UsageError("DD-Ranking scores a distilled set: give at least one folder of it")
+    for one in (*ours, *random):
         check_recipe(one, RECIPES["soft"], teacher is not None)
     if isinstance(teacher, (str, Path)):
         teacher = load_teacher(teacher)
+    passes = {
+        recipe: _passes(recipe, [*ours, *random], arch, teacher, epochs, settings) for recipe in RECIPES
+    }
 
-    def accuracy(folder: str | Path | DistilledImages, recipe: str, seed: int) -> float:
-        found = evaluate(
-            folder,
-            data,
-            arch=arch,
-            seeds=[seed],
-            teacher=None if recipe == "hard" else teacher,
-            protocol=RECIPES[recipe],
-            epochs=epochs,
-            **settings,
-        )
-        return found.mean
+    def accuracies(sets: Sequence[Distilled], first: int, recipe: str) -> list[float]:
+        found = []
+        for number, seed in enumerate(runs):
+            place = number % len(sets)
+            result = evaluate(
+                sets[place],
+                data,
+                arch=arch,
+                seeds=[seed],
+                teacher=None if recipe == "hard" else teacher,
+                protocol=RECIPES[recipe],
+                **{**settings, **passes[recipe][first + place]},
+            )
+            found.append(result.mean)
+        return found
 
     return Accuracies(
         full_hard=full_accuracy,
-        distilled={recipe: [accuracy(distilled, recipe, seed) for seed in runs] for recipe in RECIPES},
-        random={
-            recipe: [accuracy(random[i % len(random)], recipe, seed) for i, seed in enumerate(runs)]
-            for recipe in RECIPES
-        },
+        distilled={recipe: accuracies(ours, 0, recipe) for recipe in RECIPES},
+        random={recipe: accuracies(random, len(ours), recipe) for recipe in RECIPES},
     )
+
+
+def _passes(
+    recipe: str,
+    sets: Sequence[Distilled],
+    arch: str,
+    teacher: Teacher | None,
+    epochs: int | None,
+    settings: Mapping[str, Any],
+) -> list[dict[str, int | None]]:
+    """Epochs and batch size for each set: of the protocol where all are of one size, else at equal steps."""
+    rules, batch_size = PROTOCOLS[RECIPES[recipe]], settings.get("batch_size")
+    shown = {name: settings[name] for name in ("rounded", "regions") if name in settings}
+    opened = [read_distilled(one, **shown) for one in sets]
+    seen = [images_of_a_pass(one, rules) for one in opened]
+    if len(set(seen)) == 1:
+        return [{"epochs": epochs, "batch_size": batch_size}] * len(sets)
+    least = opened[seen.index(min(seen))]
+    steps = EqualSteps.of(
+        rules,
+        least.ipc,
+        least.num_classes,
+        least.image_size,
+        arch=arch,
+        teacher_arch=teacher.arch if teacher is not None and recipe != "hard" else None,
+        epochs=epochs,
+        batch_size=batch_size,
+    )
+    return [{"epochs": steps.epochs_of(count), "batch_size": steps.batch_size} for count in seen]
 
 
 def write_scores(

@@ -352,7 +352,7 @@ def _held(kind: Kind, out: Path, count: int, resume: bool) -> dict[str, Any] | N
         return None
     try:
         held = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         held = None
     if not isinstance(held, dict) or held.get("format") != kind.format:
         raise UsageError(f"{path} is no table of {kind.nouns}, or damaged: choose another {argument('out')}")

@@ -381,7 +381,7 @@ def _said(out: Path) -> dict[str, Any]:
     """`prior.json` of a folder."""
     try:
         held = json.loads((out / PRIOR_FILE).read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         held = None
     if not isinstance(held, dict) or held.get("format") != FORMAT:
         raise UsageError(f"{out / PRIOR_FILE} is damaged: choose another {argument('out')}")

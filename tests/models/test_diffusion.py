@@ -287,3 +287,44 @@ def test_our_kernels_are_not_taken_for_the_package_of_that_name(monkeypatch):
     with _own_kernels_hidden():
         assert importlib.util.find_spec("kernels") is None
     assert importlib.util.find_spec("kernels") is not None
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"beta_end": "0.02"}, "makes no schedule"),
+        ({"beta_start": float("nan")}, "makes no schedule .*no shares"),
+        ({"beta_schedule": []}, "makes no schedule"),
+        ({"trained_betas": {"a": 1}}, "makes no schedule"),
+        ({"num_train_timesteps": float("nan")}, "has num_train_timesteps nan, wanted a number from 2"),
+        ({"num_train_timesteps": 10**18}, "has num_train_timesteps 10{18}, wanted"),
+        ({"num_train_timesteps": "1000"}, "has num_train_timesteps 1000, wanted"),
+        ({"num_train_timesteps": 1}, "has num_train_timesteps 1, wanted"),
+    ],
+)
+def test_a_schedule_that_diffusers_does_not_take_is_refused_at_once(folders, tmp_path, settings, said):
+    folder = shutil.copytree(folders["DDPMPipeline"], tmp_path / "prior")
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    with pytest.raises(UsageError, match=said) as found:
+        load_prior(folder)
+    assert str(found.value).endswith("copy the prior again")
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"])
+def test_json_that_nests_too_deep_is_refused(folders, tmp_path, name):
+    folder = shutil.copytree(folders["DDPMPipeline"], tmp_path / "prior")
+    (folder / name).write_text('{"_class_name": ' + "[" * 100_000)
+    with pytest.raises(UsageError, match=r"cannot be read .*: copy the prior again"):
+        load_prior(folder)
+
+
+@pytest.mark.parametrize("label", ["one", "-1", "1.0", "²", ""])
+def test_a_label_that_is_no_number_is_refused(folders, tmp_path, label):
+    folder = shutil.copytree(folders["DiTPipeline"], tmp_path / "prior")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["id2label"] = {"0": "across", label: "down"}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UsageError, match=r"has '.*' for a label, wanted a number: copy the prior again$"):
+        load_prior(folder)

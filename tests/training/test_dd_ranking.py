@@ -3,7 +3,7 @@
 import csv
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -143,3 +143,32 @@ def test_students_are_those_of_evaluate(toy_train, toy_test):
 def test_no_random_images_is_an_error(toy_train, toy_test):
     with pytest.raises(UsageError, match="give at least one"):
         measure_accuracies(distilled(toy_train, 0), [], toy_test, arch="convnet3", full_accuracy=90.0)
+
+
+def test_sets_that_decode_to_more_images_take_no_more_steps(toy_train, toy_test, monkeypatch):
+    from ddfast.training import dd_ranking
+
+    whole = distilled(toy_train, 1)
+    tiled = replace(
+        whole, images=whole.images.float() / 128 - 1, factor=2, soft_labels=whole.soft_labels.repeat(1, 4, 1)
+    )
+    asked = {}
+
+    def counted(images, data, *, protocol, epochs, batch_size, **settings):
+        asked[protocol, "tiles" if images.is_float else "whole"] = epochs, batch_size
+        return evaluate(images, data, protocol=protocol, epochs=1, batch_size=batch_size, **settings)
+
+    monkeypatch.setattr(dd_ranking, "evaluate", counted)
+    settings = {"arch": "convnet3", "arch_options": {"width": 4}, "quiet": True, "full_accuracy": 97.0}
+    measure_accuracies([tiled], [whole], toy_test, seeds=1, epochs=360, **settings)
+    seen = {
+        (recipe, kind): (epochs + (recipe == "dc")) * -(-(48 if kind == "tiles" else 12) // batch)
+        for (recipe, kind), (epochs, batch) in asked.items()
+    }
+    # DC's 361 passes of one batch are lowered to 10 x 36; RDED's 360 of two to 6 x 110.
+    assert [seen["dc", kind] for kind in ("whole", "tiles")] == [360, 360]
+    assert [seen[recipe, kind] for recipe in ("rded", "rded_plain") for kind in ("whole", "tiles")] == [
+        660
+    ] * 4
+    with pytest.raises(UsageError, match="give at least one folder of it"):
+        measure_accuracies([], [whole], toy_test, seeds=1, **settings)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from bench import facts
+from bench.studies.arguments import told
 from bench.studies.estimators.games import SIDE, Games, pick, pick_keys, whole_games
 from ddfast.attribution.estimators.plans import make_plan
 from ddfast.attribution.stopping import Rounds
@@ -288,7 +290,9 @@ def _name_ends(panel: object, ends: list[tuple[float, str, str, bool]], *, log: 
         )
 
 
-def write(results: Sequence[Result], games: Games, arguments: argparse.Namespace) -> None:
+def write(
+    results: Sequence[Result], games: Games, arguments: argparse.Namespace, argv: Sequence[str] = ()
+) -> None:
     """Write `<out>.csv`, `<out>.md` and `<out>.png`."""
     teacher = load_teacher(arguments.teacher)
     revision, _ = facts.commit()
@@ -321,6 +325,7 @@ def write(results: Sequence[Result], games: Games, arguments: argparse.Namespace
         f"\n\n{table(results)}\nEvaluating in rounds until the crop is settled (`settled_shapley`):\n\n"
         f"{stopping_table(results)}\n" + "".join(f"- {line}\n" for line in said)
     )
+    page += f"\n{told('estimators', argv, 'bench')}"
     if arguments.keys:
         page += "\nImages:\n" + "".join(f"- {key}\n" for key in games.keys)
     atomic_write_text(arguments.out.with_suffix(".md"), page)
@@ -359,7 +364,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     results = [result for result in found if result is not None]
     results += [measure_stopping(each, games, exact, arguments.seeds) for each in CONFIDENCES]
-    write(results, games, arguments)
+    write(results, games, arguments, sys.argv[1:] if argv is None else argv)
     print(table(results))
     print(stopping_table(results))
     return 0

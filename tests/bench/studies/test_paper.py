@@ -1,5 +1,6 @@
 """The recipes of the paper's studies: what they print beside what was run, at sizes that take seconds."""
 
+import argparse
 import csv
 
 import numpy as np
@@ -10,12 +11,15 @@ from bench.studies.__main__ import main
 from bench.studies.arms import Arm, Setup
 from bench.studies.charts import _apart
 from bench.studies.grid import parse, rows_for
+from bench.studies.infoutil import continual
 from bench.studies.infoutil.continual import class_orders, seen_classes, seen_images, seen_teacher, seen_test
 from bench.studies.infoutil.entropy import label_entropy
 from bench.studies.infoutil.gallery import POOL, gather
 from bench.studies.infoutil.recipes import LABELS_OF, RANDOM, RECIPES
+from bench.studies.league import roster
 from bench.studies.reported import data_name, gains, met, model_name, reported
 from bench.studies.teachers import checkpoints, fitting
+from ddfast.errors import UsageError
 from ddfast.methods import list_methods
 from ddfast.models import Teacher
 from ddfast.training import DistilledImages, ImageSet
@@ -291,6 +295,39 @@ def test_continual_learning(toy_folder, toy_teacher, tmp_path, capsys):
     assert "0 students to train (16 are kept)" in capsys.readouterr().err
     assert main(["table4", *given, "--steps", "4"]) == 2
     assert "--steps must be in 1..3" in capsys.readouterr().err
+
+
+def test_continual_learning_takes_any_method_at_equal_steps(league_words, tmp_path):
+    words = [*league_words, "--student", "convnet3_in", "--ipc", "2", "--steps", "2", "--orders", "1"]
+    words += [
+        "--methods",
+        "random,UDD,IDC,IGDS",
+        "--leave-out",
+        "MTT=too long",
+        "--epochs",
+        "9",
+        "--labels",
+        "hard",
+    ]
+    assert main(["table4", *words, "--out", str(tmp_path / "table4")]) == 0
+    rows = list(csv.DictReader((tmp_path / "table4.csv").open()))
+    # Ten passes of one step, DSA's last one among them: of an image and eight regions one, of four tiles two.
+    assert [(row["arm"], row["classes"], row["epochs"]) for row in rows] == [
+        *(("random", "2", "9"), ("random", "3", "9"), ("UDD", "2", "1"), ("UDD", "3", "1")),
+        *(("IDC", "2", "1"), ("IDC", "3", "1"), ("IGDS", "2", "1"), ("IGDS", "3", "1")),
+    ]
+    page = (tmp_path / "table4.md").read_text()
+    assert "protocol dsa_frozen, 9 epochs of whole images" in page
+    assert "- MTT: left out, too long" in page
+    assert "- UDD: udd arch=convnet3_in iterations=1" in page
+    with pytest.raises(UsageError, match="no method is left: MTT: left out, no --experts"):
+        continual._arms(_asked(["--methods", "MTT"]))
+
+
+def _asked(words):
+    parser = argparse.ArgumentParser()
+    roster.add_options(parser, ())
+    return argparse.Namespace(**vars(parser.parse_args(words)), ipc=2)
 
 
 def test_stages_of_every_method_are_measured_apart(toy_folder, toy_teacher, tmp_path, monkeypatch):

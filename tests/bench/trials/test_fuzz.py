@@ -86,3 +86,13 @@ def test_the_page_counts_and_names_what_went_wrong() -> None:
     assert "| jpeg | 2 | 1 | 1 | 0 | 0 | 0 |" in page
     assert "| all | 3 | 1 | 1 | 1 | 0 | 0 |" in page
     assert "- zip:0: crash, exit code -11" in page
+
+
+def test_the_page_names_its_command_and_counts_by_family() -> None:
+    found = {("jpeg", 0): ("read", "x"), ("state", 0): ("read", "x"), ("regions", 1): ("refused", "x")}
+    page = fuzz.report(found, 3, ["--count", "9"])
+    assert "Made by `python -m bench fuzz --count 9`." in page
+    assert "Seed 3: 3 damaged files" in page
+    assert "| matching | 2 | 1 | 1 | 0 | 0 | 0 |" in page
+    assert "| all methods | 1 | 1 | 0 | 0 | 0 | 0 |" in page
+    assert "commit " in page

@@ -1,0 +1,1 @@
+"""Every method that stands, in one table."""
