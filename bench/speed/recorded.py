@@ -24,7 +24,7 @@ from bench.speed.registry import (
     relative_error,
     speed_entry,
 )
-from bench.speed.unrolled import CLASSES, SIDE, _batches, _convnet, _ends, _left
+from bench.speed.unrolled import CLASSES, SIDE, _batches, _convnet, _ends, distance_left
 from ddfast.methods import get_method
 from ddfast.methods.matching.base import Matching
 from ddfast.methods.matching.cmi import Regulariser
@@ -108,7 +108,7 @@ def _unrolled_contest(settings: Settings) -> Contest:
     def run() -> Tensor:
         with still_unchanged(model, known):
             found = ddfast.unrolled_gradient(
-                model, start, batches, lambda weights: _left(weights, start, goal), lr=0.01
+                model, start, batches, lambda weights: distance_left(weights, start, goal), lr=0.01
             )
         synchronise(settings.device)
         return torch.stack([each for each in found.images if each is not None])

@@ -199,6 +199,7 @@ def _page(
         "Orange cells speak for the class, blue ones against it; thin boxes are the candidates, the thick one competes "
         "for the set; the loss is the teacher's on that crop, in nats. The images are the first of each class by their "
         "ids, which are hashes.\n\n"
-        f"- data {Path(setup.data).name}, teacher {teacher_fact(setup.teacher)}\n"
+        f"- data {Path(setup.data).name}, teacher {teacher_fact(setup.teacher)}, "
+        f"{setup.images_per_class} images a class scored\n"
         f"- InfoUtil: `{arguments.arm}`; RDED: `rded`\n\nImages:\n\n{files}\n{told('gallery', argv)}"
     )

@@ -71,7 +71,7 @@ def _csv_rows(results: Results, arguments: argparse.Namespace) -> Iterator[tuple
                 *(each.entry.name, each.ipc, each.student, each.labels, one["protocol"], one["seeds"][0]),
                 *(one["epochs"], one["steps"], one["batch_size"], f"{each.top1[place]:.2f}"),
                 "" if gains is None else f"{gains[place]:.2f}",
-                *(f"{cost.seconds:.1f}", f"{cost.core_seconds:.1f}"),
+                *(f"{cost.seconds:.3f}", f"{cost.core_seconds:.3f}"),
                 *("" if cost.peak_memory is None else cost.peak_memory, cost.image_bytes, cost.label_bytes),
                 *(options, " ".join(one["commits"])),
             )

@@ -113,6 +113,10 @@ class Matching(Synthesis):
         """
         return images
 
+    def for_proxies(self, images: Tensor, context: Context) -> Tensor:
+        """What CMI's proxies take of the images that `formed` gives: these, normalised, as the proxies were trained."""
+        return images
+
     def count_formed(self, images: int) -> int:
         """How many `formed` makes of so many of a class."""
         return images
@@ -441,6 +445,7 @@ class Matching(Synthesis):
         with autocast(context.precision, context.device):
             found = self.found(number, network, pixels.detach(), group.classes, context)
             formed = self.formed(self._by_class(pixels, len(group.classes), context), found)
+            formed = self.for_proxies(formed, context)
             measured["cmi"], gradient = self._regulariser.value_and_gradient(
                 formed, self.proxy_number(number), context.seed, wanted=acts
             )

@@ -26,6 +26,7 @@ from ddfast.methods.matching.objectives import (
 from ddfast.methods.matching.options import MatchingOptions, begins_with
 from ddfast.methods.matching.trained import Descent, OnReal
 from ddfast.methods.synthesis import State
+from ddfast.output.pixels import SPACES, to_unit
 from ddfast.settings import option
 from ddfast.training.differentiable import IDC_MATCHING, IDC_TRAINING, Augmentation, draw_idc
 
@@ -52,6 +53,11 @@ class IDCOptions(MatchingOptions):
         2000, "real images that a network trains on between two steps", stage="synthesize"
     )
     net_batch: int = option(64, "real images in a step of a network", stage="synthesize")
+    net_epochs: int = option(
+        0,
+        "epochs on the real images that a network trains for before the first step on it",
+        stage="synthesize",
+    )
     lr_net: float = option(0.01, "learning rate of the networks", stage="synthesize")
     distance: str = option(
         "squares",
@@ -59,13 +65,23 @@ class IDCOptions(MatchingOptions):
         stage="synthesize",
         choices=tuple(DISTANCES),
     )
+    proxy_input: str = option(
+        "normalized",
+        "images that the proxies of --cmi take: normalised as they were trained, or in [0, 1] as the authors of CMI "
+        "have it",
+        stage="synthesize",
+        choices=SPACES,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("inner_loop", "net_samples", "net_batch"):
             self._set(name, whole_number(getattr(self, name), name, least=1))
+        self._set("net_epochs", whole_number(self.net_epochs, "net_epochs", least=0))
         self._set("lr_net", positive_number(self.lr_net, "lr_net"))
         one_of(self.distance, "distance", tuple(DISTANCES))
+        one_of(self.proxy_input, "proxy_input", SPACES)
+        self._check_use("proxy_input", "normalized", "proxies")
 
 
 class IDC(Matching):
@@ -88,7 +104,14 @@ class IDC(Matching):
         "fashion_mnist": {"distance": "magnitudes", "lr_img": 1e-4, "net_samples": 500},
         "tiny_imagenet": {"arch": "convnet4_in", "net_samples": 1000},
         # Their rate is for 224 px, which `rate` scales by the area.
-        "imagenet10": {"arch": "resnetap10", "distance": "magnitudes", "lr_img": 0.003 / 49, "flip": True},
+        "imagenet10": {
+            "arch": "resnetap10",
+            "iterations": 500,
+            "distance": "magnitudes",
+            "lr_img": 0.003 / 49,
+            "net_samples": 500,
+            "net_epochs": 10,
+        },
         # With the CMI regulariser; lambda is that of its authors' code. Each needs `proxies`.
         "cifar10_ipc10_cmi": {"cmi": 100.0},
         "cifar10_ipc50_cmi": {"cmi": 50.0},
@@ -115,6 +138,7 @@ class IDC(Matching):
             options.net_batch,
             descent,
             self._for_training,
+            options.net_epochs,
         )
 
     @property
@@ -137,6 +161,12 @@ class IDC(Matching):
     def decode(self, pixels: Tensor) -> Tensor:
         """Every tile, enlarged to a whole image (Sec. 4.1: uniform multi-formation)."""
         return pixels if self.factor == 1 else enlarged_tiles(pixels, self.factor, 0.5)
+
+    def for_proxies(self, images: Tensor, context: Context) -> Tensor:
+        """Normalised images, or those in [0, 1]."""
+        if self.options.proxy_input == "normalized":
+            return images
+        return to_unit(images, context.mean, context.std, "normalized")
 
     def augmentation(self, size: tuple[int, int], draws: torch.Generator, rows: int = 1) -> Augmentation:
         """Colours, a shift and a cutout, the same for all images of a class, real and synthetic."""

@@ -107,11 +107,15 @@ class _OfPixels:
                 f"{argument('cmi')} {self.cmi:g} needs {argument('proxies')}, a folder of networks trained on the "
                 "real images: make it with ddfast train-proxies"
             )
-        for name, default, needed in (("proxy_arch", None, "proxies"), ("cmi_every", 1, "cmi")):
-            if getattr(self, name) != default and not getattr(self, needed):
-                raise UsageError(
-                    f"{argument(name)} is of no use without {argument(needed)}: give that as well, or leave it out"
-                )
+        self._check_use("proxy_arch", None, "proxies")
+        self._check_use("cmi_every", 1, "cmi")
+
+    def _check_use(self, name: str, default: Any, needed: str) -> None:
+        """Refuse an option that does nothing without another one."""
+        if getattr(self, name) != default and not getattr(self, needed):
+            raise UsageError(
+                f"{argument(name)} is of no use without {argument(needed)}: give that as well, or leave it out"
+            )
 
 
 @dataclass(frozen=True)

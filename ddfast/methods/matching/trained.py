@@ -118,6 +118,7 @@ class Trained(Networks):
         self._built = Built(arch, trained=True)
         self._steps, self._descent = steps, descent
         self._training: Training | None = None
+        self._begun: dict[str, Tensor] = {}  # velocities of a network that trained before its first step
 
     @abstractmethod
     def batches(
@@ -125,11 +126,20 @@ class Trained(Networks):
     ) -> Iterator[tuple[Tensor, Targets]]:
         """What the network trains on after a step: normalised images, and their targets."""
 
+    def before(
+        self, step: int, dtype: torch.dtype, pool: ClassPool, context: Context
+    ) -> Iterator[tuple[Tensor, Targets]]:
+        """What a new network trains on before its first step: nothing, as most have it."""
+        return iter(())
+
     def at(self, step: int, state: State, pool: ClassPool, context: Context) -> nn.Module:
         """See `Networks`: in train mode, but for BatchNorm, with gradients of the parameters."""
         redrawn = self._built.on(context)
         if step % self._steps == 0:
             network = redrawn.drawn(context.seed, "network", step // self._steps)
+            self._begun = self._trained(
+                network, {}, step, self.before(step, state.pixels.dtype, pool, context)
+            )
         else:
             held = redrawn.network.state_dict()
             network = redrawn.holding({name: state.tensors[PREFIX + name] for name in held})
@@ -141,19 +151,29 @@ class Trained(Networks):
         """Train the network, and keep its weights for the next step of the round; at its end, forget them."""
         kept = {name: tensor for name, tensor in state.tensors.items() if not name.startswith(PREFIX)}
         if (step + 1) % self._steps:
-            kept |= self._trained(step, state, pool, context)
+            network = self._built.on(context).network
+            held = named_with(_VELOCITY, state.tensors) if step % self._steps else self._begun
+            velocities = self._trained(network, held, step, self.batches(step, state, pool, context))
+            kept |= {PREFIX + name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+            kept |= {_VELOCITY + name: velocity for name, velocity in velocities.items()}
         state.tensors = kept
 
-    def _trained(self, step: int, state: State, pool: ClassPool, context: Context) -> dict[str, Tensor]:
-        network = self._built.on(context).network.train()
-        training = self._training = of_network(self._training, network, self._descent)
-        training.begin(named_with(_VELOCITY, state.tensors))
-        loss = torch.zeros((), device=context.device)
-        for images, targets in self.batches(step, state, pool, context):
+    def _trained(
+        self,
+        network: nn.Module,
+        velocities: Mapping[str, Tensor],
+        step: int,
+        batches: Iterator[tuple[Tensor, Targets]],
+    ) -> dict[str, Tensor]:
+        """The velocities after a training of the network in place, which goes on with those that are given."""
+        training = self._training = of_network(self._training, network.train(), self._descent)
+        training.begin(velocities)
+        loss: Tensor | None = None
+        for images, targets in batches:
             loss, _ = training.step(images, targets)
-        check_training(loss, step, self._descent)
-        tensors = {PREFIX + name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
-        return tensors | {_VELOCITY + name: velocity for name, velocity in training.velocities().items()}
+        if loss is not None:
+            check_training(loss, step, self._descent)
+        return training.velocities()
 
     def close(self) -> None:
         """See `Networks`."""
@@ -222,13 +242,21 @@ class OnReal(Trained):
         batch: images in a step of the network.
         descent: of the network.
         augment: of a batch.
+        epochs: over the real images, that a new network trains for before its first step.
     """
 
     def __init__(
-        self, arch: str, steps: int, samples: int, batch: int, descent: Descent, augment: Augment
+        self,
+        arch: str,
+        steps: int,
+        samples: int,
+        batch: int,
+        descent: Descent,
+        augment: Augment,
+        epochs: int = 0,
     ) -> None:
         super().__init__(arch, steps, descent)
-        self._samples, self._batch, self._augment = samples, batch, augment
+        self._samples, self._batch, self._augment, self._epochs = samples, batch, augment, epochs
 
     def batches(
         self, step: int, state: State, pool: ClassPool, context: Context
@@ -239,6 +267,20 @@ class OnReal(Trained):
             found, labels = real_batch(pool, self._batch, draws)
             images = self._augment(normalised(found, context, state.pixels.dtype), draws)
             yield _cut_mixed(images, labels, derived_seed(context.seed, "cutmix", step, number), context)
+
+    def before(
+        self, step: int, dtype: torch.dtype, pool: ClassPool, context: Context
+    ) -> Iterator[tuple[Tensor, Targets]]:
+        """See `Trained`. A batch that is not full is left out where there are others."""
+        for epoch in range(self._epochs):
+            draws = generator(context.seed, "pretraining", step, epoch)
+            order = torch.randperm(len(pool.labels), generator=draws)
+            if len(order) > self._batch:
+                order = order[: len(order) // self._batch * self._batch]
+            for number, (_, found, labels) in enumerate(pool.batches(order, self._batch)):
+                images = self._augment(normalised(found, context, dtype), draws)
+                seed = derived_seed(context.seed, "cutmix", "pretraining", step, epoch, number)
+                yield _cut_mixed(images, labels, seed, context)
 
 
 def check_training(loss: Tensor, step: int, descent: Descent) -> None:

@@ -144,7 +144,7 @@ class UDD(IDC):
     factors: ClassVar[tuple[int, ...]] = (1,)  # regions take the place of IDC's tiles
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "svhn": {"net_samples": 500},
-        "imagenet10": {"arch": "resnetap10", "distance": "magnitudes", "lr_img": 0.003, "flip": True},
+        "imagenet10": IDC.presets["imagenet10"],
         # With the CMI regulariser, whose authors give no lambda for it: IDC's. Each needs `proxies`.
         "cifar10_ipc10_cmi": {"cmi": 100.0},
         "cifar10_ipc50_cmi": {"cmi": 50.0},
