@@ -42,6 +42,16 @@ def study_parser(name: str, description: str | None, *, wrapped: bool = False) -
     return parser
 
 
+def without_folders(text: str) -> str:
+    """Words of a command, files by their names alone: of `experts=/a/b` stays `experts=b`."""
+    words = []
+    for word in text.split(" "):
+        key, equals, value = word.rpartition("=")
+        is_file = "/" in value and Path(value).exists()
+        words.append(key + equals + (Path(value).name if is_file else value))
+    return " ".join(words)
+
+
 def told(name: str, argv: Sequence[str], module: str = "bench.studies") -> str:
     """The command that makes the same from nothing, and the commit that wrote the page.
 
@@ -53,7 +63,7 @@ def told(name: str, argv: Sequence[str], module: str = "bench.studies") -> str:
         if word in ("--work", "--out"):  # where results are kept decides none of them
             next(given, None)
         elif not word.startswith(("--work=", "--out=", "--kept")):
-            words.append(Path(word).name if "/" in word else word)
+            words.append(without_folders(word))
     commit, changed = facts.commit()
     where = f"commit {commit}{' and changes' if changed else ''}"
     return f"Made by `python -m {module} {name} {shlex.join(words)}`; written at {where}.\n"

@@ -24,7 +24,7 @@ import torch
 
 import ddfast
 from bench import facts
-from bench.studies.arguments import study_parser, told
+from bench.studies.arguments import study_parser, told, without_folders
 from bench.studies.arms import Arm, Setup, Training, at_ipc, by_ipc, set_of, train_students
 from bench.studies.compare import integers, made_with, teacher_fact
 from bench.studies.tables import mean_and_spread, paired, write_rows
@@ -108,6 +108,15 @@ SUBJECTS = {
         "20,000 iterations of 256 real images a class",
         {1: 45.6, 10: 58.6, 50: 67.5},
         {1: 47.5, 10: 62.2, 50: 71.3},
+    ),
+    # MTT's authors whiten the images at IPC 1 and 10. CMI's give no lambda: a share of the loss's gradient.
+    "mtt": Subject(
+        "MTT",
+        "dsa",
+        {0: 0.2},
+        "5,000 iterations, 100 experts of 50 epochs on all images; CMI's paper has no IPC 1",
+        {1: 46.3, 10: 65.3, 50: 71.6},
+        {10: 66.7, 50: 72.4},
     ),
 }
 # CIFAR-10, ConvNet-3, top-1 in percent at IPC 1, 10, 50 (CMI, Table 1, and InfoUtil, Table 9).
@@ -195,6 +204,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="another option of the method, as inner_loop=20; may be repeated",
     )
     parser.add_argument(
+        "--also",
+        action="append",
+        default=[],
+        metavar="NAME: KEY=VALUE ...",
+        help='another arm, the method with these options besides: "detached: unroll=detached"; may be repeated',
+    )
+    parser.add_argument(
         "--cmi", type=by_ipc, default={}, help="lambda, default the authors'; by IPC as above"
     )
     parser.add_argument("--cmi-every", type=int, default=1)
@@ -206,7 +222,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if len(arguments.teacher) != 1:
         parser.error("herding chooses by a teacher's features: give one --teacher")
     subject = SUBJECTS[arguments.method]
-    known = (*CHOSEN, subject.name, subject.with_cmi)
+    arguments.also = dict(_also(text, parser) for text in arguments.also)
+    known = (*CHOSEN, subject.name, *arguments.also, subject.with_cmi)
     usual = ",".join(name for name in known if name not in ("RDED", "InfoUtil"))
     arguments.arms = [arm.strip() for arm in (arguments.arms or usual).split(",")]
     if unknown := [arm for arm in arguments.arms if arm not in known]:
@@ -218,6 +235,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments.cmi = arguments.cmi or subject.cmi
     arguments.protocol = arguments.protocol or subject.protocol
     return arguments
+
+
+def _also(text: str, parser: argparse.ArgumentParser) -> tuple[str, list[str]]:
+    """An arm of `--also` and its options."""
+    name, separator, rest = text.partition(":")
+    if not separator or not rest.split() or any("=" not in word for word in rest.split()):
+        parser.error(f"--also takes NAME: KEY=VALUE ..., got {text!r}")
+    return name.strip(), rest.split()
 
 
 def main(argv: Sequence[str]) -> int:
@@ -247,7 +272,8 @@ def _arm(name: str, ipc: int, seed: int, arguments: argparse.Namespace) -> Arm:
     }
     given = {"iterations": at_ipc(arguments.iterations, ipc), "real_batch": arguments.real_batch}
     settings |= {key: value for key, value in given.items() if value is not None}
-    settings |= Arm.parse(" ".join((arguments.method, *arguments.option))).settings
+    given_besides = (*arguments.option, *arguments.also.get(name, ()))
+    settings |= Arm.parse(" ".join((arguments.method, *given_besides))).settings
     if name.endswith("+ CMI"):
         settings |= {
             "cmi": float(at_ipc(arguments.cmi, ipc) or 0),
@@ -371,6 +397,14 @@ def _table(found: Sequence[Found], subject: Subject, arguments: argparse.Namespa
     ]
     if deltas:
         lines += ["", "What CMI adds, set by set with the same draws in both arms:", "", *deltas]
+    others = [
+        f"- {name}, IPC {ipc}: {_paired(at[subject.name, ipc], at[name, ipc])}"
+        for name in arguments.also
+        for ipc in ipcs
+        if (name, ipc) in at and (subject.name, ipc) in at
+    ]
+    if others:
+        lines += ["", f"What else differs from {subject.name}, likewise:", "", *others]
     return lines
 
 
@@ -395,12 +429,16 @@ def _cell(each: Found, subject: Subject, arguments: argparse.Namespace) -> str:
 
 def _delta(base: Found, with_cmi: Found, subject: Subject, arguments: argparse.Namespace) -> str:
     """One line: the gain of every set, their mean and deviation, and the paper's."""
-    gains = [ours - theirs for ours, theirs in zip(with_cmi.means, base.means, strict=True)]
-    text = f"- IPC {base.ipc}: {paired(gains)}"
+    text = f"- IPC {base.ipc}: {_paired(base, with_cmi)}"
     theirs, ours = (
         _paper(found.arm, found.ipc, found.student, subject, arguments) for found in (base, with_cmi)
     )
     return text if theirs is None or ours is None else f"{text}; the paper {ours - theirs:+.1f}"
+
+
+def _paired(base: Found, other: Found) -> str:
+    """How much better an arm is than another, set by set."""
+    return paired([ours - theirs for ours, theirs in zip(other.means, base.means, strict=True)])
 
 
 def _cmi_table(found: Sequence[Found], subject: Subject, arguments: argparse.Namespace) -> list[str]:
@@ -445,12 +483,14 @@ def _budget(found: Sequence[Found], subject: Subject, arguments: argparse.Namesp
     counts = [
         f"{at_ipc(arguments.iterations, ipc) or usual.iterations} iterations at IPC {ipc}" for ipc in ipcs
     ]
-    batch = arguments.real_batch or usual.real_batch
+    batch = arguments.real_batch or getattr(usual, "real_batch", None)  # experts have seen MTT's
+    of_real = f", {batch} real images a class" if batch else ""
     weights = ", ".join(f"{at_ipc(arguments.cmi, ipc):g} at IPC {ipc}" for ipc in ipcs)
     return [
-        f"- {', '.join(counts)}, {batch} real images a class"
-        + (f", {', '.join(arguments.option)}" if arguments.option else "")
+        f"- {', '.join(counts)}{of_real}"
+        + (f", {', '.join(map(without_folders, arguments.option))}" if arguments.option else "")
         + f" (the paper: {subject.budget})",
+        *(f"- {name}: {', '.join(map(without_folders, words))}" for name, words in arguments.also.items()),
         f"- lambda {weights or 'none'}, CMI every {arguments.cmi_every} iterations, {len(proxies)} proxies "
         f"{proxies[0]['arch']}, test top-1 "
         + (f"{min(reads):.1f} to {max(reads):.1f}" if reads else "not measured"),

@@ -75,6 +75,45 @@ def test_each_method_runs_by_its_own_protocol(words, tmp_path, method, options, 
     assert all(option in (tmp_path / "page.md").read_text() for option in options)
 
 
+def test_mtt_and_another_way_back_share_their_draws(words, tiny_experts, tmp_path):
+    place = words.index("--real-batch")  # MTT sees no real images
+    del words[place : place + 2]
+    words += ["--method", "mtt", "--ipc", "1", "--iterations", "1", "--sets", "2", "--students", "1"]
+    words += [
+        "--option",
+        f"experts={tiny_experts}",
+        "--option",
+        "syn_steps=3",
+        "--option",
+        "max_start_epoch=1",
+    ]
+    words += [
+        "--option",
+        "expert_epochs=1",
+        "--also",
+        "detached: unroll=detached",
+        "--out",
+        str(tmp_path / "page"),
+    ]
+    assert cmi.main(words) == 0
+    rows = rows_of(tmp_path / "page.csv")
+    assert [row["arm"] for row in rows] == [
+        each for each in ("random", "herding", "MTT", "detached") for _ in "01"
+    ]
+    page = (tmp_path / "page.md").read_text()
+    assert "- detached: unroll=detached" in page
+    assert "experts=experts" in page
+    top1 = {name: [float(row["top1"]) for row in rows if row["arm"] == name] for name in ("MTT", "detached")}
+    gains = [ours - theirs for ours, theirs in zip(top1["detached"], top1["MTT"], strict=True)]
+    assert f"- detached, IPC 1: {sum(gains) / 2:+.2f}" in page
+
+
+@pytest.mark.parametrize("text", ["detached", "detached:", ": x", "detached: unroll"])
+def test_a_malformed_arm_is_refused(words, text):
+    with pytest.raises(SystemExit):
+        cmi.parse(["--method", "dm", *words, "--also", text])
+
+
 def test_students_of_other_architectures_share_the_sets(words, tmp_path):
     words += [
         "--ipc",
