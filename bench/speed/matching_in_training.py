@@ -31,7 +31,7 @@ from bench.speed.registry import (
     speed_entry,
 )
 from ddfast.methods.base import Context
-from ddfast.methods.matching import base, networks, queue, trained
+from ddfast.methods.matching import base, networks, pixels, queue, trained
 from ddfast.methods.matching.base import Matching
 from ddfast.methods.matching.dsa import DSA
 from ddfast.methods.matching.idc import IDC
@@ -157,7 +157,7 @@ def _in_both(checks: Callable[[torch.device, torch.dtype], list[Check]], device:
     """The checks of a gate, in float64 on PyTorch's own layers and in float32 on the fused ones."""
     with ExitStack() as patched:
         patched.enter_context(mock.patch.object(networks, "fuse", lambda network: network.double()))
-        for module in (base, queue, trained):
+        for module in (base, pixels, queue, trained):
             patched.enter_context(mock.patch.object(module, "normalised", _in_float64))
         # The training of DatasetCondensation takes images to float32.
         patched.enter_context(mock.patch.object(Tensor, "float", Tensor.double))

@@ -111,9 +111,8 @@ def main(argv: Sequence[str]) -> int:
     setup = setup_of(teacher, arguments)
     for student in (*arguments.student, arguments.matched):
         check_model(student, teacher_at(teacher).image_size)
-    for (
-        ipc
-    ) in arguments.ipc:  # a word that no method knows stops the study; what cannot be had leaves out a row
+    # A word that no method knows stops the study; what cannot be had leaves out a row.
+    for ipc in arguments.ipc:
         for entry in rows:
             if entry.lacks(ipc, arguments) is None:
                 Distillation.of(entry.arm(ipc, arguments), ipc, setup)

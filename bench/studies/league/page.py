@@ -22,16 +22,8 @@ from ddfast.progress import duration
 
 COLUMNS = (
     *("method", "ipc", "student", "labels", "protocol", "set", "epochs", "steps", "batch_size", "top1"),
-    *(
-        "over_random",
-        "seconds",
-        "core_seconds",
-        "peak_memory",
-        "image_bytes",
-        "label_bytes",
-        "options",
-        "commits",
-    ),
+    *("over_random", "seconds", "core_seconds", "peak_memory", "image_bytes", "label_bytes"),
+    *("options", "commits"),
 )
 _READ_BY_TEACHER = ("herding", "k-center", "k-means", "RDED", "InfoUtil", "SRe2L", "SRe2L + CMI")
 

@@ -11,7 +11,7 @@ The authors unroll the N steps; here the gradient goes back through them a step 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from ddfast.arguments import path_of, positive_number, whole_number
 from ddfast.data.pool import ClassPool
-from ddfast.errors import DivergedError, UsageError, shown
+from ddfast.errors import DivergedError, UsageError
 from ddfast.gradients.unrolled import parsed_unroll, unrolled_gradient
 from ddfast.methods.base import Context
-from ddfast.methods.matching.base import Matching
 from ddfast.methods.matching.networks import Networks
 from ddfast.methods.matching.options import PixelOptions
+from ddfast.methods.matching.pixels import PixelMethod
 from ddfast.methods.synthesis import Group, State
 from ddfast.models.fusing import fuse
 from ddfast.models.registry import create_model
@@ -38,7 +38,7 @@ from ddfast.seeding import generator, seeded
 from ddfast.settings import option
 from ddfast.training.experts import Trajectories, check_steps_alone, experts_identity, load_experts
 from ddfast.unchanged import still_unchanged
-from ddfast.wording import argument, plural, setting
+from ddfast.wording import argument
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class MTTOptions(PixelOptions):
             raise UsageError(str(error).replace("unroll", argument("unroll"), 1)) from error
 
 
-class MTT(Matching):
+class MTT(PixelMethod):
     """Matching of training trajectories."""
 
     name = "mtt"
@@ -178,9 +178,7 @@ class MTT(Matching):
         assert isinstance(self.networks, _Student)
         return self.networks
 
-    def loss(  # type: ignore[override]
-        self, weights: dict[str, Tensor], start: dict[str, Tensor], goal: dict[str, Tensor]
-    ) -> Tensor:
+    def loss(self, weights: dict[str, Tensor], start: dict[str, Tensor], goal: dict[str, Tensor]) -> Tensor:
         """||theta_{t+N} - theta*_{t+M}||^2 / ||theta*_t - theta*_{t+M}||^2 (Eq. 2)."""
         left = sum((weights[name] - goal[name]).square().sum() for name in goal)
         whole = sum((start[name] - goal[name]).square().sum() for name in goal)
@@ -377,21 +375,6 @@ class MTT(Matching):
                 "make it with ddfast train-experts"
             )
         return str(self.options.experts)
-
-    def check_pool(self, counts: Tensor, class_names: Sequence[str], ipc: int) -> None:
-        """Refuse a class that has fewer images than the start takes."""
-        needed = self.drawn_at_once(ipc)
-        few = [name for name, count in zip(class_names, counts.tolist(), strict=True) if count < needed]
-        if few:
-            raise UsageError(
-                f"{setting('init', self.options.init)} begins with {plural(needed, 'different image')} of a class, but "
-                f"{shown(few)} has fewer, at least {int(counts.min())}: lower {argument('ipc')}, or take "
-                f"{setting('init', 'noise')}"
-            )
-
-    def drawn_at_once(self, ipc: int) -> int:
-        """See `Synthesis`."""
-        return self._begun_with(ipc)
 
 
 class _Student(Networks):

@@ -20,9 +20,9 @@ from ddfast.arguments import one_of, path_of, positive_number, whole_number
 from ddfast.data.pool import ClassPool
 from ddfast.errors import DivergedError, UsageError
 from ddfast.methods.base import Context
-from ddfast.methods.matching.base import CALLED
 from ddfast.methods.matching.batch_norm import StatisticsNetwork, has_statistics
 from ddfast.methods.matching.cmi import Regulariser
+from ddfast.methods.matching.pixels import CALLED
 from ddfast.methods.matching.real import all_drawn, lower, normalised, short_of
 from ddfast.methods.synthesis import Group, State, Synthesis
 from ddfast.models.frozen import frozen

@@ -429,7 +429,7 @@ def test_the_command(toy_folder, experts, tmp_path, capsys):
         ({"arch": "alexnet_in"}, "is a convnet3_in, wanted alexnet_in"),
         ({"image_size": 8}, "takes images of 16 px, the run has 8 px"),
         ({"normalization": "cifar10"}, "normalised by"),
-        ({"ipc": 10_000}, r"init='real' begins with 10000 different images of a class, but .* has fewer"),
+        ({"ipc": 10_000}, r"init='real' begins with 10000 different images of a class, but .* has 6"),
         ({"unroll": "truncated:x"}, "unroll must be exact, truncated:K with K of at least 1, or detached"),
         ({"syn_steps": 0}, "syn_steps must be at least 1"),
         ({"batch_syn": -1}, "batch_syn must be at least 0"),
