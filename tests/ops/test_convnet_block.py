@@ -11,6 +11,7 @@ from torch.library import opcheck
 
 from ddfast.ops import convnet_block, reference
 from ddfast.ops._dispatch import native_status
+from tests.ops.derivatives import check_second, check_third
 
 NATIVE = pytest.mark.skipif(not native_status()[0], reason=native_status()[1])
 DEVICES = [
@@ -230,33 +231,17 @@ def test_first_and_second_derivatives(shape):
     assert gradgradcheck(lambda *p: convnet_block(tensors[0].detach(), *p), tensors[1:])
 
 
+@pytest.mark.parametrize("parts", [(0,), (1,), (3,), (4,), (0, 1, 3, 4)])
 @pytest.mark.parametrize("shape", [(2, 2, 3, 4, 5), (3, 5, 4, 6, 7)])
-def test_second_derivative_is_plain_pytorchs(shape):
-    """Of every gradient, with respect to everything, without the graph of a third."""
+def test_second_derivative_is_plain_pytorchs(shape, parts):
     tensors = [tensor.requires_grad_() for tensor in case(*shape, dtype=torch.float64)]
-
-    def second(function, parts):
-        output = function(*tensors)
-        grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        grad.requires_grad_()
-        first = torch.autograd.grad(output, tensors, grad, create_graph=True)
-        loss = sum(first[k].pow(3).sum() for k in parts)
-        return torch.autograd.grad(loss, [grad, *tensors], allow_unused=True, materialize_grads=True)
-
-    for parts in ((0,), (1,), (3,), (4,), (0, 1, 3, 4)):
-        for found, expected in zip(second(convnet_block, parts), second(plain, parts), strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+    check_second(convnet_block, plain, tensors, parts)
 
 
 def test_third_derivative_is_plain_pytorchs():
-    tensors = [tensor.requires_grad_() for tensor in case(2, 2, 3, 4, 5, torch.float64)]
-
-    def third(function):
-        first = torch.autograd.grad(function(*tensors).square().sum(), tensors[1], create_graph=True)[0]
-        second = torch.autograd.grad(first.square().sum(), tensors[0], create_graph=True)[0]
-        return torch.autograd.grad(second.square().sum(), tensors[3])[0]
-
-    torch.testing.assert_close(third(convnet_block), third(plain), rtol=1e-8, atol=1e-8)
+    check_third(
+        convnet_block, plain, [tensor.requires_grad_() for tensor in case(2, 2, 3, 4, 5, torch.float64)]
+    )
 
 
 @pytest.mark.parametrize("inputs", [3, 6])

@@ -11,6 +11,7 @@ from torch.library import opcheck
 
 from ddfast.ops import convnet_block_batch_norm, convnet_block_batch_norm_eval, reference
 from ddfast.ops._convnet import differentiable_in_images
+from tests.ops.derivatives import check_second, check_third
 from tests.ops.test_convnet_block import NATIVE, case, squared_errors, with_gradients
 
 OP = torch.ops.ddfast.convnet_block_batch_norm.default
@@ -191,32 +192,15 @@ def test_first_and_second_derivatives(shape):
     assert gradgradcheck(block, (*tensors[:2], None, None, None))
 
 
+@pytest.mark.parametrize("parts", [(0,), (1,), (3,), (4,), (0, 1, 3, 4)])
 @pytest.mark.parametrize("shape", [(2, 2, 3, 4, 5), (3, 5, 4, 6, 7)])
-def test_second_derivative_is_plain_pytorchs(shape):
+def test_second_derivative_is_plain_pytorchs(shape, parts):
     tensors = [tensor.requires_grad_() for tensor in case(*shape, dtype=torch.float64)]
-
-    def second(function, parts):
-        output = function(*tensors)
-        grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        grad.requires_grad_()
-        first = torch.autograd.grad(output, tensors, grad, create_graph=True)
-        loss = sum(first[k].pow(3).sum() for k in parts)
-        return torch.autograd.grad(loss, [grad, *tensors], allow_unused=True, materialize_grads=True)
-
-    for parts in ((0,), (1,), (3,), (4,), (0, 1, 3, 4)):
-        for found, expected in zip(second(block, parts), second(plain, parts), strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+    check_second(block, plain, tensors, parts)
 
 
 def test_third_derivative_is_plain_pytorchs():
-    tensors = [tensor.requires_grad_() for tensor in case(2, 2, 3, 4, 5, torch.float64)]
-
-    def third(function):
-        first = torch.autograd.grad(function(*tensors).square().sum(), tensors[1], create_graph=True)[0]
-        second = torch.autograd.grad(first.square().sum(), tensors[0], create_graph=True)[0]
-        return torch.autograd.grad(second.square().sum(), tensors[3])[0]
-
-    torch.testing.assert_close(third(block), third(plain), rtol=1e-8, atol=1e-8)
+    check_third(block, plain, [tensor.requires_grad_() for tensor in case(2, 2, 3, 4, 5, torch.float64)])
 
 
 @pytest.mark.parametrize("inputs", [3, 6])
