@@ -115,7 +115,7 @@ def captum_error(settings: Settings) -> Iterator[Measurable]:
 
 
 def _ours(
-    found: Subject, precision: str, evaluations: int, seed: int, one_stream: bool = False, **estimator: str
+    found: Subject, precision: str, evaluations: int, seed: int, one_stream: bool = False, *, estimator: str
 ) -> Tensor:
     """phi [N, 16] of all images, each under coalitions of its own, or one stream for all."""
     seeds = seed * len(found.images) + torch.arange(len(found.images))
@@ -129,7 +129,7 @@ def _ours(
         seed=seed if one_stream else seeds,
         mean=found.mean,
         std=found.std,
-        **estimator,
+        estimator=estimator,
     )
 
 
@@ -356,7 +356,7 @@ def shapley_of_values(values: Tensor, players: int) -> Tensor:
     """phi float64 [players] of a game given as v(s) for every code s, by the definition (InfoUtil, Eq. 4)."""
     values = values.double()
     code = torch.arange(len(values), device=values.device)
-    size = sum((code >> i) & 1 for i in range(players))
+    size = sum(((code >> i) & 1 for i in range(players)), torch.zeros_like(code))
     weight = torch.tensor(
         [1 / (players * math.comb(players - 1, s)) for s in range(players)], dtype=torch.float64
     ).to(values.device)

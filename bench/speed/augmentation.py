@@ -77,6 +77,7 @@ def _contest(
     contender: str = "fused",
 ) -> Contest:
     """All of ours, forward and backward, against all of theirs, once they agree one by one."""
+    checked = False
 
     def both(augment: Augment) -> Tensor:
         leaf = images.detach().requires_grad_()
@@ -95,7 +96,6 @@ def _contest(
         checked = False
         return [Check("images and gradients, at worst", max(errors), 1e-5)]
 
-    checked = False
     return Contest(
         f"{case}, forward and backward, {len(images)} images of {SIDE} px",
         ours=[Contender(contender, partial(run, ours), work=len(ours) * len(images))],
@@ -129,7 +129,7 @@ def _class_by_class(augments: Sequence[Augment], images: Tensor) -> Tensor:
 
 def plain(drawn: Drawn) -> Augment:
     """What was drawn, as PyTorch's own operations apply it."""
-    applied = {
+    applied: dict[str, Callable[..., Tensor]] = {
         "colour": _colour,
         "shift": _shift,
         "cutout": _cutout,

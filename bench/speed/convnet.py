@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import torch
@@ -128,12 +128,12 @@ def _layouts(model: nn.Module, images: Tensor) -> dict[str, tuple[nn.Module, Ten
     last = copy.deepcopy(model)
     return {
         "contiguous": (model, images),
-        "channels-last": (last.to(images.device, memory_format=LAST), images.contiguous(memory_format=LAST)),
+        "channels-last": (last.to(memory_format=LAST), images.contiguous(memory_format=LAST)),
     }
 
 
 @torch.no_grad()
-def _forward(model: nn.Module, images: Tensor) -> Tensor:
+def _forward(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     return model(images)
 
 
@@ -148,7 +148,7 @@ def _contest(
     case: str,
     images: Tensor,
     fused: Callable[[], Tensor],
-    peers: dict[str, Callable[[], Tensor]],
+    peers: Mapping[str, Callable[[], Tensor]],
     allowed: float = 1e-4,
     network: str = "ConvNet-3",
 ) -> Contest:

@@ -28,6 +28,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -79,9 +80,9 @@ def narrow_resnet18(classes: int = 10) -> nn.Module:
 def _narrowed(layer: nn.Module, classes: int) -> nn.Module | None:
     if isinstance(layer, nn.Conv2d):
         inputs = 3 if layer.in_channels == 3 else layer.in_channels // NARROWED
-        return nn.Conv2d(
-            inputs, layer.out_channels // NARROWED, layer.kernel_size, layer.stride, layer.padding, bias=False
-        )  # type: ignore[arg-type]
+        outputs = layer.out_channels // NARROWED
+        # A layer's own sizes are tuples of any length to PyTorch's annotations.
+        return nn.Conv2d(inputs, outputs, layer.kernel_size, layer.stride, layer.padding, bias=False)  # type: ignore[arg-type]
     if isinstance(layer, nn.BatchNorm2d):
         return nn.BatchNorm2d(layer.num_features // NARROWED)
     if isinstance(layer, nn.Linear):
@@ -167,7 +168,7 @@ class HostTime:
         # No part computes for longer than it takes.
         computed = {name: min(computed[name], *(one[name] for one in by_part)) for name in inner}
         print(f"  {self.case}, ms in one thread\n{_HEADER}", flush=True)
-        common = {"peer": "", "gate": gate, "rounds": rounds, "unit": "micro-batches"}
+        common: dict[str, Any] = {"peer": "", "gate": gate, "rounds": rounds, "unit": "micro-batches"}
         rows = []
         for part in ("whole", "attribution", "norms", *inner):
             found = whole if part == "whole" else _sums(by_part, part)
@@ -311,6 +312,10 @@ def no_launches() -> Iterator[set[str]]:
         yield launched
 
 
+def _whatever_the_sources(run: Callable[[], Any], sources: int) -> Any:
+    return run()
+
+
 @speed_entry("launchers", what="the Python of every Triton launcher, without the launch", minutes=0.3)
 def launchers(settings: Settings) -> Iterator[Measurable]:
     """The tiny inputs of the entry `ops`, as the ops' faces hand them to the launchers."""
@@ -321,7 +326,7 @@ def launchers(settings: Settings) -> Iterator[Measurable]:
 
     small = Settings(torch.device("cpu"), quick=True)
     found = [
-        Case(case.op, case.case, lambda sources, ours=case.ours: ours())
+        Case(case.op, case.case, partial(_whatever_the_sources, case.ours))
         for case in op_cases(small)
         if case.op in known()
     ]

@@ -195,7 +195,9 @@ def dsa_checks(device: torch.device, dtype: torch.dtype) -> list[Check]:
             return training(given, now.draws).contiguous()
         return method.augmentation(_SIZE, generator(context.seed, "augment", now.label, names["ol"]))(given)
 
-    class Shuffled(names["TensorDataset"]):  # type: ignore[misc]
+    kind: Any = names["TensorDataset"]
+
+    class Shuffled(kind):
         """Images in the order of ours, whichever their loader asks for."""
 
         def __init__(self, *tensors: Tensor) -> None:

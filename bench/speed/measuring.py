@@ -7,7 +7,7 @@ import ctypes
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ def calls_a_round(run: Callable[[], Any], device: torch.device) -> int:
     return max(1, min(1000, round(ROUND_SECONDS / once)))
 
 
-def fastest(runs: dict[str, Callable[[], Any]], device: torch.device) -> tuple[str, dict[str, float]]:
+def fastest(runs: Mapping[str, Callable[[], Any]], device: torch.device) -> tuple[str, dict[str, float]]:
     """The name of the fastest of several settings of one contender, and the seconds of each after a warm-up.
 
     A peer is given its best setting on the machine at hand this way. Settings are timed twice, in turn, and the

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,9 @@ from bench.speed.registry import (
     speed_entry,
 )
 from bench.speed.subjects import Subject, group_norm_resnet18, subject
+
+if TYPE_CHECKING:
+    from opacus.grad_sample import GradSampleModuleFastGradientClipping
 
 CHUNK = 8  # images whose per-sample gradients vmap(grad) holds at a time
 
@@ -152,16 +156,17 @@ def _opacus_modes(device: torch.device) -> Iterator[tuple[str, Norms]]:
 
 def _materialised(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     model.zero_grad(set_to_none=True)
-    for parameter in model.parameters():
-        parameter.grad_sample = None  # type: ignore[attr-defined]
+    parameters: list[Any] = list(model.parameters())  # Opacus gives them `grad_sample`
+    for parameter in parameters:
+        parameter.grad_sample = None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         functional.cross_entropy(model(images), labels, reduction="sum").backward()
-    norms = [parameter.grad_sample.flatten(1).norm(dim=1) for parameter in model.parameters()]
+    norms = [parameter.grad_sample.flatten(1).norm(dim=1) for parameter in parameters]
     return torch.stack(norms).norm(dim=0)
 
 
-def _ghost(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+def _ghost(model: GradSampleModuleFastGradientClipping, images: Tensor, labels: Tensor) -> Tensor:
     model.zero_grad(set_to_none=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -469,8 +469,8 @@ def _conv2d(settings: Settings, channels: int, side: int) -> OpCase:
         return (flat @ columns.mT).square().sum((1, 2)) + flat.sum(2).square().sum(1)
 
     # As the score pass has them, whose teacher runs in channels last.
-    last = [each.contiguous(memory_format=torch.channels_last) for each in (x, g)]
-    ours = partial(ops.grad_sq_norm_conv2d, *last, 3, padding=1)
+    x_last, g_last = (each.contiguous(memory_format=torch.channels_last) for each in (x, g))
+    ours = partial(ops.grad_sq_norm_conv2d, x_last, g_last, 3, padding=1)
     return OpCase(
         "grad_sq_norm_conv2d",
         f"{count} x {channels} channels of {side} px, 3x3",
@@ -575,7 +575,7 @@ def _convnet_block(settings: Settings, inputs: int, side: int, norm: str, *, bac
     x = x if inputs == 3 else x.contiguous(memory_format=torch.channels_last)
     weight = _normal(settings, outputs, inputs, 3, 3) / (9 * inputs) ** 0.5
     bias, scale, shift = (_normal(settings, outputs) for _ in range(3))
-    held = [bias, torch.ones_like(bias)] if norm == "given" else [None, None]
+    mean, variance = bias, torch.ones_like(bias)
     leaves = [weight, scale, shift] if inputs == 3 else [x, weight, scale, shift]
     for leaf in leaves:
         leaf.requires_grad_(backward)
@@ -585,7 +585,9 @@ def _convnet_block(settings: Settings, inputs: int, side: int, norm: str, *, bac
         maps = functional.conv2d(x, weight, bias, padding=1)
         if norm == "instance":
             return functional.group_norm(maps, outputs, scale, shift)
-        return functional.batch_norm(maps, *held, scale, shift, training=norm == "batch")
+        if norm == "batch":
+            return functional.batch_norm(maps, None, None, scale, shift, training=True)
+        return functional.batch_norm(maps, mean, variance, scale, shift)
 
     def four_layers() -> Tensor:
         return functional.avg_pool2d(normal().relu(), 2)
@@ -599,7 +601,7 @@ def _convnet_block(settings: Settings, inputs: int, side: int, norm: str, *, bac
             return ops.convnet_block(x, weight, bias, scale, shift)
         if norm == "batch":
             return ops.convnet_block_batch_norm(x, weight, bias, scale, shift)[0]
-        return ops.convnet_block_batch_norm_eval(x, weight, bias, scale, shift, *held)
+        return ops.convnet_block_batch_norm_eval(x, weight, bias, scale, shift, mean, variance)
 
     def run(block: Bodies) -> Tensor:
         if not backward:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import ddfast
+from bench.speed.matching import Images
 from bench.speed.measuring import synchronise
 from bench.speed.peer_runs import RecoveryLoop
 from bench.speed.registry import (
@@ -31,6 +32,7 @@ from ddfast.seeding import generator
 
 SIDE, ITERATIONS = 32, 1000
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # their code holds them too
+_NO_IMAGES = Images(0)  # a recovery starts from noise
 
 
 @speed_entry(
@@ -49,13 +51,13 @@ def sre2l_step(settings: Settings) -> Iterator[Measurable]:
     )
     assert isinstance(method, SRe2L)
     (group,) = method.groups(count, 1)
-    start = method.begin(group, None, context)  # type: ignore[arg-type] - noise needs no pool
+    start = method.begin(group, _NO_IMAGES, context)
     targets = torch.arange(count, device=settings.device)
     peer = RecoveryLoop(copy.deepcopy(model), start.pixels, targets, ITERATIONS)
     state, steps = _copied(start), iter(range(ITERATIONS))
 
     def ours() -> None:
-        method.step(next(steps), state, None, context)  # type: ignore[arg-type]
+        method.step(next(steps), state, _NO_IMAGES, context)
         synchronise(settings.device)
 
     def gate() -> list[Check]:
@@ -107,7 +109,7 @@ def _copied(state: State) -> State:
 def _same_step(method: SRe2L, start: State, context: Context, peer: RecoveryLoop) -> list[Check]:
     """The first step of both on the same images and offsets: the gradient, and the pixels after it."""
     state = _copied(start)
-    method.step(0, state, None, context)  # type: ignore[arg-type]
+    method.step(0, state, _NO_IMAGES, context)
     draws = generator(context.seed, "augment", start.group.number, 0)
     offsets = iter(torch.randint(method.options.shift + 1, (2,), generator=draws).tolist())
     peer.names["random"] = types.SimpleNamespace(randint=lambda *_: next(offsets))

@@ -160,10 +160,10 @@ class Measurement:
         if target is None:
             return None
         compared = [
-            (target.ratio, self.ratio and self.ratio.p50, 1),
+            (target.ratio, self.ratio.p50 if self.ratio else None, 1),
             (target.rate, self.rate, 1),
             (target.memory, self.memory_ratio, -1),
-            (target.share, self.share and self.share.p50, -1),
+            (target.share, self.share.p50 if self.share else None, -1),
         ]
         return all(
             found is not None and sign * found >= sign * wanted for wanted, found, sign in compared if wanted
@@ -173,7 +173,10 @@ class Measurement:
 class Measurable(Protocol):
     """What an entry yields: something that checks itself and is then measured."""
 
-    case: str
+    @property
+    def case(self) -> str:
+        """What is measured, as it stands in the tables."""
+        ...
 
     def measure(self, device: torch.device, rounds: int | None, quick: bool) -> list[Measurement]:
         """Check, then measure."""

@@ -235,6 +235,7 @@ def plot(path: Path, rows: Sequence[dict[str, str]]) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     aimed = [row for row in rows if row["ratio_p50"] and row["target_ratio"]]
     aimless = [row for row in rows if row["ratio_p50"] and not row["target_ratio"]]
@@ -249,17 +250,17 @@ def plot(path: Path, rows: Sequence[dict[str, str]]) -> None:
     if not panels:
         return
     heights = [_BAR_INCHES * bars + _FRAME_INCHES for bars, _ in panels]
-    style = {"font.size": 9, "font.family": "sans-serif", "axes.edgecolor": "#c9ced6", "text.color": _INK}
-    with pyplot.rc_context(style):
+    with pyplot.rc_context(
+        {"font.size": 9, "font.family": "sans-serif", "axes.edgecolor": "#c9ced6", "text.color": _INK}
+    ):
         figure, axes = pyplot.subplots(
             len(panels),
             1,
             figsize=(10, sum(heights) + 0.4),
             gridspec_kw={"height_ratios": heights},
             squeeze=False,
-            layout="constrained",
+            layout=ConstrainedLayoutEngine(hspace=0.06),
         )
-        figure.get_layout_engine().set(hspace=0.06)
         for axis, (_, draw) in zip(axes[:, 0], panels, strict=True):
             draw(axis)
             axis.tick_params(length=0)
@@ -320,11 +321,14 @@ def _titled(axis: Any, title: str, handles: list[Any]) -> None:
 
 
 def _ratio_legend(rows: Sequence[dict[str, str]]) -> list[Any]:
+    from matplotlib.artist import Artist
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     kinds = {"true": Patch(color=_MET, label="met"), "false": Patch(color=_MISSED, label="missed")}
-    handles = [handle for met, handle in kinds.items() if any(row["met"] == met for row in rows)]
+    handles: list[Artist] = [
+        handle for met, handle in kinds.items() if any(row["met"] == met for row in rows)
+    ]
     if any(row["target_ratio"] for row in rows):
         handles.append(Line2D([], [], color=_INK, linewidth=2.6, label="target"))
     return [*handles, Line2D([], [], color=_INK, linewidth=1, label="20th to 80th percentile")]

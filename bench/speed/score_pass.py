@@ -36,9 +36,9 @@ from bench.speed.subjects import Subject, subject
 from ddfast import ops
 from ddfast.data import open_source
 from ddfast.data.loaders import resolve_loader
-from ddfast.methods import get_method
-from ddfast.methods.base import Context, Method
+from ddfast.methods.base import Context
 from ddfast.methods.selection.base import Batch, Candidates
+from ddfast.methods.selection.infoutil import InfoUtil
 from ddfast.models import Teacher
 from ddfast.pipeline.plan import MICRO_BATCH
 from ddfast.unchanged import unchanged
@@ -105,9 +105,9 @@ class Pass:
         return Context(teacher, size, 2, 0, self.precision, self.forward_batch, device)
 
     @property
-    def method(self) -> Method:
+    def method(self) -> InfoUtil:
         """InfoUtil as `ddfast distill infoutil` runs it."""
-        return get_method("infoutil").from_options({}).resolved(2, 10)
+        return InfoUtil.from_options({}).resolved(2, 10)
 
     def micro_batch(self, images: Tensor) -> Batch:
         """Decoded images on the device, under stable ids."""
@@ -123,7 +123,7 @@ class Pass:
             cuts = [self._stages(Path(folder)) for _ in range(rounds)]
             with unchanged(self.found.model):  # as a run holds its teacher
                 overlapped = [seconds_of(lambda: self._whole(Path(folder)), device) for _ in range(rounds)]
-        common = {
+        common: dict[str, Any] = {
             "contender": self.precision,
             "peer": "",
             "unit": "images",
@@ -326,7 +326,7 @@ class PrecisionEffect:
             same = (boxes["auto"] == boxes["float32"]).all(-1)
             kept["clean"].append(float(same[:, -1].float().mean()))
             kept["noised"].append(float(same[:, :-1].float().mean()))
-        common = {
+        common: dict[str, Any] = {
             "contender": "auto",
             "peer": "",
             "unit": "images",

@@ -166,7 +166,7 @@ def _last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last)
 
 
-_STATISTICS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+_STATISTICS: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 def _masked_batch(image_dtype: torch.dtype, dtype: torch.dtype, last: bool, sources: int) -> Tensor:
@@ -486,7 +486,7 @@ def launchers() -> dict[str, ModuleType]:
     import ddfast.kernels
 
     names = {path.op for path in ops.paths()}
-    found = {}
+    found: dict[str, ModuleType] = {}
     for info in pkgutil.iter_modules(ddfast.kernels.__path__, "ddfast.kernels."):
         module = importlib.import_module(info.name)
         functions = inspect.getmembers(module, inspect.isfunction)

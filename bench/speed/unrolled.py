@@ -181,7 +181,8 @@ def directional(settings: Settings) -> Iterator[Measurable]:
     ((images, labels),) = _batches(1, count, settings.device)
     direction = [goal[name] - start[name] for name in start]
     plain = _convnet(width, torch.float32).to(settings.device)
-    plain.blocks = nn.Sequential(  # type: ignore[assignment]
+    assert isinstance(plain.blocks, nn.Sequential)
+    plain.blocks = nn.Sequential(
         *(_PlainNorm(each) if isinstance(each, nn.GroupNorm) else each for each in plain.blocks)
     )
 

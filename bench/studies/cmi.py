@@ -30,6 +30,7 @@ from bench.studies.compare import integers, made_with, teacher_fact
 from bench.studies.tables import mean_and_spread, paired, write_rows
 from ddfast.files import atomic_write_text
 from ddfast.methods import get_method
+from ddfast.methods.synthesis import Synthesis
 from ddfast.models.registry import features
 from ddfast.output.pixels import read_curve
 from ddfast.progress import duration
@@ -57,7 +58,7 @@ class Subject:
 
     name: str
     protocol: str
-    cmi: Mapping[int, int]
+    cmi: Mapping[int, float]
     budget: str
     paper: Mapping[int, float]
     paper_with_cmi: Mapping[int, float]
@@ -249,10 +250,11 @@ def main(argv: Sequence[str]) -> int:
     """Run the study; the page is written anew after every arm."""
     arguments = parse(argv)
     found: list[Found] = []
-    factor = get_method(arguments.method).factor
+    kind = get_method(arguments.method)
+    assert issubclass(kind, Synthesis)
     for ipc in arguments.ipc:
         for arm in arguments.arms:
-            if arm.endswith("+ CMI") and ipc * factor**2 == 1:
+            if arm.endswith("+ CMI") and ipc * kind.factor**2 == 1:
                 continue  # the mean of a single image is the image: CMI is 0
             for student in arguments.student:
                 found.append(_trained(arm, ipc, student, arguments))

@@ -16,7 +16,7 @@ import io
 import json
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def budget(results: Sequence[dict[str, Any]]) -> str:
     return "; ".join(told)
 
 
-def made_with(results: Sequence[dict[str, Any]], precision: str) -> str:
+def made_with(results: Sequence[Mapping[str, Any]], precision: str) -> str:
     """Arithmetic, versions and the commits that the students come from."""
     commits = list(dict.fromkeys(commit for result in results for commit in result["commits"]))
     threads = sorted({result["threads"] for result in results})

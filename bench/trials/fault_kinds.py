@@ -44,9 +44,9 @@ _IMPORTED = ("torchvision", "torch._dynamo", "torch.fx", "PIL.", "pyarrow", "ddf
 
 def divided_finely() -> None:
     """Small sets have several shards, and every step of a synthesis is kept, so that a kill leaves something."""
-    from ddfast.pipeline import run, synthesize
+    from ddfast.pipeline import plan, synthesize
 
-    run.SHARD_SOURCES = SHARD
+    plan.SHARD_SOURCES = SHARD
     synthesize._SAVE_SECONDS = 0.0
 
 

@@ -53,7 +53,7 @@ def summary(results: Sequence[Sequence[str]]) -> str:
 def _line(
     family: str, fault: str, kinds: Sequence[tuple[str, str]], counts: Counter[tuple[str, str, str]]
 ) -> str:
-    row = [sum(counts[(*kind, end)] for kind in kinds) for end in ENDS]
+    row = [sum(counts[of, injected, end] for of, injected in kinds) for end in ENDS]
     told = f"{family} ({SUBJECTS[family].method})" if family in SUBJECTS else family
     return f"| {told} | {fault} | {sum(row)} | {' | '.join(map(str, row))} |"
 

@@ -172,8 +172,9 @@ def _read_image(kind: str, data: bytes) -> str:
     images = {name for name, image in found.items() if not isinstance(image, BadImage)}
     if images and images != set(found):
         raise AssertionError(f"only {sorted(images)} gave an image; Pillow says {found['pillow']}")
-    if not images:
-        raise found["pillow"]
+    pillow = found["pillow"]
+    if isinstance(pillow, BadImage):
+        raise pillow
     return "an image"
 
 

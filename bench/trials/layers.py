@@ -208,7 +208,8 @@ def _normalization_op(draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
     found = torch.cat([norms.double(), grad.double().flatten(1) @ probe])
     if grad.shape != x.shape or grad.dtype != g.dtype:
         raise AssertionError(f"the gradient is {grad.dtype} {tuple(grad.shape)}")
-    truth, bound = [], []
+    truth: list[Tensor] = []
+    bound: list[Tensor] = []
     for absolute in (False, True):
         values = [t.double().abs() if absolute and t is not rstd else t.double() for t in (x, g, mean, rstd)]
         a, b, m, r = values
@@ -283,9 +284,9 @@ def _conv(draws: Draws, channels: int, dims: int, size: int) -> nn.Module:
     padding = draws.of("same", "valid", 0, *([[draws.of(0, 1, 2) for _ in range(dims)]] * 3))
     stride = 1 if padding == "same" else [draws.of(1, 1, 2, 3) for _ in range(dims)]
     mode = draws.of("zeros", "zeros", "zeros", "reflect", "replicate", "circular") if size > 5 else "zeros"
-    kind = {1: nn.Conv1d, 2: nn.Conv2d}[dims]
+    kinds: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d}
     outputs = groups * draws.of(1, 1, 2, 3, 5)
-    return kind(
+    return kinds[dims](
         channels,
         outputs,
         kernel,
@@ -359,7 +360,11 @@ def _layer_fallback(draws: Draws) -> tuple[nn.Module, Tensor]:
         "bias": draws.of(True, False),
     }
     dims = draws.of(1, 2, 3)
-    kinds = {1: [nn.ConvTranspose1d], 2: [nn.ConvTranspose2d], 3: [nn.Conv3d, nn.ConvTranspose3d]}
+    kinds: dict[int, list[type[nn.Module]]] = {
+        1: [nn.ConvTranspose1d],
+        2: [nn.ConvTranspose2d],
+        3: [nn.Conv3d, nn.ConvTranspose3d],
+    }
     layer = draws.of(*kinds[dims])(channels, groups * draws.of(1, 2), draws.of(2, 3), **geometry)
     return layer, draws.tensor(batch, channels, *[size] * dims)
 

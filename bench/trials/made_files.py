@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -68,7 +69,7 @@ def _make_set(folder: Path) -> None:
     from ddfast.distillation import distill
 
     with tempfile.TemporaryDirectory() as data:
-        settings = {"ipc": 2, "iterations": 1, "real_batch": 4, "quiet": True, "workers": 1}
+        settings: dict[str, Any] = {"ipc": 2, "iterations": 1, "real_batch": 4, "quiet": True, "workers": 1}
         distill("dm", data=render_set(Path(data), 6), out=folder / "out", threads=1, **settings)
 
 

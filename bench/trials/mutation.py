@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -261,7 +262,7 @@ def _written(kind: str, folder: Path) -> tuple[bytes, ...]:
         return (folder / "x.parquet").read_bytes(), (folder / "y.parquet").read_bytes()
     model = create_model("convnet3", num_classes=2, image_size=16, width=8)
     if kind == "teacher":
-        facts = {
+        facts: dict[str, Any] = {
             "arch": "convnet3",
             "class_names": ["a", "b"],
             "image_size": 16,

@@ -307,7 +307,7 @@ def measure_stages(archive: Path, work: Path, threads: int, images: int = 48) ->
     samples = [source.samples[i] for i in range(0, step * images, step)][:images]
     torch.manual_seed(0)
     model = create_model("resnet18", len(source.class_names), image_size=224).eval()
-    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = model.to(memory_format=torch.channels_last)
     started = time.monotonic()
     for sample in samples:
         source.read(sample)

@@ -23,6 +23,8 @@ from ddfast.settings import is_place, plain
 from ddfast.wording import argument, did_you_mean
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from ddfast.models import Teacher
 
 
@@ -165,7 +167,7 @@ class Method(ABC):
         return self
 
     @classmethod
-    def from_options(cls, given: Mapping[str, Any], preset: str | None = None) -> Method:
+    def from_options(cls, given: Mapping[str, Any], preset: str | None = None) -> Self:
         """Build a method from `given` option values over `preset` over the defaults.
 
         Raises:

@@ -26,7 +26,7 @@ from ddfast.data import open_source
 from ddfast.data.decoding import decode_fit
 from ddfast.files import atomic_write_bytes, atomic_write_text, make_folder
 from ddfast.methods import get_method
-from ddfast.methods.selection.base import Table
+from ddfast.methods.selection.base import Selection, Table
 from ddfast.output.table import read_tables, to_numpy
 from ddfast.pipeline.plan import read_plan
 from ddfast.report.pictures import display_side, heatmap_picture, png_bytes, resized, to_picture
@@ -119,7 +119,9 @@ def _readings(arm: Arm, setup: Setup) -> dict[int, Reading]:
     assert plan is not None
     columns = to_numpy(read_tables(folder / "scores"))
     options = {**plan["options"]["score"], **plan["options"]["select"]}
-    ranked, _ = get_method(arm.method).from_options(options).rank(Table(columns, plan["seed"]), 1)
+    kind = get_method(arm.method)
+    assert issubclass(kind, Selection)
+    ranked, _ = kind.from_options(options).rank(Table(columns, plan["seed"]), 1)
     found = {}
     for row in np.concatenate(list(ranked.values())).tolist():
         same = np.flatnonzero(columns["sample_id"] == columns["sample_id"][row])
