@@ -47,7 +47,7 @@ def without_folders(text: str) -> str:
     words = []
     for word in text.split(" "):
         key, equals, value = word.rpartition("=")
-        is_file = "/" in value and Path(value).exists()
+        is_file = "/" in value and (value.startswith(("/", ".", "~")) or Path(value).exists())  # 1/2 is none
         words.append(key + equals + (Path(value).name if is_file else value))
     return " ".join(words)
 

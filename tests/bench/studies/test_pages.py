@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.studies.arguments import told
+from bench.studies.arguments import told, without_folders
 from tests.bench.studies.conftest import lacks
 
 STUDIES = Path(__file__).parents[3] / "bench" / "studies"
@@ -44,3 +44,17 @@ def test_every_writer_of_a_page_tells_its_command_and_commit(path):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
     }
     assert "told" in called
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("/a/cifar10.zip", "cifar10.zip"),
+        ("experts=/a/b", "experts=b"),
+        ("whitened: experts=../a/b normalization=none", "whitened: experts=b normalization=none"),
+        ("sizes=1/3,1/2", "sizes=1/3,1/2"),
+        ("--ipc", "--ipc"),
+    ],
+)
+def test_pages_name_files_without_their_folders(word, told):
+    assert without_folders(word) == told
