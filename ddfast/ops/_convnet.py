@@ -168,31 +168,28 @@ def _native_accepts(first: Tensor, *_: Any) -> bool:
     return first.dtype == torch.float32
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, weight, bias, norm_weight, norm_bias, eps, _ = inputs
-    ctx.eps = eps
+def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Keep a block's five tensors, eps, and all that it gives besides the pooled map."""
+    ctx.eps = inputs[5]
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(input, weight, bias, norm_weight, norm_bias, *output[1:])
+    ctx.save_for_backward(*inputs[:5], *output[1:])
+
+
+def gradient_by(backward: Callable[..., Any], ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients that the op of a block's backward pass gives, and None for each argument that has none."""
+    saved, needs = ctx.saved_tensors, ctx.needs_input_grad
+    grad_input, grad_weight, *of_norm = backward(grad, *saved, ctx.eps, needs[0], needs[1])
+    of_bias = torch.zeros_like(saved[2]) if needs[2] else None
+    found = [grad_input, grad_weight, of_bias, *of_norm, *[None] * (len(needs) - 5)]
+    return tuple(each if needed else None for each, needed in zip(found, needs, strict=True))
 
 
 def _gradient(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    input, weight, bias, norm_weight, norm_bias, mean, rstd, conv = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    grad_input, grad_weight, grad_gamma, grad_beta = torch.ops.ddfast.convnet_block_backward(
-        grad, input, weight, bias, norm_weight, norm_bias, mean, rstd, conv, ctx.eps, needs[0], needs[1]
-    )
-    return (
-        grad_input if needs[0] else None,
-        grad_weight if needs[1] else None,
-        torch.zeros_like(bias) if needs[2] else None,
-        grad_gamma if needs[3] else None,
-        grad_beta if needs[4] else None,
-        None,
-        None,
-    )
+    return gradient_by(torch.ops.ddfast.convnet_block_backward, ctx, grad)
 
 
-def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Keep what a block's backward pass was given."""
     ctx.save_for_backward(*inputs[:9])
     ctx.eps, ctx.to_input, ctx.to_weight = inputs[9:]
     ctx.images_only = only_images_are_asked_for()
@@ -336,9 +333,9 @@ define(
     fake=_curvature_fake,
     native_accepts=_native_accepts,
 )
-torch.library.register_autograd("ddfast::convnet_block", _gradient, setup_context=_save, lib=LIBRARY)
+torch.library.register_autograd("ddfast::convnet_block", _gradient, setup_context=save, lib=LIBRARY)
 torch.library.register_autograd(
-    "ddfast::convnet_block_backward", _second_gradient, setup_context=_save_backward, lib=LIBRARY
+    "ddfast::convnet_block_backward", _second_gradient, setup_context=save_backward, lib=LIBRARY
 )
 torch.library.register_vmap("ddfast::convnet_block", _vmap, lib=LIBRARY)
 torch.library.register_vmap("ddfast::convnet_block_backward", _backward_vmap, lib=LIBRARY)

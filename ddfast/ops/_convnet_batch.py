@@ -12,9 +12,11 @@ from ddfast.ops._convnet import (
     backward_fake,
     checked,
     empty_channels_last,
+    gradient_by,
     is_differentiated,
     one_by_one,
-    only_images_are_asked_for,
+    save,
+    save_backward,
     second_gradient_of_all,
 )
 from ddfast.ops._dispatch import LIBRARY, below_autocast, define
@@ -135,32 +137,8 @@ def _no_gradient(ctx: Any, grad: Tensor) -> None:
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.eps = inputs[-1]
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*inputs[:5], *output[1:])
-
-
 def _gradient(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    input, weight, bias, norm_weight, norm_bias, mean, variance, conv = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    grad_input, grad_weight, grad_gamma, grad_beta = torch.ops.ddfast.convnet_block_batch_norm_backward(
-        grad, input, weight, bias, norm_weight, norm_bias, mean, variance, conv, ctx.eps, needs[0], needs[1]
-    )
-    return (
-        grad_input if needs[0] else None,
-        grad_weight if needs[1] else None,
-        torch.zeros_like(bias) if needs[2] else None,
-        grad_gamma if needs[3] else None,
-        grad_beta if needs[4] else None,
-        None,
-    )
-
-
-def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:9])
-    ctx.eps, ctx.to_input, ctx.to_weight = inputs[9:]
-    ctx.images_only = only_images_are_asked_for()
+    return gradient_by(torch.ops.ddfast.convnet_block_batch_norm_backward, ctx, grad)
 
 
 def _second_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -224,10 +202,10 @@ torch.library.register_autograd(
 )
 torch.library.register_vmap("ddfast::convnet_block_batch_norm_eval", _eval_vmap, lib=LIBRARY)
 torch.library.register_autograd(
-    "ddfast::convnet_block_batch_norm", _gradient, setup_context=_save, lib=LIBRARY
+    "ddfast::convnet_block_batch_norm", _gradient, setup_context=save, lib=LIBRARY
 )
 torch.library.register_autograd(
-    "ddfast::convnet_block_batch_norm_backward", _second_gradient, setup_context=_save_backward, lib=LIBRARY
+    "ddfast::convnet_block_batch_norm_backward", _second_gradient, setup_context=save_backward, lib=LIBRARY
 )
 torch.library.register_vmap("ddfast::convnet_block_batch_norm", _vmap, lib=LIBRARY)
 torch.library.register_vmap("ddfast::convnet_block_batch_norm_backward", _backward_vmap, lib=LIBRARY)

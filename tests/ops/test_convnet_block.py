@@ -11,7 +11,7 @@ from torch.library import opcheck
 
 from ddfast.ops import convnet_block, reference
 from ddfast.ops._dispatch import native_status
-from tests.ops.derivatives import check_second, check_third
+from tests.ops.transforms import check_second, check_third, check_vmap
 
 NATIVE = pytest.mark.skipif(not native_status()[0], reason=native_status()[1])
 DEVICES = [
@@ -281,15 +281,7 @@ def test_opcheck(inputs, dtype):
     "in_dims", [(0, None, None, None, None), (1, 0, None, 1, 0), (None, 0, None, None, None)]
 )
 def test_vmap(in_dims):
-    tensors = case(2, 5, 4, 5, 6)
-    mapped = tuple(
-        t if d is None else torch.stack([t, t.flip(0), 2 * t], d)
-        for t, d in zip(tensors, in_dims, strict=True)
-    )
-    found = torch.vmap(convnet_block, in_dims)(*mapped)
-    for index in range(3):
-        one = (t if d is None else t.select(d, index) for t, d in zip(mapped, in_dims, strict=True))
-        torch.testing.assert_close(found[index], convnet_block(*one), rtol=1e-5, atol=1e-5)
+    check_vmap(convnet_block, case(2, 5, 4, 5, 6), in_dims)
 
 
 @pytest.mark.parametrize("inputs", [3, 5])

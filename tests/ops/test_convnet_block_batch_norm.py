@@ -11,8 +11,8 @@ from torch.library import opcheck
 
 from ddfast.ops import convnet_block_batch_norm, convnet_block_batch_norm_eval, reference
 from ddfast.ops._convnet import differentiable_in_images
-from tests.ops.derivatives import check_second, check_third
 from tests.ops.test_convnet_block import NATIVE, case, squared_errors, with_gradients
+from tests.ops.transforms import check_second, check_third, check_vmap
 
 OP = torch.ops.ddfast.convnet_block_batch_norm.default
 EVAL = torch.ops.ddfast.convnet_block_batch_norm_eval.default
@@ -246,16 +246,7 @@ def test_opcheck(inputs, dtype):
     "in_dims", [(0, None, None, None, None), (1, 0, None, 1, 0), (None, 0, None, None, None)]
 )
 def test_vmap(in_dims):
-    tensors = case(2, 5, 4, 5, 6)
-    mapped = tuple(
-        t if d is None else torch.stack([t, t.flip(0), 2 * t], d)
-        for t, d in zip(tensors, in_dims, strict=True)
-    )
-    found = torch.vmap(convnet_block_batch_norm, in_dims)(*mapped)
-    for index in range(3):
-        one = (t if d is None else t.select(d, index) for t, d in zip(mapped, in_dims, strict=True))
-        for each, wanted in zip(found, convnet_block_batch_norm(*one), strict=True):
-            torch.testing.assert_close(each[index], wanted, rtol=1e-5, atol=1e-5)
+    check_vmap(convnet_block_batch_norm, case(2, 5, 4, 5, 6), in_dims)
 
 
 @pytest.mark.parametrize("inputs", [3, 5])
@@ -424,15 +415,7 @@ def test_eval_opcheck(inputs, dtype):
 
 @pytest.mark.parametrize("in_dims", [(0, *[None] * 6), (1, 0, None, 1, 0, None, 0)])
 def test_eval_vmap(in_dims):
-    tensors = with_statistics(2, 5, 4, 5, 6)
-    mapped = tuple(
-        t if d is None else torch.stack([t, t.flip(0), 2 * t], d)
-        for t, d in zip(tensors, in_dims, strict=True)
-    )
-    found = torch.vmap(convnet_block_batch_norm_eval, in_dims)(*mapped)
-    for index in range(3):
-        one = (t if d is None else t.select(d, index) for t, d in zip(mapped, in_dims, strict=True))
-        torch.testing.assert_close(found[index], convnet_block_batch_norm_eval(*one), rtol=1e-5, atol=1e-5)
+    check_vmap(convnet_block_batch_norm_eval, with_statistics(2, 5, 4, 5, 6), in_dims)
 
 
 def test_eval_has_no_backward_pass_and_refuses_statistics_that_do_not_fit():

@@ -1,11 +1,12 @@
-"""Checks of what a second and a third backward pass of an op give, against a plain expression of it."""
+"""Checks of an op under torch's transforms: second and third backward passes against a plain expression, and vmap."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Op = Callable[..., Tensor]
+Op = Callable[..., Any]
 
 
 def check_second(op: Op, plain: Op, tensors: Sequence[Tensor], parts: Sequence[int]) -> None:
@@ -32,3 +33,17 @@ def check_third(op: Op, plain: Op, tensors: Sequence[Tensor]) -> None:
         return torch.autograd.grad(second.square().sum(), tensors[3])[0]
 
     torch.testing.assert_close(third(op), third(plain), rtol=1e-8, atol=1e-8)
+
+
+def check_vmap(op: Op, tensors: Sequence[Tensor], in_dims: Sequence[int | None]) -> None:
+    """Three variants of each tensor that is mapped: what vmap gives is what a call for each of them gives."""
+    mapped = [
+        t if d is None else torch.stack([t, t.flip(0), 2 * t], d)
+        for t, d in zip(tensors, in_dims, strict=True)
+    ]
+    found = torch.vmap(op, tuple(in_dims))(*mapped)
+    for index in range(3):
+        one = op(*(t if d is None else t.select(d, index) for t, d in zip(mapped, in_dims, strict=True)))
+        pairs = [(found, one)] if isinstance(one, Tensor) else zip(found, one, strict=True)
+        for each, wanted in pairs:
+            torch.testing.assert_close(each[index], wanted, rtol=1e-5, atol=1e-5)
