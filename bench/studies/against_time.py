@@ -21,13 +21,14 @@ from pathlib import Path
 
 from bench import facts
 from bench.studies.arguments import told
-from bench.studies.charts import COLOURS, FAINT, GREY, GRID, figure
+from bench.studies.charts import COLOURS, FAINT, GREY, GRID, figure, name_points
 from bench.studies.cmi import CHOSEN, COLUMNS
 from ddfast.errors import UsageError
 from ddfast.files import atomic_write_text, make_folder
 from ddfast.progress import duration
 
 TITLE = "Accuracy against the seconds of a synthesis"
+WITH_CMI = " + CMI"  # how an arm with the regulariser ends
 _LEAST = 1.0  # seconds at which what took less is drawn: the axis is logarithmic
 
 
@@ -124,32 +125,54 @@ def main(argv: Sequence[str]) -> int:
 
 
 def draw(path: Path, points: Sequence[Point], along: str = "seconds of a synthesis") -> None:
-    """A panel for each IPC and architecture: top-1 against seconds, `along` in words, on a logarithmic axis."""
+    """A panel for each IPC and architecture: top-1 against seconds, `along` in words, on a logarithmic axis.
+
+    A method has one colour; its mark is hollow with the CMI regulariser. Random images are grey.
+    """
     kinds = list(dict.fromkeys((point.ipc, point.student) for point in points))
-    names = list(dict.fromkeys(_name(point, points) for point in points))
-    plain = [name for name in names if name.partition(",")[0] != "random"]
-    colours = {name: COLOURS[place % len(COLOURS)] for place, name in enumerate(plain)}
-    with figure(path, 6.4 * len(kinds), 4.2, 1, len(kinds)) as axes:
+    names = list(dict.fromkeys(_method(point) for point in points))
+    plain = [name for name in names if name != "random"]
+    colours = {name: COLOURS[place % len(COLOURS)] for place, name in enumerate(plain)} | {"random": GREY}
+    with figure(path, 7.2 * len(kinds), 4.8, 1, len(kinds)) as axes:
         for axis, (ipc, student) in zip(axes, kinds, strict=True):
-            for point in (each for each in points if (each.ipc, each.student) == (ipc, student)):
-                name = _name(point, points)
-                colour, x = colours.get(name, GREY), max(point.seconds, _LEAST)
-                axis.errorbar(x, point.top1, yerr=point.deviation, color=colour, marker="o", capsize=2.5)
-                axis.annotate(
-                    name,
-                    (x, point.top1),
-                    xytext=(6, 4),
-                    textcoords="offset points",
+            shown = [each for each in points if (each.ipc, each.student) == (ipc, student)]
+            for point in shown:
+                colour = colours[_method(point)]
+                axis.errorbar(
+                    max(point.seconds, _LEAST),
+                    point.top1,
+                    yerr=point.deviation,
                     color=colour,
-                    fontsize=8.5,
+                    marker="o",
+                    markerfacecolor="white" if point.arm.endswith(WITH_CMI) else colour,
+                    capsize=2.5,
+                    elinewidth=1,
                 )
             axis.set_xscale("log")
-            axis.margins(x=0.25)
+            axis.margins(x=0.15)
             axis.spines[["top", "right", "left"]].set_visible(False)
             axis.grid(axis="y", color=GRID, linewidth=0.8, zorder=0)
             axis.set_xlabel(along)
             axis.set_title(f"IPC {ipc}, {student}", loc="left", fontsize=9.5, color=FAINT)
+            name_points(
+                axis,
+                [
+                    (
+                        max(each.seconds, _LEAST),
+                        each.top1,
+                        each.deviation,
+                        _name(each, points),
+                        colours[_method(each)],
+                    )
+                    for each in shown
+                ],
+            )
         axes[0].set_ylabel("test top-1, %")
+
+
+def _method(point: Point) -> str:
+    """The arm without the regulariser."""
+    return point.arm.removesuffix(WITH_CMI)
 
 
 def _name(point: Point, points: Sequence[Point]) -> str:

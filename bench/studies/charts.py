@@ -27,6 +27,19 @@ COLOURS = (
 GREY = "#8593a6"
 _LINE_INCHES = 0.23  # height of one label
 _PANELS_A_ROW = 3
+# Places of a name beside its point: points to the right and up, and how the text is aligned there.
+_BESIDE = (
+    (7, 0, "left"),
+    (-7, 0, "right"),
+    (7, 9, "left"),
+    (7, -9, "left"),
+    (-7, 9, "right"),
+    (-7, -9, "right"),
+    (0, 14, "center"),
+    (0, -14, "center"),
+    (7, 18, "left"),
+    (7, -18, "left"),
+)
 
 
 @dataclass(frozen=True)
@@ -156,6 +169,44 @@ def _panel(axis: Any, heading: str, lines: Sequence[Line], tall: float, tick: st
     if reported:
         axis.plot([], [], "D", markersize=5, mfc="white", mec=FAINT, mew=1.2, label="the paper's")
         axis.legend(loc="best", frameon=False, fontsize=8.5)
+
+
+def name_points(axis: Any, points: Sequence[tuple[float, float, float, str, str]]) -> None:
+    """Write names beside points, (x, y, deviation, name, colour): they cover no other name, point or error bar.
+
+    The first place of `_BESIDE` that is free is taken, and the right where none is. Limits and scales of the axis have
+    to be final.
+    """
+    axis.figure.draw_without_rendering()  # the layout decides how large a name is beside the axis
+    along_bar = (-1.0, -0.5, 0.0, 0.5, 1.0)
+    marks = axis.transData.transform(
+        [(x, y + share * deviation) for x, y, deviation, *_ in points for share in along_bar]
+    )
+    taken: list[Any] = []
+    for x, y, _, name, colour in sorted(points, key=lambda point: -point[1]):
+        written: list[Any] = []
+        for right, up, align in _BESIDE:
+            text = axis.annotate(
+                name,
+                (x, y),
+                xytext=(right, up),
+                textcoords="offset points",
+                ha=align,
+                va="center",
+                color=colour,
+                fontsize=8.5,
+            )
+            box = text.get_window_extent()
+            if not box.count_overlaps(taken) and not box.padded(2).count_contains(marks):
+                for other in written:
+                    other.remove()
+                taken.append(box)
+                break
+            written.append(text)
+        else:
+            for other in written[1:]:
+                other.remove()
+            taken.append(written[0].get_window_extent())
 
 
 def _apart(values: Sequence[float], gap: float) -> list[float]:
