@@ -43,7 +43,6 @@ from ddfast.report.utilization import utilization
 from ddfast.training.protocol import PROTOCOLS
 
 TITLE = "UDD: Tables 1 to 5 on CIFAR-10, MNIST or FashionMNIST, the time of a search, and mUE"
-PROTOCOL = "idc"
 TABLES = ("main", "policies", "jitters", "sizes", "regions", "times", "mue")
 
 
@@ -147,6 +146,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--sets", type=by_ipc, default={0: 2}, help="distilled sets an arm; by IPC as above")
     parser.add_argument("--students", type=by_ipc, default={0: 2}, help="students a set; by IPC as above")
     parser.add_argument("--epochs", type=by_ipc, default={}, help="of students; default the protocol's")
+    parser.add_argument(
+        "--protocol",
+        default="idc",
+        choices=("idc", "idc_no_flip"),
+        help="of students; digits take idc_no_flip",
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/udd"), help="sets, students and numbers")
     parser.add_argument("--out", type=Path, default=None, help="results, without ending")
     arguments = parser.parse_args(argv)
@@ -210,11 +215,11 @@ def _trained(arm: Arm, ipc: int, arguments: argparse.Namespace) -> Found:
 
 
 def _student(folder: Path, arm: Arm, ipc: int, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    epochs = at_ipc(arguments.epochs, ipc) or PROTOCOLS[PROTOCOL].epochs_for(ipc)
+    epochs = at_ipc(arguments.epochs, ipc) or PROTOCOLS[arguments.protocol].epochs_for(ipc)
     regions = arm.regions if arm.method == "udd" else "none"
     asked = {
         "arch": arguments.arch,
-        "protocol": PROTOCOL,
+        "protocol": arguments.protocol,
         "epochs": epochs,
         "seeds": [seed],
         "regions": regions,
@@ -228,7 +233,7 @@ def _student(folder: Path, arm: Arm, ipc: int, seed: int, arguments: argparse.Na
         arch=arguments.arch,
         seeds=[seed],
         epochs=epochs,
-        protocol=PROTOCOL,
+        protocol=arguments.protocol,
         regions=regions if arm.method == "udd" else "chosen",
         quiet=True,
     )
@@ -270,8 +275,8 @@ def _write(
         f"# {TITLE}",
         "",
         told("udd", argv),
-        f"Test top-1 in percent after the last epoch, hard labels, protocol {PROTOCOL}: mean over sets and students ± "
-        "deviation over the sets' means. In brackets the paper's.",
+        f"Test top-1 in percent after the last epoch, hard labels, protocol {arguments.protocol}: mean over sets and "
+        "students ± deviation over the sets' means. In brackets the paper's.",
     ]
     for table in arguments.tables:
         if table in ("times", "mue"):

@@ -302,7 +302,8 @@ def add_evaluate(commands: Any) -> None:
         "--protocol",
         default="rded",
         metavar="NAME",
-        help="how students are trained: rded, rded_plain, sre2l, sre2l_tiny, or with hard labels dc, dsa, idc, igds",
+        help="how students are trained: rded, rded_plain, sre2l, sre2l_tiny, or with hard labels dc, dsa, idc, igds; "
+        "for digits dsa_no_flip, idc_no_flip",
     )
     _add_batch_size(parser, None)
     parser.add_argument(

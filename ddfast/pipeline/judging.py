@@ -12,7 +12,6 @@ from torch import Tensor
 from ddfast.data.opening import open_source
 from ddfast.errors import UsageError
 from ddfast.methods.synthesis import State, Synthesis
-from ddfast.output.pixels import to_bytes
 from ddfast.pipeline.run import Run
 from ddfast.progress import say
 from ddfast.training.augmentation import normalize
@@ -71,22 +70,17 @@ class Judge:
 
     def after_rounding(self, state: State) -> dict[str, Any]:
         """What the manifest tells of a finished synthesis: accuracy of the pixels, and of the same in 8 bits."""
-        run, method = self._run, self._method
-        pixels = method.images(state).detach().float().cpu()
-        rounded = to_bytes(pixels, run.plan["mean"], run.plan["std"], method.space)
-        whitened = method.whitening(run.context) is not None
+        pixels = self._method.images(state).detach().float().cpu()
         return {
             "float32": self._judged(pixels, state, "the pixels").as_dict(),
-            "8 bits": self._judged(
-                pixels if whitened else rounded, state, "the same in 8 bits", rounded=whitened
-            ).as_dict(),
+            "8 bits": self._judged(pixels, state, "the same in 8 bits", rounded=True).as_dict(),
         }
 
     def _judged(self, images: Tensor, state: State, what: str, *, rounded: bool = False) -> EvaluationResult:
         run = self._run
         each = len(images) // len(state.group.classes)
         labels = [label for label in state.group.classes for _ in range(each)]
-        if images.is_floating_point() and self._method.space == "unit":
+        if self._method.space == "unit":
             images = normalize(images, run.plan["mean"], run.plan["std"])
         distilled = DistilledImages(
             images=images,
@@ -106,10 +100,16 @@ class Judge:
             arch_options=options,
             seeds=[run.plan["seed"]],
             teacher=run.label_teacher,
-            protocol=self._method.protocol,
+            protocol=self._protocol(),
             device=run.device.type,
             quiet=True,
             rounded=rounded,
         )
         say(f"{what}: test top-1 {result.mean:.2f}", quiet=run.quiet)
         return result
+
+    def _protocol(self) -> str:
+        """The method's own, without mirror images where it was told to make none."""
+        protocol = self._method.protocol
+        mirrored = protocol != "dsa" or getattr(self._method.options, "flip", True)
+        return protocol if mirrored else f"{protocol}_no_flip"

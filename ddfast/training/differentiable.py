@@ -206,14 +206,21 @@ def draw_idc(
     return DrawnTogether(tuple(drawn))
 
 
-def dsa(images: Tensor, generator: torch.Generator) -> Tensor:
+def without_flip(operations: Sequence[str]) -> tuple[str, ...]:
+    """The operations but for the mirror, which digits do not bear."""
+    return tuple(name for name in operations if name != "flip")
+
+
+def dsa(images: Tensor, generator: torch.Generator, *, flip: bool = True) -> Tensor:
     """DSA as its evaluation has it: one of six operations for the whole batch, parameters for each image."""
-    return draw_one(DSA, len(images), _size(images), generator)(images)
+    operations = DSA if flip else without_flip(DSA)
+    return draw_one(operations, len(images), _size(images), generator)(images)
 
 
-def idc(images: Tensor, generator: torch.Generator) -> Tensor:
+def idc(images: Tensor, generator: torch.Generator, *, flip: bool = True) -> Tensor:
     """IDC's evaluation: mirror and colour always, and one of shift, scale and rotation for the whole batch."""
-    return draw_idc(IDC_EVALUATION, len(images), _size(images), generator)(images)
+    operations = IDC_EVALUATION if flip else without_flip(IDC_EVALUATION)
+    return draw_idc(operations, len(images), _size(images), generator)(images)
 
 
 def _size(images: Tensor) -> tuple[int, int]:

@@ -96,8 +96,9 @@ class StudentAugmentation:
         else:
             inputs = normalize(images, self.distilled.mean, self.distilled.std)
         if self.protocol.colour != "none":
-            colour = dsa if self.protocol.colour == "dsa" else idc
-            inputs = colour(inputs, self._draws).contiguous(memory_format=torch.channels_last)
+            colour = dsa if self.protocol.colour.startswith("dsa") else idc
+            flip = not self.protocol.colour.endswith("_no_flip")
+            inputs = colour(inputs, self._draws, flip=flip).contiguous(memory_format=torch.channels_last)
         inputs, partner, share = self._mixed(inputs)
         return MixedBatch(inputs, index, coverage, partner, share)
 

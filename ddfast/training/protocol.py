@@ -17,7 +17,7 @@ from torch import nn
 
 SCHEDULES = ("half_cosine", "cosine", "steps", "constant")
 GEOMETRIES = ("none", "patches", "padded_crop", "resized_crop", "full_resized_crop")
-COLOURS = ("none", "dsa", "idc")
+COLOURS = ("none", "dsa", "idc", "dsa_no_flip", "idc_no_flip")
 MIXES = ("none", "cutmix", "mixup")
 _OF_RDED = ("rded", "rded_plain")
 
@@ -51,7 +51,7 @@ class Protocol:
             (1 / factor, 1), then mirror. "padded_crop": pad by 4, crop, mirror. "resized_crop":
             RandomResizedCrop of scale (0.5, 1), mirror. "full_resized_crop": the same of scale (0.08, 1).
         colour: differentiable augmentation of the normalised image: "dsa", one operation for the batch, or
-            "idc", all that are listed.
+            "idc", all that are listed; with "_no_flip" behind it without the mirror.
         mix: "cutmix", "mixup" or "none".
         mix_alpha: lambda is drawn from Beta(alpha, alpha).
         mix_probability: share of the batches that are mixed.
@@ -296,6 +296,12 @@ PROTOCOLS |= {
     ),
 }
 
+
+# Digits bear no mirror images: the codes of DSA and of IDC leave them out for MNIST and SVHN.
+for _name in ("dsa", "idc"):
+    PROTOCOLS[f"{_name}_no_flip"] = replace(
+        PROTOCOLS[_name], name=f"{_name}_no_flip", colour=f"{_name}_no_flip"
+    )
 
 # RDED's on the images as they are: DD-Ranking asks what a set gains without augmentation.
 PROTOCOLS["rded_plain"] = replace(PROTOCOLS["rded"], name="rded_plain", geometry="none", mix="none")

@@ -30,7 +30,10 @@ from ddfast.training.image_sets import ImageSet, measure_accuracy
 from ddfast.training.mixing import StudentAugmentation, _hard_labels, _online_labels, _stored_labels
 from ddfast.training.protocol import Protocol, protocol_named
 
-_LEARNED = "dsa"  # the protocol of MTT, whose students take the learning rate that came with their images
+_LEARNED = (
+    "dsa",
+    "dsa_no_flip",
+)  # the protocols of MTT, whose students take the learning rate of their images
 
 
 @dataclass(frozen=True)
@@ -204,7 +207,7 @@ def train_student(
 
 def takes_learned_rate(rules: Protocol, distilled: DistilledImages) -> bool:
     """Whether students learn at a rate that was optimised with their images, in place of the protocol's."""
-    return rules.name == _LEARNED and distilled.learned_rate is not None
+    return rules.name in _LEARNED and distilled.learned_rate is not None
 
 
 def steps_of_a_pass(images: int, batch_size: int) -> int:

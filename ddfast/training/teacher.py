@@ -42,7 +42,7 @@ from ddfast.training.augmentation import (
     resize_boxes,
 )
 from ddfast.training.device import resolve_device
-from ddfast.training.differentiable import DSA, draw_one
+from ddfast.training.differentiable import DSA, draw_one, without_flip
 from ddfast.training.fitting import Fitting, cosine, finite_loss
 from ddfast.training.image_sets import (
     ImageSet,
@@ -59,7 +59,7 @@ STATE_FORMAT = "ddfast-training-state-1"
 STATE_KEY = "ddfast_training_state"
 
 # Augmentations of normalised images: one operation for a batch, parameters for each image.
-DIFFERENTIABLE = {"dsa": DSA, "dsa-no-flip": tuple(name for name in DSA if name != "flip")}
+DIFFERENTIABLE = {"dsa": DSA, "dsa-no-flip": without_flip(DSA)}
 
 
 @isolated()

@@ -195,6 +195,8 @@ def test_students_are_judged_on_the_way_by_their_soft_labels(toy_folder, toy_tea
     }
     with pytest.raises(UsageError, match="evaluate_every needs all 3 classes in one group: give batch=15"):
         distil(toy_folder, toy_teacher, tmp_path / "groups", evaluate_every=3)
+    with pytest.raises(UsageError, match="give batch=15 and class_images=5"):
+        distil(toy_folder, toy_teacher, tmp_path / "groups", evaluate_every=3, class_images=2)
     assert not (tmp_path / "groups").exists()
 
 

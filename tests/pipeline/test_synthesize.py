@@ -20,6 +20,8 @@ from ddfast.methods import get_method
 from ddfast.methods.matching.dm import DM
 from ddfast.output.pixels import read_curve, read_pixels, to_bytes
 from ddfast.pipeline import synthesize
+from ddfast.training import evaluation, train_proxies
+from ddfast.training.student import train_student
 from tests.conftest import digests
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -211,6 +213,30 @@ def test_the_stage_alone_does_what_distill_does(undisturbed, toy_folder, tmp_pat
     assert digests(out) == digests(undisturbed)
 
 
+def test_the_stage_alone_refuses_proxies_that_changed(toy_folder, tmp_path, monkeypatch, capsys):
+    def train(count, **more):
+        kept = {"arch": "convnet3_in", "epochs": 1, "image_size": 16, "out": tmp_path / "proxies"}
+        train_proxies(toy_folder, count=count, quiet=True, **kept, **more)
+
+    def stopping(self, number, *arguments):
+        if number == 3:
+            raise KeyboardInterrupt
+        return step(self, number, *arguments)
+
+    train(1)
+    step = DM.step
+    with monkeypatch.context() as stopped:
+        stopped.setattr(DM, "step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            distil(toy_folder, tmp_path / "out", cmi=1.0, proxies=tmp_path / "proxies")
+    held = digests(tmp_path / "out")
+    train(2, resume=True)
+    assert main(["synthesize", str(tmp_path / "out"), "--quiet"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "proxies is not what" in line
+    assert digests(tmp_path / "out") == held
+
+
 def test_a_loss_that_diverges_keeps_the_last_good_state(toy_folder, tmp_path):
     with pytest.raises(DivergedError, match=r"step \d+.*lr_img"):
         distil(toy_folder, tmp_path / "out", lr_img=1e30, iterations=50)
@@ -231,6 +257,35 @@ def test_students_are_judged_on_the_way(toy_folder, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="evaluate_every needs all 3 classes in one group"):
         distil(toy_folder, tmp_path / "groups", evaluate_every=3)
     assert not (tmp_path / "groups").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "protocol"),
+    [
+        ("idm", {"net_steps": 1, "net_batch": 8}, "dsa"),
+        ("idm", {"net_steps": 1, "net_batch": 8, "flip": False}, "dsa_no_flip"),
+        ("idc", {"inner_loop": 1, "net_samples": 8}, "idc"),
+    ],
+)
+def test_students_of_rounded_tiles_are_trained_as_those_of_the_pixels(
+    method, given, protocol, toy_folder, tmp_path, monkeypatch
+):
+    seen = []
+
+    def trained(images, *arguments, **settings):
+        seen.append(images.decoded().images)
+        return train_student(images, *arguments, **{**settings, "epochs": 2})
+
+    monkeypatch.setattr(evaluation, "train_student", trained)
+    settings = {**SETTINGS, "class_batch": 3, "iterations": 1, "real_batch": 4, "evaluate_every": 1}
+    out = ddfast.distill(method, data=toy_folder, out=tmp_path / "out", quiet=True, **{**settings, **given})
+    told = json.loads((out / "manifest.json").read_text())["accuracy"]
+    fixed = ("protocol", "steps", "batch_size", "recipe")
+    assert [told["8 bits"][name] for name in fixed] == [told["float32"][name] for name in fixed]
+    assert told["float32"]["protocol"] == protocol
+    pixels, rounded = seen[-2:]
+    assert pixels.shape == rounded.shape == (3 * 2 * 4, 3, 16, 16)
+    assert 0 < (pixels - rounded).abs().max() < 0.02
 
 
 @pytest.mark.parametrize(

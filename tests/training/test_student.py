@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from ddfast.errors import UsageError
 from ddfast.models import Teacher, create_model, fusing, list_models
 from ddfast.seeding import derived_seed, generator, seeded
-from ddfast.training import PROTOCOLS, DistilledImages, ImageSet, train_student
+from ddfast.training import PROTOCOLS, DistilledImages, ImageSet, differentiable, train_student
 from ddfast.training.augmentation import normalize
 from ddfast.training.mixing import StudentAugmentation, _autoaugment, mixed_soft_labels, tile_coverage
 from ddfast.training.student import count_batches_twice, distillation_loss
@@ -181,6 +181,7 @@ ORDER = {
     "sre2l_tiny": ["resize_boxes", "random_flip", "normalize"],
     "igds": ["resize_boxes", "random_flip", "normalize", "cutmix_box"],
 }
+ORDER |= {f"{name}_no_flip": ORDER[name] for name in ("dsa", "idc")}
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
@@ -227,6 +228,24 @@ def test_scale_of_the_random_crops(name, scale, monkeypatch):
     assert seen == [scale]
 
 
+@pytest.mark.parametrize(
+    ("name", "mirrors"), [("dsa", 1), ("idc", 40), ("dsa_no_flip", 0), ("idc_no_flip", 0)]
+)
+def test_digits_are_not_mirrored(name, mirrors, monkeypatch):
+    drawn = []
+    original = differentiable.draw
+    monkeypatch.setattr(
+        differentiable,
+        "draw",
+        lambda operation, *given: drawn.append(operation) or original(operation, *given),
+    )
+    data = distilled(factor=2, soft_labels=None)
+    augment = StudentAugmentation(data, PROTOCOLS[name], seed=0, autoaugment=False, device=CPU)
+    for _ in range(40):
+        augment(torch.arange(8))
+    assert mirrors <= drawn.count("flip") <= 40 * mirrors
+
+
 # Temperature of the loss, and what its mean over the batch is multiplied by. Hard labels: the cross-entropy.
 REDUCTION = {
     "rded": (20.0, 1.0),
@@ -237,6 +256,8 @@ REDUCTION = {
     "sre2l": (30.0, 1.0),
     "sre2l_tiny": (20.0, 400.0),
     "igds": (1.0, 1.0),
+    "dsa_no_flip": (1.0, 1.0),
+    "idc_no_flip": (1.0, 1.0),
 }
 
 

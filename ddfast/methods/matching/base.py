@@ -103,14 +103,15 @@ class Matching(PixelMethod):
         group = state.group
         state.tensors = {name: tensor.to(context.device) for name, tensor in state.tensors.items()}
         before = state.tensors
-        network = self.networks.at(number, state, pool, context)
+        # Networks that draw when they are called, dropout for example, draw the same after a kill.
+        with seeded(context.seed, "network forward", group.number, number, device=context.device):
+            network = self.networks.at(number, state, pool, context)
         pixels, velocity = self.bounded(number, state.pixels), state.tensors["momentum"]
         rate = self.rate(number, context)
         classes = torch.arange(len(group.classes), device=context.device)
         contrast = Contrast(before) if self.options.cfc else None
         if self.steps_by_class:
             pixels, velocity = self._carried_on(pixels, velocity, classes, rate)
-        # Networks that draw when they are called, dropout for example, draw the same after a kill.
         with seeded(context.seed, "forward", group.number, number, device=context.device):
             measured: dict[str, Tensor] = {}
             gradient = self._gradient(number, network, group, pixels, pool, context, measured, contrast)
@@ -130,7 +131,8 @@ class Matching(PixelMethod):
         if contrast is not None:
             state.tensors |= contrast.moved()
         try:
-            self.networks.advance(number, state, pool, context)
+            with seeded(context.seed, "training forward", group.number, number, device=context.device):
+                self.networks.advance(number, state, pool, context)
         except DivergedError:
             state.tensors = before
             raise

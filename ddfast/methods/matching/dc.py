@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ddfast.arguments import one_of, positive_number, whole_number
+from ddfast.errors import UsageError
 from ddfast.methods.matching.base import Matching
 from ddfast.methods.matching.networks import Networks
 from ddfast.methods.matching.objectives import (
@@ -25,6 +26,7 @@ from ddfast.methods.matching.options import MatchingOptions, begins_with, number
 from ddfast.methods.matching.trained import Augment, Descent, OnSynthetic
 from ddfast.settings import option
 from ddfast.training.differentiable import Augmentation, DrawnTogether
+from ddfast.wording import setting
 
 DISTANCES = {"rows": row_distance, "squares": summed_squares, "cosine": cosine_distance}
 
@@ -36,6 +38,8 @@ _LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50:
 @dataclass(frozen=True)
 class DCOptions(MatchingOptions):
     """Options of DC and DSA."""
+
+    augments: ClassVar[bool] = False
 
     iterations: int = option(1000, "new networks that the pixels are matched on", stage="synthesize")
     init: str = begins_with("noise")
@@ -72,6 +76,10 @@ class DCOptions(MatchingOptions):
         self._set("lr_net", positive_number(self.lr_net, "lr_net"))
         self._set("net_batch", whole_number(self.net_batch, "net_batch", least=1))
         one_of(self.distance, "distance", tuple(DISTANCES))
+        if not (self.flip or self.augments):
+            raise UsageError(
+                f"{setting('flip', False)} is of no use to dc, which augments nothing: leave it out, or take dsa"
+            )
 
 
 class DC(Matching):

@@ -21,6 +21,8 @@ from ddfast.training.differentiable import Augmentation
 class DSAOptions(DCOptions):
     """Options of DSA."""
 
+    augments: ClassVar[bool] = True
+
     init: str = begins_with("real")
 
 

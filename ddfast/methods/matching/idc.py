@@ -6,6 +6,7 @@ Kim et al., "Dataset Condensation via Efficient Synthetic-Data Parameterization"
 from __future__ import annotations
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ from ddfast.arguments import one_of, positive_number, whole_number
 from ddfast.data.tiles import enlarged_tiles
 from ddfast.methods.base import Context
 from ddfast.methods.matching.base import Matching
+from ddfast.methods.matching.initial import INITIAL
 from ddfast.methods.matching.networks import Networks
 from ddfast.methods.matching.objectives import (
     gradient_distance,
@@ -39,7 +41,9 @@ class IDCOptions(MatchingOptions):
 
     iterations: int = option(2000, "new networks that the pixels are matched on", stage="synthesize")
     real_batch: int = option(64, "real images of a class in a step", stage="synthesize")
-    init: str = begins_with("mix")
+    init: str = begins_with(
+        "auto", help="; auto: the mix, and real ones where an image is one tile", choices=("auto", *INITIAL)
+    )
     lr_img: float = option(
         0.005,
         "learning rate of the pixels for 10 images per class of 32 px; others get their share by number and area",
@@ -103,6 +107,7 @@ class IDC(Matching):
         "svhn": {"net_samples": 500},
         "fashion_mnist": {"distance": "magnitudes", "lr_img": 1e-4, "net_samples": 500},
         "tiny_imagenet": {"arch": "convnet4_in", "net_samples": 1000},
+        "tiny_imagenet_ipc50": {"arch": "convnet4_in", "net_samples": 1000, "lr_img": 1e-6},
         # Their rate is for 224 px, which `rate` scales by the area.
         "imagenet10": {
             "arch": "resnetap10",
@@ -122,8 +127,10 @@ class IDC(Matching):
     }
 
     def resolved(self, factor: int, ipc: int) -> IDC:
-        """Fix the tiles per side."""
-        chosen = copy.copy(self)
+        """Fix the tiles per side, and what images of so many begin with."""
+        begun = "mix" if factor > 1 else "real"
+        left = self.options.init == "auto"
+        chosen = type(self)(dataclasses.replace(self.options, init=begun)) if left else copy.copy(self)
         chosen.factor = factor
         return chosen
 

@@ -16,14 +16,10 @@ from ddfast.settings import option
 from ddfast.wording import argument
 
 
-def begins_with(default: str) -> Any:
+def begins_with(default: str, *, help: str = "", choices: tuple[str, ...] = INITIAL) -> Any:
     """The option `init` with this default."""
-    return option(
-        default,
-        "images to begin with: real ones, normal noise, or each a mix of 2 x 2 real ones at half size",
-        stage="synthesize",
-        choices=INITIAL,
-    )
+    usual = "images to begin with: real ones, normal noise, or each a mix of 2 x 2 real ones at half size"
+    return option(default, usual + help, stage="synthesize", choices=choices)
 
 
 def weighs_contrast(default: float) -> Any:
@@ -93,7 +89,7 @@ class _OfPixels:
         for name in ("cmi", "cfc"):
             if hasattr(self, name):
                 self._set(name, positive_number(getattr(self, name), name, zero=True))
-        one_of(self.init, "init", INITIAL)
+        one_of(self.init, "init", self.__dataclass_fields__["init"].metadata["choices"])
         if self.proxies is not None:
             self._set("proxies", str(path_of(self.proxies, "proxies")))
         self._check_cmi()

@@ -26,7 +26,7 @@ from ddfast.models.registry import check_model
 from ddfast.ops.precision import autocast
 from ddfast.output.pixels import to_unit
 from ddfast.seeding import generator
-from ddfast.training.differentiable import DSA, Augmentation, draw_one
+from ddfast.training.differentiable import DSA, Augmentation, draw_one, without_flip
 from ddfast.wording import argument, plural, setting
 
 
@@ -95,7 +95,7 @@ class PixelMethod(Synthesis):
             draws: of the class and the step.
             rows: images that get parameters of their own; 1 for one set that all images share.
         """
-        operations = DSA if self.options.flip else tuple(name for name in DSA if name != "flip")
+        operations = DSA if self.options.flip else without_flip(DSA)
         return draw_one(operations, rows, size, draws)
 
     def proxy_number(self, number: int) -> int:

@@ -322,7 +322,9 @@ class SRe2L(Synthesis):
 
     def in_one_group(self, classes: int, ipc: int) -> str:
         """See `Synthesis`."""
-        return setting("batch", classes * ipc)
+        whole = setting("batch", classes * ipc)
+        apart = 0 < self.options.class_images < ipc
+        return f"{whole} and {setting('class_images', ipc)}" if apart else whole
 
     def begin(self, group: Group, pool: ClassPool, context: Context) -> State:
         """Pixels of the start, normalised, and Adam's moments, which are 0."""

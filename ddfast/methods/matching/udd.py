@@ -33,7 +33,7 @@ from ddfast.ops.transfer import to_device
 from ddfast.output.pixels import Regions
 from ddfast.seeding import generator, seeded
 from ddfast.settings import option
-from ddfast.wording import argument
+from ddfast.wording import argument, setting
 
 POLICIES = ("jitter", "gradient", "activation", "vote")
 JITTERS = ("gaussian", "uniform", "salt_pepper")
@@ -121,6 +121,13 @@ class UDDOptions(IDCOptions):
             raise UsageError(
                 f"{argument('jitter_size')} of salt_pepper is a share of the pixels, got {self.jitter_size:g}"
             )
+        if self.policy not in ("jitter", "vote"):
+            for name in ("jitter", "jitter_size", "jitters"):
+                if getattr(self, name) != self.__dataclass_fields__[name].default:
+                    raise UsageError(
+                        f"{argument(name)} is of no use with {setting('policy', self.policy)}, which makes no noise: "
+                        "leave it out"
+                    )
         if self.lowest != "auto" and not 1 <= int(self.lowest) <= self.candidates:
             raise UsageError(
                 f"{argument('lowest')} must lie in 1..{self.candidates}, the corners of {argument('sizes')} "

@@ -10,7 +10,7 @@ from safetensors.torch import load, save
 
 from ddfast.errors import DivergedError, UsageError
 from ddfast.methods import get_method
-from ddfast.methods.matching import queue
+from ddfast.methods.matching import networks, queue
 from ddfast.methods.synthesis import State
 from ddfast.models import create_model
 from ddfast.models.registry import features
@@ -274,6 +274,21 @@ def test_a_run_goes_on_from_its_tensors_to_the_same_bits(pool, proxies, name, gi
     assert state.curve == whole.curve
 
 
+@pytest.mark.parametrize(
+    ("name", "given"), [("dc", {}), ("dsa", {}), ("idc", {"net_epochs": 1}), ("idm", {})]
+)
+def test_networks_that_draw_in_training_draw_the_same_after_a_kill(pool, name, given, monkeypatch):
+    def dropping(*arguments):
+        return torch.nn.Sequential(torch.nn.Dropout(0.3), create_model(*arguments))
+
+    monkeypatch.setattr(networks, "create_model", dropping)
+    found = []
+    for stir in (1, 2):
+        torch.manual_seed(stir)
+        found.append(distilled(method_of(name, **given), pool, context_of(3)).pixels)
+    assert torch.equal(*found)
+
+
 def test_dc_keeps_no_network_behind_its_last_step(pool):
     assert set(distilled(method_of("dc"), pool, context_of(3)).tensors) == {"pixels", "momentum"}
 
@@ -392,6 +407,7 @@ def test_a_queue_larger_than_memory_is_refused(pool, monkeypatch):
         ("dsa", {"inner_loop": "many"}, "inner_loop must be auto or a positive number"),
         ("dc", {"distance": "l2"}, "distance"),
         ("dc", {"lr_net": 0}, "lr_net"),
+        ("dc", {"flip": False}, "flip=False is of no use to dc, which augments nothing"),
         ("idc", {"net_samples": 0}, "net_samples must be at least 1"),
         ("idm", {"queue": 0}, "queue must be at least 1"),
         ("idm", {"ce_weight": -1}, "ce_weight"),

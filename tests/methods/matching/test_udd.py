@@ -121,6 +121,8 @@ def test_sizes_that_are_none(sizes):
         ({"jitter_size": 0}, "jitter_size"),
         ({"jitter": "salt_pepper", "jitter_size": 1.5}, "share of the pixels, got 1.5"),
         ({"jitters": 0}, "jitters"),
+        ({"policy": "gradient", "jitter": "uniform"}, "jitter is of no use with policy='gradient'"),
+        ({"policy": "activation", "jitters": 3}, "jitters is of no use with policy='activation'"),
         ({"cfc": -1}, "cfc"),
         ({"chooser_steps": 0}, "chooser_steps"),
     ],
