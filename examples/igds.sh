@@ -12,6 +12,6 @@ ddfast train-prior --data "$data" --image-size 32 --images-per-class "${IMAGES:-
 ddfast train-estimator --data "$data" --image-size 32 --images-per-class "${IMAGES:-200}" --epochs "${EPOCHS:-20}" \
     --width 64 --out "$out/estimator.safetensors" --resume
 ddfast distill igds --data "$data" --prior "$out/prior" --estimator "$out/estimator.safetensors" --ipc 1 \
-    --steps "${STEPS:-100}" --out "$out/distilled" --resume
+    --factor 1 --steps "${STEPS:-100}" --out "$out/distilled" --resume
 ddfast evaluate --distilled "$out/distilled" --data "$data" --arch convnet3_in --protocol igds \
     --epochs "${STUDENT_EPOCHS:-100}" --seeds 1

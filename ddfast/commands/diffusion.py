@@ -69,7 +69,12 @@ def add_train_estimator(commands: Any) -> None:
             "X",
             "share of the encoder's moving average that a step keeps; default 0.99",
         ),
-        ("--queue", whole, "N", "keys that an image is told from; default 4096"),
+        (
+            "--queue",
+            whole,
+            "N",
+            "keys that an image is told from, at most a quarter of the images; default 4096",
+        ),
         ("--lr", number, "X", "learning rate of SGD, which falls as a cosine; default 0.06"),
         ("--weight-decay", number, "X", "weight decay, on every parameter; default 0.0005"),
         ("--batch-size", whole, "N", "images a step; default 256"),

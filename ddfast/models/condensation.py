@@ -7,7 +7,6 @@ only says which family it is of), `resnetap10` is IDC's ResNet-10 that pools whe
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 _VGG11 = (64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512, "pool")
@@ -89,10 +88,11 @@ class _Block(nn.Module):
                 pool,
                 _instance_norm(outputs),
             )
+        self.activation = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, inputs, H, W] -> [B, outputs, H, W], or half of each side."""
-        return torch.relu(self.residual(x) + self.shortcut(x))
+        return self.activation(self.residual(x) + self.shortcut(x))  # type: ignore[no-any-return]
 
 
 def _stages(widths: tuple[int, ...], blocks: int, *, pooled: bool) -> list[nn.Module]:

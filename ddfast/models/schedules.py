@@ -20,13 +20,30 @@ def read_schedule(folder: Path | None) -> dict[str, Any] | None:
     path = None if folder is None else folder / "scheduler_config.json"
     if path is None or not path.is_file():
         return None
-    held = {key: value for key, value in read_json(path).items() if not key.startswith("_")}
+    said = read_json(path)
+    _check_kind(path, said.get("_class_name"))
+    held = {key: value for key, value in said.items() if not key.startswith("_")}
+    if said.get("_class_name") not in (None, "DDPMScheduler"):
+        held.setdefault("clip_sample", False)  # DDPM's default, which others do not have, cuts latents off
     if held.get("prediction_type", "epsilon") not in ("epsilon", "sample", "v_prediction"):
         raise UsageError(
             f"{path} predicts {held['prediction_type']!r}, wanted epsilon, sample or v_prediction"
         )
     _check_schedule(path, held)
     return held
+
+
+def _check_kind(path: Path, kind: Any) -> None:
+    """Refuse a scheduler whose noise is not DDPM's: one of flow matching, for example."""
+    from diffusers import DDPMScheduler
+
+    # Those that diffusers swaps for one another: the same noise levels, sampled in other ways.
+    known = {"DDPMScheduler", *DDPMScheduler._compatibles} - {"EDMEulerScheduler"}
+    if kind is not None and kind not in known:
+        raise UsageError(
+            f"{path} is a {str(kind)[:60]}, whose noise is not that of DDPM: give a prior with a DDPM, DDIM or "
+            "DPM-Solver scheduler"
+        )
 
 
 def _check_schedule(path: Path, held: dict[str, Any]) -> None:

@@ -226,15 +226,17 @@ def _reopened(
         data=place,
         pool_memory=None if pool_memory is None else int(pool_memory * 2**30),
     )
-    held: list[tuple[Any, Any, str]] = [(source.fingerprint(), plan["data"]["fingerprint"], f"the data {source.name}")]
+    held: list[tuple[Any, Any, str]] = [
+        (source.fingerprint(), plan["data"]["fingerprint"], f"the data {source.name}")
+    ]
     if main is not None:
         held.append((main.sha256, plan["teacher"]["sha256"], f"the teacher {main.path}"))
     if labels is not None:
         held.append((labels.sha256, plan["label_teacher"]["sha256"], f"the label teacher {labels.path}"))
     if not plan["complete"]:
+        inputs = run.method.inputs()
         for name, wanted in (plan.get("inputs") or {}).items():
-            what = f"{argument(name)} {getattr(run.method.options, name)}"
-            held.append((run.method.inputs().get(name), wanted, what))
+            held.append((inputs.get(name), wanted, f"{argument(name)} {getattr(run.method.options, name)}"))
     for found, wanted, what in held:
         if found != wanted:
             raise UsageError(f"{what} is not what {out} was started with: its content has changed")

@@ -69,6 +69,7 @@ from ddfast.training.teacher import check_identity
 from ddfast.wording import argument, plural, setting
 
 _SCALE = (0.2, 1.0)  # of the area that a view shows (MoCo v2)
+_QUEUES = 4  # times that the images are more than the keys of a queue, which holds few of an image's own
 _PIECES = (
     8  # that keys go through a network with BatchNorm in, shuffled: else its statistics tell the positive
 )
@@ -88,7 +89,7 @@ class EstimatorConfig:
         kl: lambda, weight of the KL term; 0 is MoCo.
         tau: temperature, of the contrast and of the softmax.
         momentum_encoder: share of the moving average that a step keeps.
-        queue: keys that an image is told from.
+        queue: keys that an image is told from; at most a quarter of the images.
         lr: learning rate of SGD with momentum 0.9 at the start; it falls as a cosine.
         weight_decay: on every parameter.
         batch_size: images a step.
@@ -184,7 +185,7 @@ def train_estimator(
         kl: lambda, weight of the KL term; 0 is MoCo.
         tau: temperature, of the contrast and of the softmax.
         momentum_encoder: share of the encoder's moving average that a step keeps.
-        queue: keys that an image is told from.
+        queue: keys that an image is told from; at most a quarter of the images.
         lr: learning rate of SGD at the start; it falls as a cosine.
         weight_decay: on every parameter.
         batch_size: images a step.
@@ -295,6 +296,13 @@ def train_estimator(
         test = read_test_set(test_source, config.image_size, workers=workers, quiet=quiet)
     if len(train) < 2:
         raise UsageError(f"training needs at least 2 images, got {len(train)}")
+    if config.queue > (most := max(1, len(train) // _QUEUES)):
+        say(
+            f"the queue holds {plural(most, 'key')}, not {config.queue}: of {plural(len(train), 'image')} a longer one "
+            "would hold many that an image would be told from as if they were not its own",
+            quiet=quiet,
+        )
+        config = replace(config, queue=most)
     if where.type == "cpu":
         warn_of_crowding(neighbours, torch.get_num_threads(), "OMP_NUM_THREADS={}".format, quiet=quiet)
     ways = ways_of_machine(where.type, arithmetic["threads"], usable_cores(), "OMP_NUM_THREADS={}".format)

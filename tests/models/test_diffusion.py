@@ -8,6 +8,9 @@ import torch
 
 from ddfast.errors import UsageError
 from ddfast.models.diffusion import (
+    _SEVERAL,
+    Prior,
+    _places,
     find_prior,
     load_prior,
     new_denoiser,
@@ -17,7 +20,7 @@ from ddfast.models.diffusion import (
     save_prior,
 )
 from ddfast.seeding import generator, seeded
-from tests.methods.diffusion.conftest import save_pipeline, unet
+from tests.methods.diffusion.conftest import SIZE, save_pipeline, unet
 
 
 def vae(kind, **settings):
@@ -138,7 +141,13 @@ def test_names_of_classes_lead_to_labels(folders):
     assert prior.labels_of(["rising", "descending"]) == [2, 1]
     with pytest.raises(UsageError, match="does not know the class cat: it knows across"):
         prior.labels_of(["rising", "cat"])
+    assert prior.labels_of(["rising", "0"], numbers=True) == [2, 0]
+    with pytest.raises(UsageError, match="does not know the class 0"):
+        prior.labels_of(["rising", "0"])
+    with pytest.raises(UsageError, match=r"has labels up to 2, and prior_classes asks for 3"):
+        prior.labels_of(["3"], numbers=True)
     unnamed = load_prior(folders["DDPMPipeline"])
+    assert unnamed.labels_of(["2", "0"], numbers=True) == [2, 0]
     assert unnamed.labels_of(["a", "b", "c"]) == [0, 1, 2]
     with pytest.raises(UsageError, match="knows 3 classes, the run has 2"):
         unnamed.labels_of(["a", "b"])
@@ -327,4 +336,29 @@ def test_a_label_that_is_no_number_is_refused(folders, tmp_path, label):
     index["id2label"] = {"0": "across", label: "down"}
     (folder / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(UsageError, match=r"has '.*' for a label, wanted a number: copy the prior again$"):
+        load_prior(folder)
+
+
+def test_a_name_of_two_classes_is_refused():
+    places = _places({}, {"id2label": {"0": "crane, bird", "1": "crane, machine", "2": "tench, tench"}})
+    assert places == {"crane": _SEVERAL, "bird": 0, "machine": 1, "tench": 2}
+    prior = Prior(torch.nn.Identity(), {}, None, places, 3, SIZE, (3, SIZE, SIZE), "there")
+    assert prior.labels_of(["tench", "bird"]) == [2, 0]
+    with pytest.raises(
+        UsageError, match="several classes by the name crane: give the label's number in prior_classes"
+    ):
+        prior.labels_of(["crane"])
+    assert prior.labels_of(["1"], numbers=True) == [1]
+
+
+def test_other_schedulers_of_the_same_noise_are_read_as_ddpm_and_clip_nothing(tmp_path):
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+
+    for number, (kind, clips) in enumerate([(DPMSolverMultistepScheduler, False), (DDIMScheduler, True)]):
+        folder = save_pipeline(tmp_path / str(number))
+        kind().save_pretrained(folder / "scheduler")
+        assert load_prior(folder).scheduler(10).config.clip_sample is clips
+    folder = save_pipeline(tmp_path / "flow")
+    FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
+    with pytest.raises(UsageError, match="FlowMatchEulerDiscreteScheduler, whose noise is not that of DDPM"):
         load_prior(folder)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ddfast.errors import UsageError
 from ddfast.models.estimator import Encoder, Estimator, Softplus, estimator_identity, load_estimator, smoothed
@@ -36,6 +37,22 @@ def test_features_are_the_input_of_the_last_layer():
         encoder = Encoder("convnet3_in", 16, width=8)
     images = torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(encoder.features(images), features(network, images))
+
+
+@pytest.mark.parametrize(
+    "arch", ["convnet3_in", "resnet18_in", "resnetap10", "vgg11_in", "alexnet_in", "resnet18"]
+)
+def test_no_relu_hides_in_the_code_of_a_network(arch):
+    """One that is called as a function would stay where the others are replaced."""
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            assert "relu" not in getattr(function, "__name__", ""), function
+            return function(*args, **(kwargs or {}))
+
+    smooth = smoothed(Encoder(arch, 32).eval())
+    with torch.no_grad(), Watch():
+        smooth(torch.randn(2, 3, 32, 32))
 
 
 def test_softplus_stands_for_every_relu_and_shares_the_weights():

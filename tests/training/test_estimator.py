@@ -273,3 +273,14 @@ def test_by_the_command(stripes, tmp_path, capsys):
     held = estimator.facts["training"]
     assert (held["kl"], held["flip"], held["images_per_class"]) == (0.0, False, 5)
     assert held["arch_options"] == {"width": 8}
+
+
+def test_a_queue_is_no_longer_than_a_quarter_of_the_images(stripes, tmp_path, capsys):
+    train_estimator(stripes, out=tmp_path / "e.safetensors", **{**TINY, "queue": 4096, "quiet": False})
+    assert "the queue holds 15 keys, not 4096: of 60 images" in capsys.readouterr().err
+    train_estimator(stripes, out=tmp_path / "f.safetensors", **{**TINY, "queue": 15, "quiet": False})
+    assert "the queue holds" not in capsys.readouterr().err
+    given = [
+        load_estimator(tmp_path / name).encoder.state_dict() for name in ("e.safetensors", "f.safetensors")
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*(each.values() for each in given), strict=True))

@@ -13,9 +13,13 @@ with IPC.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +27,8 @@ from torch import Tensor
 
 from ddfast.arguments import one_of, path_of, positive_number, whole_number
 from ddfast.data.pool import ClassPool
-from ddfast.errors import UsageError
+from ddfast.data.shown_names import read_shown_names
+from ddfast.errors import UsageError, one_line
 from ddfast.methods.base import Context, Method
 from ddfast.methods.diffusion.information import Information, information
 from ddfast.methods.synthesis import Group, State, Synthesis
@@ -65,6 +70,15 @@ class IGDSOptions:
     estimator: str | None = option(
         None,
         "file of ddfast train-estimator, which says how much the images tell",
+        stage="synthesize",
+        type=str,
+        metavar="FILE",
+        is_place=True,
+    )
+    prior_classes: str | None = option(
+        None,
+        "file that says which class of the prior each class of the data is: in each line a class, and the prior's name "
+        "or label of it; default the same names",
         stage="synthesize",
         type=str,
         metavar="FILE",
@@ -124,7 +138,7 @@ class IGDSOptions:
             self._set("tau", positive_number(self.tau, "tau"))
         one_of(self.beta_schedule, "beta_schedule", BETA_SCHEDULES)
         one_of(self.eta_schedule, "eta_schedule", ETA_SCHEDULES)
-        for name in ("prior", "estimator"):
+        for name in ("prior", "estimator", "prior_classes"):
             if getattr(self, name) is not None:
                 self._set(name, str(path_of(getattr(self, name), name)))
 
@@ -154,6 +168,7 @@ class IGDS(Synthesis):
         self._scheduler: Any = None
         self._labels: list[int] | None = None  # the prior's, of the run's classes
         self._places: list[int] = []  # the estimator's
+        self._factor = 2
 
     @classmethod
     def requires_teacher(cls) -> bool:
@@ -172,6 +187,23 @@ class IGDS(Synthesis):
                 f"{setting('eta', 0)} for samples without guidance"
             )
 
+    def resolved(self, factor: int, ipc: int) -> IGDS:
+        """Fix beta for this number of images a class, and the samples of an image."""
+        options, given = self.options, self.options.beta is not None
+        chosen = (
+            copy.copy(self) if given else type(self)(dataclasses.replace(options, beta=default_beta(ipc)))
+        )
+        chosen._factor = factor
+        return chosen
+
+    def check_ipc(self, ipc: int) -> None:
+        """Refuse a weight of H(X | Y) where a class has a single sample."""
+        if self.options.beta and ipc * self._factor**2 == 1:
+            raise UsageError(
+                f"H(X | Y) is 0 where a class has a single sample, so {argument('beta')} would do nothing: leave it "
+                f"out, or give {argument('ipc')} at least 2"
+            )
+
     def own_image_size(self) -> int | None:
         """That of the prior's images."""
         self.check(None)
@@ -187,6 +219,8 @@ class IGDS(Synthesis):
         found: dict[str, Any] = {"prior": prior_identity(self.options.prior)}
         if self.options.estimator is not None:
             found["estimator"] = estimator_identity(self.options.estimator)
+        if self.options.prior_classes is not None:
+            found["prior_classes"] = {"sha256": _digest(self.options.prior_classes)}
         return found
 
     def drawn_at_once(self, ipc: int) -> int:
@@ -225,7 +259,10 @@ class IGDS(Synthesis):
                 f"the prior {prior.path} makes images of {prior.image_size} px, the run has {context.image_size} px: "
                 f"give {setting('image_size', prior.image_size)}, or another prior"
             )
-        self._labels = prior.labels_of(context.class_names)
+        names: Sequence[str] = context.class_names
+        if self.options.prior_classes is not None:
+            names = read_shown_names(self.options.prior_classes, names)
+        self._labels = prior.labels_of(names, numbers=self.options.prior_classes is not None)
         if self.options.cfg != 1 and prior.no_class is None:
             raise UsageError(
                 f"the prior {prior.path} was not trained for classifier-free guidance: leave {argument('cfg')} out"
@@ -284,7 +321,8 @@ class IGDS(Synthesis):
             after, denoised = self._sampled(number, tensors["samples"], labels, state.group, context)
             measured: dict[str, Tensor] = {}
             moved = after
-            if self._estimator is not None:
+            informs = self.options.eta or self.is_noted(number, _NOTES)
+            if self._estimator is not None and informs:
                 found = self._informed(number, after if self.options.literal else denoised, labels, context)
                 moved = self._guided(timestep, tensors["samples"], after, found, measured)
             made = {"samples": moved}
@@ -298,7 +336,7 @@ class IGDS(Synthesis):
                     measured["unguided_information"] = beside.prototype
                     measured["unguided_context"] = beside.context
         row = self._checked(number, measured, moved)
-        if self._estimator is not None:
+        if "information" in row:
             row["loss"] = -row["information"] - self.beta_at(number, context.ipc) * row["context"]
         state.tensors = made if number < self.steps - 1 else self._finished(made, context)
         state.curve.append({"step": float(number), **row})
@@ -421,6 +459,14 @@ _CALLED = {
     "unguided_context": "H(X | Y) without guidance",
     "made": "the samples",
 }
+
+
+def _digest(path: str) -> str:
+    """SHA-256 of a small file."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise UsageError(f"{argument('prior_classes')} {path} cannot be read ({one_line(error)})") from error
 
 
 def _lengths(samples: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import csv
 
+import ddfast
 from bench.studies import arms, igds
 from tests.methods.diffusion.conftest import estimator, prior
 
@@ -35,6 +36,9 @@ def test_it_trains_every_arm_once_and_pairs_the_gains(
     assert page.count("\n| 2 | ") == 1 + 2
     assert "of the prior's plain samples as their class" in page
     assert (tmp_path / "page.png").is_file()
-    monkeypatch.setattr(arms, "evaluate", lambda *_, **__: 1 / 0)  # everything is kept
+    assert "hard labels at IPC 2 1 epoch, soft labels at IPC 2 1 epoch" in page
+    assert "1 sample an image" in page
+    for module in (arms, ddfast):  # everything is kept
+        monkeypatch.setattr(module, "evaluate", lambda *_, **__: 1 / 0)
     assert igds.main(words) == 0
     assert (tmp_path / "page.md").read_text() == page

@@ -238,6 +238,44 @@ def test_classes_of_a_larger_prior_and_estimator_are_found_by_name(prior, estima
     assert method._places == [2, 0]
 
 
+def test_a_file_says_which_classes_of_the_prior_are_meant(prior, estimator, tmp_path):
+    named = save_pipeline(tmp_path / "named")
+    (named / "prior.json").write_text('{"class_names": ["sideways", "down", "up"]}')
+    (tmp_path / "classes.txt").write_text("rising\tup\nacross\tsideways\n")
+    context = context_of(classes=("rising", "across"))
+    method = method_of(named, estimator, prior_classes=tmp_path / "classes.txt")
+    sampled(method, context)
+    assert method._labels == [2, 0]
+    held = method.inputs()["prior_classes"]
+    (tmp_path / "classes.txt").write_text("rising 1\nacross sideways\n")
+    method = method_of(named, estimator, prior_classes=tmp_path / "classes.txt")
+    sampled(method, context)
+    assert method._labels == [1, 0]
+    assert method.inputs()["prior_classes"] != held
+    gone = method_of(named, estimator, prior_classes=tmp_path / "gone.txt")
+    assert "gone.txt cannot be read" in refused(gone, context)
+
+
+@pytest.mark.parametrize(("ipc", "beta"), [(1, 0.0), (10, 0.1), (50, 0.5)])
+def test_beta_is_fixed_by_the_images_of_a_class(prior, estimator, ipc, beta):
+    assert method_of(prior, estimator).resolved(2, ipc).options.beta == beta
+    assert method_of(prior, estimator, beta=0.3).resolved(2, ipc).options.beta == 0.3
+
+
+def test_beta_is_refused_where_a_class_has_one_sample(prior, estimator):
+    method_of(prior, estimator, beta=0.1).resolved(2, 1).check_ipc(1)
+    method_of(prior, estimator).resolved(1, 1).check_ipc(1)
+    with pytest.raises(UsageError, match="single sample, so beta would do nothing"):
+        method_of(prior, estimator, beta=0.1).resolved(1, 1).check_ipc(1)
+
+
+def test_without_guidance_the_information_is_taken_in_some_steps_alone(prior, estimator, monkeypatch):
+    method = method_of(prior, estimator, eta=0.0, steps=100)
+    monkeypatch.setattr(method, "is_noted", lambda number, times: number in (0, 99))
+    rows = sampled(method, context_of()).curve
+    assert [int(row["step"]) for row in rows if "information" in row] == [0, 99]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
