@@ -14,6 +14,10 @@ from ddfast.commands.teachers import add_teacher, teacher_choice
 from ddfast.errors import UsageError
 from ddfast.wording import argument, plural
 
+_NORMALIZATION = (
+    "mean and deviation of the pixels, those of the run: imagenet, cifar10, tinyimagenet, none, or numbers as "
+    "mean,mean,mean/std,std,std; default imagenet, as that of a run"
+)
 _HISTORY = (
     "folder of history.jsonl, the run's numbers as they come, and of TensorBoard's files where it is installed; "
     "default none"
@@ -110,6 +114,7 @@ def add_train_teacher(commands: Any) -> None:
         "mirrors, dsa takes one of six for a batch; default crop-flip up to 64 px, rrc-flip above",
     )
     _add_width(parser)
+    parser.add_argument("--normalization", default=argparse.SUPPRESS, metavar="NAME", help=_NORMALIZATION)
     parser.add_argument(
         "--seed",
         type=whole,
@@ -145,6 +150,7 @@ def _train_teacher(arguments: argparse.Namespace) -> None:
             "wandb",
             "weight_decay",
             "augment",
+            "normalization",
             "seed",
             "precision",
             "resume",
@@ -153,7 +159,7 @@ def _train_teacher(arguments: argparse.Namespace) -> None:
             "quiet",
         ),
     )
-    settings = {name: getattr(arguments, name) for name in names}
+    settings = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
     if arguments.width is not None:
         settings["arch_options"] = {"width": arguments.width}
     teacher = train_teacher(arguments.data, **settings)
@@ -217,13 +223,7 @@ def _add_networks(
         ("--momentum", number, "X", f"momentum of SGD, in [0, 1); default {momentum}"),
         ("--weight-decay", number, "X", f"weight decay, on every parameter; default {weight_decay}"),
         ("--batch-size", whole, "N", "images a step; default 256"),
-        (
-            "--normalization",
-            str,
-            "NAME",
-            "mean and deviation of the pixels, those of the run: imagenet, cifar10, tinyimagenet, none, or numbers as "
-            "mean,mean,mean/std,std,std; default imagenet, as that of a run",
-        ),
+        ("--normalization", str, "NAME", _NORMALIZATION),
         (
             "--precision",
             str,
