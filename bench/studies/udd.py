@@ -4,9 +4,9 @@
     python -m bench.studies udd --data fashion_mnist --ipc 1 --tables main --iterations 20
 
 All arms have the same number of iterations, the same networks, real batches and augmentations in every step (draws are
-keyed by seed, class and step), and students of the same seeds, epochs and protocol. An epoch is a pass over all that an
-image stands for: four tiles (IDC), itself (IDC without tiles), or itself and its regions (UDD), so that students take
-more steps where there is more to see; the page tells how many. The paper ("UDD: Dataset Distillation via Mining
+keyed by seed, class and step), and students of the same seeds, protocol, updates and images in an update: those that
+--epochs passes over whole images take. An image that stands for four tiles (IDC), or for itself and its regions (UDD),
+is seen in fewer passes. The paper ("UDD: Dataset Distillation via Mining
 Underutilized Regions") has 2,000 iterations. Writes `<out>.csv`, a row a student, and `<out>.md`, anew after every arm.
 What is finished is kept in `--work`.
 """
@@ -34,12 +34,15 @@ from bench.studies.arms import at_ipc, by_ipc
 from bench.studies.compare import integers
 from bench.studies.tables import mean_and_spread, paired
 from ddfast.files import atomic_write_text, make_folder
+from ddfast.methods import get_method
 from ddfast.methods.base import Context
 from ddfast.methods.matching.udd import POLICIES, UDD
 from ddfast.models.fusing import fuse
 from ddfast.output.evaluations import evaluations_of_set, keep_evaluation
 from ddfast.progress import duration, say
 from ddfast.report.utilization import utilization
+from ddfast.training.equal_steps import EqualSteps, images_of_a_pass
+from ddfast.training.evaluation import read_distilled
 from ddfast.training.protocol import PROTOCOLS
 
 TITLE = "UDD: Tables 1 to 5 on CIFAR-10, MNIST or FashionMNIST, the time of a search, and mUE"
@@ -184,8 +187,10 @@ def _settings(arm: Arm, ipc: int, seed: int, arguments: argparse.Namespace) -> d
     iterations = at_ipc(arguments.iterations, ipc)
     shared: dict[str, Any] = {"seed": seed, "arch": arguments.arch, "iterations": iterations}
     shared |= {"real_batch": arguments.real_batch, "image_size": arguments.image_size}
-    if arm.method == "dc":
-        return {**shared, **arm.settings}
+    if arm.method == "dc":  # iterations are networks of `outer_loop` steps: as many steps as the others take
+        outer = get_method("dc").from_options({}).resolved(1, ipc).options.outer_loop
+        networks = -(-(iterations or 1) * arguments.inner_loop // int(outer))
+        return {**shared, "iterations": networks, **arm.settings}
     shared |= {"inner_loop": arguments.inner_loop, "net_samples": arguments.net_samples}
     if arm.method == "udd":
         shared["chooser_steps"] = arguments.chooser_steps
@@ -215,12 +220,14 @@ def _trained(arm: Arm, ipc: int, arguments: argparse.Namespace) -> Found:
 
 
 def _student(folder: Path, arm: Arm, ipc: int, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    epochs = at_ipc(arguments.epochs, ipc) or PROTOCOLS[arguments.protocol].epochs_for(ipc)
+    seen = arm.regions if arm.method == "udd" else "chosen"
     regions = arm.regions if arm.method == "udd" else "none"
+    steps, epochs = _spent(folder, ipc, seen, arguments)
     asked = {
         "arch": arguments.arch,
         "protocol": arguments.protocol,
         "epochs": epochs,
+        "batch_size": steps.batch_size,
         "seeds": [seed],
         "regions": regions,
     }
@@ -233,13 +240,22 @@ def _student(folder: Path, arm: Arm, ipc: int, seed: int, arguments: argparse.Na
         arch=arguments.arch,
         seeds=[seed],
         epochs=epochs,
+        batch_size=steps.batch_size,
         protocol=arguments.protocol,
-        regions=regions if arm.method == "udd" else "chosen",
+        regions=seen,
         quiet=True,
     )
     say(f"{arm.name}, IPC {ipc}, student {seed}: top-1 {found.mean:.2f}")
     keep_evaluation(folder, found.as_dict())
     return found.as_dict()
+
+
+def _spent(folder: Path, ipc: int, seen: str, arguments: argparse.Namespace) -> tuple[EqualSteps, int]:
+    """The updates that every set of an IPC gets, and the passes over this one that make them."""
+    images, rules = read_distilled(folder, regions=seen), PROTOCOLS[arguments.protocol]
+    shape = images.num_classes, images.image_size
+    steps = EqualSteps.of(rules, ipc, *shape, arch=arguments.arch, epochs=at_ipc(arguments.epochs, ipc))
+    return steps, steps.epochs_of(images_of_a_pass(images, rules))
 
 
 # Pages -------------------------------------------------------------------------------------------------------
@@ -256,7 +272,7 @@ def _write(
     make_folder(out.parent)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("arm", "ipc", "regions", "set", "seed", "epochs", "steps", "top1"))
+    writer.writerow(("arm", "ipc", "regions", "set", "seed", "epochs", "steps", "batch_size", "top1"))
     for each in found.values():
         for number, students in enumerate(each.sets):
             for one in students:
@@ -268,6 +284,7 @@ def _write(
                     one["seeds"][0],
                     one["epochs"],
                     one["steps"],
+                    one["batch_size"],
                 )
                 writer.writerow((*row, f"{one['top1'][0]:.2f}"))
     atomic_write_text(out.with_suffix(".csv"), text.getvalue())
@@ -315,7 +332,11 @@ def _table(table: str, found: dict[tuple[str, int, str], Found], arguments: argp
             ("IDC without tiles", "UDD"),
         ):
             deltas += [line for ipc in ipcs if (line := _delta(base, ours, ipc, found, arguments))]
-        lines += ["", "Set by set, with the same draws in both arms:", "", *deltas] if deltas else []
+        said = (
+            "Set by set; real batches, augmentations and networks are the same in both arms, and IDC alone begins with "
+            "mosaics:"
+        )
+        lines += ["", said, "", *deltas] if deltas else []
     return lines
 
 
@@ -329,8 +350,7 @@ def _cell(each: Found | None, arguments: argparse.Namespace) -> str:
     if each is None:
         return ""
     paper = _paper(each.arm.name, each.ipc, arguments) if each.arm.regions == "chosen" else None
-    steps = each.sets[0][0]["steps"]
-    return mean_and_spread(each.means) + ("" if paper is None else f" ({paper})") + f", {steps:,} steps"
+    return mean_and_spread(each.means) + ("" if paper is None else f" ({paper})")
 
 
 def _delta(
@@ -358,11 +378,25 @@ def _budget(found: dict[tuple[str, int, str], Found], arguments: argparse.Namesp
         f"- iterations: {lines} (the paper 2,000), each of {arguments.inner_loop} steps of the pixels (100 in IDC), "
         f"{arguments.real_batch} real images a class (64); networks train on {arguments.net_samples:,} real images "
         "between two steps (2,000)",
-        "- UDD follows IDC's learning rate, momentum and evaluation, which its paper does not give; regions for "
+        "- UDD takes IDC's learning rate, which it halves at 60, 80 and 90% of the iterations, and IDC's momentum and "
+        "evaluation, which its paper does not give; regions for "
         f"students are chosen by a network of {arguments.chooser_steps:,} steps on real images",
+        f"- students: {'; '.join(_updates(found)) or 'none'}, the same for all arms",
         f"- a distillation: {took or 'none'}",
         f"- {facts.device_name(device)}, {torch.get_num_threads()} threads; {code}",
     ]
+
+
+def _updates(found: dict[tuple[str, int, str], Found]) -> list[str]:
+    """Of a student, at every IPC; arms differ where passes over their images are not whole."""
+    lines = []
+    for ipc in sorted({each.ipc for each in found.values()}):
+        students = [one for each in found.values() if each.ipc == ipc for of in each.sets for one in of]
+        steps = sorted({one["steps"] for one in students})
+        several = f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}"
+        batches = "/".join(str(size) for size in sorted({one["batch_size"] for one in students}))
+        lines.append(f"at IPC {ipc} {several} steps of {batches} images")
+    return lines
 
 
 # Times, and mUE ----------------------------------------------------------------------------------------------
@@ -460,5 +494,8 @@ def _mue(arguments: argparse.Namespace) -> list[str]:
         told = json.loads(kept.read_text("utf-8"))
         network = told["network"]
         lines.append(f"| {arm.name} | {told['mue']:.3f} | {told['printed']:.5f} | {told['min_max']:.3f} |")
-    said = f"Measured by {network}. As printed, the measure falls where use is more even: see `ddfast utilization`."
+    said = (
+        f"DC has as many steps of the pixels, from noise. Measured by {network}. As printed, the measure falls where "
+        "use is more even: see `ddfast utilization`."
+    )
     return [*lines, "", said]
