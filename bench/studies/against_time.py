@@ -29,6 +29,7 @@ from ddfast.progress import duration
 
 TITLE = "Accuracy against the seconds of a synthesis"
 WITH_CMI = " + CMI"  # how an arm with the regulariser ends
+_NEEDED = [name for name in COLUMNS if name not in ("epochs", "steps", "commits")]
 _LEAST = 1.0  # seconds at which what took less is drawn: the axis is logarithmic
 
 
@@ -38,6 +39,7 @@ class Point:
 
     Attributes:
         arm, ipc, student, protocol: as in the files.
+        steps: updates of a student; empty where an older file does not tell.
         seconds: of a set, mean over the sets, with what was added.
         top1: mean over sets and students, percent.
         deviation: over the sets' means; over the students where there is one set; 0 of a single student.
@@ -47,6 +49,7 @@ class Point:
     ipc: int
     student: str
     protocol: str
+    steps: str
     seconds: float
     top1: float
     deviation: float
@@ -56,22 +59,28 @@ def read(paths: Sequence[Path], added: dict[str, float]) -> list[Point]:
     """The points of the files, in their order.
 
     Raises:
-        UsageError: a file is not one of the study `cmi`, or an older one that has no seconds.
+        UsageError: a file is not one of the study `cmi`, or an older one that has no seconds; two files differ in what
+            they have of an arm.
     """
-    rows: dict[tuple[str, int, str, str], dict[tuple[str, str], tuple[float, float]]] = {}
+    rows: dict[tuple[str, int, str, str, str], dict[tuple[str, str], tuple[float, float]]] = {}
     for path in paths:
         with path.open(newline="", encoding="utf-8") as file:
             read_rows = csv.DictReader(file)
-            if lacking := [name for name in COLUMNS if name not in (read_rows.fieldnames or ())]:
+            if lacking := [name for name in _NEEDED if name not in (read_rows.fieldnames or ())]:
                 raise UsageError(
                     f"{path} has no column {lacking[0]}: give CSV files that python -m bench.studies cmi wrote; it "
                     "writes an older one anew from what it kept in --work"
                 )
             for row in read_rows:
-                key = (row["arm"], int(row["ipc"]), row["student"], row["protocol"])
-                rows.setdefault(key, {})[row["set"], row["seed"]] = float(row["top1"]), float(row["seconds"])
+                key = (row["arm"], int(row["ipc"]), row["student"], row["protocol"], row.get("steps") or "")
+                one, told_of = (row["set"], row["seed"]), (float(row["top1"]), float(row["seconds"]))
+                if rows.setdefault(key, {}).setdefault(one, told_of) != told_of:
+                    raise UsageError(
+                        f"{path} has other results of {row['arm']} at IPC {row['ipc']} than a file before it: give "
+                        "files of one budget"
+                    )
     points = []
-    for (arm, ipc, student, protocol), found in rows.items():
+    for (arm, ipc, student, protocol, steps), found in rows.items():
         sets: dict[str, list[float]] = {}
         for (number, _), (top1, _) in found.items():
             sets.setdefault(number, []).append(top1)
@@ -84,6 +93,7 @@ def read(paths: Sequence[Path], added: dict[str, float]) -> list[Point]:
                 ipc,
                 student,
                 protocol,
+                steps,
                 statistics.mean(of_sets.values()) + added.get(arm, 0.0),
                 statistics.mean(means),
                 statistics.stdev(spread) if len(spread) > 1 else 0.0,
@@ -176,18 +186,21 @@ def _method(point: Point) -> str:
 
 
 def _name(point: Point, points: Sequence[Point]) -> str:
-    """The arm, with its protocol where it was judged by several."""
-    protocols = {each.protocol for each in points if each.arm == point.arm}
-    return point.arm if len(protocols) == 1 else f"{point.arm}, {point.protocol}"
+    """The arm, with its protocol where it was judged by several, and its students' updates where they differ."""
+    kind = (point.arm, point.ipc, point.student)
+    alike = [each for each in points if (each.arm, each.ipc, each.student) == kind]
+    name = point.arm if len({each.protocol for each in alike}) == 1 else f"{point.arm}, {point.protocol}"
+    updates = {each.steps for each in alike if each.protocol == point.protocol}
+    return name if len(updates) == 1 else f"{name}, {point.steps}"
 
 
 def _table(points: Sequence[Point]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("arm", "ipc", "student", "protocol", "seconds", "top1", "deviation"))
+    writer.writerow(("arm", "ipc", "student", "protocol", "steps", "seconds", "top1", "deviation"))
     for point in points:
         numbers = (f"{point.seconds:.1f}", f"{point.top1:.2f}", f"{point.deviation:.2f}")
-        writer.writerow((point.arm, point.ipc, point.student, point.protocol, *numbers))
+        writer.writerow((point.arm, point.ipc, point.student, point.protocol, point.steps, *numbers))
     return text.getvalue()
 
 
@@ -201,15 +214,15 @@ def _page(points: Sequence[Point], arguments: argparse.Namespace, argv: Sequence
         "",
         f"![accuracy against seconds]({picture})",
         "",
-        "| method | IPC | student | protocol | seconds of a set | top-1 |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| method | IPC | student | protocol | updates | seconds of a set | top-1 |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for point in sorted(points, key=lambda each: (each.ipc, each.student, each.seconds)):
         lines.append(
-            f"| {point.arm} | {point.ipc} | {point.student} | {point.protocol} | {duration(point.seconds)} | "
-            f"{point.top1:.1f} ± {point.deviation:.1f} |"
+            f"| {point.arm} | {point.ipc} | {point.student} | {point.protocol} | {point.steps} | "
+            f"{duration(point.seconds)} | {point.top1:.1f} ± {point.deviation:.1f} |"
         )
-    lines += ["", "- seconds of the distillation itself, images read among it"]
+    lines += ["", "- seconds of the distillation itself by the clock, images read among it"]
     if arguments.add:
         each = ", ".join(f"{name} {duration(seconds)}" for name, seconds in arguments.add.items())
         lines.append(f"- with what was trained before: {each}")

@@ -36,6 +36,7 @@ from ddfast.progress import say
 from ddfast.training import EvaluationResult, ImageSet, evaluate
 from ddfast.training.image_sets import read_test_set
 from ddfast.training.protocol import Protocol, protocol_named
+from ddfast.training.teacher import native_size
 
 FROZEN = "_frozen"  # behind a protocol's name
 # Settings of `distill` that an arm may name beside the options of its method.
@@ -222,6 +223,9 @@ class Distillation:
         options = {**method.options_of_stage("synthesize"), **method.inputs()}
         chosen = {**shared, "images_per_class": None, "options": options}
         chosen["normalization"] = given.get("normalization", "auto")
+        size = teacher_at(setup.teacher).image_size
+        if size != own_size(setup.data):
+            chosen["image_size"] = size
         teachers = {}
         if method.requires_teacher():
             teachers = {"teacher": setup.teacher}
@@ -239,7 +243,7 @@ class Distillation:
             "ipc": ipc,
             "threads": torch.get_num_threads(),
         }
-        arguments["image_size"] = teacher_at(setup.teacher).image_size
+        arguments["image_size"] = size
         return cls(arm.name, arm.method, arguments, identity, folder)
 
     def make(self) -> Path:
@@ -251,7 +255,7 @@ class Distillation:
             try:
                 distill(self.method, out=self.folder, resume=True, scores=self._scored(), **self.arguments)
             except UsageError as error:
-                raise UsageError(f"arm {self.arm!r}: {error}") from error
+                raise type(error)(f"arm {self.arm!r}: {error}") from error
         return self.folder
 
     def _scored(self) -> Path | None:
@@ -423,6 +427,12 @@ def alone(path: Path) -> Iterator[None]:
     with (path.parent / f".{path.name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@functools.cache
+def own_size(data: str) -> int:
+    """Side of the images of a data set, which a run has where no other is asked for."""
+    return native_size(ddfast.data.open_source(data, "train"))
 
 
 @functools.cache

@@ -14,6 +14,7 @@ several methods have in common, random images and herding, is there once for a p
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,18 +26,21 @@ import torch
 import ddfast
 from bench import facts
 from bench.studies.arguments import study_parser, told, without_folders
-from bench.studies.arms import Arm, Setup, Training, at_ipc, by_ipc, set_of, train_students
+from bench.studies.arms import Arm, Setup, Training, at_ipc, by_ipc, set_of, teacher_at, train_students
 from bench.studies.compare import integers, made_with, teacher_fact
+from bench.studies.league.costs import stages_of
 from bench.studies.tables import mean_and_spread, paired, write_rows
+from ddfast.errors import DivergedError
 from ddfast.files import atomic_write_text
 from ddfast.methods import get_method
 from ddfast.methods.synthesis import Synthesis
 from ddfast.models.registry import features
 from ddfast.output.pixels import read_curve
-from ddfast.progress import duration
+from ddfast.progress import duration, say
 from ddfast.training import load_proxies
 from ddfast.training.evaluation import read_distilled
 from ddfast.training.proxies import proxies_identity
+from ddfast.training.student import steps_of_a_pass
 
 TITLE = "A matching method with the CMI regulariser (CMI, Tables 1, 5 and 10)"
 # Arms that choose images in place of making them, by the method's name: any protocol with hard labels suits them.
@@ -160,6 +164,7 @@ class Found:
         sets: for each set the results of its students, as `train_students` puts them together.
         seconds: of each set's distillation.
         start, end: CMI in nats of the images that a set began with and of those it ended with; see `_cmi_of`.
+        rates: learning rates that came with the sets, which their students take.
     """
 
     arm: str
@@ -169,6 +174,7 @@ class Found:
     seconds: Sequence[float]
     start: float | None = None
     end: float | None = None
+    rates: Sequence[float] = ()
 
     @property
     def means(self) -> list[float]:
@@ -250,6 +256,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the study; the page is written anew after every arm."""
     arguments = parse(argv)
     found: list[Found] = []
+    left_out: dict[tuple[str, int], str] = {}
     kind = get_method(arguments.method)
     assert issubclass(kind, Synthesis)
     for ipc in arguments.ipc:
@@ -257,8 +264,12 @@ def main(argv: Sequence[str]) -> int:
             if arm.endswith("+ CMI") and ipc * kind.factor**2 == 1:
                 continue  # the mean of a single image is the image: CMI is 0
             for student in arguments.student:
-                found.append(_trained(arm, ipc, student, arguments))
-                page = _write(found, arguments, argv)
+                try:
+                    found.append(_trained(arm, ipc, student, arguments))
+                except DivergedError as error:  # the other arms go on
+                    left_out[arm, ipc] = " ".join(str(error).split())
+                    say(f"{arm}, IPC {ipc}: left out, {left_out[arm, ipc]}")
+                page = _write(found, left_out, arguments, argv)
     print(page)
     return 0
 
@@ -294,22 +305,19 @@ def _trained(name: str, ipc: int, student: str, arguments: argparse.Namespace) -
         arguments.images_per_class,
         "float32",
     )
-    training = Training(
-        student,
-        labels="hard",
-        protocol=arguments.protocol,
-        epochs=at_ipc(arguments.epochs, ipc),
-        last_only=True,
-    )
-    sets, seconds, starts, ends = [], [], [], []
+    training = _training(name, ipc, student, arguments)
+    sets, seconds, starts, ends, rates = [], [], [], [], []
     for seed in range(at_ipc(arguments.sets, ipc) or 1):
         arm = _arm(name, ipc, seed, arguments)
         students = range(at_ipc(arguments.students, ipc) or 1)
         result = train_students(arm, ipc, setup, training, students)
         sets.append(result)
-        seconds.append(sum(result["seconds"].values()))
+        made = set_of(arm, ipc, setup, training, 0)
+        seconds.append(sum(stages_of(made).values()))
         if name not in CHOSEN:
-            folder = set_of(arm, ipc, setup, training, 0).folder
+            folder = made.folder
+            rate = read_distilled(folder).learned_rate
+            rates += [] if rate is None else [rate]
             ends.append(_cmi_of(folder, arguments.proxies))
             starts += [row["cmi"] for row in read_curve(folder)[:1] if row.get("cmi") is not None]
     mean = statistics.mean
@@ -321,7 +329,34 @@ def _trained(name: str, ipc: int, student: str, arguments: argparse.Namespace) -
         seconds,
         mean(starts) if starts else None,
         mean(ends) if ends else None,
+        rates,
     )
+
+
+def _training(name: str, ipc: int, student: str, arguments: argparse.Namespace) -> Training:
+    """Students by the protocol; on chosen images as many updates as on images that decode to several."""
+    training = Training(
+        student,
+        labels="hard",
+        protocol=arguments.protocol,
+        epochs=at_ipc(arguments.epochs, ipc),
+        last_only=True,
+    )
+    kind = get_method(arguments.method)
+    assert issubclass(kind, Synthesis)
+    options = Arm.parse(" ".join((arguments.method, *arguments.option))).settings
+    views = int(options.get("factor") or kind.factor) ** 2
+    if name not in CHOSEN or views == 1:
+        return training
+    rules, teacher = training.rules, teacher_at(arguments.teacher[0])
+    classes = len(teacher.class_names)
+    batch = rules.batch_size_for(ipc * views, classes, teacher.image_size, student, None)
+    passes = (training.epochs or rules.epochs_for(ipc)) + rules.passes_after
+    decoded, whole = (
+        steps_of_a_pass(count * classes, min(batch, count * classes)) for count in (ipc * views, ipc)
+    )
+    epochs = max(round(passes * decoded / whole) - rules.passes_after, 1)
+    return dataclasses.replace(training, epochs=epochs, batch_size=batch)
 
 
 @torch.no_grad()
@@ -340,11 +375,16 @@ def _cmi_of(folder: Path, proxies: Path) -> float:
     )
 
 
-def _write(found: Sequence[Found], arguments: argparse.Namespace, argv: Sequence[str]) -> str:
+def _write(
+    found: Sequence[Found],
+    left_out: Mapping[tuple[str, int], str],
+    arguments: argparse.Namespace,
+    argv: Sequence[str],
+) -> str:
     name = "cmi" if arguments.method == "dm" else f"cmi_{arguments.method}"
     out = arguments.out or facts.RESULTS / "paper" / f"{name}_{Path(arguments.data).stem}_{arguments.arch}"
     write_rows(out.with_suffix(".csv"), COLUMNS, _csv_rows(found, arguments))
-    page = _page(found, arguments, argv)
+    page = _page(found, left_out, arguments, argv)
     atomic_write_text(out.with_suffix(".md"), page)
     return page
 
@@ -354,14 +394,37 @@ def _csv_rows(found: Sequence[Found], arguments: argparse.Namespace) -> Iterator
         for number, (result, seconds) in enumerate(zip(each.sets, each.seconds, strict=True)):
             of_set = (each.arm, each.ipc, each.student, arguments.protocol, number)
             for seed, top1 in zip(result["seeds"], result["top1"], strict=True):
-                made = (result["epochs"], f"{top1:.2f}", f"{seconds:.1f}", " ".join(result["commits"]))
+                made = (
+                    result["epochs"],
+                    result["steps"],
+                    f"{top1:.2f}",
+                    f"{seconds:.1f}",
+                    " ".join(result["commits"]),
+                )
                 yield (*of_set, seed, *made)
 
 
-COLUMNS = ("arm", "ipc", "student", "protocol", "set", "seed", "epochs", "top1", "seconds", "commits")
+COLUMNS = (
+    "arm",
+    "ipc",
+    "student",
+    "protocol",
+    "set",
+    "seed",
+    "epochs",
+    "steps",
+    "top1",
+    "seconds",
+    "commits",
+)
 
 
-def _page(found: Sequence[Found], arguments: argparse.Namespace, argv: Sequence[str]) -> str:
+def _page(
+    found: Sequence[Found],
+    left_out: Mapping[tuple[str, int], str],
+    arguments: argparse.Namespace,
+    argv: Sequence[str],
+) -> str:
     subject = SUBJECTS[arguments.method]
     lines = [
         f"# {TITLE.replace('A matching method', subject.name)}",
@@ -376,6 +439,8 @@ def _page(found: Sequence[Found], arguments: argparse.Namespace, argv: Sequence[
         if len(arguments.student) > 1:
             lines += [f"## Students {student}", ""]
         lines += [*_table(of_student, subject, arguments), ""]
+    if left_out:
+        lines += [*(f"- {arm}, IPC {ipc}: left out, {why}" for (arm, ipc), why in left_out.items()), ""]
     first = [each for each in found if each.student == arguments.student[0]]
     lines += [*_cmi_table(first, subject, arguments), "", *_budget(found, subject, arguments), ""]
     return "\n".join(lines)
@@ -501,6 +566,24 @@ def _budget(found: Sequence[Found], subject: Subject, arguments: argparse.Namesp
             if {"herding", "RDED", "InfoUtil"} & set(arguments.arms)
             else []
         ),
-        f"- a set's distillation takes, without the training of proxies and teacher: {seconds}",
-        f"- students: {results[0]['epochs']} epochs; {made_with(results, 'float32')}",
+        f"- a set's distillation takes, by the clock and without the training of proxies and teacher: {seconds}",
+        f"- students: {'; '.join(_updates(told_of))}; {made_with(results, 'float32')}",
+        *(
+            f"- students of {each.arm} at IPC {each.ipc} learn at the rate of their images, "
+            f"{statistics.mean(each.rates):.4f}, others at the protocol's"
+            for each in told_of
+            if each.rates
+        ),
+    ]
+
+
+def _updates(found: Sequence[Found]) -> list[str]:
+    """What students spend, and the arms that spend it."""
+    arms: dict[tuple[int, int, int], list[str]] = {}
+    for each in found:
+        first = each.sets[0]
+        arms.setdefault((each.ipc, first["steps"], first["batch_size"]), []).append(each.arm)
+    return [
+        f"at IPC {ipc} {steps:,} updates of {batch} images ({', '.join(names)})"
+        for (ipc, steps, batch), names in arms.items()
     ]

@@ -134,6 +134,8 @@ class Plan:
         """Where the accuracy of one student is kept."""
         identity = Distillation.of(arm, self.ipc, self.setup).identity
         training = dataclasses.asdict(self.training) | {"precision": self.setup.precision}
+        if not self.training.hard:
+            training["teacher"] = teacher_at(self.setup.teacher).sha256
         asked = [identity, training, seen_classes(self.orders[order], self.steps)[step], order]
         return self.setup.work / "students" / f"continual-{arm.method}-ipc{self.ipc}-{digest(asked)}.json"
 

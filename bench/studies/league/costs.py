@@ -76,7 +76,7 @@ def cost_of(distillation: Distillation) -> Cost:
     arithmetic = plan["arithmetic"]
     classes = len(plan["class_names"])
     return Cost(
-        seconds=sum(_stages(distillation).values()),
+        seconds=sum(stages_of(distillation).values()),
         cores=arithmetic["threads"] if arithmetic["device"] == "cpu" else 1,
         device=arithmetic["device"],
         peak_memory=json.loads(told.read_text("utf-8"))["peak_memory"] if told.is_file() else None,
@@ -85,7 +85,7 @@ def cost_of(distillation: Distillation) -> Cost:
     )
 
 
-def _stages(distillation: Distillation) -> dict[str, float]:
+def stages_of(distillation: Distillation) -> dict[str, float]:
     """Seconds of the stages that make images; those of a shared table are of the run that scored it."""
     folder = distillation.folder
     found: dict[str, float] = dict(_facts(folder)["seconds"])

@@ -108,6 +108,8 @@ def main(argv: Sequence[str]) -> int:
         arguments.work,
         arguments.teacher_epochs,
     )
+    if arguments.factor == "auto":
+        arguments.factor = 1 if teacher_at(teacher).image_size <= 64 else 2
     setup = setup_of(teacher, arguments)
     for student in (*arguments.student, arguments.matched):
         check_model(student, teacher_at(teacher).image_size)

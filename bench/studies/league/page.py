@@ -72,7 +72,14 @@ def _csv_rows(results: Results, arguments: argparse.Namespace) -> Iterator[tuple
 def _point(each: Found) -> Point:
     spread = statistics.stdev(each.top1) if len(each.top1) > 1 else 0.0
     return Point(
-        each.entry.name, each.ipc, each.student, each.labels, each.seconds, statistics.mean(each.top1), spread
+        each.entry.name,
+        each.ipc,
+        each.student,
+        each.labels,
+        "",
+        each.seconds,
+        statistics.mean(each.top1),
+        spread,
     )
 
 

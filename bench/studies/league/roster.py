@@ -111,6 +111,10 @@ class Entry:
         found: dict[str, Any] = {name: str(getattr(arguments, name)) for name in self.needs}
         if "arch" in names:
             found["arch"] = arguments.matched
+        if "chooser_steps" in names and arguments.proxies is not None:
+            found["proxies"] = str(arguments.proxies)  # one of them chooses the regions, with CMI and without
+        if self.member.method == "igds" and arguments.factor != "auto":
+            found["factor"] = int(arguments.factor)
         if "unguided" in names:
             found["unguided"] = False  # samples beside, for the report alone
         if self.with_cmi:

@@ -1,12 +1,14 @@
 """The study of the matching methods with the CMI regulariser, and of what they cost, at sizes that measure nothing."""
 
 import csv
+from types import SimpleNamespace
 
 import pytest
 
 from bench.studies import against_time, arms, cmi
 from ddfast.errors import UsageError
 from ddfast.training import train_proxies
+from ddfast.training.student import steps_of_a_pass
 
 
 @pytest.fixture
@@ -149,14 +151,14 @@ def test_the_cost_is_drawn_from_the_results_of_several_methods(tmp_path, capsys)
     head = ",".join(cmi.COLUMNS)
     first, second = tmp_path / "cmi_dm.csv", tmp_path / "cmi_idc.csv"
     rows = [
-        "random,10,c,dsa,0,0,9,30.0,2.0,x",
-        "DM,10,c,dsa,0,0,9,40.0,100.0,x",
-        "DM,10,c,dsa,0,1,9,42.0,100.0,x",
+        "random,10,c,dsa,0,0,9,18,30.0,2.0,x",
+        "DM,10,c,dsa,0,0,9,18,40.0,100.0,x",
+        "DM,10,c,dsa,0,1,9,18,42.0,100.0,x",
     ]
-    rows += ["DM,10,c,dsa,1,0,9,44.0,200.0,x"]
+    rows += ["DM,10,c,dsa,1,0,9,18,44.0,200.0,x"]
     first.write_text("\n".join([head, *rows, ""]))
     second.write_text(
-        "\n".join([head, "random,10,c,idc,0,0,9,32.0,2.0,x", "IDC,10,c,idc,0,0,9,60.0,900.0,x", ""])
+        "\n".join([head, "random,10,c,idc,0,0,9,72,32.0,2.0,x", "IDC,10,c,idc,0,0,9,72,60.0,900.0,x", ""])
     )
     words = [str(first), str(second), "--add", "IDC=100", "--out", str(tmp_path / "cost")]
     assert against_time.main(words) == 0
@@ -166,7 +168,35 @@ def test_the_cost_is_drawn_from_the_results_of_several_methods(tmp_path, capsys)
     assert found["IDC", "idc"]["seconds"] == "1000.0"
     assert len(found) == 4
     assert (tmp_path / "cost.png").stat().st_size > 5_000
-    assert "| IDC | 10 | c | idc | 16m40s | 60.0 ± 0.0 |" in (tmp_path / "cost.md").read_text()
+    assert "| IDC | 10 | c | idc | 72 | 16m40s | 60.0 ± 0.0 |" in (tmp_path / "cost.md").read_text()
+    longer = tmp_path / "cmi_idm.csv"
+    longer.write_text("\n".join([head, "random,10,c,dsa,0,0,36,72,33.0,2.0,x", ""]))
+    points = against_time.read([first, longer], {})
+    assert [against_time._name(point, points) for point in points] == ["random, 18", "DM", "random, 72"]
+    longer.write_text("\n".join([head, "random,10,c,dsa,0,0,9,18,33.0,2.0,x", ""]))
+    with pytest.raises(UsageError, match="other results of random at IPC 10 than a file before it"):
+        against_time.read([first, longer], {})
+
+
+@pytest.mark.parametrize(
+    ("method", "protocol", "option", "updates"),
+    [("idc", "idc", [], (700, 64)), ("idm", "dsa", [], (602, 256)), ("idc", "idc", ["factor=1"], None)],
+)
+def test_students_of_chosen_images_get_the_updates_of_those_that_decode(
+    method, protocol, option, updates, monkeypatch
+):
+    teacher = SimpleNamespace(class_names=list("abcdefghij"), image_size=32, arch="convnet3_in")
+    monkeypatch.setattr(cmi, "teacher_at", lambda path: teacher)
+    arguments = SimpleNamespace(protocol=protocol, epochs={0: 100 if method == "idc" else 300}, option=option)
+    arguments.method, arguments.teacher = method, [None]
+    chosen = cmi._training("random", 10, "convnet3_in", arguments)
+    own = cmi._training(cmi.SUBJECTS[method].name, 10, "convnet3_in", arguments)
+    assert own.batch_size is None
+    if updates is None:
+        assert chosen == own
+    else:
+        passes = chosen.epochs + chosen.rules.passes_after
+        assert (passes * steps_of_a_pass(100, min(chosen.batch_size, 100)), chosen.batch_size) == updates
 
 
 def test_the_cost_refuses_results_without_seconds(tmp_path):
