@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class RandomStates:
-    """The generators that a model may draw from: torch's, numpy's and Python's."""
+    """The generators that a model may draw from: torch's, of the CPU and of all GPUs, numpy's and Python's."""
 
     def __init__(self) -> None:
         self._first = self.now()
@@ -23,7 +23,7 @@ class RandomStates:
         """Their states."""
         gpu: tuple[Tensor, ...] = ()
         if torch.cuda.is_available() and torch.cuda.is_initialized():
-            gpu = (torch.cuda.get_rng_state(),)
+            gpu = tuple(torch.cuda.get_rng_state_all())
         return torch.get_rng_state(), random.getstate(), np.random.get_state(), *gpu  # noqa: NPY002 - models draw from it
 
     def differ(self, before: tuple[Any, ...]) -> bool:
@@ -39,7 +39,7 @@ class RandomStates:
         random.setstate(self._first[1])
         np.random.set_state(self._first[2])  # noqa: NPY002
         if len(self._first) > 3:
-            torch.cuda.set_rng_state(self._first[3])
+            torch.cuda.set_rng_state_all(self._first[3:])
 
 
 @contextmanager

@@ -30,11 +30,16 @@ def generator(*key: int | str) -> torch.Generator:
 def seeded(*key: int | str, device: torch.device | None = None) -> Iterator[None]:
     """Seed torch's global generators in a block, for code that takes none: initial weights, dropout.
 
-    The state of the CPU's generator, and of `device`'s where it is a GPU, is put back at the end.
+    The state of the CPU's generator, and of `device`'s where it is a GPU, is put back at the end. Those of other GPUs
+    are left alone, which `torch.manual_seed` would not do.
     """
-    devices = [device.index or 0] if device is not None and device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(derived_seed(*key))
+    gpu: list[int] = []
+    if device is not None and device.type == "cuda":
+        gpu = [torch.cuda.current_device() if device.index is None else device.index]
+    with torch.random.fork_rng(devices=gpu):
+        torch.default_generator.manual_seed(derived_seed(*key))
+        for index in gpu:
+            torch.cuda.default_generators[index].manual_seed(derived_seed(*key))
         yield
 
 

@@ -125,6 +125,11 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     waits = crosses and not (free and pinned_memory)
     # Without output_size, repeat_interleave of a tensor of counts reads how much it will be.
     reads = name in _READ and there and not (name == "repeat_interleave" and kwargs.get("output_size"))
+    # An index by a mask counts its places first.
+    indices = tree_leaves(args[1]) if name in ("index", "index_put", "index_put_") else []
+    reads = reads or any(
+        isinstance(each, Tensor) and each.dtype in (torch.bool, torch.uint8) for each in indices
+    )
     if waits or reads:
         WAITS.append(f"{name}: {_place()}")
     args, kwargs = tree_map_only(OnDevice, lambda tensor: tensor.inner, (args, kwargs))
@@ -243,6 +248,7 @@ def recording() -> Iterator[list[Graph]]:
         mock.patch.object(torch.cuda, "Event"),
         mock.patch.object(torch.cuda, "Stream"),
         mock.patch.object(torch.cuda, "current_stream"),
+        mock.patch.object(torch.cuda, "set_stream"),
         mock.patch.object(torch.cuda, "synchronize"),
     ):
         yield Graph.all

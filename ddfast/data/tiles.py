@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -29,4 +30,15 @@ def enlarged_tiles(images: Tensor, factor: int, grey: Tensor | float) -> Tensor:
     if missing := -size % factor:
         value = grey if isinstance(grey, float) else grey.to(images).view(3, 1, 1)
         images = F.pad(images - value, (0, missing, 0, missing)) + value
-    return F.interpolate(tiles_of(images, factor), size=size, mode="bilinear", align_corners=False)
+    tiles = tiles_of(images, factor)
+    # On a GPU the gradient of torch's interpolation adds in any order; that of products does not.
+    if tiles.is_cuda:
+        return _by_products(tiles, size)
+    return F.interpolate(tiles, size=size, mode="bilinear", align_corners=False)
+
+
+def _by_products(tiles: Tensor, size: int) -> Tensor:
+    """Bilinear enlargement of square tiles [N, 3, s, s] to `size` px."""
+    unit = torch.eye(tiles.shape[-1], dtype=tiles.dtype, device=tiles.device)[None]
+    shares = F.interpolate(unit, size=size, mode="linear", align_corners=False)[0]
+    return shares.T @ tiles @ shares

@@ -23,7 +23,10 @@ def shared(key: Hashable, make: Callable[[], Tensor]) -> Tensor:
     # What a CUDA graph is being recorded for is memory of that graph.
     recorded = made.is_cuda and torch.cuda.is_current_stream_capturing()
     if type(made) is torch.Tensor and not recorded:  # a stand-in of a tracer is good for this call alone, too
+        # Those of a GPU stay: a CUDA graph may read them. What finds no place beside them is made in every call.
         if len(_KEPT) >= MAX_KEPT:
-            _KEPT.clear()
-        _KEPT[key] = made
+            for each in [each for each, tensor in _KEPT.items() if not tensor.is_cuda]:
+                del _KEPT[each]
+        if len(_KEPT) < MAX_KEPT:
+            _KEPT[key] = made
     return made

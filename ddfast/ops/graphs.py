@@ -205,6 +205,7 @@ class Recorded:
         with torch.inference_mode(False), torch.no_grad():  # tensors that may be written to in any mode
             places = tuple(tensor.detach().clone() for tensor in given.tensors)
         graph, done = torch.cuda.CUDAGraph(), torch.cuda.Event()
+        before = torch.cuda.current_stream(places[0].device)
         # A stream of this device: torch would share one of the device that was recorded on first. Another thread, a
         # loader that decodes on the GPU, may allocate meanwhile: only what this one does can spoil the recording.
         stream = torch.cuda.Stream(places[0].device)
@@ -213,6 +214,7 @@ class Recorded:
                 outputs = self._run(given.with_tensors([place.detach() for place in places]))
         except RuntimeError as error:
             self._refuse(f"it cannot be recorded: {str(error).splitlines()[0]}")
+            torch.cuda.set_stream(before)  # torch leaves a thread on the stream of a recording that failed
             torch.cuda.synchronize()
             return None
         done.record()
@@ -283,9 +285,21 @@ def _fault(func: Any, args: Any, kwargs: Any, result: Any) -> str:
     gpu = any(_device_type(t) == _DEVICE for t in given)
     if _DEVICE in made and (host or name.startswith("aten::lift_fresh")):
         return f"it sends numbers from the host to the GPU ({name})"
+    if gpu and _reads_a_shape(func, name, args, kwargs):
+        return f"it waits to know how large a result is ({name})"
     if gpu and ("cpu" in made or name == "aten::_local_scalar_dense"):
         return f"it waits for numbers from the GPU ({name})"
     return ""
+
+
+def _reads_a_shape(func: Any, name: str, args: Any, kwargs: Any) -> bool:
+    """Whether the size of an op's result depends on numbers: of places where a mask is true, for example."""
+    if name in ("aten::index", "aten::index_put", "aten::index_put_"):
+        places = tree_leaves(args[1])
+        return any(isinstance(each, Tensor) and each.dtype in (torch.bool, torch.uint8) for each in places)
+    if name == "aten::repeat_interleave" and kwargs.get("output_size") is not None:
+        return False
+    return torch.Tag.dynamic_output_shape in func.tags
 
 
 def _device_type(tensor: Tensor) -> str:

@@ -101,7 +101,7 @@ class Judge:
             seeds=[run.plan["seed"]],
             teacher=run.label_teacher,
             protocol=self._protocol(),
-            device=run.device.type,
+            device=str(run.device),
             quiet=True,
             rounded=rounded,
         )

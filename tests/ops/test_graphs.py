@@ -275,8 +275,11 @@ def test_a_failed_recording_gives_the_results_and_the_reason(gpu, monkeypatch):
         yield
 
     monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the caller's")
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: asked.append(("stream", stream)))
     for _ in range(5):
         assert recorded(there(1.0, 2.0))[0].tolist() == [2, 3]
+    assert [each for each in asked if each[0] == "stream"] == [("stream", "the caller's")]
     assert recorded.reason == "it cannot be recorded: operation not permitted when stream is capturing"
     assert ("synchronize",) in asked
 
@@ -342,3 +345,20 @@ def test_calls_that_a_recording_cannot_serve_run_as_they_are(gpu, monkeypatch):
     assert recorded.reason == "it is called under autocast"
     assert recorded(there(4.0, 2.0))[0].tolist() == [5, 3]
     assert recordings(asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda x: (x[x > 1],), "it waits to know how large a result is (aten::index)"),
+        (lambda x: (x.clone().index_put_((x > 1,), x.new_zeros(())),), "(aten::index_put_)"),
+        (lambda x: (x.nonzero(),), "it waits to know how large a result is (aten::nonzero)"),
+        (lambda x: (x[torch.ones_like(x, dtype=torch.int64)],), ""),
+        (lambda x: (x.repeat_interleave(2),), ""),
+    ],
+)
+def test_results_whose_size_depends_on_numbers_are_refused(gpu, function, reason):
+    recorded = gpu[1](function)
+    for _ in range(4):
+        recorded(there(1.0, 2.0))
+    assert recorded.reason.endswith(reason) if reason else recorded.reason == ""

@@ -24,7 +24,7 @@ from ddfast.methods.matching.pixels import PixelMethod
 from ddfast.methods.matching.real import all_drawn, lower, normalised, short_of
 from ddfast.methods.synthesis import Group, State
 from ddfast.ops.graphs import Recorded
-from ddfast.ops.precision import autocast
+from ddfast.ops.precision import autocast, repeatable_convolutions
 from ddfast.ops.transfer import to_device
 from ddfast.seeding import generator, seeded
 from ddfast.training.differentiable import augment_groups, group_parameters
@@ -97,6 +97,7 @@ class Matching(PixelMethod):
         ]
 
     @torch.enable_grad()
+    @repeatable_convolutions()
     def step(self, number: int, state: State, pool: ClassPool, context: Context) -> float:
         """See `Synthesis`. The loss that is returned is the sum over the group's classes, without CMI."""
         self.open(context)

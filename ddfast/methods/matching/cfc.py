@@ -32,8 +32,9 @@ def contrastive_loss(
         temperature: tau.
     """
     cosines = F.normalize(features, dim=1) @ F.normalize(means, dim=1).T / temperature
-    own = F.one_hot(labels, len(means)).bool()
-    return torch.logsumexp(cosines.masked_fill(own, -torch.inf), dim=1) - cosines[own]
+    rows = labels.unsqueeze(1)
+    others = cosines.scatter(1, rows, -torch.inf)
+    return torch.logsumexp(others, dim=1) - cosines.gather(1, rows).squeeze(1)
 
 
 def contrasted(

@@ -30,7 +30,7 @@ from ddfast.methods.matching.pixels import PixelMethod
 from ddfast.methods.synthesis import Group, State
 from ddfast.models.fusing import fuse
 from ddfast.models.registry import create_model
-from ddfast.ops.precision import autocast
+from ddfast.ops.precision import autocast, repeatable_convolutions
 from ddfast.ops.transfer import to_device
 from ddfast.output.pixels import WITH_RATE
 from ddfast.output.whitening import Whitening
@@ -185,6 +185,7 @@ class MTT(PixelMethod):
         return torch.as_tensor(left / whole)
 
     @torch.enable_grad()
+    @repeatable_convolutions()
     def step(self, number: int, state: State, pool: ClassPool, context: Context) -> float:
         """A student's training on the synthetic images, and the way back through it (Algorithm 1)."""
         self.open(context)

@@ -37,14 +37,14 @@ def standardised(images: Tensor, context: Context) -> Tensor:
 # On a GPU they are sent once, as what is recorded sends nothing.
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def on_channels(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers of the channels, [3, 1, 1], that a normalisation is made of."""
     with torch.inference_mode(False):
         return to_device(torch.tensor(values, dtype=dtype), device).view(3, 1, 1)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def _of_bytes(
     mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:

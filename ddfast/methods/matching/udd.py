@@ -308,7 +308,7 @@ class UDD(IDC):
 # Regions -----------------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def corner_windows(side: int, sizes: str) -> Tensor:
     """The candidate regions (Sec. 2.2): for each size a square in every corner, int64 [4 * sizes, 4].
 
@@ -328,7 +328,7 @@ def corner_windows(side: int, sizes: str) -> Tensor:
     return torch.tensor(found)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def _window_matrix(
     windows: tuple[tuple[int, ...], ...],
     side: int,

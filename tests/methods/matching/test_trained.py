@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load, save
 
+from ddfast.data import tiles as tiles_module
 from ddfast.errors import DivergedError, UsageError
 from ddfast.methods import get_method
 from ddfast.methods.matching import networks, queue
@@ -417,6 +418,17 @@ def test_bad_options_are_refused_in_a_line(name, options, said):
     with pytest.raises(UsageError, match=said) as error:
         get_method(name).from_options(options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("side", "size"), [(8, 16), (7, 13), (3, 8)])
+def test_tiles_are_enlarged_by_products_as_by_interpolation(side, size):
+    images = torch.rand(2, 3, side, side, dtype=torch.float64, requires_grad=True)
+    wanted = F.interpolate(images, size=size, mode="bilinear", align_corners=False)
+    found = tiles_module._by_products(images, size)
+    torch.testing.assert_close(found, wanted)
+    weights = torch.randn_like(wanted)
+    theirs, ours = (torch.autograd.grad((each * weights).sum(), images)[0] for each in (wanted, found))
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_tiles_of_odd_images_are_padded_with_grey_and_enlarged():
