@@ -442,7 +442,9 @@ def _page(
     if left_out:
         lines += [*(f"- {arm}, IPC {ipc}: left out, {why}" for (arm, ipc), why in left_out.items()), ""]
     first = [each for each in found if each.student == arguments.student[0]]
-    lines += [*_cmi_table(first, subject, arguments), "", *_budget(found, subject, arguments), ""]
+    if any(each.arm == subject.with_cmi for each in first):
+        lines += [*_cmi_table(first, subject, arguments), ""]
+    lines += [*_budget(found, subject, arguments), ""]
     return "\n".join(lines)
 
 
@@ -558,9 +560,15 @@ def _budget(found: Sequence[Found], subject: Subject, arguments: argparse.Namesp
         + (f", {', '.join(map(without_folders, arguments.option))}" if arguments.option else "")
         + f" (the paper: {subject.budget})",
         *(f"- {name}: {', '.join(map(without_folders, words))}" for name, words in arguments.also.items()),
-        f"- lambda {weights or 'none'}, CMI every {arguments.cmi_every} iterations, {len(proxies)} proxies "
-        f"{proxies[0]['arch']}, test top-1 "
-        + (f"{min(reads):.1f} to {max(reads):.1f}" if reads else "not measured"),
+        *(
+            [
+                f"- lambda {weights or 'none'}, CMI every {arguments.cmi_every} iterations, {len(proxies)} proxies "
+                f"{proxies[0]['arch']}, test top-1 "
+                + (f"{min(reads):.1f} to {max(reads):.1f}" if reads else "not measured")
+            ]
+            if subject.with_cmi in arguments.arms
+            else []
+        ),
         *(
             [f"- chosen by {teacher_fact(arguments.teacher[0])}"]
             if {"herding", "RDED", "InfoUtil"} & set(arguments.arms)
