@@ -7,6 +7,7 @@ the same teacher. Sets of other sizes, or labelled by other teachers, come into 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +26,7 @@ from ddfast.distillation import distill
 from ddfast.errors import DDFastError, UsageError
 from ddfast.files import atomic_write_text, make_folder
 from ddfast.isolation import isolated
+from ddfast.models.normalization import AUTO, NORMALIZATIONS
 from ddfast.models.published import published
 from ddfast.models.registry import check_model, list_models
 from ddfast.models.teacher import Teacher, load_teacher
@@ -176,8 +178,8 @@ def compare(
         trial = _Trial(rules, tests[size], {**settings, **students}, group[0].size[3] > 1, group[0].boxes)
         baselines = _Baselines(source, data, out, coreset, device, workers, quiet, notes)
         tables.append(_table(group, trial, baselines, where, precision))
-    found = Comparison(tables, list(dict.fromkeys(notes)), out)
-    _write(found, source, data)
+        found = Comparison(tables, list(dict.fromkeys(notes)), out)
+        _write(found, source, data)  # after every table: a run that ends early has those before
     return found
 
 
@@ -370,7 +372,9 @@ class _Baselines:
         marks: list[str] = []
         said: dict[str, Any] = {}
         if teacher is None:
-            said["normalization"] = (opened.mean, opened.std)
+            said["normalization"] = own = (opened.mean, opened.std)
+            if [list(values) for values in own] != [list(values) for values in NORMALIZATIONS[AUTO]]:
+                marks.append(hashlib.sha256(repr(own).encode()).hexdigest()[:6])
         else:
             said["teacher"] = teacher
             marks.append(teacher.sha256[:6])
