@@ -236,9 +236,13 @@ def _shards(run: Run) -> int:
     return -(-len(run.pool()) // int(run.plan["arithmetic"]["shard_sources"]))
 
 
-def clock(run: Run, stage: str, started: float) -> None:
-    """Add the seconds of a stage and the memory of this process so far to `run.json`, and save."""
-    seconds = run.facts.setdefault("seconds", {})
-    seconds[stage] = round(seconds.get(stage, 0.0) + time.monotonic() - started, 3)
+def clock(run: Run, stage: str, started: float) -> float:
+    """Add the seconds of a stage and the memory of this process so far to `run.json`, and save.
+
+    Returns the time, for a stage that tells its seconds on the way: one that is killed has those before.
+    """
+    now, seconds = time.monotonic(), run.facts.setdefault("seconds", {})
+    seconds[stage] = round(seconds.get(stage, 0.0) + now - started, 3)
     run.facts["peak_memory"] = peak_memory()
     run.save()
+    return now

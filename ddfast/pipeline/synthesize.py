@@ -45,15 +45,26 @@ def synthesize(run: Run) -> None:
     """
     if run.complete:
         return  # its states are gone, and its pixels stand
-    started = time.monotonic()
+    watch = _Watch(run)
     run.set_arithmetic()
     method = run.synthesis
     groups = method.groups(len(run.source.class_names), run.plan["ipc"])
     mine = [groups[number] for number in run.ranks.share(len(groups))]
     judge = Judge(run, method) if run.plan.get("evaluate_every") and mine else None
-    run.ranks.together("synthesize", lambda: _take_steps(run, method, mine, judge))
+    run.ranks.together("synthesize", lambda: _take_steps(run, method, mine, judge, watch))
     run.ranks.on_main("pixels", lambda: _write(run, method, groups, judge))
-    clock(run, "synthesize", started)
+    watch.tell()
+
+
+class _Watch:
+    """Tells `run.json` of the seconds of the stage, whenever a state is kept and at the end."""
+
+    def __init__(self, run: Run) -> None:
+        self._run, self._told = run, time.monotonic()
+
+    def tell(self) -> None:
+        """Add those since it told last."""
+        self._told = clock(self._run, "synthesize", self._told)
 
 
 def remove_state(out: Path) -> None:
@@ -65,7 +76,9 @@ def remove_state(out: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def _take_steps(run: Run, method: Synthesis, groups: Sequence[Group], judge: Judge | None) -> None:
+def _take_steps(
+    run: Run, method: Synthesis, groups: Sequence[Group], judge: Judge | None, watch: _Watch
+) -> None:
     """The steps of this rank's groups, one group after the other."""
     states = {group.number: _to_go_on_from(run, group, method) for group in groups}
     done = sum(0 if state is None else state.step for state in states.values())
@@ -87,7 +100,7 @@ def _take_steps(run: Run, method: Synthesis, groups: Sequence[Group], judge: Jud
             state = states.pop(group.number)
             if not _is_done(state, method):
                 state = state or method.begin(group, pool, run.context)
-                _finish(run, method, state, pool, progress, judge)
+                _finish(run, method, state, pool, progress, judge, watch)
 
 
 def _finish(
@@ -97,6 +110,7 @@ def _finish(
     pool: DecodedPool,
     progress: Progress,
     judge: Judge | None,
+    watch: _Watch,
 ) -> None:
     """The steps that a group still needs; its state is kept on the way and at the end."""
     kept = _checkpoint(run, state.group)
@@ -112,6 +126,7 @@ def _finish(
             state.curve[-1]["accuracy"] = judge.accuracy(state)
         if time.monotonic() - saved >= _SAVE_SECONDS and state.step < method.steps:
             kept.save(_as_tensors(state))
+            watch.tell()
             saved = time.monotonic()
         _tell(run, method, state)
         progress.advance(note=_note(loss, state))

@@ -325,3 +325,26 @@ def test_a_method_gives_back_what_it_holds_at_the_end_and_where_it_fails(toy_fol
     with pytest.raises(DivergedError, match="no"):
         distil(toy_folder, tmp_path / "failing", iterations=1)
     assert closed == ["dm", "dm"]
+
+
+def test_an_interrupted_synthesis_tells_the_seconds_before(toy_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(synthesize, "_SAVE_SECONDS", 0.0)
+    step = DM.step
+
+    def stopping(self, number, *arguments):
+        if number == 4:
+            raise KeyboardInterrupt
+        time.sleep(0.05)
+        return step(self, number, *arguments)
+
+    def told():
+        return json.loads((tmp_path / "out" / "run.json").read_text())["seconds"]["synthesize"]
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(DM, "step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            distil(toy_folder, tmp_path / "out", class_batch=3)
+    before = told()
+    assert before >= 4 * 0.05
+    distil(toy_folder, tmp_path / "out", class_batch=3, resume=True)
+    assert told() > before
