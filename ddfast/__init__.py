@@ -19,6 +19,7 @@ _LAZY = {
     "create_model": "ddfast.models",
     "fuse": "ddfast.models",
     "load_teacher": "ddfast.models",
+    "Teacher": "ddfast.models",
     "DistilledSet": "ddfast.output",
     "distill": "ddfast.distillation",
     "evaluate": "ddfast.training",
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from ddfast.gradients import grad_norm as grad_norm
     from ddfast.gradients import unrolled_gradient as unrolled_gradient
     from ddfast.information import cmi as cmi
+    from ddfast.models import Teacher as Teacher
     from ddfast.models import create_model as create_model
     from ddfast.models import fuse as fuse
     from ddfast.models import load_teacher as load_teacher

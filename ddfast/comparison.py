@@ -30,13 +30,23 @@ from ddfast.models.normalization import AUTO, NORMALIZATIONS
 from ddfast.models.published import published
 from ddfast.models.registry import check_model, list_models
 from ddfast.models.teacher import Teacher, load_teacher
-from ddfast.output.distilled import DistilledSet
+from ddfast.output.distilled import MANIFEST, DistilledSet
 from ddfast.output.evaluations import keep_evaluation
+from ddfast.pipeline.opening import check_outside
 from ddfast.pipeline.run import RUN
 from ddfast.pipeline.teachers import load_again
 from ddfast.progress import say
 from ddfast.report import Arm, write_comparison
-from ddfast.training.comparison import COLUMNS, Better, Comparison, Row, Table, comparison_csv, in_words
+from ddfast.training.comparison import (
+    COLUMNS,
+    CSV_NAME,
+    Better,
+    Comparison,
+    Row,
+    Table,
+    comparison_csv,
+    in_words,
+)
 from ddfast.training.device import resolve_device
 from ddfast.training.evaluation import (
     EvaluationResult,
@@ -149,10 +159,12 @@ def compare(
     ]
     roots = list(dict.fromkeys(roots))
     out = output_folder(roots[0].with_name(f"{roots[0].name}-comparison") if out is None else out)
+    _check_own(out)
     opened = [DistilledSet(root) for root in roots]
     for each in opened:
         source_of_test_split(data, each)  # refuses other classes, before anything is trained
     source, tested = open_source(data, "train"), source_of_test_split(data, opened[0])
+    check_outside(out, source)
     notes: list[str] = []
     given = [
         _Given(name, each, *_teachers(each, teacher, notes))
@@ -181,6 +193,18 @@ def compare(
         found = Comparison(tables, list(dict.fromkeys(notes)), out)
         _write(found, source, data)  # after every table: a run that ends early has those before
     return found
+
+
+def _check_own(out: Path) -> None:
+    """Refuse a folder that holds something else than an earlier comparison: nothing of it is written over.
+
+    Raises:
+        UsageError: it does.
+    """
+    held = {entry.name for entry in out.iterdir()} if out.is_dir() else set()
+    visible = {name for name in held if not name.startswith(".")}
+    if visible and (MANIFEST in held or not visible & {CSV_NAME, "sets"}):
+        raise UsageError(f"{out} is not empty and holds no comparison; choose another {argument('out')}")
 
 
 def _names(roots: Sequence[Path]) -> list[str]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from ddfast.arguments import one_of
+from ddfast.errors import UsageError
 from ddfast.isolation import isolated
 from ddfast.methods import get_method
+from ddfast.output.distilled import SOFT_LABELS, DistilledSet
 from ddfast.output.distilled_folder import Distilled
+from ddfast.output.pixels import read_curve
 from ddfast.pipeline.opening import open_run
 from ddfast.pipeline.run import Run, clock
 from ddfast.pipeline.stages import stage_named
@@ -47,9 +51,18 @@ def distill(method: str, *, until: str | None = None, **settings: Any) -> Distil
     run = open_run(method, Settings(**given), settings)
     try:
         if run.complete:
-            say(f"{run.out} is finished", quiet=run.quiet)
-            run.ranks.on_main("sweep", lambda: remove_state(run.out))
-            return Distilled(run.out)
+            lost = run.ranks.together("whole", lambda: _lost(run.out))
+            if not lost:
+                say(f"{run.out} is finished", quiet=run.quiet)
+                run.ranks.on_main("sweep", lambda: remove_state(run.out))
+                return Distilled(run.out)
+            if "compose" not in stages:
+                raise UsageError(
+                    f"{run.out} was finished and is not whole any more ({lost}): delete the folder, and distil it again"
+                )
+            say(f"{run.out} is not whole ({lost}): made again from its selection", quiet=run.quiet)
+            run.ranks.on_main("lost", lambda: (run.out / SOFT_LABELS).unlink(missing_ok=True))
+            stages = stages[stages.index("compose") :]
         with run.history or nullcontext():
             for number, stage in enumerate(stages, start=1):
                 say(f"stage {number} of {len(stages)}: {stage}", quiet=run.quiet)
@@ -64,6 +77,17 @@ def distill(method: str, *, until: str | None = None, **settings: Any) -> Distil
     finally:
         run.ranks.leave()
     return Distilled(run.out)
+
+
+def _lost(out: Path) -> str:
+    """What a finished set lacks, or what of it is damaged, in words; nothing where it is whole."""
+    try:
+        held = DistilledSet(out)
+        if held.pixels is not None:
+            read_curve(out)
+    except UsageError as error:
+        return str(error).partition(": delete")[0].partition(": finish it")[0].removeprefix(f"{out} ")
+    return ""
 
 
 def finish(run: Run) -> None:

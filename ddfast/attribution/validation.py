@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,6 +39,7 @@ def check_images(images: Tensor, labels: Tensor) -> None:
         )
     if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
         raise ValueError(f"labels must be [{len(images)}] int64, got {list(labels.shape)} {labels.dtype}")
+    _check_numbers(images, "images")
 
 
 def check_labels(labels: Tensor, classes: int) -> None:
@@ -102,7 +105,22 @@ def check_seed(seed: int | Tensor, images: int) -> int | Tensor:
         if seed.shape != (images,) or seed.dtype != torch.int64:
             raise ValueError(f"seed must be an int or [{images}] int64, got {list(seed.shape)} {seed.dtype}")
         return seed
-    return as_signed_64_bit(seed)
+    try:
+        return as_signed_64_bit(operator.index(seed))
+    except TypeError:
+        raise ValueError(f"seed must be a whole number, got {seed!r}") from None
+
+
+def _check_numbers(values: Any, name: str) -> None:
+    """None is NaN or infinite. oneDNN's ReLU makes 0 of NaN, so that scores do not tell; a GPU is not waited for."""
+    if isinstance(values, Tensor):
+        wrong = (
+            values.device.type == "cpu" and values.is_floating_point() and not bool(values.isfinite().all())
+        )
+    else:
+        wrong = isinstance(values, float) and not math.isfinite(values)
+    if wrong:
+        raise ValueError(f"{name} must hold finite numbers, and some are NaN or infinite")
 
 
 def check_baseline(baseline: float | Tensor, images: Tensor) -> float | Tensor:
@@ -110,6 +128,7 @@ def check_baseline(baseline: float | Tensor, images: Tensor) -> float | Tensor:
 
     All other forms are `masked_batch`'s to check.
     """
+    _check_numbers(baseline, "baseline")
     if not isinstance(baseline, Tensor) or baseline.dim() != 4:
         return baseline
     if len(baseline) not in (1, len(images)):

@@ -12,6 +12,7 @@ from ddfast.commands.config import add_config
 from ddfast.commands.flags import add_data, add_device, add_settings, number, whole, whole_numbers
 from ddfast.commands.teachers import add_teacher, teacher_choice
 from ddfast.errors import UsageError
+from ddfast.files import make_folder
 from ddfast.wording import argument, plural
 
 _NORMALIZATION = (
@@ -386,6 +387,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         log_dir=arguments.log_dir,
         wandb=arguments.wandb,
     )
+    if arguments.json:  # first: whoever reads what is printed may go away
+        make_folder(Path(arguments.json).parent)
+        atomic_write_text(arguments.json, json.dumps(result.as_dict(), indent=2) + "\n")
     print(
         f"images {result.images}{_beside(result.regions)}; labels {result.labels}, {plural(result.epochs, 'epoch')} "
         f"of batch {result.batch_size}, {plural(len(result.seeds), 'seed')}"
@@ -393,8 +397,6 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     print(f"top5 {result.top5_mean:.2f}, best tested epoch {result.best_mean:.2f} ± {result.best_std:.2f}")
     print(f"recipe {result.recipe}")
     print(result, flush=True)
-    if arguments.json:
-        atomic_write_text(arguments.json, json.dumps(result.as_dict(), indent=2) + "\n")
     try:
         keep_evaluation(arguments.distilled, result.as_dict())
     except UsageError as error:  # what was asked for stands above

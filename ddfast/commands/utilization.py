@@ -60,7 +60,7 @@ def _utilization(arguments: argparse.Namespace) -> None:
     import json
 
     from ddfast.arguments import output_file
-    from ddfast.files import atomic_write_text
+    from ddfast.files import atomic_write_text, make_folder
     from ddfast.report.utilization import utilization
 
     folder = Path(arguments.folder)
@@ -86,6 +86,7 @@ def _utilization(arguments: argparse.Namespace) -> None:
         quiet=arguments.quiet,
     )
     if arguments.json:
+        make_folder(Path(arguments.json).parent)
         atomic_write_text(arguments.json, json.dumps(found.as_dict(), indent=2) + "\n")
     print(f"picture: {out}")
     print(found)

@@ -61,6 +61,10 @@ class FilesOnDisk(Source):
         self._root = root
         self._sizes = sizes
 
+    def holds(self, path: str | Path) -> bool:
+        """See `Source`."""
+        return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self._root))
+
     @abstractmethod
     def path_of(self, sample: Sample) -> str:
         """Where the file is."""

@@ -15,6 +15,7 @@ import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -101,6 +102,10 @@ class Source(ABC):
     @abstractmethod
     def close(self) -> None:
         """Close what is open. The next `read` opens it again."""
+
+    def holds(self, path: str | Path) -> bool:
+        """Whether what is written at `path` would lie among the images: never, where they are no files of a folder."""
+        return False
 
     def by_id(self, sample_id: int) -> Sample:
         """The sample with this id. Raises `KeyError` if there is none."""

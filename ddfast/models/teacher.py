@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import hashlib
 import io
+import math
 import pickle
 import re
 import warnings
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ddfast.arguments import whole_number
 from ddfast.errors import UsageError
 from ddfast.files import atomic_write_bytes
 from ddfast.models.checkpoint import find_weights
@@ -35,6 +37,7 @@ from ddfast.state import _looks_pickled, read_tensors, serialize_tensors
 from ddfast.wording import argument, on_command_line, plural
 
 FORMAT = "ddfast-teacher-1"
+_UNKNOWN = "?"  # the digest of a teacher that no file is of
 METADATA_KEY = "ddfast_teacher"
 
 STATE_DICT_ENDINGS = (".pt", ".pth", ".ckpt", ".bin", ".pt.tar", ".pth.tar")
@@ -46,14 +49,17 @@ NormalizationChoice = str | tuple[Sequence[float], Sequence[float]]
 class Teacher:
     """A trained classifier and what its inputs and outputs mean.
 
+    One of your own is `Teacher(model, class_names=[...], mean=[...], std=[...], image_size=32)`: a copy of the module,
+    in eval mode and float32 on the CPU; the module that was given stays as it was.
+
     Attributes:
         model: eval mode, float32, on the CPU; normalised images [B, 3, S, S] -> logits [B, C].
-        arch: name for `create_model`.
+        arch: name for `create_model`; of a module of your own that of its class.
         class_names: the C classes in the order of the outputs.
         image_size: side S in pixels.
         mean: per-channel mean of pixels in [0, 1].
         std: per-channel standard deviation of pixels in [0, 1].
-        sha256: hex digest of the file (of the weights, for those that others have published).
+        sha256: hex digest of the file (of the weights, for those that others have published, and your own).
         top1: test accuracy in percent, or None where it was not measured.
         epoch: epochs it was trained for, or None where unknown.
         arch_options: keyword arguments of `create_model`.
@@ -61,21 +67,60 @@ class Teacher:
         path: what it was loaded from, a file, or a name such as `timm:NAME`; None where it was made in memory.
         class_order: the order of the outputs in the file where `class_order=` said it; None where the file does.
 
+    Raises:
+        UsageError: of a module of your own: a setting is missing or makes no sense.
+
     """
 
     model: nn.Module
-    arch: str
-    class_names: list[str]
-    image_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    sha256: str
+    arch: str = ""
+    class_names: list[str] = field(default_factory=list)
+    image_size: int = 0
+    mean: tuple[float, float, float] = (math.nan,) * 3
+    std: tuple[float, float, float] = (math.nan,) * 3
+    sha256: str = _UNKNOWN
     top1: float | None = None
     epoch: int | None = None
     arch_options: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     path: str | None = None
     class_order: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        """Settle what a caller gave of a module of their own, which no file says."""
+        if self.sha256 != _UNKNOWN:
+            return
+        if not isinstance(self.model, nn.Module):
+            raise UsageError(f"model must be a torch.nn.Module, got {type(self.model).__name__}")
+        self.class_names = [str(name) for name in self.class_names]
+        if len(self.class_names) < 2 or len(set(self.class_names)) < len(self.class_names):
+            raise UsageError(
+                "class_names must hold the names of at least 2 classes in the order of the outputs, each once"
+            )
+        self.image_size = whole_number(self.image_size or None, "image_size", least=1)
+        for name in ("mean", "std"):
+            try:
+                values = three(getattr(self, name))
+            except (TypeError, ValueError):
+                values = (math.nan,) * 3
+            if not all(math.isfinite(value) for value in values) or (name == "std" and min(values) <= 0):
+                positive = ", each above 0" if name == "std" else ""
+                raise UsageError(
+                    f"{name} must be three numbers, one a channel{positive}, got {getattr(self, name)!r}"
+                )
+            setattr(self, name, values)
+        self.arch = self.arch or type(self.model).__name__
+        self.model = copy.deepcopy(self.model).cpu().float().eval()
+        self.sha256 = _weights_digest(self.model, self.arch)
+
+
+def _weights_digest(model: nn.Module, arch: str) -> str:
+    """Hex SHA-256 of what a module holds: names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256(arch.encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def save_teacher(

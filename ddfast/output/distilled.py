@@ -478,7 +478,9 @@ def _read_manifest(root: Path) -> dict[str, Any]:
 
 def _finish(manifest: dict[str, Any]) -> str:
     """How an unfinished folder is finished; another IPC may have been selected since its distill command."""
-    return f"{_FINISH} (its IPC is {manifest.get('ipc')} now), or run ddfast compose and ddfast relabel on it"
+    said = f"{_FINISH} (its IPC is {manifest.get('ipc')} now)"
+    chooses = isinstance(options := manifest.get("options"), dict) and "score" in options
+    return f"{said}, or run ddfast compose and ddfast relabel on it" if chooses else said
 
 
 def _read_rows(root: Path, class_names: Sequence[str]) -> list[dict[str, Any]]:
@@ -501,12 +503,13 @@ def _read_rows(root: Path, class_names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _parsed(path: Path, text: bytes, place: str = "") -> dict[str, Any]:
+    advice = f"delete it and {_FINISH}" if path.name != MANIFEST else "distil it again, into another folder"
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path}{place} is damaged ({one_line(error)}): delete it and {_FINISH}") from error
+        raise UsageError(f"{path}{place} is damaged ({one_line(error)}): {advice}") from error
     if not isinstance(record, dict):
-        raise UsageError(f"{path}{place} is damaged (no JSON object): delete it and {_FINISH}")
+        raise UsageError(f"{path}{place} is damaged (no JSON object): {advice}")
     return record
 
 

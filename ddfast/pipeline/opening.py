@@ -15,7 +15,7 @@ from ddfast.crowding import Neighbours, warn_of_crowding
 from ddfast.data.loaders import resolve_loader
 from ddfast.data.opening import open_source
 from ddfast.data.shown_names import check_shown_names, read_shown_names
-from ddfast.data.sources import IN_MEMORY, described
+from ddfast.data.sources import IN_MEMORY, Source, described
 from ddfast.errors import BadImage, UsageError
 from ddfast.files import make_folder, sweep_temporary
 from ddfast.history import History, check_history
@@ -112,6 +112,19 @@ def check_folder(out: Path) -> None:
         return
     if any(not (entry.name.startswith(".") and ".tmp-" in entry.name) for entry in out.iterdir()):
         raise UsageError(f"{out} is not empty and holds no ddfast run; choose another folder")
+
+
+def check_outside(out: Path, source: Source) -> None:
+    """Refuse to write among the images of the data, where pictures would be taken for more of them.
+
+    Raises:
+        UsageError: `out` lies there.
+    """
+    if source.holds(out):
+        raise UsageError(
+            f"{out} lies among the images of {source.name}, so that what is written there would be taken for data; "
+            f"choose another {argument('out')}"
+        )
 
 
 def _select_again(out: Path, ipc: int) -> str:
@@ -362,6 +375,7 @@ def open_run(method: str, settings: Settings, options: Mapping[str, Any] | None 
         return known, checked
 
     def plan_run() -> Run:
+        check_outside(settings.out, source)
         chosen = known.from_options(given, settings.preset)
         teacher, label_teacher = open_teachers(settings, source, known)
         size = settings.image_size

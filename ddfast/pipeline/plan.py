@@ -25,6 +25,7 @@ from ddfast.output.distilled import FORMAT_VERSION, MANIFEST
 from ddfast.ranks import usable_cores
 from ddfast.settings import Settings
 from ddfast.version import __version__
+from ddfast.wording import argument
 
 LABEL_TEMPERATURE = 20.0
 SHARD_SOURCES = 256  # sources in one score shard, the unit of commit and of work for a rank
@@ -41,6 +42,7 @@ _ARITHMETIC = {
 # Of the arithmetic, what the machine decides; manifests of earlier versions do not have it.
 _MACHINE = ("instructions", "ops", "tf32")
 _SETTLED = ("threads", "compute_dtype", *_MACHINE)
+_THREADS = 1024  # beyond, a system starts no more
 _MOST_THREADS = {"cpu": 16, "cuda": 4}  # of a process by default; a GPU's process has little to do on the CPU
 _MOST_FULL_LABELS = 2048  # classes up to which a soft label is stored whole by default
 _LABEL_TOP_K = 256  # probabilities stored of a soft label above that
@@ -207,15 +209,18 @@ def threads_of(given: str | int, device: torch.device) -> int:
     number stands in the manifest, since it may change the order of sums, and one process and many must agree.
 
     Raises:
-        UsageError: neither `auto` nor a positive number.
+        UsageError: neither `auto` nor a number from 1 to 1024.
     """
     if given != "auto":
-        return int(whole_number_or(given, "threads", ("auto",)))
+        found = int(whole_number_or(given, "threads", ("auto",)))
+        if found > _THREADS:
+            raise UsageError(f"{argument('threads')} must be at most {_THREADS}, got {found}")
+        return found
     said = os.environ.get("DDFAST_THREADS")
     if not said:
         return min(usable_cores(), _MOST_THREADS.get(device.type, 4))
-    if not said.isdecimal() or int(said) < 1:
-        raise UsageError(f"DDFAST_THREADS must be a positive number, got {said!r}")
+    if not said.isdecimal() or not 1 <= int(said) <= _THREADS:
+        raise UsageError(f"DDFAST_THREADS must be a number from 1 to {_THREADS}, got {said!r}")
     return int(said)
 
 

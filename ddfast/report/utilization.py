@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ddfast.arguments import output_file, path_of, whole_number
 from ddfast.data.pool import DecodedPool, drawn_places
 from ddfast.errors import UsageError
-from ddfast.files import atomic_write_bytes
+from ddfast.files import atomic_write_bytes, make_folder
 from ddfast.isolation import isolated
 from ddfast.methods.base import Context
 from ddfast.methods.matching.chooser import trained_on_real
@@ -184,6 +184,7 @@ def utilization(
     found = utilization_of(enlarged, said)
     if picture is not None:
         windows, lowest = _regions(opened, maps)
+        make_folder(Path(picture).parent)
         atomic_write_bytes(Path(picture), png_bytes(_picture(opened, shown, enlarged, windows, lowest)))
     return found
 

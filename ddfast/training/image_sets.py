@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ddfast.data.pool import MEMORY_LIMIT
-from ddfast.errors import BadImage, UsageError
+from ddfast.errors import BadImage, UsageError, shown
 from ddfast.ops.precision import autocast
 from ddfast.progress import Progress, say
 from ddfast.training.augmentation import normalize
@@ -186,6 +186,13 @@ def _read(
         raise UsageError(
             f"{source.name}: none of the {plural(len(bad), 'image')} of the {source.split} split can be decoded"
             f"{reasons_in_words(reason for _, reason in bad)}"
+        )
+    lacking = sorted({sample.label for sample, _ in bad} - set(labels.tolist()))
+    if lacking and resize is None:  # a test may go on without
+        names = shown([source.class_names[label] for label in lacking])
+        raise UsageError(
+            f"{source.name}: no image of {names} in the {source.split} split can be decoded"
+            f"{reasons_in_words(reason for sample, reason in bad if sample.label in lacking)}"
         )
     return ImageSet(images, labels, {sample.key for sample, _ in bad})
 
