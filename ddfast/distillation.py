@@ -13,11 +13,11 @@ from ddfast.isolation import isolated
 from ddfast.methods import get_method
 from ddfast.output.distilled import SOFT_LABELS, DistilledSet
 from ddfast.output.distilled_folder import Distilled
-from ddfast.output.pixels import read_curve
+from ddfast.output.pixels import read_curve, read_pixels
 from ddfast.pipeline.opening import open_run
 from ddfast.pipeline.run import Run, clock
 from ddfast.pipeline.stages import stage_named
-from ddfast.pipeline.synthesize import remove_state
+from ddfast.pipeline.synthesize import remove_state, write_pictures_again
 from ddfast.progress import say
 from ddfast.report import write_report
 from ddfast.settings import Settings, described, fields
@@ -56,13 +56,7 @@ def distill(method: str, *, until: str | None = None, **settings: Any) -> Distil
                 say(f"{run.out} is finished", quiet=run.quiet)
                 run.ranks.on_main("sweep", lambda: remove_state(run.out))
                 return Distilled(run.out)
-            if "compose" not in stages:
-                raise UsageError(
-                    f"{run.out} was finished and is not whole any more ({lost}): delete the folder, and distil it again"
-                )
-            say(f"{run.out} is not whole ({lost}): made again from its selection", quiet=run.quiet)
-            run.ranks.on_main("lost", lambda: (run.out / SOFT_LABELS).unlink(missing_ok=True))
-            stages = stages[stages.index("compose") :]
+            stages = _to_make_again(run, lost)
         with run.history or nullcontext():
             for number, stage in enumerate(stages, start=1):
                 say(f"stage {number} of {len(stages)}: {stage}", quiet=run.quiet)
@@ -88,6 +82,32 @@ def _lost(out: Path) -> str:
     except UsageError as error:
         return str(error).partition(": delete")[0].partition(": finish it")[0].removeprefix(f"{out} ")
     return ""
+
+
+def _to_make_again(run: Run, lost: str) -> tuple[str, ...]:
+    """The stages that give a finished set back what it lost: those behind its selection, its pixels, or all."""
+    stages = run.method.stages
+    if "compose" in stages:
+        source, stages = "from its selection", stages[stages.index("compose") :]
+    elif run.ranks.together("pixels", lambda: _pixels_are_whole(run.out)):
+        source, stages = "from its pixels", tuple(stage for stage in stages if stage == "relabel")
+        run.ranks.on_main("pictures", lambda: write_pictures_again(run))
+    else:
+        source = "from the beginning"
+        run.plan["complete"] = False
+        run.save()
+    say(f"{run.out} is not whole ({lost}): made again {source}", quiet=run.quiet)
+    run.ranks.on_main("labels", lambda: (run.out / SOFT_LABELS).unlink(missing_ok=True))
+    return stages
+
+
+def _pixels_are_whole(out: Path) -> bool:
+    try:
+        read_pixels(out)
+        read_curve(out)
+    except UsageError:
+        return False
+    return True
 
 
 def finish(run: Run) -> None:

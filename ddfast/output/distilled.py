@@ -432,9 +432,18 @@ class DistilledSet(Dataset[tuple[Any, int, Tensor]]):
         Raises:
             UsageError: it cannot be read, or has another size than the manifest says.
         """
-        path = self.root / "train" / self.rows[index]["file_name"]
+        return self.picture(self.rows[index]["file_name"])[1]
+
+    def picture(self, file_name: str) -> tuple[bytes, Tensor]:
+        """A picture by its name in the metadata: the file's bytes, and what they show, uint8 [3, H, W].
+
+        Raises:
+            UsageError: it cannot be read, or has another size than the manifest says.
+        """
+        path = self.root / "train" / file_name
         try:
-            image = decode(path.read_bytes())
+            held = path.read_bytes()
+            image = decode(held)
         except (OSError, BadImage) as error:
             raise UsageError(f"{path} cannot be read ({one_line(error)}): delete it and {_FINISH}") from error
         if tuple(image.shape[1:]) != (self.image_size, self.image_size):
@@ -442,7 +451,7 @@ class DistilledSet(Dataset[tuple[Any, int, Tensor]]):
             raise UsageError(
                 f"{path} is {width}x{height}, {MANIFEST} says {self.image_size}: delete it and {_FINISH}"
             )
-        return image
+        return held, image
 
 
 def _is_hard(root: Path, manifest: dict[str, Any]) -> bool:

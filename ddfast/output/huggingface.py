@@ -192,11 +192,7 @@ def _write_rows(path: Path, opened: DistilledSet, places: range, names: Sequence
 
 
 def _image(opened: DistilledSet, file_name: str) -> dict[str, Any]:
-    path = opened.root / "train" / file_name
-    try:
-        return {"bytes": path.read_bytes(), "path": path.name}
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read ({one_line(error)}): distil it again") from error
+    return {"bytes": opened.picture(file_name)[0], "path": file_name.rpartition("/")[2]}
 
 
 def card(opened: DistilledSet) -> str:

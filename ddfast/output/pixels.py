@@ -59,7 +59,7 @@ GUIDED = {
 WITH_RATE = {**CURVE, "learned_rate": "learning rate of students that is optimised with the images"}
 """The same of methods that optimise a learning rate with the pixels."""
 
-_AGAIN = "delete the folder, and distil it again"
+_AGAIN = "finish it with the same distill command and --resume"
 _KEYS = ("group", "step")
 
 
@@ -182,10 +182,10 @@ def read_pixels(root: str | Path) -> Pixels:
         MemoryError,
         RecursionError,
     ) as error:
-        raise UsageError(f"{path} is damaged ({one_line(error)}): {_AGAIN}") from error
+        raise UsageError(f"{path} is damaged ({one_line(error)}): delete it and {_AGAIN}") from error
     wrong = _fault(pixels)
     if wrong:
-        raise UsageError(f"{path} cannot be used: {wrong}; {_AGAIN}")
+        raise UsageError(f"{path} cannot be used: {wrong}; delete it and {_AGAIN}")
     return pixels
 
 
@@ -378,7 +378,7 @@ def read_curve(root: str | Path) -> list[dict[str, float]]:
     try:
         schema = pq.read_schema(path).remove_metadata()
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
-        raise UsageError(f"{path} is damaged ({one_line(error)}): {_AGAIN}") from error
+        raise UsageError(f"{path} is damaged ({one_line(error)}): delete it and {_AGAIN}") from error
     keys = curve_schema().names[:2]
     if schema.names[:2] != keys or any(field.type != pa.float64() for field in list(schema)[2:]):
         raise UsageError(f"{path} is no curve: it has the columns {', '.join(schema.names)[:200]}")

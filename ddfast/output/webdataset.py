@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from ddfast.arguments import output_file, path_of, whole_number
-from ddfast.errors import UsageError, one_line
+from ddfast.errors import UsageError
 from ddfast.files import atomic_path, atomic_write_bytes, atomic_write_text, make_folder
 from ddfast.output.distilled import DistilledSet
 from ddfast.output.whitening import WHITENING
@@ -106,11 +106,7 @@ def _shard_paths(out: str, count: int) -> list[Path]:
 def _files(opened: DistilledSet, index: int) -> Iterator[tuple[str, bytes]]:
     """Name and bytes of each file of one sample."""
     row, key = opened.rows[index], f"{index:08d}"
-    path = opened.root / "train" / row["file_name"]
-    try:
-        image = path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read ({one_line(error)}): distil it again") from error
+    image, _ = opened.picture(row["file_name"])
     record = {**{name: row[name] for name in row if name != "file_name"}, "temperature": opened.temperature}
     if opened.display_names != opened.class_names:
         record["display_name"] = opened.display_names[row["label"]]
@@ -121,7 +117,7 @@ def _files(opened: DistilledSet, index: int) -> Iterator[tuple[str, bytes]]:
         if pixels.regions is not None:
             record["regions"] = pixels.regions.boxes()[index].tolist()
         record |= {"whitening": WHITENING} if (opened.root / WHITENING).is_file() else {}
-    yield f"{key}{path.suffix}", image
+    yield f"{key}{Path(row['file_name']).suffix}", image
     yield f"{key}.cls", str(row["label"]).encode()
     yield f"{key}.json", json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
     if opened.stored is not None:

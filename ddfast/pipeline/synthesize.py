@@ -23,7 +23,7 @@ from ddfast.files import make_folder
 from ddfast.methods.synthesis import Group, State, Synthesis
 from ddfast.output.distilled import image_path, metadata_row, write_image, write_metadata
 from ddfast.output.mosaic import mosaic_labels
-from ddfast.output.pixels import to_bytes, write_before, write_curve, write_pixels
+from ddfast.output.pixels import read_pixels, to_bytes, write_before, write_curve, write_pixels
 from ddfast.pipeline.judging import Judge
 from ddfast.pipeline.plan import run_digest
 from ddfast.pipeline.run import Run, clock
@@ -239,6 +239,12 @@ def _write(run: Run, method: Synthesis, groups: Sequence[Group], judge: Judge | 
     if judge is not None:
         run.plan["accuracy"] = judge.after_rounding(_finished(run, groups[0]))
     run.save()
+
+
+def write_pictures_again(run: Run) -> None:
+    """The images in 8 bits and their metadata, from the pixels of a finished run."""
+    pixels = read_pixels(run.out)
+    _write_images(run, run.synthesis, pixels.images, pixels.labels)
 
 
 def _class_by_class(images: Tensor, labels: Sequence[int]) -> tuple[Tensor, Tensor]:
