@@ -398,7 +398,7 @@ def _csv_rows(found: Sequence[Found], arguments: argparse.Namespace) -> Iterator
                     result["epochs"],
                     result["steps"],
                     f"{top1:.2f}",
-                    f"{seconds:.1f}",
+                    f"{seconds:.3f}",
                     " ".join(result["commits"]),
                 )
                 yield (*of_set, seed, *made)

@@ -39,7 +39,6 @@ def check_images(images: Tensor, labels: Tensor) -> None:
         )
     if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
         raise ValueError(f"labels must be [{len(images)}] int64, got {list(labels.shape)} {labels.dtype}")
-    _check_numbers(images, "images")
 
 
 def check_labels(labels: Tensor, classes: int) -> None:
@@ -128,6 +127,7 @@ def check_baseline(baseline: float | Tensor, images: Tensor) -> float | Tensor:
 
     All other forms are `masked_batch`'s to check.
     """
+    _check_numbers(images, "images")
     _check_numbers(baseline, "baseline")
     if not isinstance(baseline, Tensor) or baseline.dim() != 4:
         return baseline
