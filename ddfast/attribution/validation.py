@@ -125,7 +125,7 @@ def _check_numbers(values: Any, name: str) -> None:
 def check_baseline(baseline: float | Tensor, images: Tensor) -> float | Tensor:
     """Baselines [B, C, H, W] are one an image; a single one [1, C, H, W] becomes [C, H, W] and serves all.
 
-    All other forms are `masked_batch`'s to check.
+    What is masked, images and baseline, holds finite numbers. All other forms are `masked_batch`'s to check.
     """
     _check_numbers(images, "images")
     _check_numbers(baseline, "baseline")

@@ -189,11 +189,10 @@ class IGDS(Synthesis):
 
     def resolved(self, factor: int, ipc: int) -> IGDS:
         """Fix beta for this number of images a class, and the samples of an image."""
-        options, given = self.options, self.options.beta is not None
-        chosen = (
-            copy.copy(self) if given else type(self)(dataclasses.replace(options, beta=default_beta(ipc)))
-        )
+        chosen = copy.copy(self)
         chosen._factor = factor
+        if self.options.beta is None:
+            chosen.options = dataclasses.replace(self.options, beta=default_beta(ipc))
         return chosen
 
     def check_ipc(self, ipc: int) -> None:
