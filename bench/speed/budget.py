@@ -5,7 +5,8 @@ four times, each into a folder of its own: to warm up; with the host's clock on 
 (`bench.speed.score_pass.SEAMS`), so that the parts add up to the time of the pass; under PyTorch's profiler, which
 tells what ran on the device, from which part it was launched, and which calls waited for it; and on a GPU with
 `torch.cuda.set_sync_debug_mode`, which names the lines that waited. Decoding runs in other threads and is also timed
-alone.
+alone. What a run does once, compiling and recording the passes on its first images, is a part of its own that no
+micro-batch is charged for.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import time
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench.speed.host_time import Clock, narrow_resnet18
 from bench.speed.registry import Settings
-from bench.speed.score_pass import SEAMS, parts, write_jpegs
+from bench.speed.score_pass import ONCE, SEAMS, parts, write_jpegs
 from bench.speed.subjects import IMAGENET_MEAN, IMAGENET_STD, random_resnet18, rendered
 from ddfast.models import Teacher
 from ddfast.pipeline.opening import open_run
@@ -73,6 +74,7 @@ class Budget:
         parts: by name, in the order of the pass.
         waited: how often a line of Python made the host wait, "file:line" -> times a micro-batch.
         missing: seams of the pass that were not found.
+        once: seconds that recording took, once a run.
     """
 
     case: str
@@ -83,6 +85,7 @@ class Budget:
     parts: Mapping[str, Part]
     waited: Mapping[str, float] = field(default_factory=dict)
     missing: Sequence[str] = ()
+    once: float = 0.0
 
     @property
     def host(self) -> float:
@@ -121,11 +124,12 @@ class Budget:
 
     def page(self) -> str:
         """The table, what binds, and the lines that waited, in Markdown."""
+        recording = f" Recording took {self.once:.1f} s, once a run." if self.once else ""
         lines = [
             f"{self.case}; a micro-batch is {self.sources} sources: {self.wall:.2f} ms, "
             f"{1e3 * self.sources / self.wall:.0f} sources a second. {self.binds}\n",
             f"The device is busy {100 * self.busy / self.wall:.0f} % of the time, "
-            f"{self.busy:.2f} ms of a micro-batch.\n",
+            f"{self.busy:.2f} ms of a micro-batch.{recording}\n",
             "| part | host, ms | of it waiting | device, ms | launches | kernels | waits |",
             "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
         ]
@@ -195,8 +199,9 @@ def _of_passes(settings: Settings, data: Path, teacher: Teacher, folder: Path) -
     decode = _decoding(warm) / batches
     clock = Clock(time.perf_counter)
     run = opened("timed")
-    with parts(clock.part) as missing, clock.part(REST):
+    with parts(_until_recorded(clock)) as missing, clock.part(REST):
         finished(run)
+    once = clock.seconds.pop(ONCE, 0.0)
     host = {name: 1e3 * seconds / batches for name, seconds in clock.seconds.items()}
     trace = _traced(lambda: finished(opened("traced")), device, folder / "trace.json")
     waited = _waits(lambda: finished(opened("waits")), batches) if device.type == "cuda" else {}
@@ -209,7 +214,12 @@ def _of_passes(settings: Settings, data: Path, teacher: Teacher, folder: Path) -
     if settings.quick:
         case += ", narrow and tiny: the numbers mean nothing"
     named = {name: found[name] for name in order if name in found}
-    return Budget(case, micro_batch, wall, busy, decode, named, waited, missing)
+    return Budget(case, micro_batch, wall, busy, decode, named, waited, missing, once)
+
+
+def _until_recorded(clock: Clock) -> Callable[[str], AbstractContextManager[None]]:
+    """The clock's parts, of which those inside of the recording count to it."""
+    return lambda name: clock.part(ONCE if ONCE in clock.inside else name)
 
 
 def _decoding(run: Run) -> float:
@@ -238,7 +248,8 @@ def _traced(run: Callable[[], Any], device: torch.device, path: Path) -> list[di
 
 def _waits(run: Callable[[], Any], batches: int) -> dict[str, float]:
     """The lines that waited for the device, as PyTorch warns of them."""
-    with _told_of_waits(), warnings.catch_warnings(record=True) as told:
+    quiet = parts(lambda name: _told_of_waits("default") if name == ONCE else nullcontext())
+    with quiet, _told_of_waits("warn"), warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         run()
     lines = Counter(
@@ -250,12 +261,13 @@ def _waits(run: Callable[[], Any], batches: int) -> dict[str, float]:
 
 
 @contextmanager
-def _told_of_waits() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("warn")
+def _told_of_waits(mode: str) -> Iterator[None]:
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode(mode)
     try:
         yield
     finally:
-        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.set_sync_debug_mode(before)
 
 
 # From a trace to parts
@@ -273,7 +285,8 @@ def accounted(events: Iterable[Mapping[str, Any]], batches: int) -> tuple[dict[s
         batches: micro-batches in it.
 
     Returns:
-        The parts, without the host's times, and the milliseconds in which the device was busy.
+        The parts, without the host's times and without what was done once, and the milliseconds in which the device
+        was busy.
     """
     events = [event for event in events if event.get("ph") == "X"]
     marks = [event for event in events if _is_mark(event)]
@@ -297,10 +310,13 @@ def accounted(events: Iterable[Mapping[str, Any]], batches: int) -> tuple[dict[s
     spans = []
     for event in events:
         if event.get("cat") in _ON_DEVICE:
-            part = found[caller.get(event.get("args", {}).get("correlation"), REST)]
-            part.device += event["dur"] / 1e3
-            part.kernels += 1
+            name = caller.get(event.get("args", {}).get("correlation"), REST)
+            if name == ONCE:
+                continue
+            found[name].device += event["dur"] / 1e3
+            found[name].kernels += 1
             spans.append((event["ts"], event["ts"] + event["dur"]))
+    found.pop(ONCE, None)
     for part in found.values():
         for key, value in vars(part).items():
             setattr(part, key, value / batches)
@@ -312,7 +328,7 @@ def _is_mark(event: Mapping[str, Any]) -> bool:
 
 
 def _innermost(marks: Sequence[Mapping[str, Any]]) -> Callable[[float], str]:
-    """A function of a time: the name of the innermost mark around it, `REST` where there is none."""
+    """A function of a time: the innermost mark around it, `REST` where there is none, `ONCE` anywhere inside of it."""
     changes: list[tuple[float, str]] = [(float("-inf"), REST)]
     open_marks: list[tuple[float, str]] = []  # (end, name), the innermost last
 
@@ -324,6 +340,8 @@ def _innermost(marks: Sequence[Mapping[str, Any]]) -> Callable[[float], str]:
     for mark in sorted(marks, key=lambda mark: (mark["ts"], -mark["dur"])):
         close(mark["ts"])
         name = mark["name"].removeprefix(_PART)
+        if any(around == ONCE for _, around in open_marks):
+            name = ONCE
         open_marks.append((mark["ts"] + mark["dur"], name))
         changes.append((mark["ts"], name))
     close(float("inf"))

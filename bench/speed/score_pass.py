@@ -46,10 +46,12 @@ from ddfast.unchanged import unchanged
 # From the model's outputs to the crops' pixels. None of them runs inside of grad_norm.
 TAIL = ("shapley_heatmap", "noisy_crop_boxes", "shapley_crop_boxes", "crop_resize", "crop_batch")
 STAGES = ("decode", "attribution", "tail", "gradient norms")
+ONCE = "recording, once a run"
 
 # Where a part of the pass begins and ends: names that are looked up when they are called. They may lie inside of one
 # another; what lies deeper counts.
 SEAMS = {
+    ONCE: ("ddfast.pipeline.score:_warm",),
     "wait for images": ("ddfast.pipeline.score:_Awaited.__next__",),
     "upload": ("ddfast.pipeline.score:_micro_batch",),
     "attribution": ("ddfast.attribution:unread_crops",),

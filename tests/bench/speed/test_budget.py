@@ -6,7 +6,7 @@ import torch
 from bench.speed import budget
 from bench.speed.budget import DECODING, REST, Budget, Part, accounted
 from bench.speed.registry import Settings
-from bench.speed.score_pass import SEAMS
+from bench.speed.score_pass import ONCE, SEAMS
 
 SCORING, AUTOGRAD, DECODER = 1, 2, 3
 
@@ -66,6 +66,17 @@ def test_calls_belong_to_the_innermost_part_of_the_scoring_thread():
     assert 2 * busy == pytest.approx((2200 + 200 + 50 + 600 + 10) / 1e3)
 
 
+def test_what_is_done_once_is_no_micro_batchs():
+    recording = [
+        mark(ONCE, -9_000, 8_000),
+        mark("norms", -8_000, 2_000),
+        span("cuda_runtime", "cudaLaunchKernel", -7_000, 5, correlation=11),
+        span("kernel", "conv", -6_900, 500, tid=7, correlation=11),
+        span("cuda_runtime", "cudaDeviceSynchronize", -1_500, 300, correlation=12),
+    ]
+    assert accounted([*recording, *TRACE], batches=2) == accounted(TRACE, batches=2)
+
+
 def test_a_part_that_calls_nothing_is_there():
     assert set(accounted([mark("upload", 0, 5)], 1)[0]) == {"upload"}
 
@@ -112,7 +123,7 @@ def test_the_pass_is_cut_into_parts_that_add_up(monkeypatch):
         found = budget.measured(Settings(torch.device("cpu"), quick=True))
     finally:
         torch.set_num_threads(before)
-    assert set(found.parts) == {*SEAMS, REST}
+    assert set(found.parts) == {*SEAMS, REST} - {ONCE}
     assert found.missing == []
     assert found.sources == 16
     assert sum(part.host for part in found.parts.values()) == pytest.approx(found.wall)
