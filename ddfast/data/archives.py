@@ -310,9 +310,9 @@ class TarSource(_ArchiveSource):
     def __init__(self, paths: Sequence[Path], split: str, name: str) -> None:
         """Scan the shards' headers. Raises `UsageError` as `open_source` does."""
         shard_splits = _splits_of_shards(paths, split)
-        tree, labels, lists = _scanned(paths, shard_splits, name)
+        tree, labels, lists, unclosed = _scanned(paths, shard_splits, name)
         if shard_splits and tree.splits_below():  # the shards' folders say it already
-            tree, labels, lists = _scanned(paths, [], name)
+            tree, labels, lists, unclosed = _scanned(paths, [], name)
         paired = tree.is_paired(labels)
         if paired:
             for parent in dict.fromkeys(path.parent for path in paths):
@@ -320,6 +320,11 @@ class TarSource(_ArchiveSource):
                     lists[os.fspath(beside)] = beside.read_bytes()
         layout = tree.paired_layout(labels, _one_list(lists, name), split) if paired else tree.layout(split)
         super().__init__(paths, split, name, layout)
+        if unclosed:
+            self.remarks.append(
+                f"{shown(unclosed)} {'ends' if len(unclosed) == 1 else 'end'} without the zeros that close a tar: "
+                "files that stood behind may be missing; if a copy was cut off, copy it again"
+            )
 
 
 def _splits_of_shards(paths: Sequence[Path], split: str) -> list[str]:
@@ -335,14 +340,20 @@ def _splits_of_shards(paths: Sequence[Path], split: str) -> list[str]:
 
 def _scanned(
     paths: Sequence[Path], shard_splits: Sequence[str], name: str
-) -> tuple[Tree, dict[str, bytes], dict[str, bytes]]:
-    """The tree of all shards; "key.cls" or "key.json" -> its content; place of a classes.txt -> its content."""
+) -> tuple[Tree, dict[str, bytes], dict[str, bytes], list[str]]:
+    """What stands in all shards.
+
+    Returns:
+        Their tree; "key.cls" or "key.json" -> its content; place of a classes.txt -> its content; the shards that
+        nothing closes.
+    """
     tree = Tree(name)
     labels: dict[str, bytes] = {}
     lists: dict[str, bytes] = {}
+    unclosed: list[str] = []
     for index, path in enumerate(paths):
         above = f"{shard_splits[index]}/" if shard_splits else ""
-        for info, member in _tar_members(path, index):
+        for info, member in _tar_members(path, index, unclosed):
             inside = above + tree.check(utf8(info.name))
             if info.isdir():
                 tree.add_folder(inside)
@@ -362,7 +373,7 @@ def _scanned(
                 elif inside.rpartition("/")[2] == "classes.txt":
                     tree.class_lists[inside] = _file_bytes(path, member)
                     lists[f"{path}/{inside.removeprefix(above)}"] = tree.class_lists[inside]
-    return tree, labels, lists
+    return tree, labels, lists, unclosed
 
 
 def _one_list(lists: Mapping[str, bytes], name: str) -> bytes | None:
@@ -391,8 +402,13 @@ def _file_bytes(path: Path, member: Member) -> bytes:
         return file.read(member.size)
 
 
-def _tar_members(path: Path, index: int) -> Iterator[tuple[tarfile.TarInfo, Member | None]]:
-    """Every member of a shard; None unless it is a plain file. Raises `UsageError` for a damaged tar."""
+def _tar_members(
+    path: Path, index: int, unclosed: list[str]
+) -> Iterator[tuple[tarfile.TarInfo, Member | None]]:
+    """Every member of a shard; None unless it is a plain file. Raises `UsageError` for a damaged tar.
+
+    `unclosed` gets the path of one that ends behind a file, without the block of zeros that closes an archive.
+    """
     total = path.stat().st_size
     try:
         with open(path, "rb") as file:
@@ -417,7 +433,10 @@ def _tar_members(path: Path, index: int) -> Iterator[tuple[tarfile.TarInfo, Memb
                     return  # rubbish behind the end
                 # tarfile takes a damaged header for the end: the end is zeros, or no more bytes.
                 file.seek(end)
-                if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                closing = file.read(tarfile.BLOCKSIZE)
+                if not closing:
+                    unclosed.append(os.fspath(path))
+                if closing.strip(b"\0"):
                     raise UsageError(f"cannot read {path}: damaged tar header at byte {end}; make it again")
                 start = _next_archive(file, end)
     except PermissionError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -120,6 +120,8 @@ class DecodedPool:
         self.classes = classes
         self._size = size
         self._images: Tensor | None = None
+        self._tried = torch.zeros(len(self.labels), dtype=torch.bool)
+        self._unreadable: set[int] = set()  # places in the pool
         # Places of each class: its run in the places sorted by label.
         self._by_class = torch.argsort(self.labels, stable=True)
         self._starts = torch.searchsorted(self.labels[self._by_class], torch.arange(classes + 1))
@@ -146,8 +148,18 @@ class DecodedPool:
         """(place, image) of the places `order`, without those that cannot be decoded."""
         loaded = self._load(self._samples[int(place)] for place in self._places[order.numpy()])
         for place, (_, image) in zip(order.tolist(), loaded, strict=True):
-            if not isinstance(image, BadImage):
+            self._tried[place] = True
+            if isinstance(image, BadImage):
+                self._unreadable.add(place)
+            else:
                 yield place, image
+
+    def unreadable(self, classes: Sequence[int]) -> set[int]:
+        """Places in the source of the files of these classes that cannot be decoded; tries all that were not."""
+        members = torch.isin(self.labels, torch.tensor(list(classes)))
+        for _ in self._decoded((members & ~self._tried).nonzero().flatten()):
+            pass
+        return {int(self._places[place]) for place in self._unreadable if members[place]}
 
     def batches(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """See `Pool`."""

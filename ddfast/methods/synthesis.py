@@ -43,12 +43,14 @@ class State:
         step: steps that are done.
         curve: a row for every step that was noted, by the names of the method's `measures`; what a row lacks was not
             measured.
+        unreadable: places in the source of the files of its classes that cannot be decoded, once it is finished.
     """
 
     group: Group
     tensors: dict[str, Tensor]
     step: int = 0
     curve: list[dict[str, float]] = field(default_factory=list)
+    unreadable: set[int] = field(default_factory=set)
 
     @property
     def pixels(self) -> Tensor:

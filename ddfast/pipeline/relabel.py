@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
-import json
 import shutil
 import time
 from pathlib import Path
@@ -14,18 +12,18 @@ from torch import Tensor
 from ddfast.data.decoding import MAX_PIXELS, decode
 from ddfast.data.tiles import tiles_of
 from ddfast.errors import BadImage, UsageError
-from ddfast.files import atomic_path, make_folder
+from ddfast.files import make_folder
 from ddfast.methods.synthesis import Synthesis
 from ddfast.ops import crop_resize
-from ddfast.output.distilled import _LABEL_PARTS, QUARANTINED, SOFT_LABELS, image_path
+from ddfast.output.distilled import _LABEL_PARTS, SOFT_LABELS, image_path
 from ddfast.output.label_parts import is_whole_part, join_label_parts, largest_probabilities, write_label_part
 from ddfast.output.pixels import read_pixels
 from ddfast.pipeline.plan import LABEL_TEMPERATURE
+from ddfast.pipeline.quarantine import note_counts
 from ddfast.pipeline.run import Run, _logits, _normalized_logits, clock
 from ddfast.pipeline.score import iter_quarantined
 from ddfast.progress import Progress
 
-_LISTED_QUARANTINED = 1000  # files that the manifest names; the table beside it names all
 _LABEL_BATCH = 64  # tiles labelled together; fixed, because it decides the last bits
 _LABEL_PART = (
     2048  # most images in one part of the soft labels, the unit of resumption and of work for a rank
@@ -60,15 +58,7 @@ def count(run: Run) -> None:
     shutil.rmtree(run.out / _LABEL_PARTS, ignore_errors=True)
     if isinstance(run.method, Synthesis):
         return
-    bad = sum(1 for _ in iter_quarantined(run))
-    if bad:
-        with atomic_path(run.out / QUARANTINED) as temporary, open(temporary, "wb") as file:
-            for row in iter_quarantined(run):
-                file.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8"))
-    listed = heapq.nsmallest(_LISTED_QUARANTINED, iter_quarantined(run), key=lambda row: row["path"])
-    images = len(run.source.class_names) * run.plan["ipc"]
-    run.plan["counts"] = {"images": images, "sources": len(run.pool()) - bad, "quarantined": bad}
-    run.plan["quarantined"] = {"count": bad, "files": listed}
+    note_counts(run, lambda: iter_quarantined(run))
 
 
 def _write_labels(run: Run) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ddfast.data.pool import DecodedPool
-from ddfast.errors import DivergedError
+from ddfast.errors import BadImage, DivergedError
 from ddfast.files import make_folder
 from ddfast.methods.synthesis import Group, State, Synthesis
 from ddfast.output.distilled import image_path, metadata_row, write_image, write_metadata
@@ -26,6 +26,7 @@ from ddfast.output.mosaic import mosaic_labels
 from ddfast.output.pixels import read_pixels, to_bytes, write_before, write_curve, write_pixels
 from ddfast.pipeline.judging import Judge
 from ddfast.pipeline.plan import run_digest
+from ddfast.pipeline.quarantine import note_counts
 from ddfast.pipeline.run import Run, clock
 from ddfast.progress import Progress
 from ddfast.state import FileCheckpoint
@@ -34,6 +35,7 @@ from ddfast.wording import argument, plural
 STATE = "state"
 _SAVE_SECONDS = 15.0  # between two saved states; what a kill costs at most, beside a step
 _COLUMN = "curve."  # opens the names of the curve's columns among a state's tensors
+_UNREADABLE = "unreadable"  # name of their places among a state's tensors
 _TOLD = {"pixel_variance", "accuracy", "unguided_context"}  # what makes a row worth telling the history of
 
 
@@ -130,6 +132,8 @@ def _finish(
             saved = time.monotonic()
         _tell(run, method, state)
         progress.advance(note=_note(loss, state))
+    if method.draws_images:
+        state.unreadable = pool.unreadable(state.group.classes)
     kept.save(_as_tensors(state))
 
 
@@ -189,7 +193,8 @@ def _as_tensors(state: State) -> dict[str, Tensor]:
         )
         for name in dict.fromkeys(name for row in state.curve for name in row)
     }
-    return {**state.tensors, **columns, "step": torch.tensor(state.step)}
+    unreadable = torch.tensor(sorted(state.unreadable), dtype=torch.int64)
+    return {**state.tensors, **columns, _UNREADABLE: unreadable, "step": torch.tensor(state.step)}
 
 
 def _restored(run: Run, group: Group) -> State | None:
@@ -198,13 +203,15 @@ def _restored(run: Run, group: Group) -> State | None:
     if not tensors:
         return None
     step = int(tensors.pop("step"))
+    unreadable = set(tensors.pop(_UNREADABLE, torch.zeros(0)).tolist())  # older states have none
     columns = {
         name.removeprefix(_COLUMN): tensors.pop(name).tolist()
         for name in [name for name in tensors if name.startswith(_COLUMN)]
     }
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     curve = [{name: value for name, value in row.items() if value == value} for row in rows]
-    return State(group, {name: tensor.to(run.device) for name, tensor in tensors.items()}, step, curve)
+    held = {name: tensor.to(run.device) for name, tensor in tensors.items()}
+    return State(group, held, step, curve, unreadable)
 
 
 # What is left behind
@@ -216,10 +223,11 @@ def _write(run: Run, method: Synthesis, groups: Sequence[Group], judge: Judge | 
     pixels: list[Tensor] = []
     labels: list[int] = []
     rows: list[dict[str, float]] = []
-    rate = None
+    rate, unreadable = None, set[int]()
     for group in groups:
         state = _finished(run, group)
         rate = method.learned_rate(state)
+        unreadable |= state.unreadable
         pixels.append(method.images(state).detach().float().cpu())
         labels += [label for label in group.classes for _ in range(len(pixels[-1]) // len(group.classes))]
         rows += [{"group": float(group.number), **row} for row in state.curve]
@@ -233,12 +241,19 @@ def _write(run: Run, method: Synthesis, groups: Sequence[Group], judge: Judge | 
         whitening.write(run.out)
     _write_images(run, method, images, names)
     _write_before(run, method, groups)
-    run.plan["counts"] = {"images": len(names), "sources": len(run.pool())}
+    note_counts(run, lambda: _with_reasons(run, unreadable))
     if found is not None:
         run.plan["regions"] = {"chosen_by": found[1]}
     if judge is not None:
         run.plan["accuracy"] = judge.after_rounding(_finished(run, groups[0]))
     run.save()
+
+
+def _with_reasons(run: Run, unreadable: Iterable[int]) -> Iterator[dict[str, str]]:
+    """Path and reason of the files at these places of the source, which are read again for it."""
+    for sample, image in run.load(run.samples(sorted(unreadable))):
+        if isinstance(image, BadImage):
+            yield {"path": sample.key, "reason": str(image)}
 
 
 def write_pictures_again(run: Run) -> None:

@@ -360,6 +360,17 @@ def test_a_damaged_tar_is_refused_wherever_the_damage_is(tmp_path: Path) -> None
         assert "cannot read" in refusal(tmp_path / "cut.tar")
 
 
+def test_a_tar_that_ends_behind_a_file_is_read_and_told(tmp_path: Path) -> None:
+    data = write_tar(tmp_path / "set.tar", small_set()).read_bytes()
+    assert open_source(tmp_path / "set.tar").notes() == []
+    blocks = -(-len(data.rstrip(b"\0")) // 512)
+    (tmp_path / "cut.tar").write_bytes(data[: 512 * blocks])
+    source = open_source(tmp_path / "cut.tar")
+    assert len(source) == len(small_set())
+    [note] = source.notes()
+    assert "cut.tar ends without the zeros that close a tar" in note
+
+
 def test_a_compressed_or_foreign_tar_is_refused(tmp_path: Path) -> None:
     plain = write_tar(tmp_path / "set.tar", small_set()).read_bytes()
     (tmp_path / "zipped.tar").write_bytes(gzip.compress(plain))

@@ -151,7 +151,7 @@ def test_a_teacher_gives_soft_labels(role, undisturbed, toy_folder, toy_teacher,
     assert torch.equal(read_pixels(out).images, read_pixels(undisturbed).images)
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["teacher"]["sha256"] == manifest["label_teacher"]["sha256"]
-    assert manifest["counts"] == {"images": 6, "sources": 182}
+    assert manifest["counts"] == {"images": 6, "sources": 182, "quarantined": 0}
     assert not (out / ".soft-labels").exists()
     assert "--protocol rded" in (out / "report.html").read_text()
 

@@ -65,13 +65,18 @@ def test_the_output_folder_is_the_contract(undisturbed):
     assert len(images) == 6
     assert names - images == {
         *("manifest.json", "run.json", "report.html", "mosaic.png", "before.png"),
-        *("pixels.safetensors", "curve.parquet", "train/metadata.jsonl"),
+        *("pixels.safetensors", "curve.parquet", "train/metadata.jsonl", "quarantined.jsonl"),
     }
     manifest = json.loads((undisturbed / "manifest.json").read_text())
     assert manifest["complete"]
     assert manifest["teacher"] is None
     assert manifest["label_teacher"] is None
     assert manifest["options"]["synthesize"]["iterations"] == 6
+    assert manifest["counts"] == {"images": 6, "sources": 180, "quarantined": 2}
+    assert {file["path"] for file in manifest["quarantined"]["files"]} == {
+        "across/0000a.png",
+        "down/empty.png",
+    }
     curve = read_curve(undisturbed)
     assert [(row["group"], row["step"]) for row in curve] == [(g, s) for g in range(3) for s in range(6)]
     assert all(row["loss"] > 0 and row["gradient_norm"] > 0 for row in curve)
