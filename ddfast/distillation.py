@@ -16,6 +16,7 @@ from ddfast.output.distilled_folder import Distilled
 from ddfast.output.pixels import read_curve, read_pixels
 from ddfast.pipeline.opening import open_run
 from ddfast.pipeline.run import Run, clock
+from ddfast.pipeline.score import score_table
 from ddfast.pipeline.stages import stage_named
 from ddfast.pipeline.synthesize import remove_state, write_pictures_again
 from ddfast.progress import say
@@ -52,11 +53,20 @@ def distill(method: str, *, until: str | None = None, **settings: Any) -> Distil
     try:
         if run.complete:
             lost = run.ranks.together("whole", lambda: _lost(run.out))
-            if not lost:
+            unscored = (
+                "score" in stages and run.ranks.together("scores", lambda: score_table(run)) == "damaged"
+            )
+            if not lost and not unscored:
                 say(f"{run.out} is finished", quiet=run.quiet)
                 run.ranks.on_main("sweep", lambda: remove_state(run.out))
                 return Distilled(run.out)
-            stages = _to_make_again(run, lost)
+            stages = _to_make_again(run, lost) if lost else ()
+            if unscored:
+                say(
+                    f"the score table of {run.out} is not whole: what it lacks is scored again",
+                    quiet=run.quiet,
+                )
+                stages = ("score", *stages)
         with run.history or nullcontext():
             for number, stage in enumerate(stages, start=1):
                 say(f"stage {number} of {len(stages)}: {stage}", quiet=run.quiet)

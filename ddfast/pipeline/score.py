@@ -104,6 +104,15 @@ def _is_committed(path: Path, index: int, digest: str) -> bool:
     return facts.get("shard") == index and facts.get("scores") == digest
 
 
+def score_table(run: Run) -> str:
+    """How the score table stands: "whole", "damaged", where a part of it is or is missing, or "gone"."""
+    paths = [part_path(run.out / SCORES, index) for index in range(_shards(run))]
+    if not any(path.exists() for path in paths):
+        return "gone"
+    digest = score_digest(run.plan)
+    return "whole" if all(_is_committed(path, i, digest) for i, path in enumerate(paths)) else "damaged"
+
+
 class _Awaited:
     """An iterator over loaded images that counts the seconds for which its consumer, the model, had to wait."""
 

@@ -38,6 +38,7 @@ from ddfast.output.table import (
 )
 from ddfast.pipeline.counting import check_counts
 from ddfast.pipeline.run import Run, _shards, clock
+from ddfast.pipeline.score import score_table
 from ddfast.progress import say
 from ddfast.wording import plural, setting
 
@@ -59,7 +60,8 @@ def change_ipc(run: Run, ipc: int) -> None:
     A finished set is kept whole in a folder beside the run's, `<out>-ipc<N>`, and can be read as any other.
 
     Raises:
-        UsageError: the pool is too small for it, or that folder exists; the run stays as it was.
+        UsageError: the pool is too small for it, that folder exists, or the score table of a finished run is damaged
+            or gone; the run stays as it was.
     """
     ipc = whole_number(ipc, "ipc", least=1)
     if ipc == run.plan["ipc"]:
@@ -73,6 +75,13 @@ def change_ipc(run: Run, ipc: int) -> None:
 def _drop_selected(run: Run, held: dict[str, Any]) -> None:
     check_counts(run)
     if held["complete"]:
+        table = score_table(run)
+        if table == "gone":
+            raise UsageError(f"{run.out} has no score table any more: distil anew into another folder")
+        if table == "damaged":
+            raise UsageError(
+                f"the score table of {run.out} is damaged: distil with {setting('resume', True)} mends it, then select"
+            )
         _keep_finished(run, held["ipc"])
     run.save()
     for folder in ("train", _LABEL_PARTS):

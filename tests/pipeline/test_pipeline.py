@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -250,6 +251,24 @@ def test_selecting_again_keeps_a_finished_set(toy_folder, toy_teacher, tmp_path)
     with pytest.raises(UsageError, match=r"run-ipc1, which exists"):
         change_ipc(reopen(out, quiet=True), 2)
     assert digests(out) == before
+
+
+def test_a_damaged_score_table_leaves_the_finished_set_where_it_is(toy_folder, toy_teacher, tmp_path):
+    out = distil(toy_folder, toy_teacher, tmp_path / "run", ipc=1)
+    whole = digests(out)
+    shard = out / "scores" / "part-00000.parquet"
+    shard.write_bytes(shard.read_bytes()[:-7])
+    before = digests(out)
+    with pytest.raises(UsageError, match=r"score table of .* is damaged: distil with resume=True mends it"):
+        change_ipc(reopen(out, quiet=True), 2)
+    assert digests(out) == before
+    assert not (tmp_path / "run-ipc1").exists()
+    distil(toy_folder, toy_teacher, out, ipc=1, resume=True)
+    assert digests(out) == whole
+    shutil.rmtree(shard.parent)
+    assert distil(toy_folder, toy_teacher, out, ipc=1, resume=True).set is not None
+    with pytest.raises(UsageError, match="no score table any more"):
+        change_ipc(reopen(out, quiet=True), 2)
 
 
 def test_a_score_table_serves_another_ipc_but_not_other_settings(
