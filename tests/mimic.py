@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 from ddfast import philox
-from ddfast.ops import graphs, transfer
+from ddfast.ops import _constants, graphs, transfer
 
 NAME = "mimic"
 
@@ -259,6 +259,8 @@ def mimic() -> Iterator[None]:
     """Context in which the device exists."""
     with (
         mock.patch.dict(philox._COPIES, {DEVICE: OnDevice(philox._QUANTILES)}),  # copied there once
+        mock.patch.dict(_constants._KEPT),
+        mock.patch.object(_constants, "_KINDS", (Tensor, OnDevice)),
         mock.patch.object(transfer, "pinned", _marked),
         mock.patch.object(transfer, "landing", lambda t: _marked(torch.empty(t.shape, dtype=t.dtype))),
         mock.patch.object(transfer, "copied", return_value=_Event()),

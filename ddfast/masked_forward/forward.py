@@ -389,7 +389,11 @@ def _make(
             reason += f"; {fused}" if fused else ""
         stages.append(_accelerated(part, device))
     tables = [
-        replace(cut, tables=tuple(None if t is None else t.to(device) for t in cut.tables))
+        replace(
+            cut,
+            patterns=cut.patterns.to(device),
+            tables=tuple(None if t is None else t.to(device) for t in cut.tables),
+        )
         for cut in found.cuts
     ]
     return Forward(stages, tables, low or dtype, under, reason), found

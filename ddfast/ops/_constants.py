@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 MAX_KEPT = 256
+_KINDS: tuple[type, ...] = (torch.Tensor,)  # a stand-in of a tracer is good for one call alone
 _KEPT: dict[Hashable, Tensor] = {}
 
 
@@ -22,7 +23,7 @@ def shared(key: Hashable, make: Callable[[], Tensor]) -> Tensor:
         made = make()
     # What a CUDA graph is being recorded for is memory of that graph.
     recorded = made.is_cuda and torch.cuda.is_current_stream_capturing()
-    if type(made) is torch.Tensor and not recorded:  # a stand-in of a tracer is good for this call alone, too
+    if type(made) in _KINDS and not recorded:
         # Those of a GPU stay: a CUDA graph may read them. What finds no place beside them is made in every call.
         if len(_KEPT) >= MAX_KEPT:
             for each in [each for each, tensor in _KEPT.items() if not tensor.is_cuda]:
