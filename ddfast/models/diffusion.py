@@ -195,8 +195,8 @@ def noise(prior: Prior, draws: Sequence[torch.Generator], device: torch.device) 
     return torch.stack([torch.randn(prior.shape, generator=each) for each in draws]).to(device)
 
 
-def new_denoiser(image_size: int, classes: int, width: int) -> nn.Module:
-    """An untrained class-conditional `UNet2DModel` of RGB images.
+def new_denoiser(image_size: int, classes: int, width: int, channels: int = 3) -> nn.Module:
+    """An untrained class-conditional `UNet2DModel` of RGB images, or of grey ones of one channel.
 
     Sides are halved down to 8 px, with attention on the smallest; the first level has `width` channels, the others
     twice as many. Width 32 at 32 px has 1.6 million parameters.
@@ -220,8 +220,8 @@ def new_denoiser(image_size: int, classes: int, width: int) -> nn.Module:
     plain, widths = len(sides) - 1, [width] + [2 * width] * (len(sides) - 1)
     network: nn.Module = UNet2DModel(
         sample_size=image_size,
-        in_channels=3,
-        out_channels=3,
+        in_channels=channels,
+        out_channels=channels,
         layers_per_block=2,
         block_out_channels=tuple(widths),
         down_block_types=("DownBlock2D",) * plain + ("AttnDownBlock2D",),

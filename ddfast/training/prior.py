@@ -39,7 +39,7 @@ from ddfast.training.augmentation import random_flip
 from ddfast.training.course import Course, held_arithmetic
 from ddfast.training.device import resolve_device
 from ddfast.training.fitting import Fitting, cosine
-from ddfast.training.image_sets import native_size, read_training_set
+from ddfast.training.image_sets import ImageSet, StreamedSet, native_size, read_training_set
 from ddfast.training.network_folder import training_places
 from ddfast.training.teacher import check_identity
 from ddfast.wording import argument, plural, setting
@@ -121,6 +121,8 @@ def train_prior(
 ) -> Prior:
     """Train a class-conditional diffusion model on the training split of `data`, and write it into the folder `out`.
 
+    Where all images are grey the network has one channel, and its samples have three equal ones.
+
     The folder then holds `model_index.json`, `unet/` and `scheduler/`, as `DDPMPipeline.save_pretrained` writes them,
     `prior.json` with the class names, and `samples/epoch-<N>.png`, what it made on the way.
 
@@ -200,20 +202,22 @@ def train_prior(
         },
         resume,
     )
-    denoiser = _untrained(config, len(source.class_names))
+    _untrained(config, len(source.class_names))  # what it refuses, before anything is read
     make_folder(out)
     sweep_temporary(out)
     samples = None if places is None else source.samples.take(places)
     train = read_training_set(source, config.image_size, samples=samples, workers=workers, quiet=quiet)
+    denoiser = _untrained(config, len(source.class_names), 1 if _is_grey(train) else 3)
     if where.type == "cpu":
         warn_of_crowding(neighbours, torch.get_num_threads(), "OMP_NUM_THREADS={}".format, quiet=quiet)
     ways = ways_of_machine(where.type, arithmetic["threads"], usable_cores(), "OMP_NUM_THREADS={}".format)
     outlook = Outlook(config.epochs, [f"fewer {argument('epochs')}", f"a smaller {argument('width')}", *ways])
     training = _Training(denoiser, config, where, arithmetic["arithmetic"])
     parameters = sum(value.numel() for value in denoiser.parameters())
+    images = "grey image" if training.channels == 1 else "image"
     say(
         f"training a prior of {parameters:,} parameters for {plural(config.epochs, 'epoch')} on "
-        f"{plural(len(train), 'image')} of {config.image_size} px ({where.type}, {arithmetic['arithmetic']})",
+        f"{plural(len(train), images)} of {config.image_size} px ({where.type}, {arithmetic['arithmetic']})",
         quiet=quiet,
     )
     course = Course(
@@ -260,6 +264,7 @@ class _Training:
         from diffusers.training_utils import EMAModel
 
         self.config = config
+        self.channels = int(denoiser.config.in_channels)  # type: ignore[union-attr, arg-type]
         self.precision = precision
         self.fitting = Fitting(
             denoiser, lambda model: torch.optim.AdamW(model.parameters(), lr=config.lr), device, precision
@@ -272,7 +277,7 @@ class _Training:
         """Noisy images in [-1, 1], their timesteps and labels; the noise is what the network is to say."""
         if self.config.flip:
             images = random_flip(images, draws)
-        clean = images.float() / 127.5 - 1
+        clean = images[:, : self.channels].float() / 127.5 - 1
         wanted = torch.randn(clean.shape, generator=draws).to(clean.device)
         steps = int(self.schedule["num_train_timesteps"])
         timesteps = torch.randint(steps, (len(clean),), generator=draws).to(clean.device)
@@ -323,13 +328,20 @@ class _Averaged:
         model.train()
 
 
-def _untrained(config: PriorConfig, classes: int) -> nn.Module:
+def _untrained(config: PriorConfig, classes: int, channels: int = 3) -> nn.Module:
     with seeded(config.seed, "weights"):
-        return new_denoiser(config.image_size, classes, config.width)
+        return new_denoiser(config.image_size, classes, config.width, channels)
+
+
+def _is_grey(train: ImageSet | StreamedSet) -> bool:
+    """Whether all images are grey, so that one channel says everything; those that are streamed count as coloured."""
+    return isinstance(train, ImageSet) and all(
+        torch.equal(each[:, :1].expand_as(each), each) for each in train.images.split(1024)
+    )
 
 
 def _as_prior(training: _Training, denoiser: nn.Module, classes: int, size: int) -> Prior:
-    return Prior(denoiser, training.schedule, None, None, classes, size, (3, size, size), "")
+    return Prior(denoiser, training.schedule, None, None, classes, size, (training.channels, size, size), "")
 
 
 def _draw_samples(training: _Training, class_names: Any, config: PriorConfig, path: Path) -> None:

@@ -7,13 +7,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from ddfast.cli import main
 from ddfast.errors import UsageError
-from ddfast.models.diffusion import load_prior
+from ddfast.models.diffusion import load_prior, sample
 from ddfast.training import course as course_module
 from ddfast.training import prior as module
 from ddfast.training.prior import train_prior
@@ -269,3 +270,19 @@ def test_some_images_of_each_class_by_the_command(stripes, tmp_path, capsys):
     said = json.loads((tmp_path / "p" / "prior.json").read_text())
     assert said["images"] + said["unreadable"] == 12
     assert said["training"]["flip"] is False
+
+
+def test_grey_images_are_learned_in_one_channel(stripes, tmp_path):
+    for path in stripes.rglob("*.png"):
+        if path.name == "0000a.png":
+            continue
+        grey = tmp_path / "grey" / path.relative_to(stripes)
+        grey.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(path).convert("L").save(grey)
+    prior = train_prior(tmp_path / "grey", out=tmp_path / "prior", **TINY)
+    assert prior.shape[0] == 1
+    made = sample(prior, torch.tensor([0, 1]), [torch.Generator().manual_seed(n) for n in range(2)], 2)
+    assert made.shape == (2, 3, *prior.shape[1:])
+    assert torch.equal(made[:, :1].expand_as(made), made)
+    shown = np.asarray(Image.open(tmp_path / "prior" / "samples" / "epoch-0002.png").convert("RGB"))
+    assert (shown.max(axis=2) - shown.min(axis=2)).max() < 16  # the page is not quite white
