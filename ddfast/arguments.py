@@ -110,7 +110,7 @@ def architecture_options(value: Any, keyword: str = "arch_options") -> dict[str,
 
 
 def path_of(value: Any, keyword: str) -> Path:
-    """`value` as a `Path`.
+    """`value` as a `Path`, in which `~` is the home folder, as a shell would have it.
 
     Raises:
         UsageError: neither text nor a path, or empty.
@@ -123,7 +123,7 @@ def path_of(value: Any, keyword: str) -> Path:
         text = os.fsdecode(text)
     if not text or "\0" in text:
         raise UsageError(f"{argument(keyword)} must be a path, got {text!r}")
-    return Path(text)
+    return Path(os.path.expanduser(text))
 
 
 def data_of(value: Any, keyword: str = "data") -> Any:
@@ -149,6 +149,7 @@ def output_folder(value: Any, keyword: str = "out") -> Path:
     path = path_of(value, keyword)
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file; {argument(keyword)} must be a folder")
+    _check_unicode(path, keyword)
     _check_writable(path, path, keyword)
     return path
 
@@ -162,8 +163,17 @@ def output_file(value: Any, keyword: str = "out") -> Path:
     path = path_of(value, keyword)
     if path.is_dir():
         raise UsageError(f"{path} is a folder; {argument(keyword)} must be a file")
+    _check_unicode(path, keyword)
     _check_writable(path.parent, path, keyword)
     return path
+
+
+def _check_unicode(path: Path, keyword: str) -> None:
+    """Refuse a name that is no UTF-8: safetensors cannot read it again."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{argument(keyword)} must be valid UTF-8, got {str(path)!a}") from None
 
 
 def _check_writable(folder: Path, path: Path, keyword: str) -> None:

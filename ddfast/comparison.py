@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ddfast.arguments import architecture_options, one_of, output_folder, path_of
 from ddfast.data import open_source
-from ddfast.data.sources import Source
+from ddfast.data.sources import Source, check_outside
 from ddfast.distillation import distill
 from ddfast.errors import DDFastError, UsageError
 from ddfast.files import atomic_write_text, make_folder
@@ -32,7 +32,6 @@ from ddfast.models.registry import check_model, list_models
 from ddfast.models.teacher import Teacher, load_teacher
 from ddfast.output.distilled import MANIFEST, DistilledSet
 from ddfast.output.evaluations import keep_evaluation
-from ddfast.pipeline.opening import check_outside
 from ddfast.pipeline.run import RUN
 from ddfast.pipeline.teachers import load_again
 from ddfast.progress import say

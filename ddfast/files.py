@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ddfast.errors import UsageError
 
@@ -65,6 +66,13 @@ def make_folder(path: str | Path) -> Path:
     return path
 
 
+def beside(folder: Path, ending: str) -> Path:
+    """The path beside a folder that has its name with an ending."""
+    if folder.name in ("", ".."):
+        folder = folder.resolve()
+    return folder.with_name(folder.name + ending)
+
+
 def temporary_path(path: str | Path) -> Path:
     """`.<name>.tmp-<pid>` beside `path`: what `sweep_temporary` recognises. A long name is cut to fit."""
     path = Path(path)
@@ -108,20 +116,27 @@ def atomic_write_text(path: str | Path, text: str) -> None:
     atomic_write_bytes(path, text.encode("utf-8"))
 
 
+def arrow_file(path: str | Path, mode: str = "rb") -> Any:
+    """A file for pyarrow, which takes some paths that are given as text for a URI or for a home folder."""
+    import pyarrow as pa
+
+    return pa.OSFile(os.fsencode(path), mode)
+
+
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `path`; on success it becomes `path`, which must not exist.
+    """Yield an empty temporary folder beside `path`; on success it becomes `path`, which may be an empty folder.
 
     On any exception the temporary folder and what is in it are removed. Errors as in `atomic_path`.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     temporary = temporary_path(path)
     with explained(path):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:
             yield temporary
-            os.rename(temporary, path)
+            os.rename(temporary, path)  # onto an empty folder as well
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise

@@ -831,6 +831,8 @@ def test_keys_are_flags_with_hyphens_or_underscores_and_files_may_follow_each_ot
         ("a.json", '{"config": "b.json"}', "unknown key 'config'"),
         ("a.json", '{"image-size": 1, "image_size": 1}', "'image-size' and 'image_size' are the same flag"),
         ("a.json", '{"ipc": 1, "ipc": 2}', "a.json is no JSON: 'ipc' is given twice"),
+        ("a.yaml", "ipc: 1\nipc: 2\n", "a.yaml is no YAML: 'ipc' is given twice"),
+        ("a.yaml", "ipc: !!int 1\nipc: 2\n", "a.yaml is no YAML: 'ipc' is given twice"),
         ("a.json", '{"resume": 1}', "'resume' must be true or false, got 1"),
         ("a.json", '{"ipc": true}', "'ipc' must be one value, got true"),
         ("a.json", '{"ipc": {"train": 1}}', "'ipc' must be one value"),

@@ -132,12 +132,29 @@ def _parsed(text: str, suffix: str, path: Path) -> Any:
         pass
     try:
         return _plain_yaml(text)
+    except GivenTwice:
+        raise
     except ValueError:
         yaml = _module(("yaml",), "pyyaml", "this .yaml", path)
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=_loader_of(yaml))
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
+
+
+class GivenTwice(ValueError):
+    """A key stands in an object twice."""
+
+
+def _loader_of(yaml: Any) -> Any:
+    """PyYAML's safe loader, which takes the last of several values of a key, made to refuse them."""
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc, name-defined]
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            _once([(self.construct_object(key, deep=True), None) for key, _ in node.value])
+            return super().construct_mapping(node, deep)
+
+    return Loader
 
 
 def _plain_yaml(text: str) -> dict[str, Any]:
@@ -167,7 +184,7 @@ def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"{key!r} is given twice")
+            raise GivenTwice(f"{key!r} is given twice")
         found[key] = value
     return found
 

@@ -145,6 +145,9 @@ def _report(arguments: argparse.Namespace) -> None:
             say(f"{RUN} names no data: the report goes without sources (--data gives them)")
     try:
         source = None if data is None else open_source(data, "train")
+        held = (distilled.manifest.get("data") or {}).get("fingerprint")
+        if source is not None and held is not None and source.fingerprint() != held:
+            raise UsageError(f"{data} holds other images than the run was made of")
     except UsageError as error:
         if arguments.data is not None:
             raise

@@ -60,11 +60,11 @@ def _utilization(arguments: argparse.Namespace) -> None:
     import json
 
     from ddfast.arguments import output_file
-    from ddfast.files import atomic_write_text, make_folder
+    from ddfast.files import atomic_write_text, beside, make_folder
     from ddfast.report.utilization import utilization
 
     folder = Path(arguments.folder)
-    out = Path(arguments.out) if arguments.out else folder.with_name(f"{folder.name}-utilization.png")
+    out = Path(arguments.out) if arguments.out else beside(folder, "-utilization.png")
     for name, path in (("out", arguments.out), ("json", arguments.json)):
         if path and Path(path).exists():
             raise UsageError(f"{argument(name)} {path} exists already: give another file or delete it")

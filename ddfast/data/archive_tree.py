@@ -300,9 +300,11 @@ class Tree:
         rows: dict[str, int],
         left_out: Mapping[str, int],
         remarks: Sequence[str] = (),
+        class_of: Mapping[str, str] | None = None,
     ) -> Layout:
+        """`class_of` has the class of every row; None: its first folder is."""
         labels = {class_name: label for label, class_name in enumerate(class_names)}
-        keys = [(key, labels[key.partition("/")[0]]) for key in rows]
+        keys = [(key, labels[class_of[key] if class_of else key.partition("/")[0]]) for key in rows]
         return Layout(keys, class_names, rows, self._table, dict(left_out), list(remarks))
 
     def is_paired(self, labels: Mapping[str, bytes]) -> bool:
@@ -349,7 +351,7 @@ class Tree:
             if stem not in plain:
                 path = self._main_image(stem, paths)
                 said[path] = self._label_beside(stem, path, labels)
-        names = class_names_of(said.values(), names_file, self.name)
+        names = class_names_of(said.values(), names_file, self.name, slashes=True)
         tops = {path.partition("/")[0] for path in said if "/" in path}
         flat = {path.partition("/")[0] for path in said if path.count("/") == 1}
         # Pairs stand in a split's folder directly: one of another spelling counts beside its counterpart only.
@@ -367,11 +369,13 @@ class Tree:
         spelled = spellings(found, train_classes or None, place)
         counts: dict[str, int] = defaultdict(int)
         rows: dict[str, int] = {}
+        class_of: dict[str, str] = {}
         for path, label in said.items():
             if path.startswith(prefix):
                 class_name = spelled[names[label]]
                 counts[class_name] += 1
-                rows[f"{class_name}/{path[len(prefix) :]}"] = visible[path]
+                key = f"{class_name.replace('/', '-')}/{path[len(prefix) :]}"
+                rows[key], class_of[key] = visible[path], class_name
         sampled = {path.rpartition(".")[0] for path in said} | {_labelled_stem(path, labels) for path in said}
         left_out: Counter[str] = Counter()
         for path in visible:
@@ -382,7 +386,7 @@ class Tree:
             if _labelled_stem(path, labels) not in sampled and (ending := ending_left_out(file)):
                 left_out[ending] += 1
         class_names = checked_classes(counts, place, train_classes=train_classes or None, left_out=left_out)
-        return self._layout(class_names, rows, left_out)
+        return self._layout(class_names, rows, left_out, class_of=class_of)
 
     def _label_beside(self, stem: str, path: str, labels: Mapping[str, bytes]) -> int | str:
         label = _label_of(labels.get(f"{stem}.cls"), labels.get(f"{stem}.json"))

@@ -288,7 +288,7 @@ def cache_path(root: Path) -> Path | None:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     except RuntimeError:  # no home folder
         return None
-    base = Path(given).expanduser() if given else Path(home) / "ddfast"
+    base = Path(os.path.expanduser(given)) if given else Path(home) / "ddfast"
     place = os.fsencode(os.path.realpath(root))
     return base / "scans" / f"{hashlib.blake2b(place, digest_size=16).hexdigest()}.npz"
 

@@ -23,12 +23,14 @@ def label_in(fields: Mapping[str, Any]) -> int | str | None:
 
 
 def label_in_text(text: str) -> int | str | None:
-    """The class number or name that a text is; None for an empty one.
+    """The class number or name that a text is; None for an empty one, and for -1, which stands for no label.
 
     A number with zeros in front stays text, `class_names_of` knows what it is.
     """
     text = text.strip().removeprefix("\ufeff")
-    return int(text) if re.fullmatch(r"0|[1-9][0-9]{0,8}", text) else text or None
+    if text in ("", "-1"):
+        return None
+    return int(text) if re.fullmatch(r"0|[1-9][0-9]{0,8}", text) else text
 
 
 def class_list(names_file: bytes) -> list[str]:
@@ -39,7 +41,9 @@ def class_list(names_file: bytes) -> list[str]:
     return lines
 
 
-def class_names_of(said: Collection[int | str], names_file: bytes | None, name: str) -> dict[int | str, str]:
+def class_names_of(
+    said: Collection[int | str], names_file: bytes | None, name: str, *, slashes: bool = False
+) -> dict[int | str, str]:
     """Class name of every label. No two classes become one: what would merge them is refused.
 
     Args:
@@ -47,10 +51,11 @@ def class_names_of(said: Collection[int | str], names_file: bytes | None, name: 
         names_file: `classes.txt`, the names of class numbers, one a line; None where there is none. Without it
             numbers are padded with zeros, to sort as numbers, and those written with zeros stay as they are.
         name: what the user calls the source, for messages.
+        slashes: whether names may hold some; where they become folders of keys they may not.
 
     Raises:
         UsageError: a number without a line, a name on two lines, a number written in two ways, an empty name, one
-            with a slash or NUL, or no valid Unicode.
+            with NUL or a slash that may not be, or no valid Unicode.
     """
     lines = class_list(names_file) if names_file is not None else None
     numbers = {
@@ -75,10 +80,12 @@ def class_names_of(said: Collection[int | str], names_file: bytes | None, name: 
                     f"{name} writes a label as {other!r} and as {label!r}, which are one number and two names: "
                     "write it in one way"
                 )
-    bad = [class_name for class_name in names.values() if not class_name or {"/", "\0"} & set(class_name)]
+    refused = {"\0"} if slashes else {"/", "\0"}
+    bad = [class_name for class_name in names.values() if not class_name or refused & set(class_name)]
     if bad:
+        what = "NUL" if slashes else "a slash or NUL"
         raise UsageError(
-            f"{name} has an empty class name or one with a slash or NUL ({shown(bad)}); correct the labels"
+            f"{name} has an empty class name or one with {what} ({shown(bad)}); correct the labels"
         )
     garbled = [class_name for class_name in names.values() if not is_unicode(class_name)]
     if garbled:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,11 +18,31 @@ _MOST_CLASSES = 10**9
 
 
 def distinct(class_names: Sequence[Any]) -> list[str]:
-    """Class names as text; of those with one name, each has its number behind it."""
-    names = [
-        ", ".join(map(str, name)) if isinstance(name, (tuple, list)) else str(name) for name in class_names
-    ]
-    return [f"{name} ({number})" if names.count(name) > 1 else name for number, name in enumerate(names)]
+    """Class names as text; of those with one name, each has its number behind it.
+
+    Raises:
+        UsageError: no list, or a name that is empty, holds NUL or is no valid Unicode.
+    """
+    if isinstance(class_names, (str, bytes)) or not isinstance(class_names, Iterable):
+        raise UsageError(
+            f"class names must be a list, one for each class number, got {shortened(class_names)}"
+        )
+    names = [_as_text(name) for name in class_names]
+    if bad := next((name for name in names if not name or "\0" in name or not is_unicode(name)), None):
+        raise UsageError(f"a class has the name {bad!r}: give it one of valid Unicode without NUL")
+    if "" in names:
+        raise UsageError(f"class number {names.index('')} has an empty name")
+    given = Counter(names)
+    found = [f"{name} ({number})" if given[name] > 1 else name for number, name in enumerate(names)]
+    if twice := next((name for name, count in Counter(found).items() if count > 1), None):
+        raise UsageError(f"two classes have the name {twice!r}: rename one of them")
+    return found
+
+
+def _as_text(name: Any) -> str:
+    if isinstance(name, (tuple, list)):
+        return ", ".join(map(_as_text, name))
+    return name.decode("utf-8", "surrogateescape") if isinstance(name, bytes) else str(name)
 
 
 def label_of(label: Any, whose: str) -> Label:

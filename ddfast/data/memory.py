@@ -24,7 +24,15 @@ from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 from ddfast.data.labels_in_memory import Label, classes_of, distinct, label_of, labels_of, named, width_of
 from ddfast.data.pixels_in_memory import as_file
 from ddfast.data.samples import Sample
-from ddfast.data.sources import IN_MEMORY, SPLIT_FOLDERS, Source, described, is_many_images, kind_in_words
+from ddfast.data.sources import (
+    IN_MEMORY,
+    SPLIT_FOLDERS,
+    Source,
+    described,
+    is_many_images,
+    kind_in_words,
+    size_refused,
+)
 from ddfast.data.splits import split_word
 from ddfast.errors import BadImage, UsageError, one_line, shown
 from ddfast.wording import plural
@@ -125,7 +133,7 @@ class HeldArrays(Held):
                 f"{name}: {plural(len(images), 'image')} and {plural(len(self.labels), 'label')}: wanted one label "
                 "for each image"
             )
-        self._images = images
+        self._images = getattr(images, "iloc", images)  # of pandas: by place, as the labels are
 
     @classmethod
     def of_labels(cls, labels: Any, class_names: Sequence[Any] | None, name: str) -> HeldArrays:
@@ -174,8 +182,12 @@ def file_of_row(image: Mapping[str, Any], folder: str = "") -> bytes:
     """The file that {"bytes", "path"} holds, or names within `folder`. Raises `BadImage` where there is none."""
     if image.get("bytes") is not None:
         return bytes(image["bytes"])
+    path = os.path.join(folder, str(image.get("path")))
+    if not os.path.isfile(path):
+        raise BadImage("cannot be read: no such file or directory")
     try:
-        with open(os.path.join(folder, str(image.get("path"))), "rb") as file:
+        with open(path, "rb") as file:
+            size_refused(os.fstat(file.fileno()).st_size)
             return file.read()
     except OSError as error:
         raise BadImage(f"cannot be read: {(error.strerror or 'no such file').lower()}") from error

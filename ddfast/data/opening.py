@@ -67,7 +67,7 @@ def open_source(data: Any, split: str = "train") -> Source:
         from ddfast.data.hub import open_hub
 
         return open_hub(name, split)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     try:
         if name and os.path.isdir(path):  # "" would be the current folder
             return _special_folder(path, split, name) or open_folder(path, split, name)
@@ -102,7 +102,7 @@ def open_source(data: Any, split: str = "train") -> Source:
     kind, _, where = name.partition(":")
     kind = re.sub("[-_]", "", kind.lower())
     if kind in NAMED_SETS and where:
-        return _named_in(kind, Path(where).expanduser(), split, name)
+        return _named_in(kind, Path(os.path.expanduser(where)), split, name)
     if kind in NAMED_SETS:
         return NamedSource(kind, split)
     raise UsageError(

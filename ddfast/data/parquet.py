@@ -26,9 +26,10 @@ from ddfast.data.memory import (
     source_of,
 )
 from ddfast.data.metadata import METADATA_FILES
-from ddfast.data.sources import SPLIT_FOLDERS, is_hidden, is_image
+from ddfast.data.sources import SPLIT_FOLDERS, is_hidden, is_image, path_inside
 from ddfast.data.splits import split_word
-from ddfast.errors import UsageError, one_line, shown
+from ddfast.errors import BadImage, UsageError, one_line, shown
+from ddfast.files import arrow_file
 from ddfast.settings import POOL_MEMORY
 
 if TYPE_CHECKING:
@@ -165,8 +166,10 @@ class HeldParquet(Held):
         row = self._group(place)[index - int(self._starts[place])].as_py()
         if isinstance(row, bytes):
             return row
-        folder = self._paths[self._groups[place][0]].parent
-        return file_of_row(row or {}, os.fspath(folder))
+        row = row or {}
+        if row.get("bytes") is None and path_inside(str(row.get("path"))) is None:
+            raise BadImage("it names a file outside of the folder")
+        return file_of_row(row, os.fspath(self._paths[self._groups[place][0]].parent))
 
     def content(self, order: Sequence[int]) -> bytes:
         """Sizes and footers of the files."""
@@ -188,7 +191,7 @@ class HeldParquet(Held):
             file, group, rows = self._groups[place]
             path = self._paths[file]
             try:
-                with pq.ParquetFile(path) as table:
+                with arrow_file(path) as raw, pq.ParquetFile(raw) as table:
                     column = table.read_row_group(group, columns=[self._columns[file]]).column(0)
             except (pa.ArrowException, OSError, ValueError, LookupError) as error:
                 raise _damaged(path, error) from error
@@ -216,7 +219,7 @@ def _read_labels(path: Path) -> tuple[str, list[str] | None, list[int], list[Any
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as table:
+        with arrow_file(path) as raw, pq.ParquetFile(raw) as table:
             schema = table.schema_arrow
             features = _features(schema.metadata)
             files = [

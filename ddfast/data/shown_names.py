@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -58,7 +59,7 @@ def _content(given: ShownNames) -> tuple[str, Mapping[Any, Any] | list[Any]]:
     """What it is, for a message, and the mapping or list that it holds."""
     what, content = "class names", given
     if isinstance(given, (str, Path)):
-        path = Path(given).expanduser()
+        path = Path(os.path.expanduser(given))
         what = f"class names {given}"
         try:
             text = path.read_bytes().decode("utf-8-sig")

@@ -23,6 +23,7 @@ import numpy as np
 
 from ddfast.data.samples import DuplicateId, Sample, SampleList
 from ddfast.errors import BadImage, UsageError, shown
+from ddfast.wording import argument
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 """Endings that make a file in a class folder a sample, in any case: torchvision's ImageFolder's, and GIF."""
@@ -156,6 +157,26 @@ class Source(ABC):
         return f"{type(self).__name__}({self.name!r}, {self.split!r}, {classes} classes, {samples} samples)"
 
 
+def check_outside(out: Path, source: Source) -> None:
+    """Refuse to write among the images of the data, where pictures would be taken for more of them.
+
+    Raises:
+        UsageError: `out` lies there.
+    """
+    if source.holds(out):
+        raise UsageError(
+            f"{out} lies among the images of {source.name}, so that what is written there would be taken for data; "
+            f"choose another {argument('out')}"
+        )
+
+
+def place_of(data: Any) -> str:
+    """`described`, by the whole path where it is one: `run.json` is read from other folders, too."""
+    text = described(data)
+    found = not is_in_memory(data) and os.path.exists(os.path.expanduser(text))
+    return os.path.abspath(os.path.expanduser(text)) if found else text
+
+
 def machine_refused(name: str, error: OSError) -> None:
     """Raise `UsageError` where a read failed for want of the machine or the network.
 
@@ -278,6 +299,11 @@ def spellings(found: Collection[str], train_classes: Collection[str] | None, pla
     return {
         class_name: known.get(unicodedata.normalize("NFC", class_name), class_name) for class_name in found
     }
+
+
+def composed(names: Iterable[str]) -> list[str]:
+    """Class names by which two spellings of one, in composed and in decomposed Unicode, are equal."""
+    return [unicodedata.normalize("NFC", name) for name in names]
 
 
 def checked_classes(

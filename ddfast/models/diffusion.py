@@ -7,9 +7,9 @@ pipeline there are, which classes it knows, and how a step of it is taken.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import importlib.util
 import math
-import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -263,18 +263,22 @@ def diffusers_is_there() -> None:
         assert EMAModel is not None
 
 
+def _is_installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 @contextmanager
 def _own_kernels_hidden() -> Iterator[None]:
-    """Keep our folder `kernels` from being taken for the package of that name, where a checkout is on Python's path.
+    """Keep a checkout's folder `kernels` from being taken for the package of that name, where Python's path has it.
 
-    `transformers`, which diffusers imports where it is installed, imports whatever is found by that name.
+    `transformers`, which diffusers imports where it is installed, imports whatever is found by that name, and asks for
+    the version that only an installed package has.
     """
-    ours = importlib.util.find_spec("ddfast.kernels")
-    found = None if "kernels" in sys.modules else importlib.util.find_spec("kernels")
-    if ours is None or found is None or not (ours.origin and found.origin):
-        yield
-        return
-    if not os.path.samefile(ours.origin, found.origin):
+    if "kernels" in sys.modules or importlib.util.find_spec("kernels") is None or _is_installed("kernels"):
         yield
         return
     sys.modules["kernels"] = None  # type: ignore[assignment]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -71,7 +72,7 @@ def published(spec: object) -> tuple[str, str] | None:
     kind, colon, name = text.partition(":")
     if colon and kind in KINDS:
         return kind, name
-    if isinstance(spec, (str, Path)) and (Path(spec).expanduser() / "config.json").is_file():
+    if isinstance(spec, (str, Path)) and (Path(os.path.expanduser(spec)) / "config.json").is_file():
         return "hf", text
     return None
 
@@ -187,7 +188,7 @@ def _timm_classes(config: dict[str, Any], classes: int) -> list[str]:
 
 def _huggingface(name: str, normalization: Normalization | None = None) -> Published:
     """An image classifier by its name on the Hub, or by its folder."""
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if name.startswith((".", "/", "~")) and not folder.is_dir():
         raise UsageError(
             f"no folder {name}: give the folder of a config.json, or a name of the Hub as hf:OWNER/NAME"

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from ddfast.arguments import output_folder, path_of, whole_number
 from ddfast.errors import UsageError, one_line
 from ddfast.fetching import in_silence
-from ddfast.files import atomic_folder, atomic_write_text
+from ddfast.files import arrow_file, atomic_folder, atomic_write_text
 from ddfast.output.distilled import MANIFEST, SOFT_LABELS, DistilledSet
 from ddfast.output.pixels import PIXELS
 from ddfast.output.whitening import WHITENING
@@ -176,7 +176,7 @@ def _write_rows(path: Path, opened: DistilledSet, places: range, names: Sequence
     import pyarrow.parquet as pq
 
     schema = _schema(names, opened.stored is not None)
-    with pq.ParquetWriter(path, schema) as writer:
+    with arrow_file(path, "wb") as raw, pq.ParquetWriter(raw, schema) as writer:
         for first in range(places.start, places.stop, _ROWS):
             group = range(first, min(first + _ROWS, places.stop))
             rows = [opened.rows[place] for place in group]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ddfast.errors import UsageError, one_line
-from ddfast.files import atomic_write_bytes
+from ddfast.files import arrow_file, atomic_write_bytes
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -376,7 +376,8 @@ def read_curve(root: str | Path) -> list[dict[str, float]]:
     if not path.is_file():
         raise UsageError(f"{root} has no {CURVE_TABLE}: {_AGAIN}")
     try:
-        schema = pq.read_schema(path).remove_metadata()
+        with arrow_file(path) as raw:
+            schema = pq.read_schema(raw).remove_metadata()
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         raise UsageError(f"{path} is damaged ({one_line(error)}): delete it and {_AGAIN}") from error
     keys = curve_schema().names[:2]

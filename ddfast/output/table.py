@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ddfast.errors import UsageError, one_line
-from ddfast.files import atomic_path, atomic_write_bytes
+from ddfast.files import arrow_file, atomic_path, atomic_write_bytes
 
 _BOX = pa.list_(pa.float32(), 4)
 
@@ -216,7 +216,7 @@ def table_writer(path: str | Path, schema: pa.Schema) -> Iterator[Callable[[pa.T
     bytes. Raises `UsageError` as `write_table` does.
     """
     with atomic_path(path) as temporary:
-        with pq.ParquetWriter(temporary, schema, **_WRITER_OPTIONS) as writer:
+        with arrow_file(temporary, "wb") as raw, pq.ParquetWriter(raw, schema, **_WRITER_OPTIONS) as writer:
             yield lambda table: writer.write_table(
                 _in_one_chunk(table), row_group_size=max(1, table.num_rows)
             )
@@ -301,7 +301,7 @@ def read_table(
     if not path.is_file():
         raise UsageError(f"no such table: {path}")
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with arrow_file(path) as raw, pq.ParquetFile(raw, page_checksum_verification=True) as file:
             found = file.schema_arrow.remove_metadata()
             if not _fits(found, schema):
                 raise UsageError(
@@ -318,7 +318,7 @@ def iter_table(path: str | Path, schema: pa.Schema = SCORE_SCHEMA) -> Iterator[p
     if not path.is_file():
         raise UsageError(f"no such table: {path}")
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with arrow_file(path) as raw, pq.ParquetFile(raw, page_checksum_verification=True) as file:
             if file.schema_arrow.remove_metadata() != schema:
                 raise UsageError(f"{path} has other columns than wanted; delete it and resume")
             for index in range(file.num_row_groups):
@@ -330,7 +330,7 @@ def iter_table(path: str | Path, schema: pa.Schema = SCORE_SCHEMA) -> Iterator[p
 def feature_width(path: str | Path) -> int:
     """Width of the `features` of a score table; 0 where it has none. Raises `UsageError` for a damaged file."""
     try:
-        with pq.ParquetFile(path) as file:
+        with arrow_file(path) as raw, pq.ParquetFile(raw) as file:
             return _width(file.schema_arrow)
     except _READ_ERRORS as error:
         raise UsageError(f"{path} is damaged ({one_line(error)}): delete it and resume") from error
@@ -339,7 +339,7 @@ def feature_width(path: str | Path) -> int:
 def read_facts(path: str | Path) -> dict[str, Any]:
     """The `facts` that a table was written with; {} where it has none. Raises `UsageError` for a damaged file."""
     try:
-        with pq.ParquetFile(path) as file:
+        with arrow_file(path) as raw, pq.ParquetFile(raw) as file:
             found = file.metadata.metadata or {}
         return dict(json.loads(found.get(_FACTS.encode(), b"{}")))
     except _READ_ERRORS as error:
@@ -356,7 +356,7 @@ def is_readable(path: str | Path, schema: pa.Schema = SCORE_SCHEMA) -> bool:
         place, found, wanted = _digest(path)
         if place < 0 or found != wanted:
             return False
-        with pq.ParquetFile(path) as file:
+        with arrow_file(path) as raw, pq.ParquetFile(raw) as file:
             return _fits(file.schema_arrow.remove_metadata(), schema)
     except _READ_ERRORS:
         return False

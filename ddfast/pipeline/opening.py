@@ -15,7 +15,7 @@ from ddfast.crowding import Neighbours, warn_of_crowding
 from ddfast.data.loaders import resolve_loader
 from ddfast.data.opening import open_source
 from ddfast.data.shown_names import check_shown_names, read_shown_names
-from ddfast.data.sources import IN_MEMORY, Source, described
+from ddfast.data.sources import IN_MEMORY, check_outside, place_of
 from ddfast.errors import BadImage, UsageError
 from ddfast.files import make_folder, sweep_temporary
 from ddfast.history import History, check_history
@@ -112,19 +112,6 @@ def check_folder(out: Path) -> None:
         return
     if any(not (entry.name.startswith(".") and ".tmp-" in entry.name) for entry in out.iterdir()):
         raise UsageError(f"{out} is not empty and holds no ddfast run; choose another folder")
-
-
-def check_outside(out: Path, source: Source) -> None:
-    """Refuse to write among the images of the data, where pictures would be taken for more of them.
-
-    Raises:
-        UsageError: `out` lies there.
-    """
-    if source.holds(out):
-        raise UsageError(
-            f"{out} lies among the images of {source.name}, so that what is written there would be taken for data; "
-            f"choose another {argument('out')}"
-        )
 
 
 def _select_again(out: Path, ipc: int) -> str:
@@ -272,7 +259,7 @@ def _facts_of(
         facts = json.loads((out / RUN).read_text(encoding="utf-8"))
         return {**{key: facts[key] for key in ("data", "teacher", "label_teacher")}, **facts}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        given: dict[str, Any] = {"data": None if data is None else described(data)}
+        given: dict[str, Any] = {"data": None if data is None else place_of(data)}
         if plan["teacher"] is not None:
             given["teacher"] = teacher
         if plan["label_teacher"] is not None and plan["label_teacher"]["sha256"] != plan["teacher"]["sha256"]:
@@ -435,18 +422,18 @@ def open_run(method: str, settings: Settings, options: Mapping[str, Any] | None 
             facts={
                 **host_facts(),
                 "command": command_line(),
-                "data": described(settings.data),
+                "data": place_of(settings.data),
                 **(
-                    {"class_names": str(settings.class_names)}
+                    {"class_names": place_of(settings.class_names)}
                     if isinstance(settings.class_names, str | Path)
                     else {}
                 ),
-                "teacher": None if teacher is None else teacher.path,
+                "teacher": None if teacher is None else place_of(teacher.path),
                 "label_teacher": None
                 if settings.label_teacher is None or label_teacher is None
-                else label_teacher.path,
+                else place_of(label_teacher.path),
                 "seconds": _earlier_seconds(settings.out),
-                **chosen.places(),
+                **{name: place_of(place) for name, place in chosen.places().items()},
                 "ranks": ranks.size,
             },
             data=settings.data,

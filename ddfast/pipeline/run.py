@@ -125,7 +125,8 @@ class Run:
         """Write the manifest and `run.json` atomically; rank 0 alone does."""
         if self.ranks.main:
             atomic_write_text(self.out / MANIFEST, json.dumps(self.plan, indent=2, ensure_ascii=False) + "\n")
-            atomic_write_text(self.out / RUN, json.dumps(self.facts, indent=2, ensure_ascii=False) + "\n")
+            # In ASCII, as a path need not be valid Unicode.
+            atomic_write_text(self.out / RUN, json.dumps(self.facts, indent=2) + "\n")
 
     def pool(self) -> np.ndarray:
         """Places in `source.samples` of the sources to score, int64 in the order of their ids.

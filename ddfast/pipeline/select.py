@@ -21,7 +21,7 @@ import pyarrow as pa
 from ddfast.arguments import whole_number
 from ddfast.data.sources import reasons_in_words
 from ddfast.errors import UsageError
-from ddfast.files import atomic_folder, explained, make_folder, temporary_path
+from ddfast.files import atomic_folder, beside, explained, make_folder, temporary_path
 from ddfast.methods.selection.base import Table
 from ddfast.output.distilled import _LABEL_PARTS, QUARANTINED, SCORES, SELECTION, SOFT_LABELS
 from ddfast.output.table import (
@@ -92,7 +92,7 @@ def _drop_selected(run: Run, held: dict[str, Any]) -> None:
 
 def _keep_finished(run: Run, ipc: int) -> None:
     """Keep the finished set of an IPC beside the run, before its own files go."""
-    kept = run.out.with_name(f"{run.out.resolve().name}-ipc{ipc}")
+    kept = beside(run.out, f"-ipc{ipc}")
     if kept.exists():
         raise UsageError(
             f"the finished set of IPC {ipc} would be kept as {kept}, which exists: move or delete that first"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ddfast.arguments import path_of
-from ddfast.data.sources import Source
+from ddfast.data.sources import Source, composed
 from ddfast.errors import UsageError
 from ddfast.methods.base import Method
 from ddfast.models import Teacher, load_teacher
@@ -149,7 +149,7 @@ def check_teacher(teacher: Teacher, source: Source, *, role: str = "teacher") ->
             f"the {role} knows {plural(len(theirs), 'class')}, {source.name} has {len(ours)}: give its own teacher"
         )
     for index, (a, b) in enumerate(zip(theirs, ours, strict=True)):
-        if a != b:
+        if composed([a]) != composed([b]):
             raise UsageError(
                 f"the {role}'s class {index} is {a!r}, that of {source.name} is {b!r}: the class order must match, or "
                 f"be said with {argument('class_order' if role == 'teacher' else 'label_class_order')}"

@@ -6,6 +6,7 @@ import copy
 import csv
 import dataclasses
 import io
+import os
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from ddfast.attribution import list_estimators
 from ddfast.data.decoding import decode_fit
 from ddfast.data.loading import load
 from ddfast.data.opening import open_source
-from ddfast.data.sources import Sample, Source, is_image
+from ddfast.data.sources import Sample, Source, check_outside, is_image, utf8
 from ddfast.errors import BadImage, UsageError, shown
 from ddfast.files import atomic_folder, atomic_write_bytes, atomic_write_text, make_folder
 from ddfast.isolation import isolated
@@ -67,7 +68,7 @@ class LooseFiles(Source):
     """Image files without labels; every sample has label 0 and its file's name for a key."""
 
     def __init__(self, name: str, paths: Sequence[Path]) -> None:
-        self._paths = {path.name: path for path in paths}
+        self._paths = {utf8(path.name): path for path in paths}
         super().__init__(name, "train", [""], [(key, 0) for key in self._paths])
 
     def read(self, sample: Sample) -> bytes:
@@ -158,6 +159,7 @@ def attribute_images(
             f"{argument('grid')} must be at most the image size {teacher.image_size}, got {grid}"
         )
     source = _open(data)
+    check_outside(out, source)
     targets = None if isinstance(source, LooseFiles) else _teacher_labels(source, teacher)
     samples = [source.samples[place] for place in spread(len(source.samples), limit)]
     say_slow_ops(where, quiet=quiet)
@@ -191,7 +193,7 @@ def attribute_images(
 
 def _open(data: str | Path) -> Source:
     """A labelled set where `data` is one, else its image files."""
-    path = Path(data).expanduser()
+    path = Path(os.path.expanduser(data))
     if path.is_file():
         if is_image(path.name) or _decodes(path):
             return LooseFiles(str(data), [path])

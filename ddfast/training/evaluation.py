@@ -454,7 +454,7 @@ def source_of_test_split(data: Any, distilled: DistilledSet | DistilledImages) -
     """The test split of real data, whose classes must be those of the distilled set."""
     from ddfast.data.memory import open_memory
     from ddfast.data.opening import open_source
-    from ddfast.data.sources import described, is_in_memory
+    from ddfast.data.sources import composed, described, is_in_memory
 
     data = data_of(data)
     if is_in_memory(data):
@@ -462,7 +462,7 @@ def source_of_test_split(data: Any, distilled: DistilledSet | DistilledImages) -
         source: Source = open_memory(splits, "test", distilled.class_names)
     else:
         source = open_source(data, "test")
-    if list(source.class_names) != list(distilled.class_names):
+    if composed(source.class_names) != composed(distilled.class_names):
         raise UsageError(
             f"{described(data)} has {plural(len(source.class_names), 'class')} that are not the distilled set's "
             f"{len(distilled.class_names)}, or stand in another order: give the data it was distilled from"

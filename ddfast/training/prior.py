@@ -150,6 +150,7 @@ def train_prior(
         UsageError: bad arguments or data, diffusers is not there, or a folder that holds something else.
     """
     from ddfast.data import open_source
+    from ddfast.data.sources import check_outside
 
     diffusers_is_there()
     neighbours = Neighbours()
@@ -174,6 +175,7 @@ def train_prior(
     _check_folder(out, resume)
     data = data_of(data)
     source = open_source(data, "train")
+    check_outside(out, source)
     for note in source.notes():
         say(note, quiet=quiet)
     config = replace(tried, image_size=native_size(source) if image_size is None else tried.image_size)

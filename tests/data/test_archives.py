@@ -564,6 +564,13 @@ def test_splits_of_pairs(tmp_path: Path) -> None:
     assert "has no test split" in refusal(write_tar(tmp_path / "b.tar", pairs()), "test")
 
 
+def test_names_of_pairs_may_hold_a_slash(tmp_path: Path) -> None:
+    files = {"0.png": png(1), "0.cls": b"0", "1.png": png(2), "1.cls": b"1"}
+    source = open_source(write_tar(tmp_path / "a.tar", files | {"classes.txt": b"T-shirt/top\n../coat\n"}))
+    assert source.class_names == ["../coat", "T-shirt/top"]
+    assert {s.key: s.label for s in source.samples} == {"T-shirt-top/0.png": 1, "..-coat/1.png": 0}
+
+
 def test_only_the_image_named_by_its_key_is_a_sample(tmp_path: Path) -> None:
     files = pairs() | {"0000.mask.png": png(50), "0001.depth.tif": b"x"}
     assert len(open_source(write_tar(tmp_path / "a.tar", files))) == 4
@@ -578,7 +585,8 @@ def test_only_the_image_named_by_its_key_is_a_sample(tmp_path: Path) -> None:
         ({"x.jpg": png(), "x.json": b"{" * 50}, "has no label for x.jpg"),
         ({"x.jpg": png(), "x.json": b'{"label": -1}'}, "has no label for x.jpg"),
         ({"x.jpg": png(), "x.json": b'{"label": true}'}, "has no label for x.jpg"),
-        ({"x.jpg": png(), "x.cls": b"a/b"}, "an empty class name or one with a slash"),
+        ({"x.jpg": png(), "x.cls": b"-1"}, "has no label for x.jpg"),
+        ({"x.jpg": png(), "x.cls": b"a\0b"}, "an empty class name or one with NUL"),
         ({"classes.txt": b"one\ntwo\n"}, "has 2 lines, but class number 2 occurs"),
     ],
 )

@@ -21,6 +21,7 @@ import torchvision.datasets
 
 from ddfast.data import parquet
 from ddfast.data.decoding import decode, encode_image
+from ddfast.data.loading import load_all
 from ddfast.data.opening import open_source
 from ddfast.data.sources import Source
 from ddfast.errors import UsageError
@@ -451,3 +452,16 @@ def test_a_set_by_name_and_folder_is_not_fetched(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(torchvision.datasets, "SVHN", opened)
     with pytest.raises(UsageError, match=r"cannot load svhn from .*, false\]"):
         open_source(f"svhn:{tmp_path}")
+
+
+def test_a_parquet_row_reads_no_file_outside_of_its_folder(tmp_path: Path) -> None:
+    inside = encode_image(torch.from_numpy(X[0]).permute(2, 0, 1))
+    (tmp_path / "secret.png").write_bytes(inside)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "mine.png").write_bytes(inside)
+    paths = ["mine.png", "../secret.png", str(tmp_path / "secret.png"), "/dev/zero"]
+    rows = {"image": [{"bytes": None, "path": path} for path in paths], "label": [0, 1, 0, 1]}
+    pq.write_table(pa.table(rows), tmp_path / "set" / "train.parquet")
+    source = open_source(tmp_path / "set" / "train.parquet")
+    _, _, bad = load_all(source, 8)
+    assert [reason for _, reason in bad] == ["it names a file outside of the folder"] * 3

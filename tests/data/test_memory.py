@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 
 import ddfast
-from ddfast.data.decoding import decode, encode_image
+from ddfast.data.decoding import decode, decode_fit, encode_image
+from ddfast.data.labels_in_memory import distinct
 from ddfast.data.loading import load_all
 from ddfast.data.opening import open_source
 from ddfast.data.sources import Source, described
@@ -455,3 +457,42 @@ def test_a_synthesis_is_judged_on_the_test_split_in_memory(
     with pytest.raises(UsageError, match="is one split, so that all of it is train"):
         ddfast.distill("dm", data=(x, y), out=tmp_path / "other", evaluate_every=1, **given)
     assert not (tmp_path / "other").exists()
+
+
+class Shuffled:
+    """As a pandas Series that was reordered: places by `iloc`, the index's labels by `[...]`."""
+
+    def __init__(self, values, index):
+        self.iloc, self._index = values, index
+
+    def __len__(self):
+        return len(self.iloc)
+
+    def __getitem__(self, label):
+        return self.iloc[self._index.index(label)]
+
+
+def test_images_of_a_reordered_table_are_read_by_place():
+    images = [np.full((8, 8, 3), 10 * n, np.uint8) for n in range(4)]
+    source = open_source((Shuffled(images, [2, 0, 3, 1]), [0, 0, 1, 1]))
+    values = [int(decode_fit(source.read(sample), 8)[0, 0, 0]) for sample in source.samples]
+    assert dict(zip(values, source.samples.labels.tolist(), strict=True)) == {0: 0, 10: 0, 20: 1, 30: 1}
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ("cat,dog", "class names must be a list"),
+        (["", "dog"], "class number 0 has an empty name"),
+        (["c\0t", "dog"], "give it one of valid Unicode without NUL"),
+        (["\ud800", "dog"], "give it one of valid Unicode without NUL"),
+        (["a", "a", "a (0)"], "two classes have the name 'a (0)'"),
+    ],
+)
+def test_class_names_that_are_none(names, words):
+    with pytest.raises(UsageError, match=re.escape(words)):
+        distinct(names)
+
+
+def test_class_names_may_be_bytes():
+    assert distinct(np.array([b"cat", "café".encode()])) == ["cat", "café"]

@@ -602,3 +602,62 @@ def test_what_cannot_be_served_is_refused_by_its_keyword(changed, message, toy_f
     with pytest.raises(UsageError, match=message):
         ddfast.distill("infoutil", **arguments)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["run:1", "s3:run", "file:run", "100%#run", "größe"])
+def test_a_folder_may_have_any_name(name, undisturbed, toy_folder, toy_teacher, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    distil(toy_folder, toy_teacher, Path(name))
+    assert digests(tmp_path / name) == digests(undisturbed)
+    if ":" in name:
+        made = ddfast.distill("dm", data=toy_folder, out=f"dm-{name}", ipc=1, iterations=1, real_batch=4,
+                              image_size=16, arch="convnet3_in", quiet=True)  # fmt: skip
+        assert made.set is not None
+
+
+def test_a_folder_whose_name_is_no_unicode_is_refused(toy_folder, toy_teacher, tmp_path):
+    with pytest.raises(UsageError, match="out must be valid UTF-8"):
+        distil(toy_folder, toy_teacher, tmp_path / "caf\udce9")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_tilde_is_the_home_folder(toy_folder, toy_teacher, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert distil(toy_folder, toy_teacher, "~/run") == tmp_path / "run"
+    assert not (tmp_path / "~").exists()
+
+
+def test_data_whose_path_is_no_unicode(undisturbed, toy_folder, toy_teacher, tmp_path):
+    data = tmp_path / "caf\udce9"
+    data.symlink_to(toy_folder)
+    distil(data, toy_teacher, tmp_path / "run")
+    assert digests(tmp_path / "run") == digests(undisturbed)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["data"] == str(data)
+
+
+def test_paths_of_a_run_hold_from_any_folder(toy_folder, toy_teacher, tmp_path, monkeypatch):
+    monkeypatch.chdir(toy_folder.parent)
+    out = distil(toy_folder.name, toy_teacher, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    assert reopen(out, quiet=True).source.fingerprint()
+    assert json.loads((out / "run.json").read_text())["data"] == str(toy_folder)
+
+
+def test_a_report_goes_without_other_data(toy_folder, toy_teacher, tmp_path, capsys):
+    out = distil(toy_folder, toy_teacher, tmp_path / "run")
+    other = tmp_path / "other"
+    shutil.copytree(toy_folder, other)
+    next((other / "train" / "across").glob("*.png")).unlink()
+    assert main(["report", str(out), "--data", str(other)]) == 2
+    assert "holds other images than the run was made of" in capsys.readouterr().err
+    told = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps({**told, "data": str(other)}))
+    assert main(["report", str(out)]) == 0
+    assert "the report goes without sources" in capsys.readouterr().err
+
+
+def test_select_where_the_run_is_the_current_folder(toy_folder, toy_teacher, tmp_path, monkeypatch):
+    monkeypatch.chdir(distil(toy_folder, toy_teacher, tmp_path / "run", ipc=1))
+    assert main(["select", ".", "--ipc", "2", "--quiet"]) == 0
+    assert (tmp_path / "run-ipc1").is_dir()

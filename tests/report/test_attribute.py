@@ -1,4 +1,5 @@
 import csv
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -100,3 +101,24 @@ def test_bad_requests_are_refused_and_leave_nothing(tmp_path, teacher):
     with pytest.raises(UsageError, match="not an empty folder"):
         attribute_images(image, teacher=teacher, out=tmp_path, quiet=True)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_nothing_is_written_among_the_images(tmp_path, teacher):
+    flat = tmp_path / "flat"
+    for number, name in enumerate(teacher.class_names):
+        (flat / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16), (40 * number, 90, 20)).save(flat / name / "0.png")
+    with pytest.raises(UsageError, match="lies among the images"):
+        attribute_images(flat, teacher=teacher, out=flat / "heat", quiet=True)
+    assert not (flat / "heat").exists()
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_the_folder_may_be_an_empty_one(linked, tmp_path, teacher, monkeypatch):
+    Image.new("RGB", (16, 16), (40, 90, 20)).save(tmp_path / "one.png")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    monkeypatch.chdir(tmp_path / "empty")
+    out = tmp_path / "link" if linked else Path(".")
+    assert attribute_images(tmp_path / "one.png", teacher=teacher, out=out, n_samples=18, quiet=True) == 1
+    assert (tmp_path / "empty" / "index.html").is_file()
