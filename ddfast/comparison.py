@@ -75,11 +75,13 @@ class _Given:
     labeller: Teacher | None
 
     @property
-    def size(self) -> tuple[int, ...]:
-        """What decides the steps of a student: images, their side, and the tiles or regions that they stand for."""
+    def size(self) -> tuple[float, ...]:
+        """What the sets of a table have in common: images, their side, the tiles or regions that they stand for, and
+        their normalisation, which is also that of the random images."""
         tiles = self.opened.factor if self.opened.pixels is not None else 1
         regions = 0 if self.boxes is None else self.boxes.shape[1]
-        return len(self.opened), self.opened.image_size, self.opened.factor, tiles, regions
+        shape = len(self.opened), self.opened.image_size, self.opened.factor, tiles, regions
+        return *shape, *map(float, (*self.opened.mean, *self.opened.std))
 
     @property
     def boxes(self) -> Tensor | None:
@@ -184,7 +186,9 @@ def compare(
         first = group[0].opened
         size = first.image_size
         if size not in tests:
-            tests[size] = read_test_set(tested, size, workers=workers, quiet=quiet)
+            tests[size] = read_test_set(
+                tested, size, enlarged=rules.enlarged_tests, workers=workers, quiet=quiet
+            )
         students = {"arch": arch, "arch_options": options} if arch is not None else _students(group, options)
         trial = _Trial(rules, tests[size], {**settings, **students}, group[0].size[3] > 1, group[0].boxes)
         baselines = _Baselines(source, data, out, coreset, device, workers, quiet, notes)
@@ -342,12 +346,11 @@ class _Trial:
             if column == "soft" and (self.rules.labels == "hard" or opened.stored is None):
                 continue
             images: Any = opened
-            if self.decoded and opened.pixels is None:
-                images = read_distilled(opened).decoded()
             if self.boxes is not None and opened.pixels is None:
                 held = read_distilled(opened)
                 images = replace(held, boxes=self.boxes[torch.arange(len(held.labels)) % len(self.boxes)])
-            rules = replace(self.rules, labels=column)
+            # As those of optimised images do, students of pictures see their tiles, in as many passes.
+            rules = replace(self.rules, labels=column, decode=self.rules.decode or self.decoded)
             say(f"{opened.root}: {column} labels", quiet=bool(self.settings["quiet"]))
             result = evaluate(images, self.test, protocol=rules, **self.settings)
             if (

@@ -37,10 +37,19 @@ def seeded(*key: int | str, device: torch.device | None = None) -> Iterator[None
     if device is not None and device.type == "cuda":
         gpu = [torch.cuda.current_device() if device.index is None else device.index]
     with torch.random.fork_rng(devices=gpu):
-        torch.default_generator.manual_seed(derived_seed(*key))
-        for index in gpu:
-            torch.cuda.default_generators[index].manual_seed(derived_seed(*key))
+        seed_globally(derived_seed(*key), device)
         yield
+
+
+def seed_globally(seed: int, device: torch.device | None = None) -> None:
+    """Seed torch's global generator of the CPU, and that of `device` where it is a GPU.
+
+    `torch.manual_seed` would seed all GPUs, and one that is not used yet would get this seed in place of its caller's.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device is not None and device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[index].manual_seed(seed)
 
 
 def stream(seed: int, name: str) -> int:

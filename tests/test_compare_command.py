@@ -57,6 +57,31 @@ def test_tiles_that_do_not_divide_the_image_are_padded_and_judged(toy_folder, tm
     assert any("beside idc stand as many whole images as it has tiles" in note for note in compared.notes)
 
 
+def test_random_images_beside_tiles_are_seen_in_as_many_passes(toy_folder, tmp_path):
+    """Passes go by images per class: those of a random set are no more for its tiles."""
+    shared = {"arch": "convnet3_in", "image_size": 16, "iterations": 1, "inner_loop": 1, "real_batch": 4}
+    made = ddfast.distill("idc", data=toy_folder, ipc=2, out=tmp_path / "idc", quiet=True, **shared)
+    rules = replace(PROTOCOLS["igds"], name="mine", epochs_of_ipc={1: 2, 2: 3, 8: 4})
+    compared = ddfast.compare(made, toy_folder, protocol=rules, seeds=1, quiet=True)
+    (table,) = compared.tables
+    results = [row.results["hard"] for row in table.rows]
+    assert [(one.epochs, one.steps) for one in results] == [(3, 3)] * 2
+    assert len({one.recipe for one in results}) == 1
+
+
+def test_sets_of_other_normalisations_come_into_tables_of_their_own(toy_folder, tmp_path):
+    shared = {"arch": "convnet3_in", "image_size": 16, "iterations": 1, "real_batch": 4, "quiet": True}
+    made = [
+        ddfast.distill("dm", data=toy_folder, ipc=1, out=tmp_path / name, normalization=name, **shared)
+        for name in ("imagenet", "none")
+    ]
+    compared = ddfast.compare(made, toy_folder, epochs=1, seeds=1, quiet=True, out=tmp_path / "out")
+    assert [[row.name.rpartition("/")[2] for row in table.rows] for table in compared.tables] == [
+        ["imagenet", "random"],
+        ["none", "random"],
+    ]
+
+
 # The recipe ------------------------------------------------------------------------------------------------------
 
 
@@ -98,10 +123,11 @@ def test_the_digests_tell_images_labels_and_test_apart(images, toy_test):
         "images": (replace(images, images=255 - images.images), toy_test, {}),
         "labels": (replace(images, soft_labels=images.soft_labels.flip(0)), toy_test, {}),
         "test": (images, replace(toy_test, images=255 - toy_test.images), {}),
+        "images, normalised otherwise": (replace(images, mean=(0.4,) * 3), toy_test, {}),
     }
     for name, (distilled, test, said) in changed.items():
         found = quick(distilled, test, **said).digests
-        assert {key for key in base if base[key] != found[key]} == {name}
+        assert {key for key in base if base[key] != found[key]} == {name.partition(",")[0]}
     hard = replace(PROTOCOLS["rded"], labels="hard")
     held = [
         quick(each, toy_test, protocol=hard).digests["labels"]

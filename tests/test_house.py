@@ -146,3 +146,13 @@ def test_no_room_holds_more_than_a_fifth_of_the_lines():
         lines[room_of(name)] += path.read_text("utf-8").count("\n")
     room, most = lines.most_common(1)[0]
     assert most <= sum(lines.values()) / 5, f"{room} holds {most} of {sum(lines.values())} lines"
+
+
+def test_nothing_seeds_all_gpus():
+    """`torch.manual_seed` does, and takes its caller's seed from a GPU that is not used yet."""
+    for name, path in modules().items():
+        calls = [ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text("utf-8")))
+                 if isinstance(node, ast.Call)]  # fmt: skip
+        assert not {"torch.manual_seed", "torch.cuda.manual_seed", "torch.cuda.manual_seed_all"} & set(
+            calls
+        ), name

@@ -22,6 +22,7 @@ import os
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from ddfast.errors import BadImage, UsageError, one_line, shown
 from ddfast.files import atomic_path, atomic_write_bytes, make_folder
 from ddfast.isolation import isolated
 from ddfast.output.pixels import PIXELS, Pixels, read_pixels, to_unit
+from ddfast.output.whitening import Whitening, read_whitening
 from ddfast.wording import plural
 
 SCORES = "scores"
@@ -410,12 +412,24 @@ class DistilledSet(Dataset[tuple[Any, int, Tensor]]):
             return image, label, F.one_hot(self.labels[index], len(self.class_names)).float()
         return image, label, self.stored.dense(slice(index, index + 1))[0].mean(dim=0)
 
+    def in_unit(self, pixels: Tensor) -> Tensor:
+        """Stored pixels [N, 3, H, W] as those of pictures, in [0, 1] or nearly: without normalisation or whitening."""
+        assert self.pixels is not None
+        whitening = self._whitening
+        if whitening is not None:
+            return whitening.undone(pixels)
+        return to_unit(pixels, self.mean, self.std, self.pixels.space)
+
+    @cached_property
+    def _whitening(self) -> Whitening | None:
+        return read_whitening(self.root)
+
     def _image(self, index: int) -> Any:
         """An image as it is handed out."""
         if self.float:
             image: Any
             if self.pixels is not None:
-                image = to_unit(self.pixels.images[index], self.mean, self.std, self.pixels.space)
+                image = self.in_unit(self.pixels.images[index : index + 1])[0]
             else:
                 image = self._decoded(index).float().div_(255)
             return image if self.transform is None else self.transform(image)

@@ -18,6 +18,7 @@ from ddfast.training.augmentation import normalize
 from ddfast.training.distilled_images import DistilledImages
 from ddfast.training.evaluation import EvaluationResult, evaluate
 from ddfast.training.image_sets import read_test_set
+from ddfast.training.protocol import protocol_named
 from ddfast.wording import argument
 
 
@@ -57,7 +58,10 @@ class Judge:
         """
         self._run, self._method = run, method
         source = open_source(run.data, "test")
-        self._test = read_test_set(source, run.plan["image_size"], workers=run.workers, quiet=True)
+        enlarged = protocol_named(method.protocol).enlarged_tests
+        self._test = read_test_set(
+            source, run.plan["image_size"], enlarged=enlarged, workers=run.workers, quiet=True
+        )
 
     def due(self, step: int) -> bool:
         """Whether the images of a state of so many steps are to be judged."""

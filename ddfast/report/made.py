@@ -16,6 +16,7 @@ from ddfast.methods.diffusion.igds import default_beta
 from ddfast.output.distilled import MANIFEST, METADATA, SOFT_LABELS
 from ddfast.output.mosaic import mosaic_labels, read_mosaic, to_picture
 from ddfast.output.pixels import BEFORE, CURVE_TABLE, PIXELS, Pixels, read_curve, to_unit
+from ddfast.output.whitening import read_whitening
 from ddfast.report.charts import Bar, bars
 from ddfast.report.contents import Fact, number
 from ddfast.report.curves import Line, line_chart, line_of
@@ -447,12 +448,14 @@ def _students(found: Mapping[str, Any]) -> str:
 def _lost(folder: Folder, pixels: Pixels) -> tuple[float, float, int, int]:
     """Largest and mean absolute change in grey levels, values outside of [0, 1], and how many there are."""
     largest, total, outside, count = 0.0, 0.0, 0, 0
+    whitening = read_whitening(folder.root)
     for part in pixels.images.split(256):
-        values: NDArray[np.float64] = (
+        unit = (
             to_unit(part, folder.manifest["mean"], folder.manifest["std"], pixels.space)
-            .numpy()
-            .astype(np.float64)
+            if whitening is None
+            else whitening.undone(part)
         )
+        values: NDArray[np.float64] = unit.numpy().astype(np.float64)
         levels = 255 * values
         change = np.abs(levels - np.clip(np.rint(levels), 0, 255))
         largest, total = max(largest, float(change.max())), total + float(change.sum())

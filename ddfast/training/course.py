@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ddfast.errors import UsageError
 from ddfast.progress import Outlook, Progress, say
-from ddfast.seeding import derived_seed, generator, seeded
+from ddfast.seeding import derived_seed, generator, seed_globally, seeded
 from ddfast.state import StateFile
 from ddfast.training.fitting import Fitting, finite_loss, part
 from ddfast.training.image_sets import ImageSet, StreamedSet
@@ -126,7 +126,7 @@ class Course:
                 for images, labels in self.train.batches(pieces[number], self.batch_size):
                     if len(labels) < self.least:
                         continue
-                    torch.manual_seed(derived_seed(self.seed, "forward", epoch, number))
+                    seed_globally(derived_seed(self.seed, "forward", epoch, number), device)
                     draws = generator(self.seed, "step", epoch, number)
                     self._size = len(labels)
                     yield self.prepare(images.to(device), labels.to(device), draws)

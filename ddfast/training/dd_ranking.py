@@ -25,9 +25,10 @@ from ddfast.files import atomic_write_text, make_folder
 from ddfast.models.teacher import Teacher, load_teacher
 from ddfast.training.distilled_images import DistilledImages
 from ddfast.training.equal_steps import EqualSteps, images_of_a_pass
-from ddfast.training.evaluation import check_recipe, evaluate, read_distilled
+from ddfast.training.evaluation import check_recipe, evaluate, read_distilled, seeds_of
 from ddfast.training.image_sets import ImageSet
 from ddfast.training.protocol import PROTOCOLS
+from ddfast.wording import argument
 
 WEIGHT = 0.5  # w and gamma on the authors' leaderboard
 RECIPES = {"hard": "dc", "soft": "rded", "plain": "rded_plain"}
@@ -224,6 +225,17 @@ class Accuracies:
         }
 
 
+def _percent(given: float) -> float:
+    """An accuracy in percent. A share, or what is no number, is refused."""
+    try:
+        value = float(given)
+    except (TypeError, ValueError):
+        value = float("nan")
+    if not 1 < value <= 100:
+        raise UsageError(f"{argument('full_accuracy')} is in percent, 84.8 for example, got {given!r}")
+    return value
+
+
 Distilled = str | Path | DistilledImages
 """A distilled folder, or its images in memory."""
 
@@ -261,7 +273,8 @@ def measure_accuracies(
     Raises:
         UsageError: of `evaluate`, or no set.
     """
-    runs = list(range(seeds)) if isinstance(seeds, int) else [int(seed) for seed in seeds]
+    runs = seeds_of(seeds)
+    full_accuracy = _percent(full_accuracy)
     given: Any = distilled
     ours: list[Distilled] = list(given) if isinstance(given, (list, tuple)) else [given]
     if not random:

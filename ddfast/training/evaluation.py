@@ -22,7 +22,7 @@ from ddfast.models.published import published
 from ddfast.models.registry import check_model
 from ddfast.models.teacher import Teacher, load_teacher, with_class_order, with_outputs_in
 from ddfast.ops._dispatch import say_slow_ops
-from ddfast.ops.precision import PRECISIONS
+from ddfast.ops.precision import PRECISIONS, compute_dtype
 from ddfast.output.whitening import read_whitening
 from ddfast.progress import Outlook, say, ways_of_machine
 from ddfast.ranks import usable_cores
@@ -197,6 +197,7 @@ def evaluate(
     one_of(precision, "precision", PRECISIONS)
     one_of(regions, "regions", REGIONS)
     where = resolve_device(device)
+    precision = compute_dtype(precision, where)
     arch_options = architecture_options(arch_options)
     arch = _matched_arch(distilled) if arch is None else arch
     check_model(arch, **arch_options)
@@ -212,6 +213,11 @@ def evaluate(
     root = None if isinstance(opened, DistilledImages) else opened.root
     check_history(log_dir, wandb, outside=root)
     check_model(arch, opened.image_size, **arch_options)
+    if isinstance(teacher, torch.nn.Module):
+        raise UsageError(
+            f"{argument('teacher')} must be a ddfast Teacher, which knows classes and normalisation, got the bare "
+            f"module {type(teacher).__name__}: wrap it in ddfast.Teacher(model, class_names=...)"
+        )
     if callable(teacher):
         teacher = teacher()
     if teacher is not None and not isinstance(teacher, Teacher):
@@ -235,9 +241,17 @@ def evaluate(
     if isinstance(data, ImageSet):
         test = data
         _check_labels(test, images.num_classes)
+        wanted = (3, images.image_size, images.image_size)
+        if tuple(test.images.shape[1:]) != wanted:
+            raise UsageError(
+                f"test images must be [N, {', '.join(map(str, wanted))}], as the distilled ones are, got "
+                f"{list(test.images.shape)}"
+            )
     else:
         assert source is not None
-        test = read_test_set(source, images.image_size, workers=workers, quiet=quiet)
+        test = read_test_set(
+            source, images.image_size, enlarged=rules.enlarged_tests, workers=workers, quiet=quiet
+        )
     if teacher is not None and preflight:
         _try_on_test(teacher, test, images, where, quiet)
     say_slow_ops(where, quiet=quiet)
@@ -318,7 +332,12 @@ def evaluate(
             regions=seen,
         ),
         regions=seen,
-        digests=data_digests(images, labels, _labelled_by(opened, teacher), test),
+        digests=data_digests(
+            images if teacher is None else images.normalized_like(teacher),
+            labels,
+            _labelled_by(opened, teacher),
+            test,
+        ),
     )
 
 
@@ -480,6 +499,9 @@ def seeds_of(given: int | Sequence[int]) -> list[int]:
     found = [whole_number(seed, "seeds", least=0, most=2**63 - 1) for seed in given]
     if not found:
         raise UsageError(f"{argument('seeds')}: evaluation needs at least one seed, got 0")
+    if len(set(found)) < len(found):
+        twice = next(seed for seed in found if found.count(seed) > 1)
+        raise UsageError(f"{argument('seeds')} has {twice} twice, which would train one student twice")
     return found
 
 

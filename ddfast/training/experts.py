@@ -213,14 +213,12 @@ class _Trajectories(Recorder):
         return keep
 
     def finish(self, number: int) -> None:
-        """Put the weights of all epochs into one file, where that does not stand already."""
+        """Put the weights of all epochs into one file; of an expert that was finished before it stands there."""
         path, folder = self._out / trajectory_file(number), self._folder(number)
-        if not path.exists():
-            files = sorted(folder.glob("*.safetensors"))
-            if not files:
-                raise UsageError(
-                    f"{path} is missing: delete {self._out / EXPERT.file(number)} to train this expert anew"
-                )
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            _epochs_in(path, None)
+        else:
             epochs = [read_tensors(file, file.read_bytes(), what="epoch of an expert")[0] for file in files]
             stacked = {name: torch.stack([weights[name] for weights in epochs]) for name in epochs[0]}
             atomic_write_bytes(path, serialize_tensors(stacked, {}))
@@ -338,18 +336,21 @@ def _epochs_in(path: Path, network: nn.Module | None) -> int:
     """Epochs of a trajectory, which must be of the network where that is given."""
     from safetensors import SafetensorError, safe_open
 
+    number = path.stem.rpartition("-")[2]
+    again = (
+        f"delete {path.with_name(f'{EXPERT.noun}-{number}.safetensors')} and go on with {EXPERT.maker} and "
+        f"{setting('resume', True)}, which trains this expert anew"
+    )
     if not path.is_file():
-        raise UsageError(f"{path} is missing: train its expert anew with {EXPERT.maker}")
+        raise UsageError(f"{path} is missing: {again}")
     try:
         with safe_open(path, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise UsageError(
-            f"{path} is damaged ({one_line(error)}): train its expert anew with {EXPERT.maker}"
-        ) from error
+        raise UsageError(f"{path} is damaged ({one_line(error)}): {again}") from error
     wanted = shapes if network is None else {name: tuple(w.shape) for name, w in network.named_parameters()}
     lengths = {shape[0] for shape in shapes.values() if shape}
     fits = network is None or {name: shape[1:] for name, shape in shapes.items()} == wanted
     if len(lengths) != 1 or not fits:
-        raise UsageError(f"{path} holds other weights than its expert: train it anew with {EXPERT.maker}")
+        raise UsageError(f"{path} holds other weights than its expert: {again}")
     return int(lengths.pop()) - 1

@@ -17,6 +17,7 @@ from ddfast.errors import UsageError
 from ddfast.models.fusing import FusedSequential, fuse
 from ddfast.ops.precision import autocast
 from ddfast.training.device import memory_layout
+from ddfast.wording import argument, plural
 
 Targets = TypeVar("Targets")
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
@@ -75,6 +76,9 @@ class Fitting:
 
         Returns:
             The losses, float32 [steps] on the device; nothing waits for them.
+
+        Raises:
+            UsageError: a batch of one image in which BatchNorm sees a single value of a channel.
         """
         losses = []
         self.network.train()
@@ -83,7 +87,7 @@ class Fitting:
                 group["lr"] = rate(step)
             images, *others = inputs if isinstance(inputs, tuple) else (inputs,)
             with autocast(self.precision, self.device):
-                logits = self.network(images.contiguous(memory_format=self._layout), *others)
+                logits = self._outputs(images, others)
             if note is not None:
                 note(logits.detach(), targets)
             step_loss = loss(logits, targets)
@@ -92,6 +96,17 @@ class Fitting:
             self.optimizer.step()
             losses.append(step_loss.detach())
         return torch.stack(losses) if losses else torch.zeros(0, device=self.device)
+
+    def _outputs(self, images: Tensor, others: list[Any]) -> Any:
+        try:
+            return self.network(images.contiguous(memory_format=self._layout), *others)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UsageError(
+                f"BatchNorm has one value of each channel in a batch of {plural(len(images), 'image')}: give "
+                f"{argument('batch_size')} of 2 or more, a larger set, or an architecture without it"
+            ) from error
 
     def state(self) -> dict[str, Tensor]:
         """Weights, buffers and the optimiser's memory by name: all that the next epoch depends on."""

@@ -147,12 +147,16 @@ def read_test_set(
     size: int,
     *,
     samples: Sequence[Sample] | None = None,
+    enlarged: bool = True,
     workers: int | None = None,
     quiet: bool = False,
 ) -> ImageSet:
-    """A split, or `samples` of it, as RDED tests: the shorter side resized to `size // 7 * 8`, then the centre of
-    size x size."""
-    return _read(source, size, max(size // 7 * 8, size), workers, quiet, samples)
+    """A split, or `samples` of it: the centre of size x size of each image.
+
+    The shorter side is resized to `size` first, or, `enlarged`, to `size // 7 * 8`, as RDED tests; at 32 px these are
+    the same.
+    """
+    return _read(source, size, max(size // 7 * 8, size) if enlarged else size, workers, quiet, samples)
 
 
 def _read(

@@ -284,7 +284,9 @@ def train_networks(
             say(f"the accuracy will not be measured: {error}", quiet=quiet)
             test = None
         else:
-            test = read_test_set(test_source, config.image_size, workers=workers, quiet=quiet)
+            test = read_test_set(
+                test_source, config.image_size, enlarged=config.enlarged_tests, workers=workers, quiet=quiet
+            )
         samples = None if places is None else source.samples.take(places)
         train = read_training_set(source, config.image_size, samples=samples, workers=workers, quiet=quiet)
         say_slow_ops(where, quiet=quiet)

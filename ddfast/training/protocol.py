@@ -62,6 +62,8 @@ class Protocol:
         test_from: ... in the last part of the training, later than this share of the epochs, and after the
             last.
         tests: in place of the two above, this many evenly spaced tests (IDC).
+        enlarged_tests: test on the centre of images whose shorter side is 8/7 of the students' (RDED and the codes
+            that follow it), which changes nothing at 32 px; else on whole images (DC and those that follow it).
 
     """
 
@@ -94,6 +96,7 @@ class Protocol:
     test_every: int = 10
     test_from: float = 0.8
     tests: int = 0
+    enlarged_tests: bool = True
 
     def __post_init__(self) -> None:
         for what, given, known in (
@@ -230,6 +233,7 @@ _MATCHING = Protocol(
     mix="none",
     statistics_twice=False,
     batch_size_of_ipc={1: 256},
+    enlarged_tests=False,
 )
 PROTOCOLS |= {
     # DC (VICO's main.py) without its augmentation, DSA with one random operation a batch for 1000 epochs.

@@ -74,7 +74,7 @@ def data_digests(
     """12 hex digits each of what students were trained on and tested on.
 
     Args:
-        images: the distilled set, as it was trained on: rounded, where it was.
+        images: the distilled set, as it was trained on: rounded, where it was, and normalised as the teacher wants.
         labels: "online", "stored" or "hard".
         teacher: SHA-256 of the teacher that the soft labels are from, where it is known.
         test: the real test images.
@@ -86,7 +86,10 @@ def data_digests(
     soft = images.soft_labels if labels == "stored" else None
     return {
         "images": _digest(
-            images.images, *(() if images.boxes is None else (images.boxes,)), *_learned(images)
+            images.images,
+            *(() if images.boxes is None else (images.boxes,)),
+            *_learned(images),
+            *_read_as(images),
         ),
         "labels": _digest(images.labels, *(() if soft is None else (soft, torch.tensor(images.temperature)))),
         "teacher": None if labels == "hard" or teacher is None else teacher[:_DIGITS],
@@ -98,6 +101,13 @@ def _learned(images: DistilledImages) -> tuple[Tensor, ...]:
     """The learning rate that came with the images, which belongs to them."""
     rate = images.learned_rate
     return () if rate is None else (torch.tensor(rate, dtype=torch.float64),)
+
+
+def _read_as(images: DistilledImages) -> tuple[Tensor, ...]:
+    """How the images are read: their normalisation and tiles, and the whitening that took the normalisation's place."""
+    how = torch.tensor([*images.mean, *images.std, images.factor], dtype=torch.float64)
+    whitening = images.whitening
+    return (how,) if whitening is None else (how, whitening.mean, whitening.basis, whitening.variances)
 
 
 def _digest(*tensors: Tensor) -> str:

@@ -124,14 +124,11 @@ def train_student(
     size, classes = distilled.image_size, distilled.num_classes
     if epochs < 1:
         raise UsageError(f"epochs must be at least 1, got {epochs}")
-    if distilled.is_float or distilled.boxes is not None:
-        distilled = (
-            distilled.decoded()
-        )  # an optimised image stands for its tiles or regions, whatever the protocol
+    # An optimised image stands for its tiles or regions, whatever the protocol.
+    if distilled.is_float or distilled.boxes is not None or rules.decode:
+        distilled = distilled.decoded()
     if batch_size is None:
         batch_size = rules.batch_size_for(distilled.ipc, classes, size, arch, teacher_arch)
-    if rules.decode:
-        distilled = distilled.decoded()
     batch_size = min(max(batch_size, 1), len(distilled.labels))
     try:
         with seeded(seed, "weights"):

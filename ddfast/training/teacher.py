@@ -154,7 +154,9 @@ def train_teacher(
         say(f"the accuracy will not be measured: {error}", quiet=quiet)
         test = None
     else:
-        test = read_test_set(test_source, config.image_size, workers=workers, quiet=quiet)
+        test = read_test_set(
+            test_source, config.image_size, enlarged=config.enlarged_tests, workers=workers, quiet=quiet
+        )
     train = read_training_set(source, config.stored_size, workers=workers, quiet=quiet)
     say_slow_ops(where, quiet=quiet)
     if where.type == "cpu":

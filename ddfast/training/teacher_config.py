@@ -112,6 +112,9 @@ class TeacherConfig:
     @property
     def stored_size(self) -> int:
         """Side in pixels of the images to augment: RandomResizedCrop cuts from somewhat larger ones."""
-        return (
-            max(self.image_size // 7 * 8, self.image_size) if self.augment == "rrc-flip" else self.image_size
-        )
+        return max(self.image_size // 7 * 8, self.image_size) if self.enlarged_tests else self.image_size
+
+    @property
+    def enlarged_tests(self) -> bool:
+        """Whether it is tested on the centre of larger images: where it was trained on cuts of such."""
+        return self.augment == "rrc-flip"

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ddfast.errors import UsageError
+from ddfast.ops.precision import PRECISIONS, compute_dtype
 from ddfast.output.distilled import (
     DistilledSet,
     Tile,
@@ -163,11 +164,34 @@ def test_data_of_other_classes_is_refused(distilled, toy_folder):
         ({"protocol": "e-rded"}, "unknown protocol 'e-rded'; known: rded"),
         ({"teacher": "nowhere.safetensors"}, "no teacher file nowhere.safetensors"),
         ({"class_order": CLASSES}, "class_order describes a teacher: give teacher as well"),
+        ({"seeds": [3, 1, 3]}, "seeds has 3 twice"),
+        ({"teacher": torch.nn.Flatten()}, "got the bare module Flatten: wrap it in ddfast.Teacher"),
+        (
+            {"arch": "resnet18", "batch_size": 1},
+            "BatchNorm has one value of each channel in a batch of 1 image",
+        ),
     ],
 )
 def test_bad_options_are_usage_errors(distilled, toy_test, options, message):
     with pytest.raises(UsageError, match=message):
-        evaluate(distilled, toy_test, arch="convnet3", quiet=True, **options)
+        evaluate(distilled, toy_test, **{"arch": "convnet3", "quiet": True, **options})
+
+
+def test_test_images_of_another_size_are_refused(distilled, toy_test):
+    large = replace(toy_test, images=toy_test.images.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    with pytest.raises(UsageError, match=r"test images must be \[N, 3, 16, 16\].* got \[\d+, 3, 32, 32\]"):
+        evaluate(distilled, large, arch="convnet3", quiet=True)
+
+
+def test_auto_is_the_precision_that_it_means(distilled, toy_test):
+    recipes = {
+        precision: evaluate(
+            distilled, toy_test, arch="convnet3", epochs=1, seeds=1, precision=precision, quiet=True
+        ).recipe
+        for precision in PRECISIONS
+    }
+    assert recipes["auto"] == recipes[compute_dtype("auto", "cpu")]
+    assert recipes["float32"] != recipes["bfloat16"]
 
 
 @pytest.fixture(scope="module")

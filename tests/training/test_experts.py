@@ -189,6 +189,16 @@ def test_more_can_be_added_and_a_lost_trajectory_is_told(trained, stripes, tmp_p
     ) as error:
         train_experts(stripes, out=tmp_path, resume=True, **{**TINY, "count": 3})
     assert "\n" not in str(error.value)
+    (tmp_path / "trajectory-00001.safetensors").write_bytes(b"half")
+    with pytest.raises(
+        UsageError, match=r"trajectory-00001.safetensors is damaged .*: delete .*expert-00001"
+    ):
+        train_experts(stripes, out=tmp_path, resume=True, **{**TINY, "count": 3})
+    (tmp_path / "expert-00001.safetensors").unlink()
+    train_experts(stripes, out=tmp_path, resume=True, **{**TINY, "count": 3})  # as the message says
+    for name, data in contents(trained.folder).items():
+        if name.startswith(("expert-", "trajectory-")):
+            assert (tmp_path / name).read_bytes() == data
 
 
 def test_weights_are_read_by_epoch(trained):

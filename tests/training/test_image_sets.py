@@ -53,11 +53,10 @@ def test_test_images_are_resized_then_cut_from_the_centre(tmp_path, monkeypatch,
         Image.new("RGB", (300, 280), (10, 20, 30)).save(tmp_path / "test" / name / "0.png")
         (tmp_path / "train" / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "train" / name / "0.png")
-    test = read_test_set(open_source(tmp_path, "test"), size, workers=0, quiet=True)
-    assert test.images.shape == (2, 3, size, size)
-    ((asked_size, asked_resize),) = asked
-    assert asked_size == size
-    assert (asked_resize or size) == shorter
+    for enlarged in (True, False):
+        test = read_test_set(open_source(tmp_path, "test"), size, enlarged=enlarged, workers=0, quiet=True)
+        assert test.images.shape == (2, 3, size, size)
+    assert asked == [(size, shorter), (size, size)]
 
 
 def test_a_split_without_a_readable_image_is_refused(tmp_path):

@@ -347,6 +347,8 @@ def test_whitening_goes_with_the_set(toy_folder, whitened_experts, proxies, tmp_
     opened = ddfast.DistilledSet(out)
     pictures = torch.stack([opened[place][0] for place in range(6)])
     assert torch.equal(pictures, shown.round().clamp(0, 255).to(torch.uint8))
+    floats = ddfast.DistilledSet(out, float=True)
+    torch.testing.assert_close(floats[4][0], pictures[4] / 255, atol=1e-4, rtol=0)
 
     seen = []
     original = evaluation_module.train_student
