@@ -51,9 +51,11 @@ def _class_kl(
     """
     program = tl.program_id(0).to(tl.int64)
     scanned = tl.arange(0, SCAN)
-    before = tl.zeros([SCAN], tl.int64)
+    before, present = tl.zeros([SCAN], tl.int64), tl.zeros([SCAN], tl.int64)
     for first in range(0, classes, SCAN):
-        before += tl.load(counts + first + scanned, mask=first + scanned < program, other=0)
+        each = tl.load(counts + first + scanned, mask=first + scanned < classes, other=0)
+        before += tl.where(first + scanned < program, each, 0)
+        present += (each > 0).to(tl.int64)
     start = tl.sum(before, 0)
     place = start
     for first in range(0, rows, SCAN):
@@ -64,7 +66,7 @@ def _class_kl(
     tl.debug_barrier()  # what one thread has stored, others load
 
     count = tl.load(counts + program)
-    share = (count * classes if BY_CLASS else tl.cast(rows, tl.int64)).to(SUM)
+    share = (count * tl.sum(present, 0) if BY_CLASS else tl.cast(rows, tl.int64)).to(SUM)
     column = tl.arange(0, BLOCK)
     step = tl.arange(0, ROWS)
     top = tl.full([BLOCK], LOWEST, SUM)

@@ -407,6 +407,8 @@ def _launches(
     kernel: Any, images: torch.Tensor, parameters: torch.Tensor, backward: bool, **constants: Any
 ) -> Run:
     count, channels, height, width = size = tuple(images.shape)
+    if channels * height * width >= 2**31:
+        raise ValueError(f"an image must have fewer than 2^31 numbers, got {list(size)}")
     last = not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
     empty = Allocation(size, images.dtype, images.device, channels_last(size) if last else None)
     if 0 in size:

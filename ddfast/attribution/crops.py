@@ -74,13 +74,13 @@ def unread_crops(
     sample_ids: Tensor,
     rule: CropRule,
     *,
-    grid: int | tuple[int, int],
-    n_samples: int,
-    estimator: str,
-    value: str,
-    baseline: float | Tensor,
-    precision: str,
-    seed: int | Tensor,
+    grid: int | tuple[int, int] = 4,
+    n_samples: int = 32,
+    estimator: str = "permutation",
+    value: str = "logit",
+    baseline: float | Tensor = 0.0,
+    precision: str = "float32",
+    seed: int | Tensor = 0,
     mean: Channels = None,
     std: Channels = None,
     chunk_size: int | None = None,
@@ -91,6 +91,7 @@ def unread_crops(
     Who reads that number, int64 on the device, has to refuse the rest where it is not 0; with `check` it is done here.
     """
     images, labels = as_tensors(images, labels)
+    sample_ids = torch.as_tensor(sample_ids)
     if sample_ids.shape != (len(images),):
         raise ValueError(f"sample_ids must be [{len(images)}], one an image, got {list(sample_ids.shape)}")
     game, plan, chunk = start(

@@ -27,6 +27,7 @@ from ddfast.masked_forward.forward import Forward, assemble, check_model, made_u
 from ddfast.ops import masked_batch, shapley_heatmap
 from ddfast.ops._attribution import VALUES
 from ddfast.ops.graphs import Recorded
+from ddfast.ops.layouts import called
 from ddfast.ops.precision import autocast, resolve_precision
 from ddfast.ops.transfer import statistic, to_device
 from ddfast.random_states import RandomStates
@@ -490,7 +491,7 @@ class ImageGame:
                 alone = self.inspection.alone
             else:
                 masked = self._masked(slice(first, first + 1), own[row : row + 1], self.dtype)
-                alone = self.model(masked)[0]
+                alone = called(self.model, masked)[0]
             lowered = self._lowered(self.forward)
             if alike(scores[row], alone, fine=not self.forward.traced and not lowered, low=lowered):
                 return scores

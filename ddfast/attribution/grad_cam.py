@@ -20,6 +20,7 @@ from ddfast.attribution.validation import (
 )
 from ddfast.masked_forward.forward import check_model
 from ddfast.ops import masked_batch
+from ddfast.ops.layouts import called
 from ddfast.ops.transfer import to_device
 from ddfast.random_states import RandomStates
 
@@ -105,7 +106,7 @@ def unread_grad_cam(
     not_finite = torch.zeros((), dtype=torch.int64, device=images.device)
 
     def checked_scores(inputs: Tensor) -> Tensor:
-        scores = model(inputs.clone())  # it may write to what it is given
+        scores = called(model, inputs.clone())  # it may write to what it is given
         check_scores(scores, len(inputs))
         check_labels(labels, scores.shape[1])
         not_finite.add_((~scores.isfinite()).any(dim=1).sum())

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from ddfast.attribution.validation import check_labels, check_scores
 from ddfast.masked_forward.call_log import Log, recorded
 from ddfast.masked_forward.tracing import is_compiled
+from ddfast.ops.layouts import ViewsReshaped, called
 from ddfast.random_states import RandomStates, equal_states
 
 _RUNS = 8
@@ -85,10 +86,11 @@ def inspect(model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, c
 
 def look(model: Callable[[Tensor], Tensor], images: Tensor) -> tuple[Any, Log | None]:
     """Scores of masked images, which the model may write to, and the calls of a module's forward."""
-    if isinstance(model, nn.Module) and not is_compiled(model):
-        scores, calls = recorded(model, images.clone(), model)
-    else:
-        scores, calls = model(images.clone()), None
+    with ViewsReshaped():
+        if isinstance(model, nn.Module) and not is_compiled(model):
+            scores, calls = recorded(model, images.clone(), model)
+        else:
+            scores, calls = model(images.clone()), None
     # It may be the model's own memory, which its next call writes to.
     return scores.clone() if isinstance(scores, Tensor) else scores, calls
 
@@ -175,10 +177,10 @@ def _together(
 
 def _alone(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     try:
-        scores = model(images[1:2].clone())
+        scores = _scores(model, images[1:2])
     except Exception as error:
         try:
-            model(images.clone())
+            _scores(model, images)
         except Exception:
             raise error from None
         raise ValueError(
@@ -189,9 +191,14 @@ def _alone(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
 
 
 def _row(model: Callable[[Tensor], Tensor], images: Tensor, row: int) -> Tensor:
-    scores = model(images.clone())
+    scores = _scores(model, images)
     check_scores(scores, len(images))
     return scores[row].clone()
+
+
+def _scores(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """What the model gives for a copy of the images, which it may write to."""
+    return called(model, images.clone())
 
 
 def _first_line(error: Exception) -> str:
@@ -203,17 +210,17 @@ def _first_line(error: Exception) -> str:
 
 def _draws_decide(model: Callable[[Tensor], Tensor], images: Tensor) -> bool:
     """Whether the scores of a model that draws random numbers depend on them."""
-    first = model(images.clone())
+    first = called(model, images.clone())
     first = first.clone()
     after = torch.get_rng_state()
     for _ in range(_RUNS):
         torch.rand(1)
-        if not alike(model(images.clone()), first, fine=True):
+        if not alike(called(model, images.clone()), first, fine=True):
             return True
     if torch.equal(torch.get_rng_state(), after):
         return False  # it seeds the generator itself
     with _Chance() as chance:
-        scores = model(images.clone())
+        scores = called(model, images.clone())
     return chance.decided or id(scores) in chance.tainted
 
 

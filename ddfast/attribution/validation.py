@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -84,7 +84,10 @@ def check_finite(bad: int, evaluated: int, what: str) -> None:
 
 def check_grid(grid: int | tuple[int, int], images: Tensor) -> tuple[int, int]:
     """A grid of cells of at least one pixel each, as (rows, columns)."""
-    rows, cols = (grid, grid) if isinstance(grid, int) else grid
+    try:
+        rows, cols = map(operator.index, grid) if isinstance(grid, Iterable) else [operator.index(grid)] * 2
+    except (TypeError, ValueError):
+        raise ValueError(f"grid must be a whole number or two of them, got {grid!r}") from None
     height, width = images.shape[-2:]
     if not (1 <= rows <= height and 1 <= cols <= width):
         raise ValueError(f"grid must be 1..{height} rows by 1..{width} columns for these images, got {grid}")
@@ -93,6 +96,10 @@ def check_grid(grid: int | tuple[int, int], images: Tensor) -> tuple[int, int]:
 
 def check_chunk_size(chunk_size: int) -> int:
     """At least one image in a forward pass."""
+    try:
+        chunk_size = operator.index(chunk_size)
+    except TypeError:
+        raise ValueError(f"chunk_size must be a whole number, got {chunk_size!r}") from None
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 image, got {chunk_size}")
     return chunk_size

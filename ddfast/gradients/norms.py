@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from ddfast.gradients.ghost import INSTANCE_NORMS, UnservedModel, contiguous_gradient, ghost_squares
 from ddfast.gradients.preservation import (
     differentiable,
+    one_call_a_model,
     substituted,
     untouched,
     without_inference_tensors,
@@ -68,6 +69,7 @@ def grad_norm(
 ) -> NormsAndLogits: ...
 
 
+@one_call_a_model
 def grad_norm(
     model: nn.Module,
     images: Tensor,

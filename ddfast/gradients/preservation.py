@@ -7,18 +7,44 @@ than its own, without a thought to how often a module or a tensor is registered.
 
 from __future__ import annotations
 
+import functools
+import threading
+import weakref
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from operator import is_
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)
 _TENSORS = tuple(t for t in (Tensor, nn.Parameter, getattr(nn, "Buffer", None)) if t is not None)
+
+
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, AbstractContextManager[Any]] = weakref.WeakKeyDictionary()
+_ASKING = threading.Lock()
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def one_call_a_model(function: Function) -> Function:
+    """The function, whose first argument is a model: threads that call it with one model wait for each other.
+
+    For the time of a call the model's tensors may have other memory, or other switches, than those of its caller.
+    """
+
+    @functools.wraps(function)
+    def called(model: Any, *args: Any, **kwargs: Any) -> Any:
+        with _ASKING:
+            lock = (
+                _LOCKS.setdefault(model, threading.RLock()) if isinstance(model, nn.Module) else nullcontext()
+            )
+        with lock:
+            return function(model, *args, **kwargs)
+
+    return cast(Function, called)
 
 
 @contextmanager

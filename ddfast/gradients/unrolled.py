@@ -19,11 +19,12 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ddfast.gradients.directional import along, differentiable_gradients, inner
-from ddfast.gradients.preservation import tensors_of, untouched, without_inference_tensors
+from ddfast.gradients.preservation import one_call_a_model, tensors_of, untouched, without_inference_tensors
 from ddfast.ops.graphs import Recorded
 from ddfast.random_states import RandomStates, kept_random_states
 from ddfast.unchanged import found_of
 
+_EVERYTHING = 2**63 - 1  # bytes
 _KINDS = 8  # of steps that are recorded: batches of two sizes, the first step and the last
 
 Batch = tuple[Tensor, Tensor]
@@ -50,6 +51,7 @@ class UnrolledGradient:
     params: dict[str, Tensor]
 
 
+@one_call_a_model
 def unrolled_gradient(
     model: nn.Module,
     params: Mapping[str, Tensor],
@@ -104,7 +106,7 @@ def unrolled_gradient(
             "detached" leaves H_i out, as if no gradient depended on the weights it is taken at: what the code of TESLA
             (Cui et al., ICML 2023) computes.
         memory_budget: bytes of activations that may be kept on the way there; the first steps whose activations fit
-            are not computed twice. 0 keeps those of no step.
+            are not computed twice. 0 keeps those of no step, infinity those of all.
 
     Returns:
         The objective's value, the gradients, and the final weights.
@@ -117,9 +119,9 @@ def unrolled_gradient(
     training = _training_of(model, tuple(params), loss)
     start, batches, rate = _checked(model, params, batches, lr, momentum, weight_decay)
     mode, steps_back = parsed_unroll(unroll, len(batches))
-    if not isinstance(memory_budget, numbers.Real) or memory_budget < 0:
+    if not isinstance(memory_budget, numbers.Real) or not memory_budget >= 0:
         raise ValueError(f"memory_budget must be a number of bytes, at least 0, got {memory_budget!r}")
-    budget = _Budget(int(memory_budget))
+    budget = _Budget(int(min(memory_budget, _EVERYTHING)))
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
@@ -449,6 +451,13 @@ class _Measured(torch.autograd.graph.saved_tensors_hooks):
         return tensor.detach()
 
 
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same numbers, NaN among them."""
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+
+
 class _Buffers:
     """The buffers of a model before a pass."""
 
@@ -458,7 +467,7 @@ class _Buffers:
     def check(self) -> None:
         """Refuse a model that has changed one: a step computed again would not be the step that was taken."""
         for name, buffer, before in self._before:
-            if buffer.shape != before.shape or not torch.equal(buffer, before):
+            if buffer.shape != before.shape or not _alike(buffer, before):
                 raise ValueError(
                     f"the model changes its buffer {name} in every pass, so that a step cannot be computed again as "
                     "it was taken: put the module in eval mode"

@@ -28,6 +28,7 @@ from ddfast.masked_forward.call_log import Log
 from ddfast.masked_forward.locality import Cut, Locality
 from ddfast.ops import assemble_masked_features
 from ddfast.ops.graphs import Recorded
+from ddfast.ops.layouts import called
 from ddfast.ops.precision import autocast, resolve_precision
 from ddfast.ops.transfer import to_device
 from ddfast.random_states import RandomStates
@@ -335,7 +336,7 @@ def _as_it_is(model: Callable[[Tensor], Tensor], dtype: torch.dtype, precision: 
     log.debug("the model runs as it is: %s", reason)
 
     def run(masked: Tensor) -> tuple[Tensor, ...]:
-        scores = model(masked)
+        scores = called(model, masked)
         # It may be the model's own memory, which its next call writes to.
         return (scores.clone() if isinstance(scores, Tensor) else scores,)
 
@@ -438,7 +439,7 @@ def _analysed(
     image = made_up_image(image_size)[None].to(parameter.device, parameter.dtype)
     with autocast("float32", image.device):
         locality.measure(graph, image.clone())
-        wanted, given = model(image.clone()), graph(image.clone())
+        wanted, given = called(model, image.clone()), graph(image.clone())
         if not _close(given, wanted):
             raise locality.NoReuseError("the traced graph does not give what the model gives")
         return locality.find(graph, image_size, grid, evaluations, probes)

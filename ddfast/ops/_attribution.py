@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ddfast.ops import reference
 from ddfast.ops._constants import shared
-from ddfast.ops._dispatch import LIBRARY, define
+from ddfast.ops._dispatch import LIBRARY, call, define
 from ddfast.ops._grid import player_map
 from ddfast.ops.transfer import to_device
 from ddfast.philox import as_signed_64_bit, quantile_table
@@ -96,7 +96,8 @@ def masked_batch(
     if dtype not in _FLOATING:
         raise TypeError(f"dtype must be a floating-point dtype of 16 to 64 bits, got {dtype}")
     precision = torch.float64 if torch.float64 in (images.dtype, dtype) else torch.float32
-    return torch.ops.ddfast.masked_batch(
+    return call(
+        "masked_batch",
         images,
         to_device(coalitions, images.device),
         _broadcast_baseline(baseline, images, precision),
@@ -268,7 +269,7 @@ def shapley_heatmap(outputs: Tensor, labels: Tensor, projection: Tensor, value: 
             is not asked, because reading labels back would stall it: there such a label makes phi NaN.
     """
     check_coalitions(outputs, labels, projection, value)
-    return torch.ops.ddfast.shapley_heatmap(outputs, labels, projection, value)
+    return call("shapley_heatmap", outputs, labels, projection, value)
 
 
 def check_coalitions(outputs: Tensor, labels: Tensor, projection: Tensor, value: str) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ddfast.ops import reference
 from ddfast.ops._crops import _folded
-from ddfast.ops._dispatch import LIBRARY, below_autocast, define
+from ddfast.ops._dispatch import LIBRARY, below_autocast, call, define
 from ddfast.ops.reference_augment import AUGMENT_COLUMNS, new_like
 from ddfast.ops.transfer import to_device
 
@@ -76,7 +76,7 @@ def siamese_augment(images: Tensor, parameters: Tensor) -> Tensor:
     differentiated = torch.is_grad_enabled() and images.requires_grad
     if differentiated and torch._C._are_functorch_transforms_active():
         return below_autocast(reference.siamese_augment, images.device.type)(images, rows, False)
-    return torch.ops.ddfast.siamese_augment(images, rows, False)
+    return call("siamese_augment", images, rows, False)
 
 
 def augment_parameters(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ddfast.ops import reference
-from ddfast.ops._dispatch import LIBRARY, below_autocast, define
+from ddfast.ops._dispatch import LIBRARY, below_autocast, call, define
 
 REDUCTIONS = ("mean", "class")
 
@@ -59,7 +59,7 @@ def class_kl(
     if torch._C._are_functorch_transforms_active():  # register_autograd has no rule for them
         terms = below_autocast(reference.class_kl_terms, features.device.type)
         return terms(features, members, counts, reduction == "class")[0]
-    return torch.ops.ddfast.class_kl(features, members, counts, reduction == "class")[0]
+    return call("class_kl", features, members, counts, reduction == "class")[0]
 
 
 def _fake(features: Tensor, members: Tensor, counts: Tensor, by_class: bool) -> tuple[Tensor, Tensor]:

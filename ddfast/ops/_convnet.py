@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ddfast.ops import reference
-from ddfast.ops._dispatch import LIBRARY, below_autocast, define, native_status, triton_status
+from ddfast.ops._dispatch import LIBRARY, below_autocast, call, define, native_status, triton_status
 
 _PIECE = 2**19
 """Elements of the map that the second derivative handles at a time on a CPU, so that its steps stay in the cache."""
@@ -61,7 +61,7 @@ def convnet_block(
         layers = below_autocast(reference.convnet_block_layers, input.device.type)
         return layers(input, weight, bias, norm_weight, norm_bias, eps)[0]
     keep = differentiated and input.shape[1] > reference.RECOMPUTED_INPUTS
-    return torch.ops.ddfast.convnet_block(input, weight, bias, norm_weight, norm_bias, eps, keep)[0]
+    return call("convnet_block", input, weight, bias, norm_weight, norm_bias, eps, keep)[0]
 
 
 def checked(

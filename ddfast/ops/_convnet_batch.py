@@ -19,7 +19,7 @@ from ddfast.ops._convnet import (
     save_backward,
     second_gradient_of_all,
 )
-from ddfast.ops._dispatch import LIBRARY, below_autocast, define
+from ddfast.ops._dispatch import LIBRARY, below_autocast, call, define
 
 
 def convnet_block_batch_norm(
@@ -63,7 +63,7 @@ def convnet_block_batch_norm(
         layers = below_autocast(reference.convnet_block_batch_norm, input.device.type)
         pooled, mean, variance, _ = layers(input, weight, bias, norm_weight, norm_bias, eps)
         return pooled, mean.detach(), variance.detach()
-    return torch.ops.ddfast.convnet_block_batch_norm(input, weight, bias, norm_weight, norm_bias, eps)[:3]
+    return call("convnet_block_batch_norm", input, weight, bias, norm_weight, norm_bias, eps)[:3]
 
 
 def convnet_block_batch_norm_eval(

@@ -10,7 +10,7 @@ from torch import Tensor
 from ddfast.ops import reference
 from ddfast.ops._attribution import ChannelStatistic, _channel_statistic, _pair
 from ddfast.ops._constants import shared
-from ddfast.ops._dispatch import LIBRARY, define
+from ddfast.ops._dispatch import LIBRARY, call, define
 
 _FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -64,7 +64,7 @@ def crop_resize(
         raise ValueError(
             f"{len(flat)} boxes do not fill mosaics of {factor} x {factor} tiles; give a multiple of it"
         )
-    tiles = torch.ops.ddfast.crop_resize(images, flat, source, height, width, factor)
+    tiles = call("crop_resize", images, flat, source, height, width, factor)
     return tiles.unflatten(0, boxes.shape[:2]) if boxes.ndim == 3 else tiles
 
 
@@ -115,7 +115,8 @@ def crop_batch(
     if dtype not in _FLOAT_DTYPES:
         raise TypeError(f"dtype must be a floating-point dtype of 16 to 64 bits, got {dtype}")
     precision = torch.float64 if torch.float64 in (images.dtype, dtype) else torch.float32
-    return torch.ops.ddfast.crop_batch(
+    return call(
+        "crop_batch",
         images,
         flat,
         source,

@@ -169,6 +169,17 @@ def define(
     torch.library.register_fake(f"ddfast::{name}", fake, lib=LIBRARY)
 
 
+def call(name: str, *args: Any) -> Any:
+    """The op of these arguments, as every public function calls it; under forward-mode differentiation its reference.
+
+    A registered op has no rule for tangents and would lose them without a word.
+    """
+    if torch.autograd.forward_ad._current_level >= 0:
+        device = next(arg.device.type for arg in args if isinstance(arg, torch.Tensor))
+        return below_autocast(_OPS[name].reference, device)(*args)
+    return getattr(torch.ops.ddfast, name)(*args)
+
+
 def _on_gpu(op: Op, *args: Any, **kwargs: Any) -> Any:
     """The CUDA body of an op, with the device of its arguments as the current one: Triton launches on that."""
     index = _one_device(op.name, (*args, *kwargs.values()))

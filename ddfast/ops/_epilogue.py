@@ -31,7 +31,10 @@ def add_bias_relu_(
     Raises:
         TypeError: a dtype that is not listed above, or dtypes that differ.
         ValueError: shapes that do not fit, or elements of `x` that share memory.
+        RuntimeError: a gradient is wanted.
     """
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, other)):
+        raise RuntimeError("add_bias_relu_ has no derivative: call it under torch.no_grad()")
     if x.dtype not in _FLOATING:
         raise TypeError(f"x must be floating point of 16 to 64 bits, got {x.dtype}")
     if x.ndim != 4:

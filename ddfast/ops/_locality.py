@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ddfast.ops import reference
-from ddfast.ops._dispatch import LIBRARY, define
+from ddfast.ops._dispatch import LIBRARY, call, define
 from ddfast.ops.transfer import to_device
 
 MAX_CLASSES = 12
@@ -63,8 +63,11 @@ def assemble_masked_features(variants: Tensor, coalitions: Tensor, table: Tensor
         raise TypeError(f"coalitions must be bool, got {coalitions.dtype}")
     if coalitions.ndim not in (2, 3) or (coalitions.ndim == 3 and len(coalitions) != batch):
         raise ValueError(f"coalitions must be [K, d] or [{batch}, K, d], got {list(coalitions.shape)}")
-    return torch.ops.ddfast.assemble_masked_features(
-        variants, to_device(coalitions, variants.device), to_device(table, variants.device)
+    return call(
+        "assemble_masked_features",
+        variants,
+        to_device(coalitions, variants.device),
+        to_device(table, variants.device),
     )
 
 

@@ -19,7 +19,7 @@ from ddfast.ops._attribution import (
     check_coalitions,
     crop_box_arguments,
 )
-from ddfast.ops._dispatch import LIBRARY, define
+from ddfast.ops._dispatch import LIBRARY, call, define
 
 
 def shapley_crop_boxes(
@@ -84,7 +84,7 @@ def shapley_crop_boxes(
         clean_last=clean_last,
         coverage=coverage,
     )
-    return torch.ops.ddfast.shapley_crop_boxes(outputs, labels, projection, partial, value, *arguments)
+    return call("shapley_crop_boxes", outputs, labels, projection, partial, value, *arguments)
 
 
 def _check(

@@ -494,7 +494,7 @@ def class_kl_terms(
     log_q = top + sums.log() - counts.to(logits.dtype)[:, None].log()
     p, excess = log_p.exp(), (log_p - log_q[members]).masked_fill(log_p == -torch.inf, 0)
     divergences = (p * excess).sum(1)
-    rows = counts.to(logits.dtype)[members] * len(counts) if by_class else len(members)
+    rows = counts.to(logits.dtype)[members] * (counts > 0).sum() if by_class else len(members)
     weights = torch.ones_like(divergences) / rows
     return (divergences * weights).sum(), p * (excess - divergences[:, None]) * weights[:, None]
 

@@ -1,6 +1,7 @@
 import gc
 import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -722,3 +723,19 @@ def test_autocast_around_the_call_changes_no_more_than_the_precision(method, rec
         lower = grad_norm(model, images, labels, method=method)
     torch.testing.assert_close(lower, plain, rtol=0.1, atol=0)
     assert not [warning for warning in recwarn if "ghost method does not serve" in str(warning.message)]
+
+
+@pytest.mark.parametrize("method", ["auto", "loop"])
+def test_threads_with_one_model_wait_for_each_other(method):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3)).eval()
+    model[0].weight.requires_grad_(False)
+    images, labels = torch.rand(6, 3, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])
+    places = [parameter.data_ptr() for parameter in model.parameters()]
+    wanted = grad_norm(model, images, labels, method=method)
+    with ThreadPoolExecutor(3) as threads:
+        calls = [threads.submit(grad_norm, model, images, labels, method=method) for _ in range(24)]
+        found = [call.result() for call in calls]
+    assert all(torch.equal(one, wanted) for one in found)
+    assert [parameter.data_ptr() for parameter in model.parameters()] == places
+    assert not model[0].weight.requires_grad

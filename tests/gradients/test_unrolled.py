@@ -1,5 +1,6 @@
 """`unrolled_gradient` against autograd through the whole training, and what it leaves alone."""
 
+import math
 import random
 import weakref
 
@@ -571,3 +572,22 @@ def test_what_draws_on_the_host_is_not_recorded(monkeypatch):
         assert unrolled._training_of(model, tuple(weights), functional.cross_entropy) is training
     assert len(forth) == 1  # the first step drew
     assert not isinstance(training.recorded_back, Recorded)
+
+
+def test_infinite_memory_keeps_everything_and_nan_in_a_buffer_is_no_change():
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    model.register_buffer("unused", torch.tensor([math.nan]))
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    batches = [(torch.randn(5, 4).double(), torch.randint(0, 3, (5,))) for _ in range(3)]
+
+    def objective(final):
+        return final["weight"].square().sum()
+
+    found = [
+        ddfast.unrolled_gradient(model, weights, batches, objective, 0.1, memory_budget=budget)
+        for budget in (0, math.inf)
+    ]
+    assert all(torch.equal(one, other) for one, other in zip(found[0].images, found[1].images, strict=True))
+    with pytest.raises(ValueError, match="memory_budget must be a number of bytes"):
+        ddfast.unrolled_gradient(model, weights, batches, objective, 0.1, memory_budget=math.nan)

@@ -103,3 +103,11 @@ def test_vmap_over_maps_and_biases():
 def test_what_does_not_fit_is_refused(arguments, error, message):
     with pytest.raises(error, match=message):
         add_bias_relu_(*arguments)
+
+
+def test_a_gradient_is_refused():
+    x, bias = torch.rand(2, 3, 4, 4), torch.zeros(3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="has no derivative"):
+        add_bias_relu_(x, bias)
+    with torch.no_grad():
+        add_bias_relu_(x, bias)

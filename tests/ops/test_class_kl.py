@@ -184,3 +184,11 @@ def test_counts_that_are_known_give_the_same_bits():
         assert torch.equal(known, class_kl(rows, labels, reduction))
     with pytest.raises(ValueError, match=r"counts must be int64 \[C\]"):
         class_kl(rows, labels, counts=torch.ones(3))
+
+
+def test_a_class_without_rows_is_none_of_those_that_are_averaged():
+    features = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).double()
+    labels = torch.tensor([0, 0, 0, 2, 2, 2])
+    wanted = ddfast.ops.class_kl(features, labels, reduction="class")
+    found = ddfast.ops.class_kl(features, labels, reduction="class", counts=torch.tensor([3, 0, 3]))
+    assert torch.equal(found, wanted)

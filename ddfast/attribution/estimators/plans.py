@@ -39,6 +39,7 @@ from ddfast.ops.transfer import to_device
 MAX_EXACT_PLAYERS = 20
 _ANCHOR_WEIGHT = 1e6
 _FOLDS = 5  # of `ramc`
+_MOST_CELLS = 1 << 17  # players times evaluations of a plan that is kept: about a megabyte
 
 
 class Plan(Protocol):
@@ -143,6 +144,8 @@ def make_plan(estimator: str, players: int | Grid, n_samples: int, seed: int | T
     d, grid = (players, None) if isinstance(players, int) else (players[0] * players[1], players)
     if isinstance(seed, Tensor):
         return ESTIMATORS[estimator](d, n_samples, seed.cpu(), grid)
+    if n_samples * d > _MOST_CELLS:
+        return _plan_of_seed.__wrapped__(estimator, d, n_samples, seed, grid)
     return _plan_of_seed(estimator, d, n_samples, seed, grid)
 
 
