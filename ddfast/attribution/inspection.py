@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from ddfast.attribution.validation import check_labels, check_scores
 from ddfast.masked_forward.call_log import Log, recorded
 from ddfast.masked_forward.tracing import is_compiled
-from ddfast.ops.layouts import ViewsReshaped, called
+from ddfast.ops.layouts import called
 from ddfast.random_states import RandomStates, equal_states
 
 _RUNS = 8
@@ -86,11 +86,10 @@ def inspect(model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, c
 
 def look(model: Callable[[Tensor], Tensor], images: Tensor) -> tuple[Any, Log | None]:
     """Scores of masked images, which the model may write to, and the calls of a module's forward."""
-    with ViewsReshaped():
-        if isinstance(model, nn.Module) and not is_compiled(model):
-            scores, calls = recorded(model, images.clone(), model)
-        else:
-            scores, calls = model(images.clone()), None
+    if isinstance(model, nn.Module) and not is_compiled(model):
+        scores, calls = called(model, images.clone(), lambda batch: recorded(model, batch, model))
+    else:
+        scores, calls = called(model, images.clone()), None
     # It may be the model's own memory, which its next call writes to.
     return scores.clone() if isinstance(scores, Tensor) else scores, calls
 

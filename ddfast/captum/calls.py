@@ -31,6 +31,7 @@ from ddfast.captum.feature_game import (
     PrefixCoalitions,
     as_grid_game,
 )
+from ddfast.random_states import RandomStates, equal_states
 
 _MAX_EXACT_PLAYERS = 20
 _SINGULAR = 1e-6  # singular values below this share of the largest count as zero, as in scikit-learn's tol
@@ -323,7 +324,15 @@ def _rows_per_forward(explainer: Any, inputs: tuple[Tensor, ...]) -> int:
 
 
 def _full_output(game: FeatureGame) -> Any:
-    """What a plain call gives for the full coalition."""
+    """What a plain call gives for the full coalition. A function that draws for it is Captum's to serve."""
+    before = RandomStates.now()
+    output = _plain_output(game)
+    if not equal_states(RandomStates.now(), before):
+        raise CaptumHasToServe("the forward function draws random numbers")
+    return output
+
+
+def _plain_output(game: FeatureGame) -> Any:
     inputs = game.perturbed(slice(None), torch.ones(1, game.d, dtype=torch.bool))
     function = game.run.args[0] if isinstance(game.run, functools.partial) else None
     if not isinstance(function, nn.Module) or len(inputs) > 1 or game.additional is not None:

@@ -123,7 +123,7 @@ def add_train_teacher(commands: Any) -> None:
         metavar="N",
         help="decides weights, order and augmentation, a number of at least 0",
     )
-    _add_precision(parser, "auto")
+    _add_precision(parser, "float32")
     parser.add_argument("--resume", action="store_true", help="continue from the last finished epoch")
     add_settings(parser, ("log_dir", "wandb"), log_dir={"help": _HISTORY})
     add_device(parser)

@@ -111,6 +111,8 @@ def unrolled_gradient(
     Returns:
         The objective's value, the gradients, and the final weights.
 
+    A model that draws, by dropout in train mode for example, takes its draws from torch's global generator.
+
     Raises:
         TypeError: something that is no tensor, module or number where one is wanted.
         ValueError: names that the model does not have, a number out of range, an objective or a loss that is no scalar,

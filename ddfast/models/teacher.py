@@ -33,7 +33,7 @@ from ddfast.models.normalization import Normalization, three
 from ddfast.models.normalization import normalization as resolve_normalization
 from ddfast.models.published import NAMED, load_published, places_of, published
 from ddfast.models.registry import create_model, described_input
-from ddfast.ops.layouts import reshape_views
+from ddfast.ops.layouts import with_views_reshaped
 from ddfast.state import _looks_pickled, read_tensors, serialize_tensors
 from ddfast.wording import argument, on_command_line, plural
 
@@ -111,7 +111,7 @@ class Teacher:
                 )
             setattr(self, name, values)
         self.arch = self.arch or type(self.model).__name__
-        self.model = reshape_views(copy.deepcopy(self.model).cpu().float().eval())
+        self.model = with_views_reshaped(copy.deepcopy(self.model).cpu().float().eval(), self.image_size)
         self.sha256 = _weights_digest(self.model, self.arch)
 
 

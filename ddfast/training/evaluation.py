@@ -235,7 +235,8 @@ def evaluate(
     if teacher is None:
         check_labels(_has_soft_labels(opened), rules)
     source = None if isinstance(data, ImageSet) else source_of_test_split(data, opened)
-    images = read_distilled(opened, rounded=rounded, regions=regions)
+    stored = teacher is None and rules.labels == "soft"
+    images = read_distilled(opened, rounded=rounded, regions=regions, soft_labels=stored)
     seen = "none" if images.boxes is None else regions
     check_autoaugment(images, autoaugment)
     if isinstance(data, ImageSet):
@@ -350,7 +351,11 @@ def _labelled_by(opened: DistilledSet | DistilledImages, teacher: Teacher | None
 
 
 def read_distilled(
-    distilled: str | Path | DistilledSet | DistilledImages, *, rounded: bool = False, regions: str = "chosen"
+    distilled: str | Path | DistilledSet | DistilledImages,
+    *,
+    rounded: bool = False,
+    regions: str = "chosen",
+    soft_labels: bool = True,
 ) -> DistilledImages:
     """The whole distilled set as tensors; images that are in memory already as they are.
 
@@ -358,6 +363,7 @@ def read_distilled(
         distilled: a folder, an opened one, or images.
         rounded: the 8-bit images of a set that has pixels in float32.
         regions: one of `REGIONS`; images in memory keep theirs or lose them.
+        soft_labels: read those of a folder as well, which are made dense.
 
     Raises:
         UsageError: all regions, of a set that has none, or of images in memory, which hold the chosen ones alone.
@@ -396,7 +402,7 @@ def read_distilled(
         mean=mean,
         std=std,
         factor=opened.factor,
-        soft_labels=opened.soft_labels,
+        soft_labels=opened.soft_labels if soft_labels else None,
         temperature=1.0 if opened.temperature is None else opened.temperature,
         boxes=boxes,
         learned_rate=None if pixels is None else pixels.learned_rate,

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ddfast.data.sources import composed
 from ddfast.errors import UsageError
 from ddfast.models.teacher import Teacher, checked_logits
 from ddfast.ops.precision import autocast
@@ -227,10 +228,8 @@ def _stored_labels(
 
 
 def _hard_labels(distilled: DistilledImages, device: torch.device) -> Callable[[MixedBatch], Tensor]:
-    one_hot = F.one_hot(distilled.labels, distilled.num_classes).float()
-
     def labels(batch: MixedBatch) -> Tensor:
-        own = one_hot[batch.index]
+        own = F.one_hot(distilled.labels[batch.index], distilled.num_classes).float()
         return ((1 - batch.share) * own + batch.share * own[batch.partner]).to(device)
 
     return labels
@@ -239,7 +238,7 @@ def _hard_labels(distilled: DistilledImages, device: torch.device) -> Callable[[
 def _online_labels(
     distilled: DistilledImages, teacher: Teacher, temperature: float, precision: str, device: torch.device
 ) -> Callable[[MixedBatch], Tensor]:
-    if list(teacher.class_names) != list(distilled.class_names):
+    if composed(teacher.class_names) != composed(distilled.class_names):
         raise UsageError(
             f"the teacher's classes ({len(teacher.class_names)}) are not the distilled set's "
             f"({distilled.num_classes}), or stand in another order: give the teacher of this data"

@@ -917,3 +917,15 @@ def test_prefixes_of_orders():
     found = [[i for i in range(3) if row[i]] for row in prefixes.rows(0, 6).tolist()]
     assert found == [[2], [0, 2], [0, 1, 2], [1], [1, 2], [0, 1, 2]]
     assert torch.equal(prefixes.rows(2, 5), prefixes.rows(0, 6)[2:5])
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_forward_function_that_draws_is_captums(seed):
+    """Two draws may agree by chance, so that comparing outputs does not find it."""
+    net = nn.Sequential(nn.Flatten(), nn.Dropout(0.2), nn.Linear(6, 2)).train()
+    x = random(1, 6, seed=3)
+    found = []
+    for explain in (captum_attr.KernelShap, ddfast.captum.KernelShap):
+        torch.manual_seed(seed)
+        found.append(explain(net).attribute(x, target=1, n_samples=12))
+    assert torch.equal(*found)
