@@ -170,8 +170,10 @@ def check_outside(out: Path, source: Source) -> None:
         )
 
 
-def place_of(data: Any) -> str:
-    """`described`, by the whole path where it is one: `run.json` is read from other folders, too."""
+def place_of(data: Any) -> str | None:
+    """`described`, by the whole path where it is one: `run.json` is read from other folders, too. None stays None."""
+    if data is None:
+        return None
     text = described(data)
     found = not is_in_memory(data) and os.path.exists(os.path.expanduser(text))
     return os.path.abspath(os.path.expanduser(text)) if found else text

@@ -109,8 +109,7 @@ def score_table(run: Run) -> str:
     paths = [part_path(run.out / SCORES, index) for index in range(_shards(run))]
     if not any(path.exists() for path in paths):
         return "gone"
-    digest = score_digest(run.plan)
-    return "whole" if all(_is_committed(path, i, digest) for i, path in enumerate(paths)) else "damaged"
+    return "whole" if all(is_readable(path, SCORE_SCHEMA) for path in paths) else "damaged"
 
 
 class _Awaited:
