@@ -131,7 +131,8 @@ def main(argv: Sequence[str]) -> int:
                 found.append(_trained(arm, ipc, labels, None, arguments))
                 page = _write(found, [], None, arguments, argv)
     for ipc in arguments.ipc:
-        for beta in arguments.betas:
+        # Of a single sample a class H(X | Y) is 0, whatever its weight.
+        for beta in arguments.betas if ipc * arguments.factor**2 > 1 else []:
             found.append(_trained("guided", ipc, arguments.labels[0], beta, arguments))
             page = _write(found, [], None, arguments, argv)
     subsets = [row for ipc in arguments.ipc for row in _subsets(ipc, arguments)] if arguments.levels else []

@@ -95,7 +95,7 @@ def test_a_damaged_image_of_an_earlier_attempt_is_written_again(toy_folder, toy_
 def test_quarantined_files_stand_in_a_table_whatever_their_number(
     toy_folder, toy_teacher, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("ddfast.pipeline.relabel._LISTED_QUARANTINED", 1)
+    monkeypatch.setattr("ddfast.pipeline.quarantine._LISTED", 1)
     out = distil(toy_folder, toy_teacher, tmp_path / "run", images_per_class=100)
     rows = [json.loads(line) for line in (out / "quarantined.jsonl").read_text("utf-8").splitlines()]
     assert sorted(row["path"] for row in rows) == ["across/0000a.png", "down/empty.png"]
