@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddfast.attribution.engine import Channels, ImageGame, evaluations, start, weights
+from ddfast.attribution.engine import ImageGame, evaluations, start, weights
 from ddfast.attribution.estimators.plans import Plan, SampledPlan
 from ddfast.attribution.validation import as_tensors, check_finite
 from ddfast.ops import noisy_crop_boxes, shapley_crop_boxes
@@ -74,17 +74,8 @@ def unread_crops(
     sample_ids: Tensor,
     rule: CropRule,
     *,
-    grid: int | tuple[int, int] = 4,
-    n_samples: int = 32,
-    estimator: str = "permutation",
-    value: str = "logit",
-    baseline: float | Tensor = 0.0,
-    precision: str = "float32",
-    seed: int | Tensor = 0,
-    mean: Channels = None,
-    std: Channels = None,
-    chunk_size: int | None = None,
     check: bool = False,
+    **settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`shapley_crops` that waits for nothing on a GPU, and the number of masked images that got NaN or infinity.
 
@@ -94,21 +85,7 @@ def unread_crops(
     sample_ids = torch.as_tensor(sample_ids)
     if sample_ids.shape != (len(images),):
         raise ValueError(f"sample_ids must be [{len(images)}], one an image, got {list(sample_ids.shape)}")
-    game, plan, chunk = start(
-        model,
-        images,
-        labels,
-        grid=grid,
-        n_samples=n_samples,
-        estimator=estimator,
-        value=value,
-        baseline=baseline,
-        precision=precision,
-        seed=seed,
-        mean=mean,
-        std=std,
-        chunk_size=chunk_size,
-    )
+    game, plan, chunk = start(model, images, labels, **settings)
     sample_ids = to_device(sample_ids, images.device)
     if isinstance(plan, SampledPlan) and game.is_settled:
         given = (game.images, game.labels, plan.coalitions, plan.projection, sample_ids)

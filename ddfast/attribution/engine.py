@@ -123,19 +123,19 @@ def start(
     images: Tensor,
     labels: Tensor,
     *,
-    grid: int | tuple[int, int],
-    n_samples: int,
-    estimator: str,
-    value: str,
-    baseline: float | Tensor,
-    precision: str,
-    seed: int | Tensor,
-    mean: Channels,
-    std: Channels,
-    chunk_size: int | None,
+    grid: int | tuple[int, int] = 4,
+    n_samples: int = 32,
+    estimator: str = "permutation",
+    value: str = "logit",
+    baseline: float | Tensor = 0.0,
+    precision: str = "float32",
+    seed: int | Tensor = 0,
+    mean: Channels = None,
+    std: Channels = None,
+    chunk_size: int | None = None,
 ) -> tuple[ImageGame, Plan, int]:
-    """Check the arguments of `shapley`: the games of the images, the plan of their evaluation, and how many
-    masked images a forward pass takes.
+    """Check the arguments of `shapley`, whose defaults are the same: the games of the images, the plan of their
+    evaluation, and how many masked images a forward pass takes.
 
     Raises:
         ValueError, TypeError: as `shapley`.

@@ -241,7 +241,8 @@ def _write(run: Run, method: Synthesis, groups: Sequence[Group], judge: Judge | 
         whitening.write(run.out)
     _write_images(run, method, images, names)
     _write_before(run, method, groups)
-    note_counts(run, lambda: _with_reasons(run, unreadable))
+    bad = list(_with_reasons(run, unreadable))
+    note_counts(run, lambda: bad)
     if found is not None:
         run.plan["regions"] = {"chosen_by": found[1]}
     if judge is not None:
